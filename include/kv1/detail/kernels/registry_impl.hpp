@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Definitions of registry.hpp: pulls in every target's kernels.
+#pragma once
+
+#include <kv1/detail/kernels/registry.hpp>
+#include <kv1/detail/kernels/scalar.hpp>
+#include <kv1/detail/simd/passes.hpp>
+
+namespace kv1::inline KV1_ABI::detail {
+
+template <class Tag>
+const target_kernels& common_registry<Tag>::at(target t) noexcept {
+    switch (t) {
+    case target::scalar:
+        break;
+    case target::baseline:
+#if KV1_HAS_BASELINE_SIMD
+        return baseline::kernels();
+#else
+        break;
+#endif
+#if !defined(KV1_STATIC_DISPATCH)
+    case target::avx2:
+        return avx2::kernels();
+    case target::avx512:
+        return avx512::kernels();
+    case target::avx512_vnni:
+        return avx512_vnni::kernels();
+#else
+    default:
+        break;
+#endif
+    }
+    return scalar::kernels();
+}
+
+template <storage_format F>
+const format_kernels& format_kernels_at(target t) noexcept {
+    switch (t) {
+    case target::scalar:
+        break;
+    case target::baseline:
+#if KV1_HAS_BASELINE_SIMD
+        return baseline::kernels_for<F>();
+#else
+        break;
+#endif
+#if !defined(KV1_STATIC_DISPATCH)
+    case target::avx2:
+        return avx2::kernels_for<F>();
+    case target::avx512:
+        return avx512::kernels_for<F>();
+    case target::avx512_vnni:
+        return avx512_vnni::kernels_for<F>();
+#else
+    default:
+        break;
+#endif
+    }
+    return scalar::kernels_for<F>();
+}
+
+template <class... Fs>
+const format_kernels* format_registry<formats<Fs...>>::find(target t, kv_format f) noexcept {
+    const format_kernels* found = nullptr;
+    static_cast<void>(((kv_format_of<Fs> == f && (found = &format_kernels_at<Fs>(t), true)) || ...));
+    return found;
+}
+
+} // namespace kv1::inline KV1_ABI::detail

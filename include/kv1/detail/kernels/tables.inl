@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The tables a target hands out. Parsed once per target, last.
+
+inline const target_kernels& kernels() noexcept {
+    static constexpr target_kernels table{load_floats,   store_floats, encode_affine, encode_scaled_binary,
+                                          encode_binary, pack,         unpack,        insert_codes,
+                                          attend_rows};
+    return table;
+}
+
+template <class Format>
+inline const format_kernels& kernels_for() noexcept {
+    if constexpr (traits_of(kv_format_of<Format>).code_bits == 0) {
+        static constexpr format_kernels table{{key_scores_exact<Format>, key_scores_exact<Format>},
+                                              {value_sums_exact<Format>, value_sums_exact<Format>}};
+        return table;
+    } else {
+        static constexpr format_kernels table{{key_scores_fast<Format>, key_scores_exact<Format>},
+                                              {value_sums_fast<Format>, value_sums_exact<Format>}};
+        return table;
+    }
+}

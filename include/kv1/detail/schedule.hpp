@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// How attention is split into tasks: over KV heads, blocks of query rows and, where those are few, ranges of
+// tokens whose partial results are merged by their maxima (log-sum-exp), in order. The split depends on
+// shapes alone, so results do not depend on the number of workers.
+#pragma once
+
+#include <kv1/detail/arena.hpp>
+#include <kv1/detail/kernels/interface.hpp>
+#include <kv1/executor.hpp>
+#include <kv1/tensor.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <limits>
+#include <memory>
+#include <span>
+
+namespace kv1::inline KV1_ABI::detail {
+
+inline constexpr std::size_t wanted_tasks = 64;
+inline constexpr std::size_t smallest_range = 2048; // tokens: a range repays its partial result
+
+struct attention_split {
+    std::size_t rows_per_block, row_blocks, range_tokens, ranges;
+};
+
+inline attention_split split_attention(const page_layout& layout, std::size_t rows, std::size_t kv_heads,
+                                       std::size_t last_token) noexcept {
+    attention_split s{};
+    s.rows_per_block = std::min(rows_for(layout.keys().channels), rows_for(layout.values().channels));
+    s.row_blocks = (rows + s.rows_per_block - 1) / s.rows_per_block;
+    const std::size_t tasks = kv_heads * s.row_blocks;
+    const std::size_t wanted = tasks >= wanted_tasks ? 1 : (wanted_tasks + tasks - 1) / tasks;
+    const std::size_t even = (last_token + wanted - 1) / wanted;
+    s.range_tokens = round_up(std::max(even, smallest_range), layout.page_tokens());
+    s.ranges = std::max<std::size_t>(1, (last_token + s.range_tokens - 1) / s.range_tokens);
+    return s;
+}
+
+// Merges the partials {max, sum, weighted sums} of one row, `ranges` of them `stride` floats apart, into the
+// first.
+inline void merge_partials(float* partials, std::size_t ranges, std::size_t stride,
+                           std::size_t channels) noexcept {
+    constexpr float lowest = std::numeric_limits<float>::lowest();
+    float maximum = lowest;
+    for (std::size_t i = 0; i < ranges; ++i)
+        maximum = std::max(maximum, partials[i * stride]);
+    float denominator = 0.0f;
+    for (std::size_t i = 0; i < ranges; ++i) {
+        float* p = partials + i * stride;
+        const float factor = p[0] == lowest ? 0.0f : std::exp(p[0] - maximum);
+        denominator += p[1] * factor;
+        for (std::size_t c = 0; c < channels; ++c)
+            partials[2 + c] = i == 0 ? p[2 + c] * factor : partials[2 + c] + p[2 + c] * factor;
+    }
+    partials[0] = maximum;
+    partials[1] = denominator;
+}
+
+template <executor E>
+status attend_heads(const attention_job& common, std::size_t kv_heads, const tensor_view& queries,
+                    const mutable_tensor_view& outputs, std::span<float> log_sum_exp, E& run) noexcept {
+    const page_layout& layout = *common.layout;
+    const std::size_t rows = queries.tokens() * common.group;
+    const std::size_t channels = layout.values().channels;
+    // tokens that the last query sees: no range needs to go further
+    const std::size_t reach =
+        std::min(common.last_token, common.visible_base + (queries.tokens() - 1) * common.visible_step);
+    const attention_split split = split_attention(layout, rows, kv_heads, reach);
+    const std::size_t stride = round_up(channels + 2, 16);
+
+    std::unique_ptr<float[]> partials;
+    if (split.ranges > 1) {
+        const std::size_t count = kv_heads * rows * split.ranges * stride;
+        partials.reset(new (std::nothrow) float[count]);
+        if (partials == nullptr)
+            return {errc::out_of_memory, "no memory for partial results"};
+    }
+
+    const auto head_offset = [&](std::size_t kv_head) { return kv_head * common.group; };
+    const auto job_for = [&](std::size_t kv_head, std::size_t row_block) {
+        attention_job job = common;
+        job.pages = common.pages + kv_head * layout.bytes();
+        job.queries = queries.at(0, head_offset(kv_head));
+        job.query_type = queries.type();
+        job.query_token_stride = queries.token_stride();
+        job.query_head_stride = queries.head_stride();
+        job.outputs = outputs.at(0, head_offset(kv_head));
+        job.output_type = outputs.type();
+        job.output_token_stride = outputs.token_stride();
+        job.output_head_stride = outputs.head_stride();
+        job.first_row = row_block * split.rows_per_block;
+        job.rows = std::min(split.rows_per_block, rows - job.first_row);
+        return job;
+    };
+    // [tokens][query heads], from the rows of one KV head
+    const auto lse_of = [&](std::size_t kv_head, std::size_t row) -> float& {
+        return log_sum_exp[row / common.group * queries.heads() + head_offset(kv_head) + row % common.group];
+    };
+
+    auto attend_task = [&](std::size_t task) {
+        const std::size_t range = task % split.ranges, row_block = task / split.ranges % split.row_blocks,
+                          kv_head = task / split.ranges / split.row_blocks;
+        attention_job job = job_for(kv_head, row_block);
+        float lse[max_rows];
+        if (split.ranges > 1) {
+            job.first_token = range * split.range_tokens;
+            job.last_token = std::min(common.last_token, job.first_token + split.range_tokens);
+            job.partials =
+                partials.get() + ((kv_head * rows + job.first_row) * split.ranges + range) * stride;
+            job.partial_stride = split.ranges * stride;
+        }
+        job.log_sum_exp = lse;
+        job.target->attend_rows(job);
+        if (split.ranges == 1 && !log_sum_exp.empty())
+            for (std::size_t r = 0; r < job.rows; ++r)
+                lse_of(kv_head, job.first_row + r) = lse[r];
+    };
+    run(kv_heads * split.row_blocks * split.ranges, task_view(attend_task));
+    if (split.ranges == 1)
+        return {};
+
+    auto merge_task = [&](std::size_t task) {
+        const std::size_t kv_head = task / rows, row = task % rows;
+        float* partial = partials.get() + task * split.ranges * stride;
+        merge_partials(partial, split.ranges, stride, channels);
+        const float denominator = partial[1];
+        for (std::size_t c = 0; c < channels; ++c)
+            partial[2 + c] = denominator > 0.0f ? partial[2 + c] / denominator : 0.0f;
+        common.target->store_floats(
+            outputs.type(), partial + 2, channels,
+            outputs.at(row / common.group, head_offset(kv_head) + row % common.group));
+        if (!log_sum_exp.empty())
+            lse_of(kv_head, row) = denominator > 0.0f ? partial[0] + std::log(denominator)
+                                                      : -std::numeric_limits<float>::infinity();
+    };
+    run(kv_heads * rows, task_view(merge_task));
+    return {};
+}
+
+} // namespace kv1::inline KV1_ABI::detail

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Primitives of a target that xsimd does not have, in terms of xsimd alone; any lane count up to 16.
+// Parsed inside a target namespace that defines `xs` and `arch`.
+
+using f32 = xs::batch<float, arch>;
+using i32 = xs::batch<std::int32_t, arch>;
+using u32 = xs::batch<std::uint32_t, arch>;
+inline constexpr std::size_t lanes = f32::size;
+inline constexpr std::size_t pieces = line_lanes / lanes; // registers of a 64-byte line
+
+// acc + the sum of four products of unsigned and signed bytes, lane by lane.
+KV1_INLINE i32 dot4(i32 acc, u32 a, i32 b) {
+    const i32 ua = xs::bitwise_cast<std::int32_t>(a);
+    acc = acc + (ua & i32(0xff)) * ((b << 24) >> 24);
+    acc = acc + ((ua >> 8) & i32(0xff)) * ((b << 16) >> 24);
+    acc = acc + ((ua >> 16) & i32(0xff)) * ((b << 8) >> 24);
+    return acc + ((ua >> 24) & i32(0xff)) * (b >> 24);
+}
+// The same where `a` may exceed 127.
+KV1_INLINE i32 dot4_wide(i32 acc, u32 a, i32 b) { return dot4(acc, a, b); }
+
+// fp16 bits in the low halves of the lanes, finite; no denormal float appears on the way.
+KV1_INLINE f32 half_to_float(u32 h) {
+    const u32 magnitude = (h & u32(0x7fffu)) << 13;
+    const u32 sign = (h & u32(0x8000u)) << 16;
+    const u32 normal = magnitude + u32(112u << 23);
+    const f32 subnormal =
+        xs::bitwise_cast<float>(magnitude + u32(113u << 23)) - f32(6.103515625e-05f); // 2^-14
+    const auto is_subnormal = magnitude < u32(1u << 23);
+    const u32 value = xs::select(is_subnormal, xs::bitwise_cast<std::uint32_t>(subnormal), normal);
+    return xs::bitwise_cast<float>(value | sign);
+}
+KV1_INLINE u32 load_u16(const std::uint16_t* p) {
+    alignas(64) std::uint32_t wide[lanes];
+    for (std::size_t i = 0; i < lanes; ++i)
+        wide[i] = p[i];
+    return u32::load_aligned(wide);
+}
+KV1_INLINE f32 load_half(const std::uint16_t* p) { return half_to_float(load_u16(p)); }
+KV1_INLINE void store_half(f32 x, std::uint16_t* p) {
+    alignas(64) float narrow[lanes];
+    x.store_aligned(narrow);
+    for (std::size_t i = 0; i < lanes; ++i)
+        p[i] = float_to_half(narrow[i]);
+}
+KV1_INLINE u32 load_u8(const std::uint8_t* p) {
+    alignas(64) std::uint32_t wide[lanes];
+    for (std::size_t i = 0; i < lanes; ++i)
+        wide[i] = p[i];
+    return u32::load_aligned(wide);
+}
+KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
+    alignas(64) std::uint32_t wide[lanes];
+    x.store_aligned(wide);
+    for (std::size_t i = 0; i < lanes; ++i)
+        p[i] = static_cast<std::uint8_t>(wide[i]);
+}

@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Region passes: one source of kernels, one namespace per target, all in a header that is compiled without -m
+// flags.
+//
+//   inside a region:   xsimd (under a private name), the isa_*.inl primitives, the kernels; all of it
+//   templates
+//                      or inline functions in a namespace of the target
+//   outside:           everything else. Standard headers come before the first region, so that no inline std
+//                      function is ever compiled for a target that the processor may lack
+//
+// xsimd is parsed once for the baseline (its real namespace, which users share), once for AVX2, once for
+// AVX-512: its include guards and settings are forgotten in between. The AVX-512 VNNI target shares the
+// AVX-512 xsimd and adds its own region. g++ and clang attach a region's target to the functions and
+// templates that are defined in it; tests/codegen checks the outcome on object files.
+#pragma once
+
+#include <kv1/detail/kernels/interface.hpp>
+#include <kv1/float16.hpp>
+#include <kv1/format.hpp>
+#include <kv1/layout.hpp>
+#include <kv1/quantizer.hpp>
+#include <kv1/quantizers/affine.hpp>
+#include <kv1/quantizers/binary.hpp>
+#include <kv1/quantizers/scaled_binary.hpp>
+
+// what xsimd and the kernels include, before any region
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cassert>
+#include <climits>
+#include <cmath>
+#include <complex>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <initializer_list>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <ostream>
+#include <stdexcept>
+#include <string_view>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <version>
+#if defined(__x86_64__) || defined(__i386__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+#if defined(__GNUC__)
+#define KV1_INLINE inline __attribute__((always_inline))
+#elif defined(_MSC_VER)
+#define KV1_INLINE __forceinline
+#else
+#define KV1_INLINE inline
+#endif
+
+// g++ 12 takes the "undefined" operand of AVX-512 intrinsics for a use of an uninitialized variable (GCC
+// PR105593)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+// ---- baseline: the instruction set of the translation unit
+#include <xsimd/xsimd.hpp>
+
+#if XSIMD_VERSION_MAJOR < 13 || (XSIMD_VERSION_MAJOR == 13 && XSIMD_VERSION_MINOR < 2)
+#error "kv1 needs xsimd 13.2 or newer"
+#endif
+
+#if !defined(XSIMD_NO_SUPPORTED_ARCHITECTURE)
+#define KV1_HAS_BASELINE_SIMD 1
+namespace kv1::inline KV1_ABI::detail::baseline {
+namespace xs = ::xsimd;
+using arch = xs::best_arch;
+#if defined(__AVX512F__) && defined(__AVX512CD__) && defined(__AVX512VL__) && defined(__AVX512DQ__) &&       \
+    defined(__AVX512BW__)
+#if defined(__AVX512VNNI__)
+#define KV1_ISA_VNNI 1
+#else
+#define KV1_ISA_VNNI 0
+#endif
+#include <kv1/detail/simd/isa_avx512.inl>
+#undef KV1_ISA_VNNI
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <kv1/detail/simd/isa_avx2.inl>
+#else
+#define KV1_ISA_GENERIC 1
+#include <kv1/detail/simd/isa_generic.inl>
+#endif
+#include <kv1/detail/kernels/all.inl>
+#undef KV1_ISA_GENERIC
+} // namespace kv1::inline KV1_ABI::detail::baseline
+#else
+#define KV1_HAS_BASELINE_SIMD 0
+#endif
+
+#if !defined(KV1_STATIC_DISPATCH)
+
+// ---- AVX2 + FMA + F16C
+#include <kv1/detail/simd/xsimd_enable_avx2.inl>
+#include <kv1/detail/simd/xsimd_guards_undef.inl>
+#include <kv1/detail/simd/xsimd_settings_undef.inl>
+#include <xsimd/config/xsimd_config.hpp>
+#define xsimd kv1_xsimd_avx2
+#if defined(__clang__)
+#pragma clang attribute push(                                                                                \
+    __attribute__((target("sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,fma,f16c,bmi,bmi2"))),                   \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,fma,f16c,bmi,bmi2")
+#endif
+#include <xsimd/xsimd.hpp>
+namespace kv1::inline KV1_ABI::detail::avx2 {
+namespace xs = ::kv1_xsimd_avx2;
+using arch = xs::fma3<xs::avx2>;
+#include <kv1/detail/kernels/all.inl>
+#include <kv1/detail/simd/isa_avx2.inl>
+} // namespace kv1::inline KV1_ABI::detail::avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#undef xsimd
+
+// ---- AVX-512 F, CD, VL, DQ, BW
+#include <kv1/detail/simd/xsimd_enable_avx2.inl>
+#include <kv1/detail/simd/xsimd_enable_avx512.inl>
+#include <kv1/detail/simd/xsimd_guards_undef.inl>
+#include <kv1/detail/simd/xsimd_settings_undef.inl>
+#include <xsimd/config/xsimd_config.hpp>
+#define xsimd kv1_xsimd_avx512
+#if defined(__clang__)
+#pragma clang attribute push(                                                                                        \
+    __attribute__((target(                                                                                           \
+        "sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,fma,f16c,bmi,bmi2,avx512f,avx512cd,avx512vl,avx512dq,avx512bw"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target(                                                                                          \
+    "sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,fma,f16c,bmi,bmi2,avx512f,avx512cd,avx512vl,avx512dq,avx512bw")
+#endif
+#include <xsimd/xsimd.hpp>
+namespace kv1::inline KV1_ABI::detail::avx512 {
+namespace xs = ::kv1_xsimd_avx512;
+using arch = xs::avx512bw;
+#define KV1_ISA_VNNI 0
+#include <kv1/detail/simd/isa_avx512.inl>
+#undef KV1_ISA_VNNI
+#include <kv1/detail/kernels/all.inl>
+} // namespace kv1::inline KV1_ABI::detail::avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#undef xsimd
+
+// ---- AVX-512 with VNNI, on the same xsimd
+#if defined(__clang__)
+#pragma clang attribute push(                                                                                \
+    __attribute__((                                                                                          \
+        target("sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,fma,f16c,bmi,bmi2,avx512f,avx512cd,avx512vl,"       \
+               "avx512dq,avx512bw,avx512vnni"))),                                                            \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target(                                                                                          \
+    "sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,fma,f16c,bmi,bmi2,avx512f,avx512cd,avx512vl,avx512dq,"         \
+    "avx512bw,avx512vnni")
+#endif
+namespace kv1::inline KV1_ABI::detail::avx512_vnni {
+namespace xs = ::kv1_xsimd_avx512;
+using arch = xs::avx512bw;
+#define KV1_ISA_VNNI 1
+#include <kv1/detail/simd/isa_avx512.inl>
+#undef KV1_ISA_VNNI
+#include <kv1/detail/kernels/all.inl>
+} // namespace kv1::inline KV1_ABI::detail::avx512_vnni
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+// ---- xsimd's settings as its users left them; the guards stay defined, so that a later inclusion does
+// nothing
+#include <kv1/detail/simd/xsimd_settings_undef.inl>
+#undef XSIMD_CONFIG_HPP
+#include <xsimd/config/xsimd_config.hpp>
+
+#endif // !KV1_STATIC_DISPATCH
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+#undef KV1_INLINE

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// How a caller lends its threads. kv1 owns none: calls that can be split take an executor, any callable
+//
+//   void operator()(std::size_t count, kv1::task_view task);
+//
+// that calls task(0) ... task(count - 1), each once, in any order, on any threads, and returns when all are
+// done. Tasks do not throw and do not block. How work is split depends on shapes alone, never on the
+// executor, so that results are the same bits for any number of workers.
+#pragma once
+
+#include <kv1/detail/config.hpp>
+
+#include <concepts>
+#include <cstddef>
+#include <memory>
+#include <type_traits>
+
+namespace kv1::inline KV1_ABI {
+
+/// Non-owning reference to a function of the task's index; valid during the call it is passed to.
+class task_view {
+public:
+    template <class F>
+    requires(!std::same_as<std::remove_cvref_t<F>, task_view> &&
+             std::invocable<F&, std::size_t>) constexpr task_view(F& function) noexcept
+        : object_(const_cast<void*>(static_cast<const void*>(std::addressof(function)))),
+          call_([](void* object, std::size_t i) { (*static_cast<F*>(object))(i); }) {}
+
+    void operator()(std::size_t i) const { call_(object_, i); }
+
+private:
+    void* object_;
+    void (*call_)(void*, std::size_t);
+};
+
+template <class E>
+concept executor = std::invocable<E&, std::size_t, task_view>;
+
+/// Runs the tasks one after the other on the calling thread.
+struct inline_executor {
+    void operator()(std::size_t count, task_view task) const {
+        for (std::size_t i = 0; i < count; ++i)
+            task(i);
+    }
+};
+
+static_assert(executor<inline_executor>);
+
+} // namespace kv1::inline KV1_ABI

@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Storage formats: how one K or V vector (one token, one KV head) is kept.
+//
+// A format is a type that describes itself at compile time; `kv_format` names the same choice at run time.
+// Coded formats store unsigned codes and per-vector metadata, value = scale * code + minimum:
+//
+//   format           code bits  metadata (fp16)   bytes per vector of D channels     value
+//   affine<b>        b          scale, minimum    ceil(D*b/8) + 4                    scale*code + minimum
+//   scaled_binary    1          scale             ceil(D/8) + 2                      +-scale
+//   binary           1          none              ceil(D/8)                          0 or 1
+//   plain<float16>   -          none              2 D                                the value
+//   plain<float>     -          none              4 D                                the value
+//
+// The quantizers behind the coded formats are in kv1/quantizers/, one scheme a file.
+#pragma once
+
+#include <kv1/detail/config.hpp>
+#include <kv1/float16.hpp>
+
+#include <array>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string_view>
+#include <type_traits>
+
+namespace kv1::inline KV1_ABI {
+
+template <int Bits>
+struct affine;
+struct binary;
+struct scaled_binary;
+
+/// Values kept as they are, in fp32 or fp16.
+template <class T>
+requires std::same_as<T, float> || std::same_as<T, float16>
+struct plain {
+    using value_type = T;
+};
+
+/// The formats a cache can store, K and V independently, layer by layer.
+enum class kv_format : std::uint8_t { fp32, fp16, affine8, affine4, affine3, affine2, scaled_binary, binary };
+
+inline constexpr std::array all_kv_formats{kv_format::fp32,          kv_format::fp16,    kv_format::affine8,
+                                           kv_format::affine4,       kv_format::affine3, kv_format::affine2,
+                                           kv_format::scaled_binary, kv_format::binary};
+
+[[nodiscard]] constexpr std::string_view to_string(kv_format f) noexcept {
+    switch (f) {
+    case kv_format::fp32:
+        return "fp32";
+    case kv_format::fp16:
+        return "fp16";
+    case kv_format::affine8:
+        return "affine8";
+    case kv_format::affine4:
+        return "affine4";
+    case kv_format::affine3:
+        return "affine3";
+    case kv_format::affine2:
+        return "affine2";
+    case kv_format::scaled_binary:
+        return "scaled_binary";
+    case kv_format::binary:
+        return "binary";
+    }
+    return "unknown";
+}
+
+namespace detail {
+
+enum class metadata_kind : std::uint8_t { none, scale, scale_and_minimum };
+
+// A code is stored as one or two bit fields, each in lines of its own: a 3-bit code is its two low bits and
+// its high bit, so that every field divides a 32-bit lane.
+struct code_part {
+    int bits;  // width of the field
+    int shift; // its place in the code
+};
+
+// code_bits is 0 for plain formats; parts[1].bits is 0 where one part is enough.
+struct format_traits {
+    kv_format id;
+    int code_bits;
+    int plain_bits;
+    metadata_kind metadata;
+    std::array<code_part, 2> parts;
+
+    // width of a stored field of part p: codes, or whole plain values
+    [[nodiscard]] constexpr int field_bits(int p) const noexcept {
+        return code_bits == 0 ? (p == 0 ? plain_bits : 0) : parts[static_cast<std::size_t>(p)].bits;
+    }
+    [[nodiscard]] constexpr int part_count() const noexcept { return parts[1].bits != 0 ? 2 : 1; }
+    // fields of the narrowest part that fill a lane: K channels and V tokens are padded to a multiple of it
+    [[nodiscard]] constexpr std::size_t fields_per_lane() const noexcept {
+        const int narrowest = part_count() == 2 ? parts[1].bits : field_bits(0);
+        return static_cast<std::size_t>(32 / narrowest);
+    }
+    [[nodiscard]] constexpr std::size_t metadata_bytes() const noexcept {
+        return metadata == metadata_kind::none ? 0u : metadata == metadata_kind::scale ? 2u : 4u;
+    }
+};
+
+constexpr format_traits coded(kv_format id, int bits, metadata_kind metadata) noexcept {
+    return {id, bits, 0, metadata,
+            bits == 3 ? std::array<code_part, 2>{{{2, 0}, {1, 2}}}
+                      : std::array<code_part, 2>{{{bits, 0}, {0, 0}}}};
+}
+
+constexpr format_traits traits_of(kv_format f) noexcept {
+    switch (f) {
+    case kv_format::fp32:
+        return {f, 0, 32, metadata_kind::none, {}};
+    case kv_format::fp16:
+        return {f, 0, 16, metadata_kind::none, {}};
+    case kv_format::affine8:
+        return coded(f, 8, metadata_kind::scale_and_minimum);
+    case kv_format::affine4:
+        return coded(f, 4, metadata_kind::scale_and_minimum);
+    case kv_format::affine3:
+        return coded(f, 3, metadata_kind::scale_and_minimum);
+    case kv_format::affine2:
+        return coded(f, 2, metadata_kind::scale_and_minimum);
+    case kv_format::scaled_binary:
+        return coded(f, 1, metadata_kind::scale);
+    case kv_format::binary:
+        return coded(f, 1, metadata_kind::none);
+    }
+    return {};
+}
+
+template <class Format>
+struct format_id;
+template <>
+struct format_id<plain<float>> : std::integral_constant<kv_format, kv_format::fp32> {};
+template <>
+struct format_id<plain<float16>> : std::integral_constant<kv_format, kv_format::fp16> {};
+template <>
+struct format_id<affine<8>> : std::integral_constant<kv_format, kv_format::affine8> {};
+template <>
+struct format_id<affine<4>> : std::integral_constant<kv_format, kv_format::affine4> {};
+template <>
+struct format_id<affine<3>> : std::integral_constant<kv_format, kv_format::affine3> {};
+template <>
+struct format_id<affine<2>> : std::integral_constant<kv_format, kv_format::affine2> {};
+template <>
+struct format_id<scaled_binary> : std::integral_constant<kv_format, kv_format::scaled_binary> {};
+template <>
+struct format_id<binary> : std::integral_constant<kv_format, kv_format::binary> {};
+
+} // namespace detail
+
+/// A type that a cache can store vectors in.
+template <class F>
+concept storage_format = requires {
+    detail::format_id<F>::value;
+};
+
+template <storage_format F>
+inline constexpr kv_format kv_format_of = detail::format_id<F>::value;
+
+/// Bytes of the packed values of one row-format vector, metadata not counted.
+[[nodiscard]] constexpr std::size_t packed_bytes(kv_format f, std::size_t head_dim) noexcept {
+    const detail::format_traits t = detail::traits_of(f);
+    return (head_dim * static_cast<std::size_t>(t.code_bits != 0 ? t.code_bits : t.plain_bits) + 7) / 8;
+}
+
+/// Bytes of one row-format vector: packed values and metadata.
+[[nodiscard]] constexpr std::size_t row_bytes(kv_format f, std::size_t head_dim) noexcept {
+    return packed_bytes(f, head_dim) + detail::traits_of(f).metadata_bytes();
+}
+
+/// A compile-time list of storage formats: the ones a cache type carries kernels for.
+template <storage_format... Fs>
+struct formats {
+    [[nodiscard]] static constexpr bool contains(kv_format f) noexcept {
+        return ((kv_format_of<Fs> == f) || ...);
+    }
+};
+
+using all_formats =
+    formats<plain<float>, plain<float16>, affine<8>, affine<4>, affine<3>, affine<2>, scaled_binary, binary>;
+
+} // namespace kv1::inline KV1_ABI

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Everything.
+#pragma once
+
+#include <kv1/convert.hpp>
+#include <kv1/kv_cache.hpp>
+#include <kv1/packed_vector.hpp>
+#include <kv1/row.hpp>
+#include <kv1/version.hpp>

@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The tile layout: how one page (page_tokens tokens of one layer and KV head) lies in memory.
+//
+// Everything is 64-byte lines of sixteen 32-bit lanes, so that one walk serves 16-, 8- and 4-lane processors
+// and no kernel needs a horizontal sum:
+//
+//   K line  lane = token (16 tokens), the lane's bits = 32/b consecutive channels of that token, in
+//   row-format
+//           order: byte j, field f (bits b*f.. of the byte) = channel (8/b)*j + f of the line's channels
+//   V line  lane = channel (16 channels), the lane's bits = 32/b consecutive tokens: byte i, field f = token
+//           4f + i, so that four consecutive tokens' weights make one broadcast dword
+//
+// with b the field width: the code bits; 16 or 32 for plain formats (a plain V lane holds tokens in order);
+// 3-bit codes are a 2-bit part and a 1-bit part in lines of their own. A page is
+//
+//   [K lines: by tile of 16 tokens, part, channel group] [V lines: by group of 16 channels, part, token line]
+//   [k_scale] [k_minimum] [v_scale] [v_minimum]   fp16 arrays of page_tokens, where the format has them
+//
+// padded to whole lines. K channels are padded to whole lanes, V channels to 16; padding is counted in
+// page_layout::bytes(). Bytes past the stored tokens of an open page hold finite garbage or zero and carry no
+// meaning. Pure arithmetic: constexpr, no allocation.
+#pragma once
+
+#include <kv1/format.hpp>
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace kv1::inline KV1_ABI {
+
+inline constexpr std::size_t line_bytes = 64;
+inline constexpr std::size_t line_lanes = 16;
+/// A page holds a multiple of this many tokens.
+inline constexpr std::size_t tile_tokens = 16;
+
+static_assert(std::endian::native == std::endian::little, "kv1 stores little-endian lanes");
+
+namespace detail {
+
+constexpr std::size_t round_up(std::size_t n, std::size_t unit) noexcept {
+    return (n + unit - 1) / unit * unit;
+}
+
+// Where a field of a lane-structured section lies.
+struct field_place {
+    std::size_t lane; // index of the 32-bit lane in the section
+    int shift;        // first bit of the field in the lane
+};
+
+// Bit position of the n-th field of width b in a K lane: plain row-format order, low bits first.
+constexpr int key_field_shift(int b, std::size_t n) noexcept { return b * static_cast<int>(n); }
+
+// Bit position of the n-th token of width b in a V lane: byte n % 4, field n / 4 of the byte.
+constexpr int value_field_shift(int b, std::size_t n) noexcept {
+    return b >= 8 ? b * static_cast<int>(n) : 8 * static_cast<int>(n % 4) + b * static_cast<int>(n / 4);
+}
+
+} // namespace detail
+
+/// Geometry of the K or the V half of a page.
+struct section_layout {
+    kv_format format{};
+    std::size_t channels = 0; ///< head_dim
+    std::size_t tokens = 0;   ///< page_tokens
+    std::size_t offset = 0;   ///< of the lines in the page, in bytes
+    std::size_t scale_offset = 0;
+    std::size_t minimum_offset = 0;
+    bool keys = false;
+
+    [[nodiscard]] constexpr detail::format_traits traits() const noexcept {
+        return detail::traits_of(format);
+    }
+
+    /// Lines of part p in one unit: a tile of a K section, a channel group of a V section.
+    [[nodiscard]] constexpr std::size_t part_lines(int p) const noexcept {
+        const detail::format_traits t = traits();
+        const std::size_t fields = detail::round_up(keys ? channels : tokens, t.fields_per_lane());
+        return fields * static_cast<std::size_t>(t.field_bits(p)) / 32;
+    }
+    [[nodiscard]] constexpr std::size_t unit_lines() const noexcept {
+        return part_lines(0) + (traits().part_count() == 2 ? part_lines(1) : 0);
+    }
+    /// Tiles of a K section, channel groups of a V section.
+    [[nodiscard]] constexpr std::size_t units() const noexcept {
+        return detail::round_up(keys ? tokens : channels, line_lanes) / line_lanes;
+    }
+    [[nodiscard]] constexpr std::size_t bytes() const noexcept { return units() * unit_lines() * line_bytes; }
+
+    /// Place of part p of (token, channel), counted in lanes from the section's first line.
+    [[nodiscard]] constexpr detail::field_place place(int p, std::size_t token,
+                                                      std::size_t channel) const noexcept {
+        const int b = traits().field_bits(p);
+        const std::size_t per_lane = static_cast<std::size_t>(32 / b);
+        const std::size_t across = keys ? token : channel; // runs over lanes and units
+        const std::size_t along = keys ? channel : token;  // runs over the fields of a lane and over lines
+        const std::size_t line =
+            across / line_lanes * unit_lines() + (p == 1 ? part_lines(0) : 0) + along / per_lane;
+        return {line * line_lanes + across % line_lanes,
+                keys ? detail::key_field_shift(b, along % per_lane)
+                     : detail::value_field_shift(b, along % per_lane)};
+    }
+};
+
+/// Geometry of a page of one layer and KV head.
+class page_layout {
+public:
+    constexpr page_layout() = default;
+    /// Preconditions: head dims > 0, page_tokens a multiple of tile_tokens and > 0.
+    constexpr page_layout(kv_format key_format, std::size_t key_dim, kv_format value_format,
+                          std::size_t value_dim, std::size_t page_tokens) noexcept
+        : keys_{key_format, key_dim, page_tokens, 0, 0, 0, true},
+          values_{value_format, value_dim, page_tokens, 0, 0, 0, false} {
+        values_.offset = keys_.bytes();
+        std::size_t end = values_.offset + values_.bytes();
+        for (section_layout* s : {&keys_, &values_}) {
+            const detail::metadata_kind kind = s->traits().metadata;
+            s->scale_offset = end;
+            end += kind != detail::metadata_kind::none ? page_tokens * sizeof(float16) : 0;
+            s->minimum_offset = end;
+            end += kind == detail::metadata_kind::scale_and_minimum ? page_tokens * sizeof(float16) : 0;
+        }
+        bytes_ = detail::round_up(end, line_bytes);
+    }
+
+    [[nodiscard]] constexpr const section_layout& keys() const noexcept { return keys_; }
+    [[nodiscard]] constexpr const section_layout& values() const noexcept { return values_; }
+    [[nodiscard]] constexpr std::size_t page_tokens() const noexcept { return keys_.tokens; }
+    /// Bytes of a page, padding included; a multiple of line_bytes.
+    [[nodiscard]] constexpr std::size_t bytes() const noexcept { return bytes_; }
+
+private:
+    section_layout keys_{};
+    section_layout values_{};
+    std::size_t bytes_ = 0;
+};
+
+// The row format's byte count, regrouped: nothing is lost to the layout where dims and pages fill lines.
+static_assert(page_layout(kv_format::affine2, 32, kv_format::affine2, 32, 16).bytes() == 16 * 2 * 12);
+static_assert(page_layout(kv_format::affine2, 128, kv_format::affine2, 128, 64).bytes() == 64 * 2 * 36);
+
+namespace detail {
+
+// Metadata of one vector as stored: bit patterns of fp16.
+struct row_metadata {
+    std::uint16_t scale = 0;
+    std::uint16_t minimum = 0;
+};
+
+inline std::uint32_t load_lane(const std::byte* section, std::size_t lane) noexcept {
+    std::uint32_t word = 0;
+    std::memcpy(&word, section + lane * sizeof word, sizeof word);
+    return word;
+}
+
+inline void store_lane(std::byte* section, std::size_t lane, std::uint32_t word) noexcept {
+    std::memcpy(section + lane * sizeof word, &word, sizeof word);
+}
+
+constexpr std::uint32_t field_mask(int bits) noexcept { return bits >= 32 ? ~0u : (1u << bits) - 1u; }
+
+// The code, or the plain bits, of (token, channel). `page` is the page's first byte.
+inline std::uint32_t load_code(const section_layout& s, const std::byte* page, std::size_t token,
+                               std::size_t channel) noexcept {
+    const format_traits t = s.traits();
+    std::uint32_t code = 0;
+    for (int p = 0; p < t.part_count(); ++p) {
+        const field_place at = s.place(p, token, channel);
+        const std::uint32_t field =
+            load_lane(page + s.offset, at.lane) >> at.shift & field_mask(t.field_bits(p));
+        code |= field << t.parts[static_cast<std::size_t>(p)].shift;
+    }
+    return code;
+}
+
+inline void store_code(const section_layout& s, std::byte* page, std::size_t token, std::size_t channel,
+                       std::uint32_t code) noexcept {
+    const format_traits t = s.traits();
+    for (int p = 0; p < t.part_count(); ++p) {
+        const field_place at = s.place(p, token, channel);
+        const std::uint32_t mask = field_mask(t.field_bits(p));
+        const std::uint32_t field = code >> t.parts[static_cast<std::size_t>(p)].shift & mask;
+        const std::uint32_t word = load_lane(page + s.offset, at.lane);
+        store_lane(page + s.offset, at.lane, (word & ~(mask << at.shift)) | field << at.shift);
+    }
+}
+
+inline row_metadata load_metadata(const section_layout& s, const std::byte* page,
+                                  std::size_t token) noexcept {
+    row_metadata m;
+    const metadata_kind kind = s.traits().metadata;
+    if (kind != metadata_kind::none)
+        std::memcpy(&m.scale, page + s.scale_offset + token * 2, 2);
+    if (kind == metadata_kind::scale_and_minimum)
+        std::memcpy(&m.minimum, page + s.minimum_offset + token * 2, 2);
+    return m;
+}
+
+inline void store_metadata(const section_layout& s, std::byte* page, std::size_t token,
+                           row_metadata m) noexcept {
+    const metadata_kind kind = s.traits().metadata;
+    if (kind != metadata_kind::none)
+        std::memcpy(page + s.scale_offset + token * 2, &m.scale, 2);
+    if (kind == metadata_kind::scale_and_minimum)
+        std::memcpy(page + s.minimum_offset + token * 2, &m.minimum, 2);
+}
+
+// Every coded format's value is slope * code + base; this is the pair, in fp32.
+struct affine_pair {
+    float slope;
+    float base;
+};
+
+constexpr affine_pair decode_metadata(kv_format f, row_metadata m) noexcept {
+    switch (traits_of(f).metadata) {
+    case metadata_kind::scale_and_minimum:
+        return {half_to_float(m.scale), half_to_float(m.minimum)};
+    case metadata_kind::scale:
+        return {2.0f * half_to_float(m.scale), -half_to_float(m.scale)};
+    case metadata_kind::none:
+        break;
+    }
+    return {1.0f, 0.0f};
+}
+
+constexpr float decode_value(kv_format f, std::uint32_t code, row_metadata m) noexcept {
+    if (f == kv_format::fp32)
+        return std::bit_cast<float>(code);
+    if (f == kv_format::fp16)
+        return half_to_float(static_cast<std::uint16_t>(code));
+    const affine_pair p = decode_metadata(f, m);
+    return static_cast<float>(code) * p.slope + p.base;
+}
+
+} // namespace detail
+
+} // namespace kv1::inline KV1_ABI

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The quantizer concept: from one vector to codes and metadata, and back.
+//
+// A quantizer is a stateless type. quantize() reads `n` channels and writes `n` codes, one byte each, and the
+// metadata; it refuses NaN, infinity and metadata that fp16 cannot hold, and then writes nothing. The
+// functions here are the plain definition, constant across processors; caches run vectorized ones that give
+// the same bytes (kv1/row.hpp).
+#pragma once
+
+#include <kv1/float16.hpp>
+#include <kv1/format.hpp>
+#include <kv1/status.hpp>
+
+#include <cmath>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+namespace kv1::inline KV1_ABI {
+
+/// What is kept beside the codes: value = scale * code + minimum, both rounded to fp16.
+struct affine_metadata {
+    float16 scale;
+    float16 minimum;
+};
+
+/// Scaled binary keeps a scale alone.
+struct scale_metadata {
+    float16 scale;
+};
+
+/// Binary keeps nothing.
+struct no_metadata {};
+
+template <class Q>
+concept quantizer = requires(std::span<const float> x, std::span<std::uint8_t> codes, std::uint8_t code,
+                             typename Q::metadata metadata) {
+    { Q::bits } -> std::convertible_to<int>;
+    { Q::quantize(x, codes, metadata) }
+    noexcept->std::same_as<status>;
+    { Q::dequantize(code, metadata) }
+    noexcept->std::same_as<float>;
+};
+
+namespace detail {
+
+inline constexpr const char* rule_finite = "K and V must be finite";
+inline constexpr const char* rule_fp16_metadata = "scale or minimum overflows fp16";
+inline constexpr const char* rule_fp16_value = "the value overflows fp16";
+
+// By the bits, so that -ffast-math cannot take the test away.
+constexpr bool is_finite(float x) noexcept {
+    return (std::bit_cast<std::uint32_t>(x) & 0x7fffffffu) < 0x7f800000u;
+}
+constexpr bool is_finite(float16 x) noexcept { return (x.bits() & 0x7fffu) < 0x7c00u; }
+
+// Index of the first NaN or infinity; n where there is none.
+inline std::size_t first_non_finite(std::span<const float> x) noexcept {
+    std::size_t i = 0;
+    while (i < x.size() && is_finite(x[i]))
+        ++i;
+    return i;
+}
+
+inline status check_vector(std::span<const float> x, std::span<std::uint8_t> codes) noexcept {
+    if (codes.size() != x.size())
+        return {errc::shape_mismatch, "one code per channel is needed"};
+    if (x.empty())
+        return {errc::invalid_argument, "a vector has at least one channel"};
+    if (const std::size_t bad = first_non_finite(x); bad != x.size())
+        return {errc::non_finite, rule_finite, {.channel = static_cast<std::int64_t>(bad)}};
+    return {};
+}
+
+} // namespace detail
+
+} // namespace kv1::inline KV1_ABI

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// binary: one bit per channel, code = (x >= 0), value 0 or 1, no metadata (the KV1 reference's 1-bit mode).
+// -0 counts as >= 0. O(n), no allocation.
+#pragma once
+
+#include <kv1/quantizer.hpp>
+
+namespace kv1::inline KV1_ABI {
+
+struct binary {
+    static constexpr int bits = 1;
+    using metadata = no_metadata;
+
+    static status quantize(std::span<const float> x, std::span<std::uint8_t> codes, metadata&) noexcept {
+        if (const status s = detail::check_vector(x, codes); !s)
+            return s;
+        for (std::size_t i = 0; i < x.size(); ++i)
+            codes[i] = x[i] >= 0.0f ? 1 : 0;
+        return {};
+    }
+
+    [[nodiscard]] static constexpr float dequantize(std::uint8_t code, metadata) noexcept {
+        return static_cast<float>(code);
+    }
+};
+
+static_assert(quantizer<binary>);
+
+} // namespace kv1::inline KV1_ABI

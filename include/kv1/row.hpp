@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The row format: one vector as the KV1 reference stores it, packed codes (low bits first, first channel
+// lowest, the tail of the last byte 0) and fp16 metadata beside them. Vectorized on the current target, the
+// same bytes on every one. O(channels), no allocation, thread-safe; a refused vector leaves its outputs
+// untouched.
+#pragma once
+
+#include <kv1/packed_span.hpp>
+#include <kv1/quantizer.hpp>
+#include <kv1/quantizers/affine.hpp>
+#include <kv1/quantizers/binary.hpp>
+#include <kv1/quantizers/scaled_binary.hpp>
+
+#include <array>
+#include <cstring>
+
+namespace kv1::inline KV1_ABI {
+
+/// Longest vector the library takes.
+inline constexpr std::size_t max_vector_channels = detail::max_head_dim;
+
+namespace detail {
+
+template <class Q>
+inline constexpr int affine_bits = 0;
+template <int Bits>
+inline constexpr int affine_bits<affine<Bits>> = Bits;
+
+inline status as_status(const encode_result& r) noexcept {
+    if (r.code == errc::ok)
+        return {};
+    return {
+        r.code, r.rule, {.channel = r.code == errc::non_finite ? static_cast<std::int64_t>(r.channel) : -1}};
+}
+
+// Codes of a vector on the current target; `codes` holds round_up(n, 32) bytes.
+template <quantizer Q>
+encode_result encode_codes(const float* x, std::size_t n, std::uint8_t* codes) noexcept {
+    if constexpr (affine_bits<Q> != 0)
+        return common_kernels().encode_affine(x, n, affine_bits<Q>, codes);
+    else if constexpr (std::same_as<Q, scaled_binary>)
+        return common_kernels().encode_scaled_binary(x, n, codes);
+    else
+        return common_kernels().encode_binary(x, n, codes);
+}
+
+template <quantizer Q>
+inline constexpr bool library_quantizer =
+    affine_bits<Q> != 0 || std::same_as<Q, scaled_binary> || std::same_as<Q, binary>;
+
+} // namespace detail
+
+/// Quantizes a vector to codes, one byte each, and metadata: Q::quantize on the current target.
+template <quantizer Q>
+requires detail::library_quantizer<Q> status try_quantize(std::span<const float> x,
+                                                          std::span<std::uint8_t> codes,
+                                                          typename Q::metadata& metadata)
+noexcept {
+    if (codes.size() != x.size())
+        return {errc::shape_mismatch, "one code per channel is needed"};
+    if (x.empty() || x.size() > max_vector_channels)
+        return {errc::out_of_range, "a vector has 1 to 4096 channels"};
+    std::array<std::uint8_t, detail::max_head_dim> buffer;
+    const detail::encode_result encoded = detail::encode_codes<Q>(x.data(), x.size(), buffer.data());
+    if (encoded.code != errc::ok)
+        return detail::as_status(encoded);
+    std::memcpy(codes.data(), buffer.data(), codes.size());
+    if constexpr (requires { metadata.scale; })
+        metadata.scale = float16::from_bits(encoded.metadata.scale);
+    if constexpr (requires { metadata.minimum; })
+        metadata.minimum = float16::from_bits(encoded.metadata.minimum);
+    return {};
+}
+
+/// Quantizes and packs a vector. packed.size() must be packed_size<Q::bits>(x.size()).
+template <quantizer Q>
+requires detail::library_quantizer<Q> && packable<Q::bits> status
+try_encode_row(std::span<const float> x, std::span<std::byte> packed, typename Q::metadata& metadata)
+noexcept {
+    if (packed.size() != packed_size<Q::bits>(x.size()))
+        return {errc::shape_mismatch, "the row's bytes do not fit the number of channels"};
+    if (x.empty() || x.size() > max_vector_channels)
+        return {errc::out_of_range, "a vector has 1 to 4096 channels"};
+    std::array<std::uint8_t, detail::max_head_dim> codes;
+    if (const status s = try_quantize<Q>(x, std::span(codes).first(x.size()), metadata); !s)
+        return s;
+    detail::pack_codes<Q::bits>(codes.data(), x.size(), packed.data());
+    return {};
+}
+
+/// Restores a vector's values: Q::dequantize of every code.
+template <quantizer Q>
+requires packable<Q::bits> status try_decode_row(std::span<const std::byte> packed,
+                                                 typename Q::metadata metadata, std::span<float> out)
+noexcept {
+    if (packed.size() != packed_size<Q::bits>(out.size()))
+        return {errc::shape_mismatch, "the row's bytes do not fit the number of channels"};
+    for (std::size_t i = 0; i < out.size(); ++i)
+        out[i] = Q::dequantize(detail::code_bits<Q::bits>::load(packed.data(), i), metadata);
+    return {};
+}
+
+#if KV1_EXCEPTIONS
+template <quantizer Q>
+requires detail::library_quantizer<Q>
+void quantize(std::span<const float> x, std::span<std::uint8_t> codes, typename Q::metadata& metadata) {
+    detail::throw_if_error(try_quantize<Q>(x, codes, metadata));
+}
+template <quantizer Q>
+void encode_row(std::span<const float> x, std::span<std::byte> packed, typename Q::metadata& metadata) {
+    detail::throw_if_error(try_encode_row<Q>(x, packed, metadata));
+}
+template <quantizer Q>
+void decode_row(std::span<const std::byte> packed, typename Q::metadata metadata, std::span<float> out) {
+    detail::throw_if_error(try_decode_row<Q>(packed, metadata, out));
+}
+#endif
+
+} // namespace kv1::inline KV1_ABI

@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// How kv1 reports errors, with and without exceptions.
+//
+// Every operation that can fail has a `try_` form that is noexcept and returns `status` or `result<T>`, and,
+// where exceptions are enabled, a plain form that throws `kv1::error` carrying the same status. An operation
+// that fails leaves its object as it was. A status allocates nothing: it names the error, the rule that was
+// broken, and where (layer, KV head, token, channel; -1 where that does not apply).
+#pragma once
+
+#include <kv1/detail/config.hpp>
+
+#include <cstdint>
+#include <cstdlib>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#if KV1_EXCEPTIONS
+#include <new>
+#include <stdexcept>
+#endif
+
+namespace kv1::inline KV1_ABI {
+
+enum class errc : std::uint8_t {
+    ok,
+    invalid_argument,   ///< a value that no call accepts
+    shape_mismatch,     ///< extents that do not fit the object or each other
+    out_of_range,       ///< an index past the end
+    non_finite,         ///< NaN or infinity where a number is needed
+    not_representable,  ///< a finite number that the storage format cannot hold
+    out_of_memory,      ///< the allocator gave nothing
+    capacity_exceeded,  ///< the page pool has no free page left
+    invalid_sequence,   ///< a handle that names no living sequence
+    unsupported_format, ///< a storage format this cache type was not compiled for
+    unsupported_target, ///< an instruction set that is not compiled in or that this processor lacks
+};
+
+[[nodiscard]] constexpr std::string_view to_string(errc code) noexcept {
+    switch (code) {
+    case errc::ok:
+        return "ok";
+    case errc::invalid_argument:
+        return "invalid argument";
+    case errc::shape_mismatch:
+        return "shape mismatch";
+    case errc::out_of_range:
+        return "out of range";
+    case errc::non_finite:
+        return "non-finite value";
+    case errc::not_representable:
+        return "value not representable";
+    case errc::out_of_memory:
+        return "out of memory";
+    case errc::capacity_exceeded:
+        return "cache capacity exceeded";
+    case errc::invalid_sequence:
+        return "invalid sequence";
+    case errc::unsupported_format:
+        return "unsupported format";
+    case errc::unsupported_target:
+        return "unsupported target";
+    }
+    return "unknown error";
+}
+
+/// Where an error was met; -1 where a coordinate does not apply.
+struct error_location {
+    std::int64_t layer = -1;
+    std::int64_t kv_head = -1;
+    std::int64_t token = -1;
+    std::int64_t channel = -1;
+};
+
+/// Outcome of an operation. Contextually convertible to bool: true means success.
+class [[nodiscard]] status {
+public:
+    constexpr status() noexcept = default;
+    /// `rule` must have static storage duration: the status keeps the pointer.
+    constexpr status(errc code, const char* rule, error_location where = {}) noexcept
+        : code_(code), rule_(rule), where_(where) {}
+
+    [[nodiscard]] constexpr explicit operator bool() const noexcept { return code_ == errc::ok; }
+    [[nodiscard]] constexpr errc code() const noexcept { return code_; }
+    [[nodiscard]] constexpr const char* rule() const noexcept { return rule_; }
+    [[nodiscard]] constexpr const error_location& where() const noexcept { return where_; }
+
+    /// One line: the error, the rule and the place. Allocates.
+    [[nodiscard]] std::string message() const {
+        std::string text(to_string(code_));
+        if (*rule_ != '\0')
+            text.append(": ").append(rule_);
+        const std::pair<const char*, std::int64_t> places[] = {{"layer", where_.layer},
+                                                               {"KV head", where_.kv_head},
+                                                               {"token", where_.token},
+                                                               {"channel", where_.channel}};
+        const char* separator = " (";
+        for (const auto& [name, index] : places) {
+            if (index < 0)
+                continue;
+            text.append(separator).append(name).append(" ").append(std::to_string(index));
+            separator = ", ";
+        }
+        if (*separator == ',')
+            text.push_back(')');
+        return text;
+    }
+
+private:
+    errc code_ = errc::ok;
+    const char* rule_ = "";
+    error_location where_{};
+};
+
+#if KV1_EXCEPTIONS
+/// What the throwing forms throw.
+class error : public std::runtime_error {
+public:
+    explicit error(const status& s) : std::runtime_error("kv1: " + s.message()), status_(s) {}
+    [[nodiscard]] const status& reason() const noexcept { return status_; }
+    [[nodiscard]] errc code() const noexcept { return status_.code(); }
+
+private:
+    status status_;
+};
+#endif
+
+namespace detail {
+
+inline void throw_if_error([[maybe_unused]] const status& s) {
+#if KV1_EXCEPTIONS
+    if (!s)
+        throw error(s);
+#else
+    if (!s)
+        std::abort(); // value() of a failed result: a caller without exceptions tests first
+#endif
+}
+
+} // namespace detail
+
+/// A value or the status that says why there is none.
+template <class T>
+class [[nodiscard]] result {
+public:
+    result(T value) noexcept : value_(std::move(value)) {}
+    result(const status& failure) noexcept : status_(failure) {}
+
+    [[nodiscard]] explicit operator bool() const noexcept { return value_.has_value(); }
+    [[nodiscard]] const status& reason() const noexcept { return status_; }
+    [[nodiscard]] errc code() const noexcept { return status_.code(); }
+
+    /// Precondition of the dereferences: the result holds a value.
+    [[nodiscard]] T& operator*() noexcept { return *value_; }
+    [[nodiscard]] const T& operator*() const noexcept { return *value_; }
+    [[nodiscard]] T* operator->() noexcept { return &*value_; }
+    [[nodiscard]] const T* operator->() const noexcept { return &*value_; }
+
+    /// The value; throws `error` where there is none (without exceptions: aborts).
+    [[nodiscard]] T& value() & { return detail::throw_if_error(status_), *value_; }
+    [[nodiscard]] T value() && { return detail::throw_if_error(status_), std::move(*value_); }
+
+private:
+    std::optional<T> value_;
+    status status_;
+};
+
+} // namespace kv1::inline KV1_ABI

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Run-time choice of the instruction set ("target") that kernels run on.
+//
+// By default the best target that the processor supports is used. The environment variable KV1_TARGET
+// (scalar, baseline, avx2, avx512, avx512_vnni), read once at first use, or set_target() force another one,
+// for tests, measurements and bug reports. A KV1_TARGET that is unknown or that this processor lacks makes
+// the construction of a cache fail with errc::unsupported_target; free functions then run on the best target.
+//
+// Targets never change a stored byte: quantizing gives the same codes and metadata on every one.
+#pragma once
+
+#include <kv1/detail/config.hpp>
+#include <kv1/status.hpp>
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <optional>
+#include <string_view>
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
+
+namespace kv1::inline KV1_ABI {
+
+enum class target : std::uint8_t {
+    scalar,      ///< plain C++, the oracle of the tests
+    baseline,    ///< what the translation unit was compiled for (SSE2 on plain x86-64, NEON on AArch64)
+    avx2,        ///< AVX2, FMA, F16C
+    avx512,      ///< AVX-512 F, CD, VL, DQ, BW
+    avx512_vnni, ///< the same with VNNI
+};
+
+inline constexpr std::array all_targets{target::scalar, target::baseline, target::avx2, target::avx512,
+                                        target::avx512_vnni};
+
+[[nodiscard]] constexpr std::string_view to_string(target t) noexcept {
+    switch (t) {
+    case target::scalar:
+        return "scalar";
+    case target::baseline:
+        return "baseline";
+    case target::avx2:
+        return "avx2";
+    case target::avx512:
+        return "avx512";
+    case target::avx512_vnni:
+        return "avx512_vnni";
+    }
+    return "unknown";
+}
+
+[[nodiscard]] constexpr std::optional<target> target_from_string(std::string_view name) noexcept {
+    for (const target t : all_targets)
+        if (to_string(t) == name)
+            return t;
+    return std::nullopt;
+}
+
+namespace detail {
+
+// What the processor and the operating system support. Every feature a target's code may use is tested by
+// itself: no level is inferred from a higher one, since hypervisors mask features one by one.
+struct cpu_features {
+    bool avx2 = false;
+    bool avx512 = false;
+    bool avx512_vnni = false;
+};
+
+inline cpu_features detect_cpu() noexcept {
+    cpu_features found;
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(KV1_STATIC_DISPATCH)
+    constexpr auto has = [](unsigned word, int bit) { return ((word >> bit) & 1u) != 0u; };
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (__get_cpuid(1, &a, &b, &c, &d) == 0 || !has(c, 27)) // OSXSAVE: xgetbv may be executed
+        return found;
+    const bool level1 = has(c, 0) && has(c, 9) && has(c, 12) && has(c, 19) && has(c, 20) && has(c, 23) &&
+                        has(c, 28) && has(c, 29); // SSE3 SSSE3 FMA SSE4.1 SSE4.2 POPCNT AVX F16C
+    unsigned xcr0 = 0, xcr0_high = 0;
+    __asm__ volatile("xgetbv" : "=a"(xcr0), "=d"(xcr0_high) : "c"(0));
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0)
+        return found;
+    found.avx2 = level1 && (xcr0 & 0x6u) == 0x6u && has(b, 3) && has(b, 5) && has(b, 8); // BMI AVX2 BMI2
+    found.avx512 = found.avx2 && (xcr0 & 0xe6u) == 0xe6u && has(b, 16) && has(b, 17) && has(b, 28) &&
+                   has(b, 30) && has(b, 31); // F DQ CD BW VL
+    found.avx512_vnni = found.avx512 && has(c, 11);
+#endif
+    return found;
+}
+
+inline const cpu_features& cpu() noexcept {
+    static const cpu_features features = detect_cpu();
+    return features;
+}
+
+struct environment_choice {
+    std::optional<target> chosen;
+    bool refused = false;
+};
+
+} // namespace detail
+
+/// Whether the target is compiled in and this processor can run it.
+[[nodiscard]] inline bool is_supported(target t) noexcept {
+    switch (t) {
+    case target::scalar:
+    case target::baseline:
+        return true;
+    case target::avx2:
+        return detail::cpu().avx2;
+    case target::avx512:
+        return detail::cpu().avx512;
+    case target::avx512_vnni:
+        return detail::cpu().avx512_vnni;
+    }
+    return false;
+}
+
+/// The fastest supported target.
+[[nodiscard]] inline target best_target() noexcept {
+    target best = target::baseline;
+    for (const target t : all_targets)
+        if (is_supported(t) && t > best)
+            best = t;
+    return best;
+}
+
+namespace detail {
+
+inline const environment_choice& environment_target() noexcept {
+    static const environment_choice choice = [] {
+        environment_choice c;
+        if (const char* name = std::getenv("KV1_TARGET"); name != nullptr && *name != '\0') {
+            c.chosen = target_from_string(name);
+            c.refused = !c.chosen || !is_supported(*c.chosen);
+        }
+        return c;
+    }();
+    return choice;
+}
+
+inline std::atomic<target>& target_in_use() noexcept {
+    static std::atomic<target> current{[] {
+        const environment_choice& e = environment_target();
+        return e.chosen && !e.refused ? *e.chosen : best_target();
+    }()};
+    return current;
+}
+
+} // namespace detail
+
+/// The target that kernels run on now. Thread-safe.
+[[nodiscard]] inline target current_target() noexcept {
+    return detail::target_in_use().load(std::memory_order_relaxed);
+}
+
+/// Forces a target for calls that start from now on, in all threads.
+inline status try_set_target(target t) noexcept {
+    if (!is_supported(t))
+        return {errc::unsupported_target, "the target is not compiled in or this processor lacks it"};
+    detail::target_in_use().store(t, std::memory_order_relaxed);
+    return {};
+}
+
+#if KV1_EXCEPTIONS
+inline void set_target(target t) { detail::throw_if_error(try_set_target(t)); }
+#endif
+
+} // namespace kv1::inline KV1_ABI

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Views of the caller's K, V, query and output tensors: [tokens][heads][channels] of fp32, fp16 or bf16, with
+// a stride (in elements, any sign) between tokens and between heads; channels are contiguous. The element
+// type is erased, so the calls that take views are not templates.
+//
+//   kv1::tensor_view keys(k.data(), tokens, kv_heads, head_dim);                     //
+//   [token][head][channel] kv1::tensor_view keys(k.data(), tokens, kv_heads, head_dim, head_dim, stride); //
+//   [head][token][channel]
+#pragma once
+
+#include <kv1/float16.hpp>
+
+#include <cstddef>
+
+namespace kv1::inline KV1_ABI {
+
+/// Read-only view.
+class tensor_view {
+public:
+    /// Contiguous [tokens][heads][channels].
+    template <scalar T>
+    constexpr tensor_view(const T* data, std::size_t tokens, std::size_t heads, std::size_t channels) noexcept
+        : tensor_view(data, tokens, heads, channels, static_cast<std::ptrdiff_t>(heads * channels),
+                      static_cast<std::ptrdiff_t>(channels)) {}
+    template <scalar T>
+    constexpr tensor_view(const T* data, std::size_t tokens, std::size_t heads, std::size_t channels,
+                          std::ptrdiff_t token_stride, std::ptrdiff_t head_stride) noexcept
+        : data_(data), type_(scalar_type_of<T>), tokens_(tokens), heads_(heads), channels_(channels),
+          token_stride_(token_stride), head_stride_(head_stride) {}
+
+    [[nodiscard]] constexpr const void* data() const noexcept { return data_; }
+    [[nodiscard]] constexpr scalar_type type() const noexcept { return type_; }
+    [[nodiscard]] constexpr std::size_t tokens() const noexcept { return tokens_; }
+    [[nodiscard]] constexpr std::size_t heads() const noexcept { return heads_; }
+    [[nodiscard]] constexpr std::size_t channels() const noexcept { return channels_; }
+    [[nodiscard]] constexpr std::ptrdiff_t token_stride() const noexcept { return token_stride_; }
+    [[nodiscard]] constexpr std::ptrdiff_t head_stride() const noexcept { return head_stride_; }
+
+    /// First channel of a vector.
+    [[nodiscard]] const void* at(std::size_t token, std::size_t head) const noexcept {
+        const std::ptrdiff_t size = type_ == scalar_type::fp32 ? 4 : 2;
+        return static_cast<const std::byte*>(data_) + (static_cast<std::ptrdiff_t>(token) * token_stride_ +
+                                                       static_cast<std::ptrdiff_t>(head) * head_stride_) *
+                                                          size;
+    }
+
+private:
+    const void* data_;
+    scalar_type type_;
+    std::size_t tokens_, heads_, channels_;
+    std::ptrdiff_t token_stride_, head_stride_;
+};
+
+/// Writable view.
+class mutable_tensor_view {
+public:
+    template <scalar T>
+    constexpr mutable_tensor_view(T* data, std::size_t tokens, std::size_t heads,
+                                  std::size_t channels) noexcept
+        : view_(data, tokens, heads, channels), data_(data) {}
+    template <scalar T>
+    constexpr mutable_tensor_view(T* data, std::size_t tokens, std::size_t heads, std::size_t channels,
+                                  std::ptrdiff_t token_stride, std::ptrdiff_t head_stride) noexcept
+        : view_(data, tokens, heads, channels, token_stride, head_stride), data_(data) {}
+
+    [[nodiscard]] constexpr operator tensor_view() const noexcept { return view_; }
+    [[nodiscard]] constexpr void* data() const noexcept { return data_; }
+    [[nodiscard]] constexpr scalar_type type() const noexcept { return view_.type(); }
+    [[nodiscard]] constexpr std::size_t tokens() const noexcept { return view_.tokens(); }
+    [[nodiscard]] constexpr std::size_t heads() const noexcept { return view_.heads(); }
+    [[nodiscard]] constexpr std::size_t channels() const noexcept { return view_.channels(); }
+    [[nodiscard]] constexpr std::ptrdiff_t token_stride() const noexcept { return view_.token_stride(); }
+    [[nodiscard]] constexpr std::ptrdiff_t head_stride() const noexcept { return view_.head_stride(); }
+    [[nodiscard]] void* at(std::size_t token, std::size_t head) const noexcept {
+        return const_cast<void*>(view_.at(token, head));
+    }
+
+private:
+    tensor_view view_;
+    void* data_;
+};
+
+} // namespace kv1::inline KV1_ABI
