@@ -105,10 +105,10 @@ using arch = xs::best_arch;
 #if !defined(KV1_STATIC_DISPATCH)
 
 // ---- AVX2 + FMA + F16C
-#include <kv1/detail/simd/xsimd_enable_avx2.inl>
 #include <kv1/detail/simd/xsimd_guards_undef.inl>
 #include <kv1/detail/simd/xsimd_settings_undef.inl>
 #include <xsimd/config/xsimd_config.hpp>
+#include <kv1/detail/simd/xsimd_enable_avx2.inl>
 #define xsimd kv1_xsimd_avx2
 #if defined(__clang__)
 #pragma clang attribute push(                                                                                \
@@ -122,8 +122,8 @@ using arch = xs::best_arch;
 namespace kv1::inline KV1_ABI::detail::avx2 {
 namespace xs = ::kv1_xsimd_avx2;
 using arch = xs::fma3<xs::avx2>;
-#include <kv1/detail/kernels/all.inl>
 #include <kv1/detail/simd/isa_avx2.inl>
+#include <kv1/detail/kernels/all.inl>
 } // namespace kv1::inline KV1_ABI::detail::avx2
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -133,11 +133,11 @@ using arch = xs::fma3<xs::avx2>;
 #undef xsimd
 
 // ---- AVX-512 F, CD, VL, DQ, BW
-#include <kv1/detail/simd/xsimd_enable_avx2.inl>
-#include <kv1/detail/simd/xsimd_enable_avx512.inl>
 #include <kv1/detail/simd/xsimd_guards_undef.inl>
 #include <kv1/detail/simd/xsimd_settings_undef.inl>
 #include <xsimd/config/xsimd_config.hpp>
+#include <kv1/detail/simd/xsimd_enable_avx2.inl>
+#include <kv1/detail/simd/xsimd_enable_avx512.inl>
 #define xsimd kv1_xsimd_avx512
 #if defined(__clang__)
 #pragma clang attribute push(                                                                                        \
