@@ -17,7 +17,8 @@ template <scalar T>
 status try_convert(std::span<const T> in, std::span<float> out) noexcept {
     if (in.size() != out.size())
         return {errc::shape_mismatch, "spans of one size are needed"};
-    detail::common_kernels().load_floats(scalar_type_of<T>, in.data(), in.size(), out.data());
+    if (!in.empty()) // an empty span may be null
+        detail::common_kernels().load_floats(scalar_type_of<T>, in.data(), in.size(), out.data());
     return {};
 }
 
@@ -27,7 +28,8 @@ requires(!std::same_as<T, float>) status try_convert(std::span<const float> in, 
 noexcept {
     if (in.size() != out.size())
         return {errc::shape_mismatch, "spans of one size are needed"};
-    detail::common_kernels().store_floats(scalar_type_of<T>, in.data(), in.size(), out.data());
+    if (!in.empty()) // an empty span may be null
+        detail::common_kernels().store_floats(scalar_type_of<T>, in.data(), in.size(), out.data());
     return {};
 }
 

@@ -237,7 +237,14 @@ public:
         job.first_token = 0;
         job.last_token = length;
         job.group = queries.heads() / l.shape.kv_heads;
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push // at -O3 g++ 12 sees the payload of an empty optional and not the test before it
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
         job.scale = options.scale ? *options.scale : 1.0f / std::sqrt(static_cast<float>(l.shape.key_dim));
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
         const attention_mask& mask = options.mask;
         job.visible_base =
             mask.is_causal() ? mask.first_position().value_or(length - queries.tokens()) + 1 : length;

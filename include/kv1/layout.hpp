@@ -24,6 +24,7 @@
 
 #include <kv1/format.hpp>
 
+#include <array>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
@@ -63,12 +64,22 @@ constexpr int value_field_shift(int b, std::size_t n) noexcept {
 /// Geometry of the K or the V half of a page.
 struct section_layout {
     kv_format format{};
+    bool keys = false;
     std::size_t channels = 0; ///< head_dim
     std::size_t tokens = 0;   ///< page_tokens
     std::size_t offset = 0;   ///< of the lines in the page, in bytes
     std::size_t scale_offset = 0;
     std::size_t minimum_offset = 0;
-    bool keys = false;
+
+    constexpr section_layout() = default;
+    constexpr section_layout(bool is_keys, kv_format f, std::size_t head_dim,
+                             std::size_t page_tokens) noexcept
+        : format(f), keys(is_keys), channels(head_dim), tokens(page_tokens) {
+        const detail::format_traits t = traits();
+        const std::size_t fields = detail::round_up(keys ? channels : tokens, t.fields_per_lane());
+        for (int p = 0; p < t.part_count(); ++p)
+            lines_[static_cast<std::size_t>(p)] = fields * static_cast<std::size_t>(t.field_bits(p)) / 32;
+    }
 
     [[nodiscard]] constexpr detail::format_traits traits() const noexcept {
         return detail::traits_of(format);
@@ -76,13 +87,9 @@ struct section_layout {
 
     /// Lines of part p in one unit: a tile of a K section, a channel group of a V section.
     [[nodiscard]] constexpr std::size_t part_lines(int p) const noexcept {
-        const detail::format_traits t = traits();
-        const std::size_t fields = detail::round_up(keys ? channels : tokens, t.fields_per_lane());
-        return fields * static_cast<std::size_t>(t.field_bits(p)) / 32;
+        return lines_[static_cast<std::size_t>(p)];
     }
-    [[nodiscard]] constexpr std::size_t unit_lines() const noexcept {
-        return part_lines(0) + (traits().part_count() == 2 ? part_lines(1) : 0);
-    }
+    [[nodiscard]] constexpr std::size_t unit_lines() const noexcept { return lines_[0] + lines_[1]; }
     /// Tiles of a K section, channel groups of a V section.
     [[nodiscard]] constexpr std::size_t units() const noexcept {
         return detail::round_up(keys ? tokens : channels, line_lanes) / line_lanes;
@@ -102,6 +109,9 @@ struct section_layout {
                 keys ? detail::key_field_shift(b, along % per_lane)
                      : detail::value_field_shift(b, along % per_lane)};
     }
+
+private:
+    std::array<std::size_t, 2> lines_{}; // by part
 };
 
 /// Geometry of a page of one layer and KV head.
@@ -111,8 +121,8 @@ public:
     /// Preconditions: head dims > 0, page_tokens a multiple of tile_tokens and > 0.
     constexpr page_layout(kv_format key_format, std::size_t key_dim, kv_format value_format,
                           std::size_t value_dim, std::size_t page_tokens) noexcept
-        : keys_{key_format, key_dim, page_tokens, 0, 0, 0, true},
-          values_{value_format, value_dim, page_tokens, 0, 0, 0, false} {
+        : keys_(true, key_format, key_dim, page_tokens),
+          values_(false, value_format, value_dim, page_tokens) {
         values_.offset = keys_.bytes();
         std::size_t end = values_.offset + values_.bytes();
         for (section_layout* s : {&keys_, &values_}) {
@@ -132,8 +142,8 @@ public:
     [[nodiscard]] constexpr std::size_t bytes() const noexcept { return bytes_; }
 
 private:
-    section_layout keys_{};
-    section_layout values_{};
+    section_layout keys_;
+    section_layout values_;
     std::size_t bytes_ = 0;
 };
 

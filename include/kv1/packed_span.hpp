@@ -79,6 +79,8 @@ constexpr std::uint64_t split3(std::uint32_t joined) noexcept {
 
 template <int Bits>
 void pack_codes(const std::uint8_t* codes, std::size_t n, std::byte* bytes) noexcept {
+    if (n == 0)
+        return; // an empty span may be null
     if constexpr (Bits != 3) {
         common_kernels().pack(Bits, codes, n, reinterpret_cast<std::uint8_t*>(bytes));
     } else {
@@ -100,6 +102,8 @@ void pack_codes(const std::uint8_t* codes, std::size_t n, std::byte* bytes) noex
 
 template <int Bits>
 void unpack_codes(const std::byte* bytes, std::size_t n, std::uint8_t* codes) noexcept {
+    if (n == 0)
+        return; // an empty span may be null
     if constexpr (Bits != 3) {
         common_kernels().unpack(Bits, reinterpret_cast<const std::uint8_t*>(bytes), n, codes);
     } else {

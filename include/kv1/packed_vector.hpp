@@ -73,9 +73,9 @@ public:
         const std::size_t kept = std::min(n, size_);
         bytes_.resize(packed_size<Bits>(n));
         size_ = n;
-        // codes that a shrink cut off must not come back with a later growth
-        for (std::size_t i = kept; i < packed_size<Bits>(kept) * 8 / Bits; ++i)
-            detail::code_bits<Bits>::store(bytes_.data(), i, 0);
+        // codes that a shrink cut off must not come back with a later growth, nor a part of one
+        if (const std::size_t used = kept % 8 * Bits % 8; used != 0)
+            bytes_[packed_size<Bits>(kept) - 1] &= static_cast<std::byte>((1u << used) - 1u);
     }
     /// Precondition: code < 2^Bits.
     void push_back(std::uint8_t code) {

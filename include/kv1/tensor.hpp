@@ -4,9 +4,9 @@
 // a stride (in elements, any sign) between tokens and between heads; channels are contiguous. The element
 // type is erased, so the calls that take views are not templates.
 //
-//   kv1::tensor_view keys(k.data(), tokens, kv_heads, head_dim);                     //
-//   [token][head][channel] kv1::tensor_view keys(k.data(), tokens, kv_heads, head_dim, head_dim, stride); //
-//   [head][token][channel]
+//   kv1::tensor_view keys(k.data(), tokens, kv_heads, head_dim);
+//
+// views [token][head][channel]; with strides head_dim and tokens * head_dim it would be [head][token][channel].
 #pragma once
 
 #include <kv1/float16.hpp>

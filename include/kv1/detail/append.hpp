@@ -24,18 +24,52 @@ struct append_job {
     tensor_view keys, values;
 };
 
-// One plain vector into its lanes; refuses what is not finite or not representable.
-inline encode_result insert_plain(const section_layout& s, std::byte* page, std::size_t token,
-                                  const float* x) noexcept {
-    if (const std::size_t bad = first_non_finite({x, s.channels}); bad != s.channels)
-        return {errc::non_finite, rule_finite, bad, {}};
-    const bool half = s.format == kv_format::fp16;
-    if (half)
-        for (std::size_t c = 0; c < s.channels; ++c)
-            if (!is_finite(float16(x[c])))
-                return {errc::not_representable, rule_fp16_value, c, {}};
-    for (std::size_t c = 0; c < s.channels; ++c)
-        store_code(s, page, token, c, half ? float_to_half(x[c]) : std::bit_cast<std::uint32_t>(x[c]));
+// The element of a plain section that holds (token, channel); T is its storage type.
+template <class T>
+T* plain_element(const section_layout& s, std::byte* page, std::size_t token, std::size_t channel) noexcept {
+    constexpr std::size_t per_lane = 4 / sizeof(T);
+    const std::size_t across = s.keys ? token : channel, along = s.keys ? channel : token;
+    const std::size_t line = across / line_lanes * s.unit_lines() + along / per_lane;
+    return reinterpret_cast<T*>(page + s.offset) + (line * line_lanes + across % line_lanes) * per_lane +
+           along % per_lane;
+}
+
+template <class T>
+void store_plain(const section_layout& s, std::byte* page, std::size_t token, const T* x) noexcept {
+    constexpr std::size_t per_lane = 4 / sizeof(T);
+    const std::size_t run = s.keys ? per_lane : line_lanes; // channels that lie a fixed step apart
+    const std::size_t step = s.keys ? 1 : per_lane;
+    for (std::size_t c = 0; c < s.channels; c += run) {
+        T* element = plain_element<T>(s, page, token, c);
+        const std::size_t n = s.channels - c < run ? s.channels - c : run;
+        for (std::size_t k = 0; k < n; ++k)
+            element[k * step] = x[c + k];
+    }
+}
+
+// One plain vector into its lanes; refuses what is not finite or not representable. `buffer` holds its
+// halves.
+inline encode_result insert_plain(const target_kernels& kernels, const section_layout& s, std::byte* page,
+                                  std::size_t token, const float* x, std::uint16_t* buffer) noexcept {
+    std::uint32_t largest = 0; // by magnitude bits, NaN above infinity
+    for (std::size_t c = 0; c < s.channels; ++c) {
+        const std::uint32_t magnitude = std::bit_cast<std::uint32_t>(x[c]) & 0x7fffffffu;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    if (largest >= 0x7f800000u)
+        return {errc::non_finite, rule_finite, first_non_finite({x, s.channels}), {}};
+    if (s.format == kv_format::fp32) {
+        store_plain(s, page, token, x);
+        return {};
+    }
+    if (!is_finite(float16(std::bit_cast<float>(largest)))) {
+        std::size_t c = 0;
+        while (is_finite(float16(x[c])))
+            ++c;
+        return {errc::not_representable, rule_fp16_value, c, {}};
+    }
+    kernels.store_floats(scalar_type::fp16, x, s.channels, buffer);
+    store_plain(s, page, token, buffer);
     return {};
 }
 
@@ -43,7 +77,7 @@ inline encode_result insert_vector(const target_kernels& kernels, const section_
                                    std::size_t token, const float* x, std::uint8_t* codes) noexcept {
     const format_traits t = s.traits();
     if (t.code_bits == 0)
-        return insert_plain(s, page, token, x);
+        return insert_plain(kernels, s, page, token, x, reinterpret_cast<std::uint16_t*>(codes));
     encode_result encoded;
     switch (t.metadata) {
     case metadata_kind::scale_and_minimum:
@@ -66,7 +100,8 @@ inline encode_result insert_vector(const target_kernels& kernels, const section_
 // All new tokens of one KV head.
 inline status append_head(const append_job& job, std::size_t head) noexcept {
     alignas(64) float converted[max_head_dim];
-    alignas(64) std::uint8_t codes[max_head_dim] = {}; // zero past the channels
+    alignas(64) std::uint8_t
+        codes[2 * max_head_dim]; // codes, zero past the channels; or the halves of a plain vector
     const page_layout& layout = *job.layout;
     const std::size_t page_tokens = layout.page_tokens();
     for (const section_layout* s : {&layout.keys(), &layout.values()}) {

@@ -51,7 +51,7 @@ inline void round_query(const float* query, std::size_t padded, const format_tra
     alignas(64) std::int8_t plain[max_head_dim];
     i32 total(0);
     for (std::size_t i = 0; i < padded; i += lanes) {
-        const i32 code = xs::to_int(xs::nearbyint(f32::load_aligned(query + i) * inverse));
+        const i32 code = rounded_codes(f32::load_aligned(query + i) * inverse);
         total = total + code;
         store_u8(xs::bitwise_cast<std::uint32_t>(code), reinterpret_cast<std::uint8_t*>(plain) + i);
     }

@@ -122,6 +122,12 @@ void key_scores_exact(const section_view& view, const query_rows& q, float* scor
         }
 }
 
+// The 8-bit code of a quotient by the step; NaN, which a query may hold, becomes 0.
+inline std::int8_t rounded_code(float quotient) noexcept {
+    return quotient > -128.0f && quotient < 128.0f ? static_cast<std::int8_t>(std::nearbyint(quotient))
+                                                   : std::int8_t{0};
+}
+
 // The integer path by its definition; codes[1] of the query rows holds them in channel order on this target.
 template <storage_format Format>
 void key_scores_fast(const section_view& view, const query_rows& q, float* scores,
@@ -173,7 +179,7 @@ void value_sums_fast(const section_view& view, const weight_rows& w, float* sums
         for (std::size_t c = 0; c < view.layout->channels; ++c) {
             std::int64_t twice = 0;
             for (std::size_t t = 0; t < view.tokens; ++t)
-                twice += static_cast<std::int64_t>(std::nearbyint(scaled[t] * inverse)) *
+                twice += rounded_code(scaled[t] * inverse) *
                          (2 * static_cast<std::int64_t>(
                                   load_code(*view.layout, view.page, view.first_token + t, c)) -
                           max_code);
@@ -208,7 +214,7 @@ inline void attend_rows(const attention_job& job) noexcept {
         const float step = top / 127.0f, inverse = top > 0.0f ? 127.0f / top : 0.0f;
         std::int32_t code_sum = 0;
         for (std::size_t c = 0; c < keys.channels; ++c) {
-            codes[c] = static_cast<std::int8_t>(std::nearbyint(query[c] * inverse));
+            codes[c] = rounded_code(query[c] * inverse);
             code_sum += codes[c];
         }
         std::fill_n(sums, values.channels, 0.0f);

@@ -12,28 +12,10 @@
 // Cost of the fast path per line (16 tokens x 32/b channels) and query row: 8/b dot4, the shifts and masks
 // being shared by up to 4 rows.
 
-// total += (codes of one part) . (query codes), for R rows.
-template <int Bits, std::size_t R>
-KV1_INLINE void add_key_dots(const std::uint32_t* lines, std::size_t line_count, const std::int8_t* query,
-                             std::size_t stride, int shift, i32 (&total)[R]) {
-    constexpr int planes = 8 / Bits;
-    const u32 mask(static_cast<std::uint32_t>((1 << Bits) - 1) * 0x01010101u);
-    i32 sum[R];
-    for (std::size_t r = 0; r < R; ++r)
-        sum[r] = i32(0);
-    for (std::size_t l = 0; l < line_count; ++l) {
-        const u32 packed = u32::load_aligned(lines + l * line_lanes);
-        for (int f = 0; f < planes; ++f) {
-            const u32 codes = Bits == 8 ? packed : (packed >> (Bits * f)) & mask;
-            for (std::size_t r = 0; r < R; ++r) {
-                std::int32_t four;
-                std::memcpy(&four, query + r * stride + (l * planes + static_cast<std::size_t>(f)) * 4, 4);
-                sum[r] = Bits == 8 ? dot4_wide(sum[r], codes, i32(four)) : dot4(sum[r], codes, i32(four));
-            }
-        }
-    }
-    for (std::size_t r = 0; r < R; ++r)
-        total[r] = total[r] + (sum[r] << shift);
+// Quotients by the step to 8-bit codes. A NaN in a query spoils its row, but must not make sums overflow:
+// clamping takes it to -127 on x86 (the second operand of maxps), and conversion to 0 on ARM.
+KV1_INLINE i32 rounded_codes(f32 quotients) {
+    return xs::to_int(xs::nearbyint(xs::min(xs::max(quotients, f32(-127.0f)), f32(127.0f))));
 }
 
 // slope and base of the tokens of one register.
@@ -55,38 +37,44 @@ KV1_INLINE void load_affine(const section_layout& s, const std::byte* page, std:
     }
 }
 
-template <class Format, std::size_t R>
-inline void fast_scores(const section_view& view, const query_rows& q, std::size_t row, float* scores,
-                        std::size_t score_stride) {
+// Scores of R rows for `tokens` tokens, N registers at a time: tiles one after the other where a register is a
+// tile, else the pieces of one tile.
+template <class Format, std::size_t R, std::size_t N>
+KV1_INLINE void fast_score_step(const section_view& view, const query_rows& q, std::size_t row, std::size_t token,
+                                float* scores, std::size_t score_stride) {
     constexpr format_traits t = traits_of(kv_format_of<Format>);
     constexpr auto max_code = static_cast<float>((1 << t.code_bits) - 1);
     const section_layout& s = *view.layout;
     const std::size_t unit = s.unit_lines() * line_lanes;
-    const auto* tile =
-        reinterpret_cast<const std::uint32_t*>(view.page + s.offset) + view.first_token / tile_tokens * unit;
-    for (std::size_t token = 0; token < view.tokens; token += tile_tokens, tile += unit) {
-        for (std::size_t k = 0; k < pieces; ++k) {
-            i32 total[R];
-            for (std::size_t r = 0; r < R; ++r)
-                total[r] = i32(0);
-            add_key_dots<t.parts[0].bits, R>(tile + k * lanes, s.part_lines(0), q.codes[0] + row * q.stride,
-                                             q.stride, t.parts[0].shift, total);
-            if constexpr (t.part_count() == 2)
-                add_key_dots<t.parts[1].bits, R>(tile + s.part_lines(0) * line_lanes + k * lanes,
-                                                 s.part_lines(1), q.codes[1] + row * q.stride, q.stride,
-                                                 t.parts[1].shift, total);
-            f32 slope, base;
-            load_affine<Format>(s, view.page, view.first_token + token + k * lanes, slope, base);
-            const f32 centre = xs::fma(slope, f32(0.5f * max_code), base);
-            for (std::size_t r = 0; r < R; ++r) {
-                const i32 centred =
-                    (total[r] << 1) - i32(static_cast<std::int32_t>(max_code) * q.code_sums[row + r]);
-                const f32 dot = xs::to_float(centred) * f32(0.5f * q.code_scales[row + r]);
-                xs::fma(slope, dot, centre * f32(q.sums[row + r]))
-                    .store_unaligned(scores + (row + r) * score_stride + token + k * lanes);
-            }
+    const std::size_t at = view.first_token + token;
+    const std::uint32_t* first = reinterpret_cast<const std::uint32_t*>(view.page + s.offset) +
+                                 at / line_lanes * unit + at % line_lanes;
+    const std::int8_t* const rows[2] = {q.codes[0] + row * q.stride, q.codes[1] + row * q.stride};
+    i32 total[R][N];
+    unit_dots<Format, R, N>(s, first, lanes == line_lanes ? unit : lanes, {0, 0}, {s.part_lines(0), s.part_lines(1)},
+                            prefetch_distance, rows, q.stride, total);
+    for (std::size_t n = 0; n < N; ++n) {
+        f32 slope, base;
+        load_affine<Format>(s, view.page, at + n * lanes, slope, base);
+        const f32 centre = xs::fma(slope, f32(0.5f * max_code), base);
+        for (std::size_t r = 0; r < R; ++r) {
+            const i32 centred = (total[r][n] << 1) - i32(static_cast<std::int32_t>(max_code) * q.code_sums[row + r]);
+            const f32 dot = xs::to_float(centred) * f32(0.5f * q.code_scales[row + r]);
+            xs::fma(slope, dot, centre * f32(q.sums[row + r]))
+                .store_unaligned(scores + (row + r) * score_stride + token + n * lanes);
         }
     }
+}
+
+template <class Format, std::size_t R>
+inline void fast_scores(const section_view& view, const query_rows& q, std::size_t row, float* scores,
+                        std::size_t score_stride) {
+    constexpr std::size_t at_once = registers_at_once<R>;
+    std::size_t token = 0;
+    for (; token + at_once * lanes <= view.tokens; token += at_once * lanes)
+        fast_score_step<Format, R, at_once>(view, q, row, token, scores, score_stride);
+    for (; token < view.tokens; token += lanes)
+        fast_score_step<Format, R, 1>(view, q, row, token, scores, score_stride);
 }
 
 // Decoded values of consecutive fields of a lane: channels of a K lane, tokens of a V lane.

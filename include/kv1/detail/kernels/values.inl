@@ -41,7 +41,7 @@ KV1_INLINE void round_weights(const section_view& view, const float* weights, st
     const f32 inverse(top > 0.0f ? 127.0f / top : 0.0f);
     i32 sum(0);
     for (std::size_t i = 0; i < view.tokens; i += lanes) {
-        const i32 code = xs::to_int(xs::nearbyint(f32::load_aligned(scaled + i) * inverse));
+        const i32 code = rounded_codes(f32::load_aligned(scaled + i) * inverse);
         sum = sum + code;
         store_u8(xs::bitwise_cast<std::uint32_t>(code), reinterpret_cast<std::uint8_t*>(out.codes) + i);
     }
@@ -50,65 +50,48 @@ KV1_INLINE void round_weights(const section_view& view, const float* weights, st
     out.code_sum = xs::reduce_add(sum);
 }
 
-template <int Bits, std::size_t R>
-KV1_INLINE void add_value_dots(const std::uint32_t* lines, std::size_t line_count,
-                               const rounded_weights* weights, int shift, i32 (&total)[R]) {
-    constexpr int planes = 8 / Bits;
-    const u32 mask(static_cast<std::uint32_t>((1 << Bits) - 1) * 0x01010101u);
-    i32 sum[R];
+// Sums of R rows for N registers of channels from `channel` on.
+template <class Format, std::size_t R, std::size_t N>
+KV1_INLINE void fast_sum_step(const section_view& view, const rounded_weights* rounded, std::size_t padded,
+                              const float* rescale, std::size_t channel, float* sums, std::size_t sum_stride) {
+    constexpr format_traits t = traits_of(kv_format_of<Format>);
+    constexpr std::int32_t max_code = (1 << t.code_bits) - 1;
+    constexpr std::size_t per_lane0 = static_cast<std::size_t>(32 / t.parts[0].bits);
+    constexpr std::size_t per_lane1 = t.part_count() == 2 ? static_cast<std::size_t>(32 / t.parts[1].bits) : 1;
+    const section_layout& s = *view.layout;
+    const std::size_t unit = s.unit_lines() * line_lanes;
+    const std::uint32_t* first = reinterpret_cast<const std::uint32_t*>(view.page + s.offset) +
+                                 channel / line_lanes * unit + channel % line_lanes;
+    i32 total[R][N];
+    unit_dots<Format, R, N>(s, first, lanes == line_lanes ? unit : lanes,
+                            {view.first_token / per_lane0, view.first_token / per_lane1},
+                            {padded / per_lane0, padded / per_lane1}, prefetch_distance,
+                            {rounded[0].codes, rounded[0].codes}, sizeof(rounded_weights), total);
     for (std::size_t r = 0; r < R; ++r)
-        sum[r] = i32(0);
-    for (std::size_t l = 0; l < line_count; ++l) {
-        const u32 packed = u32::load_aligned(lines + l * line_lanes);
-        for (int f = 0; f < planes; ++f) {
-            const u32 codes = Bits == 8 ? packed : (packed >> (Bits * f)) & mask;
-            for (std::size_t r = 0; r < R; ++r) {
-                std::int32_t four;
-                std::memcpy(&four, weights[r].codes + (l * planes + static_cast<std::size_t>(f)) * 4, 4);
-                sum[r] = Bits == 8 ? dot4_wide(sum[r], codes, i32(four)) : dot4(sum[r], codes, i32(four));
-            }
+        for (std::size_t n = 0; n < N; ++n) {
+            float* out = sums + r * sum_stride + channel + n * lanes;
+            const i32 centred = (total[r][n] << 1) - i32(max_code * rounded[r].code_sum);
+            const f32 earlier = xs::fma(f32::load_aligned(out), f32(rescale[r]), f32(rounded[r].affine_sum));
+            xs::fma(xs::to_float(centred), f32(0.5f * rounded[r].step), earlier).store_aligned(out);
         }
-    }
-    for (std::size_t r = 0; r < R; ++r)
-        total[r] = total[r] + (sum[r] << shift);
 }
 
 template <class Format, std::size_t R>
 inline void fast_sums(const section_view& view, const weight_rows& w, std::size_t row, float* sums,
                       std::size_t sum_stride) {
     constexpr format_traits t = traits_of(kv_format_of<Format>);
-    constexpr std::int32_t max_code = (1 << t.code_bits) - 1;
-    const section_layout& s = *view.layout;
+    constexpr std::size_t at_once = registers_at_once<R>;
     const std::size_t padded = round_up(view.tokens, t.fields_per_lane());
     rounded_weights rounded[R];
     for (std::size_t r = 0; r < R; ++r)
         round_weights<Format>(view, w.weights + (row + r) * w.stride, padded, rounded[r]);
-
-    const std::size_t unit = s.unit_lines() * line_lanes;
-    const auto* group = reinterpret_cast<const std::uint32_t*>(view.page + s.offset);
-    for (std::size_t channel = 0; channel < s.channels; channel += line_lanes, group += unit) {
-        for (std::size_t k = 0; k < pieces; ++k) {
-            i32 total[R];
-            for (std::size_t r = 0; r < R; ++r)
-                total[r] = i32(0);
-            constexpr std::size_t per_lane0 = static_cast<std::size_t>(32 / t.parts[0].bits);
-            add_value_dots<t.parts[0].bits, R>(group + view.first_token / per_lane0 * line_lanes + k * lanes,
-                                               padded / per_lane0, rounded, t.parts[0].shift, total);
-            if constexpr (t.part_count() == 2) {
-                constexpr std::size_t per_lane1 = static_cast<std::size_t>(32 / t.parts[1].bits);
-                add_value_dots<t.parts[1].bits, R>(
-                    group + (s.part_lines(0) + view.first_token / per_lane1) * line_lanes + k * lanes,
-                    padded / per_lane1, rounded, t.parts[1].shift, total);
-            }
-            for (std::size_t r = 0; r < R; ++r) {
-                float* out = sums + (row + r) * sum_stride + channel + k * lanes;
-                const i32 centred = (total[r] << 1) - i32(max_code * rounded[r].code_sum);
-                const f32 earlier =
-                    xs::fma(f32::load_aligned(out), f32(w.rescale[row + r]), f32(rounded[r].affine_sum));
-                xs::fma(xs::to_float(centred), f32(0.5f * rounded[r].step), earlier).store_aligned(out);
-            }
-        }
-    }
+    const std::size_t channels = round_up(view.layout->channels, line_lanes);
+    float* out = sums + row * sum_stride;
+    std::size_t channel = 0;
+    for (; channel + at_once * lanes <= channels; channel += at_once * lanes)
+        fast_sum_step<Format, R, at_once>(view, rounded, padded, w.rescale + row, channel, out, sum_stride);
+    for (; channel < channels; channel += lanes)
+        fast_sum_step<Format, R, 1>(view, rounded, padded, w.rescale + row, channel, out, sum_stride);
 }
 
 template <class Format, std::size_t R>

@@ -9,17 +9,29 @@ using u32 = xs::batch<std::uint32_t, arch>;
 inline constexpr std::size_t lanes = 8;
 inline constexpr std::size_t pieces = line_lanes / lanes;
 
-// acc + the sum of four products of unsigned and signed bytes, lane by lane; `a` at most 127, or the pairwise
-// sum in 16 bits would saturate.
-KV1_INLINE i32 dot4(i32 acc, u32 a, i32 b) {
-    const __m256i pairs = _mm256_maddubs_epi16(__m256i(a), __m256i(b));
-    return i32(_mm256_add_epi32(__m256i(acc), _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
+// A running sum of dot4 products: add, then finish to lanes of 32 bits. dot_limit<MaxCode> is how many products of
+// codes up to MaxCode may be added before finishing: pairs of products are summed in 16 bits, which take
+// 32767 / (2 * 127 * MaxCode) of them. Codes above 15 would saturate at once; they go nibble by nibble, in 32 bits.
+using dot_sum = __m256i;
+template <int MaxCode>
+inline constexpr std::size_t dot_limit = MaxCode > 15 ? ~std::size_t{0} : 32767 / (2 * 127 * MaxCode);
+KV1_INLINE dot_sum dot_start() { return _mm256_setzero_si256(); }
+template <int MaxCode>
+KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, i32 b) {
+    if constexpr (MaxCode > 15) {
+        const __m256i ones = _mm256_set1_epi16(1);
+        const u32 low = a & u32(0x0f0f0f0fu), high = (a >> 4) & u32(0x0f0f0f0fu);
+        const __m256i low_pairs = _mm256_maddubs_epi16(__m256i(low), __m256i(b));
+        const __m256i high_pairs = _mm256_maddubs_epi16(__m256i(high), __m256i(b));
+        const __m256i high_sums = _mm256_slli_epi32(_mm256_madd_epi16(high_pairs, ones), 4);
+        return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(low_pairs, ones), high_sums));
+    } else {
+        return _mm256_add_epi16(sum, _mm256_maddubs_epi16(__m256i(a), __m256i(b)));
+    }
 }
-// The same for any `a`: the two nibbles separately.
-KV1_INLINE i32 dot4_wide(i32 acc, u32 a, i32 b) {
-    const u32 low = a & u32(0x0f0f0f0fu);
-    const u32 high = (a >> 4) & u32(0x0f0f0f0fu);
-    return dot4(acc, low, b) + (dot4(i32(0), high, b) << 4);
+template <int MaxCode>
+KV1_INLINE i32 dot_finish(dot_sum sum) {
+    return MaxCode > 15 ? i32(sum) : i32(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)));
 }
 
 KV1_INLINE u32 load_u16(const std::uint16_t* p) {

@@ -10,23 +10,43 @@ inline constexpr std::size_t lanes = 16;
 inline constexpr std::size_t pieces = line_lanes / lanes;
 
 #if KV1_ISA_VNNI
-// acc + the sum of four products of unsigned and signed bytes, lane by lane.
-KV1_INLINE i32 dot4(i32 acc, u32 a, i32 b) {
-    return i32(_mm512_dpbusd_epi32(__m512i(acc), __m512i(a), __m512i(b)));
+// A running sum of dot4 products, in 32 bits: one vpdpbusd each. See the other branch for the interface.
+using dot_sum = i32;
+template <int MaxCode>
+inline constexpr std::size_t dot_limit = ~std::size_t{0};
+KV1_INLINE dot_sum dot_start() { return i32(0); }
+template <int MaxCode>
+KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, i32 b) {
+    return i32(_mm512_dpbusd_epi32(__m512i(sum), __m512i(a), __m512i(b)));
 }
-KV1_INLINE i32 dot4_wide(i32 acc, u32 a, i32 b) { return dot4(acc, a, b); }
+template <int MaxCode>
+KV1_INLINE i32 dot_finish(dot_sum sum) {
+    return sum;
+}
 #else
-// acc + the sum of four products of unsigned and signed bytes, lane by lane; `a` at most 127, or the pairwise
-// sum in 16 bits would saturate.
-KV1_INLINE i32 dot4(i32 acc, u32 a, i32 b) {
-    const __m512i pairs = _mm512_maddubs_epi16(__m512i(a), __m512i(b));
-    return i32(_mm512_add_epi32(__m512i(acc), _mm512_madd_epi16(pairs, _mm512_set1_epi16(1))));
+// A running sum of dot4 products: add, then finish to lanes of 32 bits. dot_limit<MaxCode> is how many products of
+// codes up to MaxCode may be added before finishing: pairs of products are summed in 16 bits, which take
+// 32767 / (2 * 127 * MaxCode) of them. Codes above 15 would saturate at once; they go nibble by nibble, in 32 bits.
+using dot_sum = __m512i;
+template <int MaxCode>
+inline constexpr std::size_t dot_limit = MaxCode > 15 ? ~std::size_t{0} : 32767 / (2 * 127 * MaxCode);
+KV1_INLINE dot_sum dot_start() { return _mm512_setzero_si512(); }
+template <int MaxCode>
+KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, i32 b) {
+    if constexpr (MaxCode > 15) {
+        const __m512i ones = _mm512_set1_epi16(1);
+        const u32 low = a & u32(0x0f0f0f0fu), high = (a >> 4) & u32(0x0f0f0f0fu);
+        const __m512i low_pairs = _mm512_maddubs_epi16(__m512i(low), __m512i(b));
+        const __m512i high_pairs = _mm512_maddubs_epi16(__m512i(high), __m512i(b));
+        const __m512i high_sums = _mm512_slli_epi32(_mm512_madd_epi16(high_pairs, ones), 4);
+        return _mm512_add_epi32(sum, _mm512_add_epi32(_mm512_madd_epi16(low_pairs, ones), high_sums));
+    } else {
+        return _mm512_add_epi16(sum, _mm512_maddubs_epi16(__m512i(a), __m512i(b)));
+    }
 }
-// The same for any `a`: the two nibbles separately.
-KV1_INLINE i32 dot4_wide(i32 acc, u32 a, i32 b) {
-    const u32 low = a & u32(0x0f0f0f0fu);
-    const u32 high = (a >> 4) & u32(0x0f0f0f0fu);
-    return dot4(acc, low, b) + (dot4(i32(0), high, b) << 4);
+template <int MaxCode>
+KV1_INLINE i32 dot_finish(dot_sum sum) {
+    return MaxCode > 15 ? i32(sum) : i32(_mm512_madd_epi16(sum, _mm512_set1_epi16(1)));
 }
 #endif
 

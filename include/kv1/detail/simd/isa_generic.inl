@@ -17,8 +17,20 @@ KV1_INLINE i32 dot4(i32 acc, u32 a, i32 b) {
     acc = acc + ((ua >> 16) & i32(0xff)) * ((b << 8) >> 24);
     return acc + ((ua >> 24) & i32(0xff)) * (b >> 24);
 }
-// The same where `a` may exceed 127.
-KV1_INLINE i32 dot4_wide(i32 acc, u32 a, i32 b) { return dot4(acc, a, b); }
+// A running sum of dot4 products: add, then finish to lanes of 32 bits. dot_limit<MaxCode> is how many products of
+// codes up to MaxCode may be added before finishing. Any code of 8 bits is allowed on every target.
+using dot_sum = i32;
+template <int MaxCode>
+inline constexpr std::size_t dot_limit = ~std::size_t{0};
+KV1_INLINE dot_sum dot_start() { return i32(0); }
+template <int MaxCode>
+KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, i32 b) {
+    return dot4(sum, a, b);
+}
+template <int MaxCode>
+KV1_INLINE i32 dot_finish(dot_sum sum) {
+    return sum;
+}
 
 // fp16 bits in the low halves of the lanes, finite; no denormal float appears on the way.
 KV1_INLINE f32 half_to_float(u32 h) {
