@@ -1,0 +1,503 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+#   bash cmake/setup.sh run [-- <arguments of kv1-lm>]   build the example and run it
+#   bash cmake/setup.sh test                             build everything, warnings as errors, and test it
+#   bash cmake/setup.sh bench                            build the benchmarks and list them
+#   bash cmake/setup.sh extended                         hours of tests: compilers, sanitizers, fuzzers, CPUs
+#
+# On Debian and Ubuntu whatever is missing is installed first (as root, or with sudo); where nothing is missing
+# nothing is installed. Package sources are not changed: packages newer than the machine's release are
+# unpacked under build/deps. The log is build/setup.log. FUZZ_SECONDS (600) is the time for each fuzzer.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+source_dir=$PWD
+deps=$source_dir/build/deps
+log=$source_dir/build/setup.log
+jobs=$(nproc 2>/dev/null || echo 2)
+
+usage() {
+    sed -n '4,7s/^#   //p' cmake/setup.sh
+    exit 2
+}
+
+# ---------------------------------------------------------------------------------------------- output
+
+say() {
+    printf '==> %s\n' "$*" >&2
+    printf '\n==> %s\n' "$*" >>"$log"
+}
+
+die() {
+    printf 'setup.sh: %s\n' "$*" >&2
+    exit 1
+}
+
+# Runs a command into the log, of which the end is shown when it fails.
+quiet() {
+    local status=0
+    "$@" >>"$log" 2>&1 </dev/null || status=$?
+    if [ "$status" -ne 0 ]; then
+        tail -n 60 "$log" >&2
+        die "'$1 ${2-}' failed ($status); the whole log is build/setup.log"
+    fi
+}
+
+# ---------------------------------------------------------------------------------------------- packages
+
+have() { command -v "$1" >/dev/null 2>&1; }
+have_compiler() { [ -n "${CXX-}" ] || have c++ || have g++ || have clang++; }
+installed() { dpkg-query -W -f '${Status}' "$1" 2>/dev/null | grep -q '^install ok installed'; }
+
+# "[cmake] 3.25.1" >= 3.21
+have_cmake() {
+    have cmake || return 1
+    local version
+    version=$(cmake --version | sed -n '1s/[^0-9]*\([0-9.]*\).*/\1/p')
+    [ "$(printf '%s\n3.21\n' "$version" | sort -V | head -n 1)" = 3.21 ]
+}
+
+package_of() {
+    case $1 in
+    xsimd) echo libxsimd-dev ;;
+    catch2) echo libcatch2-dev ;;
+    json) echo nlohmann-json3-dev ;;
+    cli11) echo libcli11-dev ;;
+    pcre2) echo libpcre2-dev ;;
+    cblas) echo libopenblas-dev ;;
+    benchmark) echo libbenchmark-dev ;;
+    esac
+}
+
+# Which of these libraries CMake does not find, wherever they may come from.
+missing_libraries() {
+    if ! have_cmake || ! have_compiler; then
+        printf '%s\n' "$@"
+        return
+    fi
+    mkdir -p "$tmp/probe"
+    cat >"$tmp/probe/CMakeLists.txt" <<'PROBE'
+cmake_minimum_required(VERSION 3.21...3.31)
+project(probe LANGUAGES CXX)
+include(${KV1}/cmake/kv1Xsimd.cmake)
+set(found "")
+kv1_locate_xsimd(dir message)
+if(dir)
+  find_package(xsimd CONFIG QUIET PATHS ${dir} NO_DEFAULT_PATH)
+endif()
+find_package(Catch2 3 CONFIG QUIET)
+find_package(nlohmann_json 3.9 CONFIG QUIET)
+find_package(CLI11 2 CONFIG QUIET)
+find_package(benchmark CONFIG QUIET)
+find_package(pcre2 CONFIG QUIET COMPONENTS 8BIT)
+find_package(OpenBLAS CONFIG QUIET)
+find_path(pcre2_header pcre2.h)
+find_library(pcre2_library pcre2-8)
+find_path(cblas_header cblas.h PATH_SUFFIXES openblas)
+find_library(cblas_library NAMES openblas cblas blas)
+if(TARGET PCRE2::8BIT OR (pcre2_header AND pcre2_library))
+  set(have_pcre2 TRUE)
+endif()
+if(TARGET OpenBLAS::OpenBLAS OR (cblas_header AND cblas_library))
+  set(have_cblas TRUE)
+endif()
+set(names xsimd catch2 json cli11 benchmark pcre2 cblas)
+set(flags xsimd_FOUND Catch2_FOUND nlohmann_json_FOUND CLI11_FOUND benchmark_FOUND have_pcre2 have_cblas)
+foreach(name flag IN ZIP_LISTS names flags)
+  if(${flag})
+    list(APPEND found ${name})
+  endif()
+endforeach()
+list(JOIN found "\n" found)
+file(WRITE ${CMAKE_BINARY_DIR}/found "${found}\n")
+PROBE
+    rm -rf "$tmp/probe/build"
+    cmake -S "$tmp/probe" -B "$tmp/probe/build" -DKV1="$source_dir" -DCMAKE_PREFIX_PATH="$deps/usr" \
+        "${generator[@]}" >>"$log" 2>&1 </dev/null || true
+    local library
+    for library in "$@"; do
+        grep -qx "$library" "$tmp/probe/build/found" 2>/dev/null || echo "$library"
+    done
+}
+
+as_root() {
+    if [ "$(id -u)" -eq 0 ]; then
+        env DEBIAN_FRONTEND=noninteractive "$@"
+    else
+        sudo -n env DEBIAN_FRONTEND=noninteractive "$@"
+    fi
+}
+
+# May ask for the password, where the question can be seen; as_root then runs without asking.
+may_be_root() {
+    [ "$(id -u)" -eq 0 ] || { have sudo && { sudo -n true 2>/dev/null || { [ -t 0 ] && sudo -v; }; }; }
+}
+
+# apt_update <package to install>...: once, and only when something is to be installed
+updated=0
+apt_update() {
+    [ "$updated" -eq 0 ] || return 0
+    may_be_root || die "some packages are missing; as root, run: apt-get update && apt-get install $*"
+    say "updating the package lists"
+    # One broken source among the machine's need not be in the way of the others.
+    as_root apt-get -q -o DPkg::Lock::Timeout=300 update >>"$log" 2>&1 </dev/null || true
+    updated=1
+}
+
+candidate() { apt-cache "${@:2}" policy "$1" 2>/dev/null | sed -n 's/^  Candidate: //p' | grep -v '(none)'; }
+
+# fits <package> <version>: whether this version of it is one that kv1 takes
+fits() {
+    [ -n "$2" ] || return 1
+    case $1 in
+    libxsimd-dev) dpkg --compare-versions "$2" ge 13.2 && dpkg --compare-versions "$2" lt 15~ ;;
+    libcatch2-dev) dpkg --compare-versions "$2" ge 3 ;;
+    esac
+}
+
+# The machine's own sources of Debian itself, both styles of writing them, with another suite.
+write_sources() {
+    local suite=$1 parts=$2 codename=$3 Sources="" Parts=""
+    eval "$(apt-config shell Sources Dir::Etc::sourcelist/f Parts Dir::Etc::sourceparts/d)"
+    local words='
+        function word(list, w) { gsub(/\t/, " ", list); return index(" " list " ", " " w " ") > 0 }
+        function ours(suites, all) {
+            return word(suites, codename) ||
+                ((word(suites, "stable") || word(suites, "oldstable")) && all ~ /debian/)
+        }'
+    { cat "$Sources" "$Parts"/*.list 2>/dev/null || true; } | awk -v suite="$suite" -v codename="$codename" "$words"'
+        { sub(/#.*/, "") }
+        $1 == "deb" {
+            options = ""; i = 2
+            if ($2 ~ /^\[/) {
+                for (; i < NF && $i !~ /\]$/; ++i) options = options $i " "
+                options = options $i " "; ++i
+            }
+            components = ""
+            for (j = i + 2; j <= NF; ++j) components = components " " $j
+            if (ours($(i + 1), $0) && word(components, "main")) print "deb " options $i " " suite " main"
+        }' >"$parts/kv1.list"
+    { for file in "$Parts"/*.sources; do [ ! -f "$file" ] || { cat "$file"; echo; }; done; } |
+        awk -v suite="$suite" -v codename="$codename" "$words"'
+        function end() {
+            if (word(value["types"], "deb") && ours(value["suites"], rest) && word(value["components"], "main") &&
+                value["enabled"] !~ /no|false/)
+                print "Types: deb\nSuites: " suite "\nComponents: main\n" rest
+            rest = ""; field = ""
+            value["types"] = value["suites"] = value["components"] = value["enabled"] = ""
+        }
+        /^#/ { next }
+        /^[ \t]*$/ { end(); next }
+        /^[^ \t]/ { field = tolower($1); sub(/:.*/, "", field); line = $0; sub(/^[^:]*:/, "", line) }
+        /^[ \t]/ { line = $0 }
+        field ~ /^(types|suites|components|enabled)$/ { value[field] = value[field] " " line; next }
+        { rest = rest $0 "\n" }
+        END { end() }' >"$parts/kv1.sources"
+}
+
+# unpack_from <suite> <codename> <package>...: unpacks header packages of another suite under build/deps; fails
+# when that suite has no first package that fits.
+unpack_from() {
+    local suite=$1 codename=$2 package version
+    shift 2
+    local dir=$tmp/$suite
+    if [ ! -d "$dir" ]; then
+        mkdir -p "$dir"/{parts,preferences,lists/partial,cache/archives/partial,deb}
+        write_sources "$suite" "$dir/parts" "$codename"
+    fi
+    local apt=(-o Dir::Etc::sourcelist=/dev/null -o Dir::Etc::sourceparts="$dir/parts"
+        -o Dir::Etc::preferences=/dev/null -o Dir::Etc::preferencesparts="$dir/preferences"
+        -o Dir::State::lists="$dir/lists" -o Dir::Cache="$dir/cache" -o Dir::Cache::pkgcache=
+        -o Dir::Cache::srcpkgcache= -o APT::Default-Release= -o Acquire::Languages=none)
+    # apt downloads as its own user, who must be able to write here.
+    if [ "$(id -u)" -eq 0 ] && getent passwd _apt >/dev/null; then
+        chown _apt "$dir/deb" "$dir/lists/partial" "$dir/cache/archives/partial"
+    fi
+    # A source that lacks the suite makes this fail though the others may have it: what counts is the next line.
+    apt-get -q "${apt[@]}" update >>"$log" 2>&1 </dev/null || true
+    version=$(candidate "$1" "${apt[@]}" || true)
+    fits "$1" "$version" || return 1
+    say "unpacking $1 $version of $suite under build/deps"
+    for package in "$@"; do
+        [ -n "$(candidate "$package" "${apt[@]}" || true)" ] || continue
+        rm -f "$dir/deb"/*.deb
+        (cd "$dir/deb" && apt-get -q "${apt[@]}" download "$package") >>"$log" 2>&1 </dev/null || return 1
+        mkdir -p "$deps"
+        quiet dpkg -x "$dir/deb"/*.deb "$deps"
+    done
+}
+
+# provide <library>...: makes the tools and these libraries available. $tools names further ones, each as
+# "command:package", or ":package" for one that some releases lack and do not need.
+provide() {
+    local packages=() optional=() newer=() libraries library package tool version distribution codename suite
+
+    if ! have apt-get || ! have dpkg-query; then
+        # Not Debian's family: CMake finds or fetches, or says what is missing.
+        return 0
+    fi
+    have_compiler || packages+=(g++)
+    have_cmake || packages+=(cmake)
+    [ ${#generator[@]} -gt 0 ] || have make || packages+=(ninja-build)
+    for tool in "${tools[@]}"; do
+        package=${tool#*:}
+        case $tool in
+        :*) installed "$package" || optional+=("$package") ;;
+        *) have "${tool%%:*}" || packages+=("$package") ;;
+        esac
+    done
+
+    mapfile -t libraries < <(missing_libraries "$@")
+    for library in "${libraries[@]}"; do
+        package=$(package_of "$library")
+        case $library in
+        xsimd | catch2) newer+=("$package") ;;
+        *) packages+=("$package") ;;
+        esac
+    done
+    if [ $((${#packages[@]} + ${#optional[@]})) -gt 0 ]; then
+        apt_update "${packages[@]}" "${optional[@]}"
+    fi
+    for package in "${optional[@]}"; do
+        [ -z "$(candidate "$package" || true)" ] || packages+=("$package")
+    done
+
+    # Packages of which this release may have too old a version.
+    # shellcheck source=/dev/null
+    distribution=$(. /etc/os-release && echo "${ID-}")
+    # shellcheck source=/dev/null
+    codename=$(. /etc/os-release && echo "${VERSION_CODENAME-}")
+    for package in "${newer[@]}"; do
+        version=$(candidate "$package" || true)
+        if fits "$package" "$version"; then
+            apt_update "$package"
+            packages+=("$package")
+        elif [ "$distribution" = debian ]; then
+            if [ "$package" = libxsimd-dev ]; then
+                # Debian's xsimd is configured to use xtl.
+                for suite in trixie forky sid; do
+                    ! unpack_from "$suite" "$codename" libxsimd-dev xtl-dev || break
+                done
+            else
+                unpack_from "$codename-backports" "$codename" libcatch2-dev || true
+            fi
+        fi
+    done
+    # What is still missing is fetched by CMake, with git over https.
+    if [ ${#newer[@]} -gt 0 ] && [ "$distribution" != debian ] && ! installed ca-certificates; then
+        packages+=(ca-certificates)
+        apt_update "${packages[@]}"
+    fi
+
+    if [ ${#packages[@]} -gt 0 ]; then
+        say "installing ${packages[*]}"
+        quiet as_root apt-get -q -y -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 install --no-install-recommends \
+            "${packages[@]}"
+    fi
+}
+
+# ---------------------------------------------------------------------------------------------- building
+
+# configure <folder> <option>...
+configure() {
+    local dir=$1 cache=$1/CMakeCache.txt
+    shift
+    set -- -S "$source_dir" -B "$dir" -DCMAKE_BUILD_TYPE=Release -DCMAKE_PREFIX_PATH="$deps/usr" \
+        -DKV1_BUILD_TESTS=OFF -DKV1_BUILD_BENCH=OFF -DKV1_BUILD_EXAMPLES=OFF "${generator[@]}" "$@"
+    if [ -f "$cache" ]; then
+        # A folder left by another checkout, compiler or generator can not be configured again.
+        cmake "$@" >>"$log" 2>&1 </dev/null && return 0
+        rm -rf "$cache" "$dir/CMakeFiles" "$dir/_deps"
+    fi
+    quiet cmake "$@"
+}
+
+build() {
+    quiet cmake --build "$1" --parallel "$jobs" "${@:2}"
+}
+
+pick_generator() {
+    generator=()
+    if have ninja; then
+        generator=(-G Ninja)
+    fi
+}
+
+# test_cases <build folder>
+test_cases() {
+    local program count=0
+    for program in "$1"/tests/kv1_tests "$1"/tests/kv1_lm_tests; do
+        if [ -x "$program" ]; then
+            count=$((count + $("$program" --list-tests --verbosity quiet '~[.]' 2>/dev/null | grep -c . || true)))
+        fi
+    done
+    echo "$count"
+}
+
+run_ctest() {
+    (cd "$1" && ctest --parallel "$jobs" --output-on-failure --no-tests=error </dev/null 2>&1) | tee -a "$log"
+}
+
+command_run() {
+    [ "${1-}" != -- ] || shift
+    if [ $# -eq 0 ]; then
+        set -- generate --prompt "The history of the city" --show-cache --greedy --max-new-tokens 60
+    fi
+    provide xsimd json cli11 pcre2 cblas
+    pick_generator
+    say "configuring"
+    configure build -DKV1_BUILD_EXAMPLES=ON
+    say "building kv1-lm"
+    build build --target kv1_lm
+    say "kv1-lm $*"
+    build/examples/kv1-lm "$@"
+}
+
+command_test() {
+    provide xsimd catch2 json cli11 pcre2 cblas
+    pick_generator
+    say "configuring"
+    configure build/check -DKV1_BUILD_TESTS=ON -DKV1_BUILD_EXAMPLES=ON -DKV1_WERROR=ON
+    say "building the examples and tests"
+    build build/check
+    say "testing: $(test_cases build/check) test cases, one test for each file of them"
+    run_ctest build/check
+}
+
+command_bench() {
+    provide xsimd benchmark
+    pick_generator
+    say "configuring"
+    configure build/benchmarks -DKV1_BUILD_BENCH=ON
+    say "building the benchmarks"
+    build build/benchmarks
+    find build/benchmarks/bench -maxdepth 1 -type f -name 'bench_*' -perm -u+x | sort
+}
+
+# ---------------------------------------------------------------------------------------------- extended
+
+failures=()
+
+# stage <name> <command>...: one long check; a failure is kept for the end, so that it does not hide others.
+stage() {
+    say "$1"
+    local status=0
+    ("${@:2}") >>"$log" 2>&1 </dev/null || status=$?
+    if [ "$status" -ne 0 ]; then
+        tail -n 40 "$log" >&2
+        failures+=("$1")
+        printf '==> FAILED: %s\n' "$1" >&2
+    fi
+}
+
+# checked <name> <option>...: configures, builds and tests build/extended/<name>
+checked() {
+    local dir=build/extended/$1
+    configure "$dir" -DKV1_BUILD_TESTS=ON -DKV1_BUILD_EXAMPLES=ON -DKV1_WERROR=ON "${@:2}"
+    build "$dir"
+    (cd "$dir" && ctest --parallel "$jobs" --output-on-failure --no-tests=error)
+}
+
+# The sanitizers' shadow memory may collide with what newer kernels randomize.
+without_randomization() {
+    if setarch -R true 2>/dev/null; then
+        setarch -R "$@"
+    else
+        "$@"
+    fi
+}
+
+sanitized() {
+    local dir=build/extended/$1
+    configure "$dir" -DCMAKE_CXX_COMPILER=clang++ -DKV1_BUILD_TESTS=ON -DKV1_BUILD_EXAMPLES=ON -DKV1_WERROR=ON \
+        -DKV1_SANITIZE="$2"
+    build "$dir"
+    # OpenBLAS is not instrumented: its threads would be reported.
+    cd "$dir"
+    OPENBLAS_NUM_THREADS=1 without_randomization ctest --parallel "$jobs" --output-on-failure --no-tests=error
+}
+
+hidden_tests() {
+    local program
+    for program in build/extended/gcc/tests/kv1_tests build/extended/gcc/tests/kv1_lm_tests; do
+        if [ -x "$program" ]; then
+            "$program" '[.]' --allow-running-no-tests || return 1
+        fi
+    done
+}
+
+build_fuzzers() {
+    configure build/extended/fuzz -DCMAKE_CXX_COMPILER=clang++ -DKV1_BUILD_TESTS=ON \
+        -DKV1_BUILD_EXAMPLES=ON -DKV1_FUZZ=ON
+    build build/extended/fuzz
+}
+
+# New inputs go to the build folder; the seeds are only read.
+fuzz() {
+    local name found=build/extended/fuzz/corpus seeds=()
+    name=$(basename "$1")
+    mkdir -p "$found/$name" "$found/artifacts"
+    local dir
+    for dir in "tests/fuzz/seeds/$name" "tests/fuzz/seeds/${name#fuzz_}"; do
+        [ ! -d "$dir" ] || seeds+=("$dir")
+    done
+    without_randomization "$1" -max_total_time="${FUZZ_SECONDS:-600}" -timeout=60 -print_final_stats=1 \
+        -artifact_prefix="$found/artifacts/$name-" "$found/$name" "${seeds[@]}"
+}
+
+command_extended() {
+    local name program cpu
+    tools=(clang++:clang :libclang-rt-dev g++:g++)
+    [ "$(uname -m)" != x86_64 ] || tools+=(qemu-x86_64:qemu-user)
+    provide xsimd catch2 json cli11 pcre2 cblas benchmark
+    pick_generator
+    stage "g++, Release" checked gcc -DCMAKE_CXX_COMPILER=g++ -DKV1_BUILD_BENCH=ON
+    stage "clang++, Release" checked clang -DCMAKE_CXX_COMPILER=clang++ -DKV1_BUILD_BENCH=ON
+    stage "g++ -O0" checked gcc-O0 -DCMAKE_CXX_COMPILER=g++ -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-g1 -O0"
+    stage "clang++ -O0" checked clang-O0 -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_BUILD_TYPE=Debug \
+        -DCMAKE_CXX_FLAGS_DEBUG="-g1 -O0"
+    stage "hidden (long) tests" hidden_tests
+    stage "KLD on the whole of WikiText-2" build/extended/gcc/examples/kv1-lm kld
+    stage "AddressSanitizer, UndefinedBehaviorSanitizer" sanitized asan address,undefined
+    stage "ThreadSanitizer" sanitized tsan thread
+    if [ "$(uname -m)" = x86_64 ]; then
+        for name in gcc clang gcc-O0 clang-O0; do
+            # Processors without AVX, and with AVX2 but without AVX-512.
+            for cpu in Nehalem Haswell; do
+                stage "$name on $cpu" qemu-x86_64 -cpu "$cpu" "build/extended/$name/tests/kv1_tests" '~[.]'
+            done
+        done
+    fi
+    stage "building the fuzzers" build_fuzzers
+    for program in build/extended/fuzz/tests/fuzz_*; do
+        if [ -f "$program" ] && [ -x "$program" ]; then
+            stage "$(basename "$program"), ${FUZZ_SECONDS:-600} s" fuzz "$program"
+        fi
+    done
+    if [ ${#failures[@]} -gt 0 ]; then
+        printf '==> %d failed:\n' "${#failures[@]}" >&2
+        printf '      %s\n' "${failures[@]}" >&2
+        exit 1
+    fi
+    say "all extended checks passed"
+}
+
+# ---------------------------------------------------------------------------------------------- main
+
+[ $# -ge 1 ] || usage
+command=$1
+shift
+case $command in
+run | test | bench | extended) ;;
+*) usage ;;
+esac
+
+mkdir -p build
+: >"$log"
+tmp=$(mktemp -d)
+chmod 755 "$tmp"
+trap 'rm -rf "$tmp"' EXIT
+tools=()
+pick_generator
+"command_$command" "$@"

@@ -1,0 +1,86 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Checks that every function of an object file uses the instructions of its target, and no others.
+
+usage: check_codegen.py OBJDUMP OBJECT...
+
+The target of a function is the namespace it lies in: kv1's detail::{avx2,avx512,avx512_vnni}, or the xsimd
+that was parsed for it, kv1_xsimd_{avx2,avx512}. Everything else is the baseline, which knows no VEX.
+"""
+import collections
+import re
+import subprocess
+import sys
+
+TARGET = re.compile(r"\bkv1::v\w+::detail::(avx512_vnni|avx512|avx2)::|\bkv1_xsimd_(avx512|avx2)::")
+FUNCTION = re.compile(r"^[0-9a-f]+ <(.*)>:$")
+INSTRUCTION = re.compile(r"^\s*[0-9a-f]+:\s+(?:(?:lock|rep|repz|repnz|bnd|notrack|data16|cs)\s+)*(\S+)(.*)$")
+# every VEX or EVEX instruction begins with v, but for the opmask moves and the BMI ones
+NOT_VEX = {"verr", "verw"}
+OPMASK = re.compile(r"^k(mov|and|andn|or|orn|ortest|not|xor|xnor|add|shift[lr]|test|unpck\w*)[bwdq]+$")
+BMI = {"andn", "bextr", "blsi", "blsmsk", "blsr", "bzhi", "mulx", "pdep", "pext", "rorx", "sarx", "shlx", "shrx"}
+
+
+def target_of(name):
+    # the function's own name decides, not its arguments' types; an inlined lambda or a thunk keeps its scope
+    found = TARGET.search(name)
+    return (found.group(1) or found.group(2)) if found else "baseline"
+
+
+def classes_of(mnemonic, operands):
+    found = set()
+    vector = (mnemonic.startswith("v") and mnemonic not in NOT_VEX) or OPMASK.match(mnemonic) or mnemonic in BMI
+    if vector:
+        found.add("vex")
+    if "%zmm" in operands:
+        found.add("zmm")
+    # EVEX alone: opmasks, 512-bit registers, and registers 16 to 31
+    if "%zmm" in operands or OPMASK.match(mnemonic) or re.search(r"%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])", operands):
+        found.add("evex")
+    if mnemonic.startswith(("vpdpbusd", "vpdpwssd")):
+        found.add("vnni")
+    return found
+
+
+ALLOWED = {
+    "baseline": set(),
+    "avx2": {"vex"},
+    "avx512": {"vex", "evex", "zmm"},
+    "avx512_vnni": {"vex", "evex", "zmm", "vnni"},
+}
+REQUIRED = {"avx2": {"vex"}, "avx512": {"zmm"}, "avx512_vnni": {"zmm", "vnni"}}
+
+
+def check(objdump, path):
+    text = subprocess.run([objdump, "-dC", "--no-show-raw-insn", path], capture_output=True, text=True, check=True).stdout
+    used = collections.defaultdict(lambda: collections.defaultdict(collections.Counter))
+    target = function = None
+    errors = []
+    for line in text.splitlines():
+        if header := FUNCTION.match(line):
+            function = header.group(1)
+            target = target_of(function)
+            used[target]  # seen, even if it uses nothing
+            continue
+        if target is None or not (instruction := INSTRUCTION.match(line)):
+            continue
+        mnemonic, operands = instruction.groups()
+        for kind in classes_of(mnemonic, operands):
+            if kind not in ALLOWED[target] and not used[target][kind][function]:
+                errors.append(f"{kind} in a function of target {target}: {function[:200]}: {line.strip()}")
+            used[target][kind][function] += 1
+    for name, kinds in REQUIRED.items():
+        for kind in kinds - set(used[name]):
+            errors.append(f"no {kind} in any function of target {name}")
+    for name in ALLOWED:
+        counts = ", ".join(f"{kind}: {sum(c.values())} in {len(c)} functions" for kind, c in sorted(used[name].items()))
+        print(f"{path}: {name}: {counts or 'nothing but the baseline'}")
+    for error in errors[:20]:
+        print(f"{path}: error: {error}")
+    return not errors
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    sys.exit(0 if all([check(sys.argv[1], path) for path in sys.argv[2:]]) else 1)

@@ -1,0 +1,319 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Attention in double precision from what the cache says it holds, with bounds on how far a kernel may be
+// off.
+//
+// Bounds are derived, not tuned. u = 2^-24, gamma(n) = n u / (1 - n u).
+//
+// exact path   a score is a sum of D products of fp32 numbers: |error| <= gamma(D + 3) sum |q_d k_d|, the 3
+// for
+//              the scaled query and the padded sum's last additions. A weight is exp(score - maximum), times
+//              a factor exp(m - m') for every later block whose maximum m' is larger; each subtraction rounds
+//              its result, and the results add up to (final maximum - score), so the exponent's error is at
+//              most u (max - score); each exp and each product adds its own rounding. Together: weight = true
+//              weight
+//              * e^h, |h| <= H_t. Sums of N terms add gamma(N + blocks), the division 2 u.
+//              With normalized weights w, sum w e^h (v - out) / sum w e^h bounds the output's error.
+// fast path    codes i of the query satisfy |q_d - step i_d| <= step / 2, so a score moves by at most
+//              slope * step / 2 * sum |c_d - z|; codes j of a block's weights satisfy |p slope - step j| <=
+//              step / 2, so a weighted sum moves by at most step / 2 * sum_t |c_t - z|.
+//              The path is also followed step by step in double, with the very codes that its definition
+//              gives; a kernel then has to agree with that up to fp32 rounding. A weight whose quotient lies
+//              so near to a tie that fp32 rounding may decide it is allowed either code.
+#pragma once
+
+#include "compare.hpp"
+
+#include <kv1/kv_cache.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <span>
+#include <vector>
+
+namespace kv1_test {
+
+/// Relative error of an fp32 exp: xsimd's and the C library's are within 2 units in the last place.
+inline constexpr double exp_error = 4 * unit_roundoff;
+
+/// One KV head's K or V as the cache holds it: values, and the affine form value = slope * code + base.
+struct cached_side {
+    bool coded = false;
+    std::size_t dim = 0;
+    std::vector<float> values; // [token][channel]
+    std::vector<double> slope, centre,
+        deviation;                 // by token: centre = base + z slope, deviation = slope * sum |c - z|
+    std::vector<float> off_centre; // [token][channel]: c - z, exact
+
+    cached_side() = default;
+    template <class Cache>
+    cached_side(const Cache& cache, kv1::sequence_id id, std::size_t layer, kv1::kv_side side,
+                std::size_t head) {
+        const kv1::layer_description& l = cache.description().layers[layer];
+        const bool keys = side == kv1::kv_side::key;
+        const kv1::kv_format f = keys ? l.key_format : l.value_format;
+        dim = keys ? l.key_dim : l.value_dim;
+        const std::size_t n = cache.length(id, layer);
+        values.resize(n * dim);
+        cache.read(id, layer, side, head, 0, n, values);
+        coded = f != kv1::kv_format::fp32 && f != kv1::kv_format::fp16;
+        if (!coded)
+            return;
+        const std::size_t width = kv1::packed_bytes(f, dim), metadata = kv1::row_bytes(f, dim) - width;
+        std::vector<std::byte> packed(n * width);
+        std::vector<kv1::float16> scales(metadata >= 2 ? n : 0), minima(metadata == 4 ? n : 0);
+        cache.export_rows(id, layer, side, head, 0, n, {packed, scales, minima});
+        const auto bits = static_cast<std::size_t>(kv1::detail::traits_of(f).code_bits);
+        const double z = 0.5 * static_cast<double>((1 << bits) - 1);
+        off_centre.resize(n * dim);
+        for (std::size_t t = 0; t < n; ++t) {
+            double s = 1.0, base = 0.0;
+            if (metadata == 4) {
+                s = static_cast<float>(scales[t]);
+                base = static_cast<float>(minima[t]);
+            } else if (metadata == 2) {
+                s = 2.0 * static_cast<float>(scales[t]);
+                base = -static_cast<float>(scales[t]);
+            }
+            slope.push_back(s);
+            centre.push_back(base + z * s);
+            double sum = 0.0;
+            for (std::size_t c = 0; c < dim; ++c) {
+                unsigned code = 0;
+                for (std::size_t b = 0; b < bits; ++b) {
+                    const std::size_t at = c * bits + b;
+                    code |= (std::to_integer<unsigned>(packed[t * width + at / 8]) >> (at % 8) & 1u) << b;
+                }
+                off_centre[t * dim + c] = static_cast<float>(code - z);
+                sum += std::fabs(code - z);
+            }
+            deviation.push_back(s * sum);
+        }
+    }
+};
+
+/// One output row and its log-sum-exp, with the largest errors they may have.
+struct bounded_row {
+    std::vector<double> out, out_bound;
+    double lse = -std::numeric_limits<double>::infinity();
+    double lse_bound = 0.0;
+};
+
+/// What a query row must give: `truth` by the definition of attention, `path` by the definition of the
+/// precision asked for (on the exact path the two are one).
+struct expected_row {
+    bounded_row truth, path;
+};
+
+namespace oracle {
+
+struct weights {
+    std::vector<double> w;                   // not normalized: exp(score - maximum)
+    std::vector<double> h;                   // bound on the exponent's error
+    double sum = 0.0, low = 0.0, high = 0.0; // of w, w e^-h, w e^h
+    double maximum = 0.0;
+};
+
+inline weights softmax(const std::vector<double>& scores, const std::vector<double>& errors, double blocks) {
+    weights r;
+    r.maximum = *std::max_element(scores.begin(), scores.end());
+    const double largest = *std::max_element(errors.begin(), errors.end());
+    for (std::size_t t = 0; t < scores.size(); ++t) {
+        r.w.push_back(std::exp(scores[t] - r.maximum));
+        r.h.push_back(errors[t] + unit_roundoff * (r.maximum - scores[t] + errors[t] + largest) +
+                      1.01 * (blocks + 2) * (exp_error + unit_roundoff));
+        r.sum += r.w[t];
+        r.low += r.w[t] * std::exp(-r.h[t]);
+        r.high += r.w[t] * std::exp(r.h[t]);
+    }
+    return r;
+}
+
+inline void bound_lse(const weights& w, double additions, bounded_row& row) {
+    const double denominator = std::log(w.sum);
+    row.lse = w.maximum + denominator;
+    row.lse_bound = std::max(std::log(w.high / w.sum), std::log(w.sum / w.low)) + gamma(additions) +
+                    exp_error * (std::fabs(denominator) + 1.0) +
+                    2 * unit_roundoff * (std::fabs(row.lse) + std::fabs(w.maximum));
+}
+
+} // namespace oracle
+
+/// query: the row as given, widened to fp32; tokens: those it sees, ascending; page_tokens: where blocks of
+/// weights begin.
+inline expected_row expect_row(std::span<const float> query, float scale, const cached_side& keys,
+                               const cached_side& values, std::span<const std::size_t> tokens,
+                               std::size_t page_tokens, kv1::precision mode) {
+    const std::size_t n = tokens.size(), d = keys.dim, channels = values.dim;
+    expected_row r;
+    for (bounded_row* row : {&r.truth, &r.path}) {
+        row->out.assign(channels, 0.0);
+        row->out_bound.assign(channels, 0.0);
+    }
+    if (n == 0)
+        return r;
+    const std::size_t block_tokens = std::min<std::size_t>(page_tokens, 128);
+    const auto block_of = [&](std::size_t t) { // blocks begin anew in each page
+        return t / page_tokens * ((page_tokens + 127) / 128) + t % page_tokens / block_tokens;
+    };
+    const auto blocks = static_cast<double>(block_of(tokens.back()) + 2);
+    const bool fast_keys = mode == kv1::precision::fast && keys.coded;
+    const bool fast_values = mode == kv1::precision::fast && values.coded;
+
+    // the query as the kernels prepare it
+    std::vector<float> q(query.begin(), query.end());
+    float top = 0.0f;
+    double q_sum = 0.0, q_magnitude = 0.0;
+    for (float& x : q) {
+        x *= scale;
+        top = std::max(top, std::fabs(x));
+        q_sum += x;
+        q_magnitude += std::fabs(x);
+    }
+    const float step = top / 127.0f, inverse = top > 0.0f ? 127.0f / top : 0.0f;
+    std::vector<double> i(d);
+    for (std::size_t c = 0; c < d; ++c)
+        i[c] = std::nearbyint(q[c] * inverse);
+
+    // scores: exact ones with the error of summing, and of rounding the query; and the path's own
+    std::vector<double> scores(n), rounding(n), query_error(n), path_scores(n), path_rounding(n);
+    const double terms = static_cast<double>(d) + 35; // padding to a multiple of 32, and 3
+    for (std::size_t k = 0; k < n; ++k) {
+        const std::size_t t = tokens[k];
+        double sum = 0.0, magnitude = 0.0, integer = 0.0;
+        for (std::size_t c = 0; c < d; ++c) {
+            const double product = static_cast<double>(q[c]) * keys.values[t * d + c];
+            sum += product;
+            magnitude += std::fabs(product);
+            if (fast_keys)
+                integer += i[c] * keys.off_centre[t * d + c];
+        }
+        // q is the rounded product of query and scale: one more rounding, already counted
+        scores[k] = sum;
+        rounding[k] = gamma(terms) * magnitude + terms * 0x1p-149;
+        path_scores[k] = sum;
+        path_rounding[k] = rounding[k];
+        if (fast_keys) {
+            const double first = keys.slope[t] * step * integer, second = keys.centre[t] * q_sum;
+            path_scores[k] = first + second;
+            // centre is one rounded sum of two numbers that may cancel
+            const double parts = std::fabs(keys.centre[t]) + 2 * keys.slope[t] * 255.0 * unit_roundoff;
+            path_rounding[k] = gamma(6) * std::fabs(first) + gamma(terms) * parts * q_magnitude +
+                               gamma(3) * std::fabs(second) + terms * 0x1p-149;
+            // |q - step i| <= step / 2, and what rounding of step and inverse adds at 127 steps; a key's
+            // value is itself a rounded slope * c + base
+            query_error[k] = step * (0.5 + 127 * gamma(4)) * keys.deviation[t] + unit_roundoff * magnitude +
+                             path_rounding[k];
+        }
+    }
+    const oracle::weights truth = oracle::softmax(scores, fast_keys ? query_error : rounding, blocks);
+    const oracle::weights path = oracle::softmax(path_scores, path_rounding, blocks);
+    const double additions = static_cast<double>(n) + 3 * blocks + 8, g = gamma(additions);
+    oracle::bound_lse(truth, additions, r.truth);
+    oracle::bound_lse(path, additions, r.path);
+
+    // the truth
+    std::vector<double>& out = r.truth.out;
+    for (std::size_t k = 0; k < n; ++k)
+        for (std::size_t c = 0; c < channels; ++c)
+            out[c] += truth.w[k] / truth.sum * values.values[tokens[k] * channels + c];
+    for (std::size_t k = 0; k < n; ++k)
+        for (std::size_t c = 0; c < channels; ++c) {
+            const double v = values.values[tokens[k] * channels + c];
+            r.truth.out_bound[c] +=
+                (truth.w[k] * std::expm1(truth.h[k]) * std::fabs(v - out[c]) +
+                 g * truth.w[k] * std::exp(truth.h[k]) * (std::fabs(v) + std::fabs(out[c]))) /
+                truth.low;
+        }
+    if (!fast_values) {
+        if (!fast_keys) {
+            r.path = r.truth;
+            return r;
+        }
+        for (std::size_t k = 0; k < n; ++k)
+            for (std::size_t c = 0; c < channels; ++c)
+                r.path.out[c] += path.w[k] / path.sum * values.values[tokens[k] * channels + c];
+        for (std::size_t k = 0; k < n; ++k)
+            for (std::size_t c = 0; c < channels; ++c) {
+                const double v = values.values[tokens[k] * channels + c];
+                r.path.out_bound[c] +=
+                    (path.w[k] * std::expm1(path.h[k]) * std::fabs(v - r.path.out[c]) +
+                     g * path.w[k] * std::exp(path.h[k]) * (std::fabs(v) + std::fabs(r.path.out[c]))) /
+                    path.low;
+            }
+        return r;
+    }
+
+    // the integer path of values, block by block
+    std::vector<double> numerator(channels, 0.0), error(channels, 0.0), coarse(channels, 0.0),
+        magnitude(channels, 0.0);
+    double denominator_error = 0.0;
+    for (std::size_t k = 0; k < n; ++k)
+        denominator_error += path.w[k] * std::expm1(path.h[k]);
+    for (std::size_t first = 0; first < n;) {
+        std::size_t last = first;
+        while (last < n && block_of(tokens[last]) == block_of(tokens[first]))
+            ++last;
+        double largest = 0.0, h = 0.0;
+        for (std::size_t k = first; k < last; ++k) {
+            largest = std::max(largest, path.w[k] * values.slope[tokens[k]]);
+            h = std::max(h, path.h[k]);
+        }
+        const double weight_step = largest / 127.0;
+        std::vector<double> sum(channels, 0.0);
+        for (std::size_t k = first; k < last; ++k) {
+            const std::size_t t = tokens[k];
+            const double quotient = largest > 0.0 ? path.w[k] * values.slope[t] / weight_step : 0.0;
+            const double code = std::nearbyint(quotient);
+            // fp32 may see a quotient this far off, and take the other code
+            const double unsure = quotient * (std::expm1(path.h[k] + h) + gamma(6)) + 0x1p-100;
+            const bool either = std::fabs(quotient - std::floor(quotient) - 0.5) <= unsure;
+            const float* off = &values.off_centre[t * channels];
+            const double affine = path.w[k] * values.centre[t];
+            const double affine_error = std::fabs(affine) * (std::expm1(path.h[k]) + gamma(4)) +
+                                        2 * unit_roundoff * path.w[k] * values.slope[t] * 255.0;
+            for (std::size_t c = 0; c < channels; ++c) {
+                sum[c] += code * off[c];
+                numerator[c] += affine;
+                error[c] += affine_error + (either ? weight_step * std::fabs(off[c]) : 0.0);
+                magnitude[c] += std::fabs(affine);
+                coarse[c] += (weight_step * (0.5 + 127 * gamma(6))) * std::fabs(off[c]);
+            }
+        }
+        for (std::size_t c = 0; c < channels; ++c) {
+            numerator[c] += weight_step * sum[c];
+            error[c] += weight_step * std::fabs(sum[c]) * (std::expm1(h) + gamma(6));
+            magnitude[c] += weight_step * std::fabs(sum[c]);
+        }
+        first = last;
+    }
+    for (std::size_t c = 0; c < channels; ++c) {
+        r.path.out[c] = numerator[c] / path.sum;
+        r.path.out_bound[c] =
+            (error[c] + g * magnitude[c] + std::fabs(r.path.out[c]) * (denominator_error + g * path.high)) /
+            path.low;
+        // the truth may be off by the rounding of weights, and by all that fp32 does on this path
+        double centre_roundings = 0.0;
+        for (std::size_t k = 0; k < n; ++k)
+            centre_roundings +=
+                path.w[k] * unit_roundoff * std::fabs(values.values[tokens[k] * channels + c]);
+        r.truth.out_bound[c] += r.path.out_bound[c] + (coarse[c] + centre_roundings) / path.low;
+    }
+    return r;
+}
+
+/// Half a unit in the last place of the output type at x.
+template <class T>
+double output_rounding(double x) {
+    if constexpr (std::is_same_v<T, float>)
+        return unit_roundoff * std::fabs(x) + 0x1p-149;
+    else if constexpr (std::is_same_v<T, kv1::float16>)
+        return 0x1p-11 * std::fabs(x) + 0x1p-25;
+    else
+        return 0x1p-8 * std::fabs(x) + 0x1p-134;
+}
+
+} // namespace kv1_test

@@ -1,0 +1,353 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The tile layout, exhaustively for small shapes, and literally as design documents describe it.
+#include "compare.hpp"
+#include "packed_model.hpp"
+#include "random.hpp"
+
+#include <kv1/layout.hpp>
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <vector>
+
+using kv1::kv_format;
+using kv1::page_layout;
+using kv1::section_layout;
+using kv1_test::tally;
+
+namespace {
+
+constexpr std::array<std::size_t, 5> page_sizes{16, 32, 48, 64, 128};
+
+std::vector<std::size_t> dims() {
+    std::vector<std::size_t> list;
+    for (std::size_t d = 1; d <= 40; ++d)
+        list.push_back(d);
+    list.insert(list.end(), {64, 80, 96, 127, 128, 192, 256});
+    return list;
+}
+
+// Width of a stored field, from the format table alone.
+std::size_t bits_of_value(kv_format f) {
+    switch (f) {
+    case kv_format::fp32:
+        return 32;
+    case kv_format::fp16:
+        return 16;
+    case kv_format::affine8:
+        return 8;
+    case kv_format::affine4:
+        return 4;
+    case kv_format::affine3:
+        return 3;
+    case kv_format::affine2:
+        return 2;
+    case kv_format::scaled_binary:
+    case kv_format::binary:
+        return 1;
+    }
+    return 0;
+}
+
+bool is_coded(kv_format f) { return f != kv_format::fp32 && f != kv_format::fp16; }
+
+// body(section, page bytes): both sides of a page, for every format, dim and page size.
+template <class F>
+void for_each_section(F&& body) {
+    for (const kv_format f : kv1::all_kv_formats)
+        for (const std::size_t d : dims())
+            for (const std::size_t tokens : page_sizes) {
+                const page_layout layout(f, d, f, d, tokens);
+                body(layout.keys(), layout);
+                body(layout.values(), layout);
+            }
+}
+
+std::string describe(const section_layout& s) {
+    return std::string(to_string(s.format)) + (s.keys ? " K " : " V ") + std::to_string(s.channels) +
+           " channels, " + std::to_string(s.tokens) + " tokens";
+}
+
+std::vector<std::byte> random_page(kv1_test::generator& g, std::size_t bytes) {
+    std::vector<std::byte> page(bytes);
+    for (auto& b : page)
+        b = static_cast<std::byte>(g.bits() & 0xff);
+    return page;
+}
+
+} // namespace
+
+TEST_CASE("every field of every token and channel has bits of its own inside its section", "[layout]") {
+    tally t;
+    for_each_section([&](const section_layout& s, const page_layout&) {
+        std::vector<std::uint32_t> used(s.bytes() / 4, 0);
+        bool inside = true, apart = true;
+        for (int p = 0; p < s.traits().part_count(); ++p) {
+            const std::uint32_t mask = kv1::detail::field_mask(s.traits().field_bits(p));
+            for (std::size_t token = 0; token < s.tokens; ++token)
+                for (std::size_t c = 0; c < s.channels; ++c) {
+                    const kv1::detail::field_place at = s.place(p, token, c);
+                    if (at.lane >= used.size() || at.shift < 0 || at.shift + s.traits().field_bits(p) > 32) {
+                        inside = false;
+                        continue;
+                    }
+                    apart = apart && (used[at.lane] & mask << at.shift) == 0;
+                    used[at.lane] |= mask << at.shift;
+                }
+        }
+        t.expect(inside, describe(s), "reaches outside");
+        t.expect(apart, describe(s), "overlaps itself");
+    });
+    KV1_REQUIRE_CLEAN(t);
+}
+
+TEST_CASE("sections and metadata follow each other in whole lines and do not overlap", "[layout]") {
+    tally t;
+    for (const kv_format kf : kv1::all_kv_formats)
+        for (const kv_format vf : kv1::all_kv_formats)
+            for (const std::size_t d : dims())
+                for (const std::size_t tokens : page_sizes) {
+                    const page_layout layout(kf, d, vf, d + 3, tokens);
+                    std::size_t at = 0;
+                    for (const section_layout* s : {&layout.keys(), &layout.values()}) {
+                        t.expect(s->offset == at && s->bytes() % 64 == 0, describe(*s));
+                        at += s->bytes();
+                    }
+                    for (const section_layout* s : {&layout.keys(), &layout.values()}) {
+                        const std::size_t metadata = s->traits().metadata_bytes();
+                        if (metadata >= 2) {
+                            t.expect(s->scale_offset == at, describe(*s), "scales");
+                            at += 2 * tokens;
+                        }
+                        if (metadata == 4) {
+                            t.expect(s->minimum_offset == at, describe(*s), "minima");
+                            at += 2 * tokens;
+                        }
+                    }
+                    t.expect(layout.bytes() == (at + 63) / 64 * 64, describe(layout.keys()));
+                    t.expect(layout.page_tokens() == tokens && layout.values().channels == d + 3, "shape");
+                }
+    KV1_REQUIRE_CLEAN(t);
+}
+
+TEST_CASE("a page takes the row format's bytes where dims and tokens fill lines", "[layout]") {
+    tally t;
+    std::size_t full = 0;
+    for_each_section([&](const section_layout& s, const page_layout& layout) {
+        const std::size_t row = kv1::packed_bytes(s.format, s.channels);
+        t.expect(s.bytes() >= s.tokens * row, describe(s), "too few");
+        // channels of a K lane and tokens of a V lane: of the narrowest field that the format has
+        const std::size_t bits = s.format == kv_format::affine3 ? 1 : bits_of_value(s.format);
+        const std::size_t along = s.keys ? s.channels : s.tokens, across = s.keys ? s.tokens : s.channels;
+        if (along % (32 / bits) == 0 && across % 16 == 0) {
+            ++full;
+            t.expect(s.bytes() == s.tokens * row, describe(s), "too many");
+        }
+        // what padding may cost at most: K channels to whole lanes, V tokens to whole lanes and channels to
+        // 16
+        const std::size_t lanes_along = (along + 32 / bits - 1) / (32 / bits) * (32 / bits);
+        t.expect(s.bytes() == (across + 15) / 16 * 16 * lanes_along * bits_of_value(s.format) / 8,
+                 describe(s));
+        static_cast<void>(layout);
+    });
+    KV1_REQUIRE_CLEAN(t);
+    REQUIRE(full > 200);
+    // the numbers that the project's documents give
+    REQUIRE(page_layout(kv_format::affine2, 32, kv_format::affine2, 32, 64).bytes() == 64 * 24);
+    REQUIRE(page_layout(kv_format::affine2, 128, kv_format::affine2, 128, 64).bytes() == 64 * 72);
+    REQUIRE(page_layout(kv_format::fp16, 128, kv_format::fp16, 128, 64).bytes() == 64 * 512);
+}
+
+TEST_CASE("codes and plain bits come back from where they were stored", "[layout]") {
+    kv1_test::generator g(1);
+    tally t;
+    for_each_section([&](const section_layout& s, const page_layout& layout) {
+        std::vector<std::byte> page = random_page(g, layout.bytes());
+        const std::vector<std::byte> before = page;
+        const std::size_t bits = bits_of_value(s.format);
+        const std::uint64_t top = (std::uint64_t{1} << bits) - 1;
+        std::vector<std::uint32_t> codes(s.tokens * s.channels);
+        for (auto& c : codes)
+            c = static_cast<std::uint32_t>(g.bits() & top);
+        for (std::size_t i = 0; i < codes.size(); ++i)
+            kv1::detail::store_code(s, page.data(), i / s.channels, i % s.channels, codes[i]);
+        bool same = true;
+        for (std::size_t i = 0; i < codes.size(); ++i)
+            same = same && kv1::detail::load_code(s, page.data(), i / s.channels, i % s.channels) == codes[i];
+        t.expect(same, describe(s));
+        // nothing outside the section's lines was written
+        t.expect(
+            std::equal(page.begin(), page.begin() + static_cast<std::ptrdiff_t>(s.offset), before.begin()),
+            describe(s), "before the section");
+        const auto end = static_cast<std::ptrdiff_t>(s.offset + s.bytes());
+        t.expect(std::equal(page.begin() + end, page.end(), before.begin() + end), describe(s),
+                 "past the section");
+    });
+    KV1_REQUIRE_CLEAN(t);
+}
+
+TEST_CASE("metadata comes back from where it was stored", "[layout]") {
+    kv1_test::generator g(2);
+    tally t;
+    for (const kv_format f : kv1::all_kv_formats)
+        for (const std::size_t tokens : page_sizes) {
+            const page_layout layout(f, 24, f, 40, tokens);
+            std::vector<std::byte> page = random_page(g, layout.bytes());
+            std::vector<kv1::detail::row_metadata> stored;
+            for (const section_layout* s : {&layout.keys(), &layout.values()})
+                for (std::size_t i = 0; i < tokens; ++i) {
+                    stored.push_back(
+                        {static_cast<std::uint16_t>(g.bits()), static_cast<std::uint16_t>(g.bits())});
+                    kv1::detail::store_metadata(*s, page.data(), i, stored.back());
+                }
+            std::size_t n = 0;
+            for (const section_layout* s : {&layout.keys(), &layout.values()})
+                for (std::size_t i = 0; i < tokens; ++i, ++n) {
+                    const std::size_t kept = s->traits().metadata_bytes();
+                    const kv1::detail::row_metadata m = kv1::detail::load_metadata(*s, page.data(), i);
+                    t.expect(m.scale == (kept >= 2 ? stored[n].scale : 0), describe(*s), i);
+                    t.expect(m.minimum == (kept == 4 ? stored[n].minimum : 0), describe(*s), i);
+                }
+        }
+    KV1_REQUIRE_CLEAN(t);
+}
+
+TEST_CASE("a K line holds sixteen tokens, each lane that token's four row-format bytes", "[layout]") {
+    kv1_test::generator g(3);
+    tally t;
+    for (const kv_format f : {kv_format::affine8, kv_format::affine4, kv_format::affine2,
+                              kv_format::scaled_binary, kv_format::binary})
+        for (const std::size_t d : dims())
+            for (const std::size_t tokens : page_sizes) {
+                const page_layout layout(f, d, f, d, tokens);
+                const section_layout& s = layout.keys();
+                const auto bits = static_cast<int>(bits_of_value(f));
+                std::vector<std::byte> page(layout.bytes());
+                std::vector<std::vector<std::byte>> rows;
+                for (std::size_t token = 0; token < tokens; ++token) {
+                    const auto codes = kv1_test::random_codes(g, d, bits);
+                    rows.push_back(kv1_test::packed_model(codes, bits));
+                    for (std::size_t c = 0; c < d; ++c)
+                        kv1::detail::store_code(s, page.data(), token, c, codes[c]);
+                }
+                // tiles of 16 tokens, in each the lines of its channel groups; a line is 16 lanes of 4 bytes
+                const std::size_t lines = (d * static_cast<std::size_t>(bits) + 31) / 32;
+                for (std::size_t token = 0; token < tokens; ++token)
+                    for (std::size_t l = 0; l < lines; ++l)
+                        for (std::size_t j = 0; j < 4; ++j) {
+                            const std::size_t at = ((token / 16 * lines + l) * 16 + token % 16) * 4 + j;
+                            const auto& row = rows[token];
+                            const std::byte expected = 4 * l + j < row.size() ? row[4 * l + j] : std::byte{0};
+                            t.expect(page[at] == expected, describe(s), token, l, j);
+                        }
+            }
+    KV1_REQUIRE_CLEAN(t);
+}
+
+TEST_CASE("a V line holds sixteen channels, and byte i, field f of a lane is token 4f + i", "[layout]") {
+    kv1_test::generator g(4);
+    tally t;
+    for (const kv_format f : {kv_format::affine8, kv_format::affine4, kv_format::affine2,
+                              kv_format::scaled_binary, kv_format::binary})
+        for (const std::size_t d : dims())
+            for (const std::size_t tokens : page_sizes) {
+                const page_layout layout(f, d, f, d, tokens);
+                const section_layout& s = layout.values();
+                const std::size_t bits = bits_of_value(f), per_lane = 32 / bits;
+                std::vector<std::byte> page(layout.bytes());
+                const auto codes = kv1_test::random_codes(g, d * tokens, static_cast<int>(bits));
+                for (std::size_t i = 0; i < codes.size(); ++i)
+                    kv1::detail::store_code(s, page.data(), i / d, i % d, codes[i]);
+                // groups of 16 channels, in each the lines of consecutive runs of tokens
+                const std::size_t lines = (tokens + per_lane - 1) / per_lane;
+                for (std::size_t c = 0; c < d; ++c)
+                    for (std::size_t l = 0; l < lines; ++l)
+                        for (std::size_t i = 0; i < 4; ++i)
+                            for (std::size_t field = 0; field < 8 / bits; ++field) {
+                                const std::size_t token = l * per_lane + 4 * field + i;
+                                const std::size_t at =
+                                    s.offset + ((c / 16 * lines + l) * 16 + c % 16) * 4 + i;
+                                const unsigned stored =
+                                    std::to_integer<unsigned>(page[at]) >> (bits * field) &
+                                    ((1u << bits) - 1u);
+                                t.expect(stored == (token < tokens ? codes[token * d + c] : 0u), describe(s),
+                                         token, c);
+                            }
+            }
+    KV1_REQUIRE_CLEAN(t);
+}
+
+TEST_CASE("plain lanes hold consecutive channels of a key and consecutive tokens of a value", "[layout]") {
+    tally t;
+    for (const std::size_t d : dims())
+        for (const std::size_t tokens : page_sizes)
+            for (const kv_format f : {kv_format::fp32, kv_format::fp16}) {
+                const page_layout layout(f, d, f, d, tokens);
+                const std::size_t per_lane = 32 / bits_of_value(f);
+                for (std::size_t token = 0; token < tokens; ++token)
+                    for (std::size_t c = 0; c < d; ++c) {
+                        const std::size_t k_lines = (d + per_lane - 1) / per_lane,
+                                          v_lines = tokens / per_lane;
+                        const auto k = layout.keys().place(0, token, c);
+                        t.expect(k.lane == (token / 16 * k_lines + c / per_lane) * 16 + token % 16 &&
+                                     k.shift == static_cast<int>(c % per_lane * bits_of_value(f)),
+                                 describe(layout.keys()), token, c);
+                        const auto v = layout.values().place(0, token, c);
+                        t.expect(v.lane == (c / 16 * v_lines + token / per_lane) * 16 + c % 16 &&
+                                     v.shift == static_cast<int>(token % per_lane * bits_of_value(f)),
+                                 describe(layout.values()), token, c);
+                    }
+            }
+    KV1_REQUIRE_CLEAN(t);
+}
+
+TEST_CASE("a 3-bit section is a 2-bit and a 1-bit part in lines of their own", "[layout]") {
+    tally t;
+    for (const std::size_t d : dims())
+        for (const std::size_t tokens : page_sizes)
+            for (const bool keys : {true, false}) {
+                const page_layout layout(kv_format::affine3, d, kv_format::affine3, d, tokens);
+                const section_layout& s = keys ? layout.keys() : layout.values();
+                const std::size_t along = ((keys ? d : tokens) + 31) / 32 * 32;
+                t.expect(s.part_lines(0) == along / 16 && s.part_lines(1) == along / 32, describe(s));
+                for (std::size_t token = 0; token < tokens; ++token)
+                    for (std::size_t c = 0; c < d; ++c) {
+                        const std::size_t across = keys ? token : c, n = keys ? c : token;
+                        const std::size_t unit = across / 16 * (along / 16 + along / 32) * 16 + across % 16;
+                        t.expect(s.place(0, token, c).lane == unit + n / 16 * 16, describe(s), token, c);
+                        t.expect(s.place(1, token, c).lane == unit + (along / 16 + n / 32) * 16, describe(s),
+                                 token, c);
+                    }
+            }
+    KV1_REQUIRE_CLEAN(t);
+}
+
+TEST_CASE("row sizes are those of the format table", "[layout]") {
+    for (const kv_format f : kv1::all_kv_formats)
+        for (const std::size_t d : dims()) {
+            const std::size_t metadata = !is_coded(f) || f == kv_format::binary ? 0u
+                                         : f == kv_format::scaled_binary        ? 2u
+                                                                                : 4u;
+            REQUIRE(kv1::packed_bytes(f, d) == (d * bits_of_value(f) + 7) / 8);
+            REQUIRE(kv1::row_bytes(f, d) == (d * bits_of_value(f) + 7) / 8 + metadata);
+        }
+    STATIC_REQUIRE(kv1::row_bytes(kv_format::affine2, 32) == 12);
+    STATIC_REQUIRE(kv1::row_bytes(kv_format::affine2, 128) == 36);
+}
+
+TEST_CASE("every format has a name, and a type that names it", "[layout]") {
+    for (const kv_format f : kv1::all_kv_formats) {
+        REQUIRE(to_string(f) != "unknown");
+        REQUIRE(kv1::all_formats::contains(f));
+        REQUIRE(kv1::formats<kv1::affine<2>>::contains(f) == (f == kv_format::affine2));
+    }
+    REQUIRE(to_string(static_cast<kv_format>(99)) == "unknown");
+    STATIC_REQUIRE(kv1::kv_format_of<kv1::affine<2>> == kv_format::affine2);
+    STATIC_REQUIRE(kv1::kv_format_of<kv1::plain<kv1::float16>> == kv_format::fp16);
+    STATIC_REQUIRE(kv1::storage_format<kv1::binary>);
+    STATIC_REQUIRE_FALSE(kv1::storage_format<kv1::affine<5>>);
+    STATIC_REQUIRE_FALSE(kv1::storage_format<float>);
+}
