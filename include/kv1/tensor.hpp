@@ -6,7 +6,8 @@
 //
 //   kv1::tensor_view keys(k.data(), tokens, kv_heads, head_dim);
 //
-// views [token][head][channel]; with strides head_dim and tokens * head_dim it would be [head][token][channel].
+// views [token][head][channel]; with strides head_dim and tokens * head_dim it would be
+// [head][token][channel].
 #pragma once
 
 #include <kv1/float16.hpp>
