@@ -53,9 +53,8 @@ struct cache_statistics {
     }
 };
 
-namespace detail {
-
-inline std::string human_bytes(std::size_t bytes) {
+/// Such as "12.50 MiB". Allocates.
+[[nodiscard]] inline std::string human_bytes(std::size_t bytes) {
     constexpr const char* units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
     auto size = static_cast<double>(bytes);
     std::size_t unit = 0;
@@ -68,17 +67,15 @@ inline std::string human_bytes(std::size_t bytes) {
     return text.append(" ").append(units[unit]);
 }
 
-} // namespace detail
-
 /// One line: tokens, layers, stored size, ratio to fp16, pages.
 [[nodiscard]] inline std::string to_string(const cache_statistics& s) {
     const auto ratio = static_cast<unsigned long long>(s.shrink_vs_fp16() * 100.0 + 0.5);
-    std::string text =
-        std::to_string(s.tokens) + " tokens x " + std::to_string(s.layers) + " layers in " +
-        detail::human_bytes(s.bytes_stored) + " (fp16: " + detail::human_bytes(s.bytes_as_fp16) + ", " +
-        std::to_string(ratio / 100) + (ratio % 100 < 10 ? ".0" : ".") + std::to_string(ratio % 100) +
-        "x smaller), " + std::to_string(s.pages_in_use) + " of " + std::to_string(s.pages_total) +
-        " pages, " + detail::human_bytes(s.bytes_in_use) + " in use";
+    std::string text = std::to_string(s.tokens) + " tokens x " + std::to_string(s.layers) + " layers in " +
+                       human_bytes(s.bytes_stored) + " (fp16: " + human_bytes(s.bytes_as_fp16) + ", " +
+                       std::to_string(ratio / 100) + (ratio % 100 < 10 ? ".0" : ".") +
+                       std::to_string(ratio % 100) + "x smaller), " + std::to_string(s.pages_in_use) +
+                       " of " + std::to_string(s.pages_total) + " pages, " + human_bytes(s.bytes_in_use) +
+                       " in use";
     return text;
 }
 

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cli.hpp"
+
+#include "error.hpp"
+#include "generate.hpp"
+#include "info.hpp"
+#include "kld.hpp"
+
+#include <CLI/CLI.hpp>
+
+#include <exception>
+#include <new>
+#include <ostream>
+#include <string>
+#include <thread>
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
+namespace kv1_lm {
+
+namespace {
+
+bool error_output_is_a_terminal() {
+#if defined(__unix__) || defined(__APPLE__)
+    return isatty(STDERR_FILENO) == 1;
+#else
+    return false;
+#endif
+}
+
+// Texts of options, until they are known to be given and right.
+struct texts {
+    std::string kv = "2", reference = "32", attention = "exact";
+};
+
+kv1::precision parse_attention(const std::string& text) {
+    return text == "fast" ? kv1::precision::fast : kv1::precision::exact;
+}
+
+void add_common(CLI::App& command, std::filesystem::path& model) {
+    command
+        .add_option("--model", model,
+                    "Model folder as Transformers saves it: config.json, model.safetensors, tokenizer.json")
+        ->capture_default_str();
+}
+
+void add_cache(CLI::App& command, texts& t, std::size_t& threads) {
+    command.add_option("--kv", t.kv, "Bits of the cache: 1, 1.5, 2, 3, 4, 8, 16, 32, or K,V such as 4,2")
+        ->capture_default_str();
+    command
+        .add_option("--attention", t.attention,
+                    "exact: fp32 on decoded values; fast: integer arithmetic on the codes")
+        ->check(CLI::IsMember({"exact", "fast"}))
+        ->capture_default_str();
+    command.add_option("--threads", threads, "Threads")->check(CLI::Range(1, 1024))->capture_default_str();
+}
+
+// No bound but what is said here: CLI11's own PositiveNumber lets infinities and NaN through.
+CLI::Validator between(double low, double high, std::string name) {
+    return CLI::Validator(
+        [low, high](const std::string& text) {
+            double value = 0.0;
+            const bool fits = CLI::detail::lexical_cast(text, value) && value > low && value <= high;
+            return fits ? std::string()
+                        : text + " is not above " + CLI::detail::to_string(low) + " and at most " +
+                              CLI::detail::to_string(high);
+        },
+        std::move(name));
+}
+
+int run_or_throw(int argc, const char* const* argv, std::istream& in, std::ostream& out, std::ostream& err) {
+    CLI::App app("A small language model whose attention runs on kv1's packed KV cache.", "kv1-lm");
+    app.require_subcommand(1);
+
+    generate_options g;
+    kld_options k;
+    std::filesystem::path info_model = KV1_LM_DEFAULT_MODEL_DIR;
+    g.model = k.model = info_model;
+    k.threads = std::max(1u, std::thread::hardware_concurrency());
+    texts generate_texts, kld_texts;
+
+    CLI::App* generate_command = app.add_subcommand("generate", "Continue a prompt");
+    add_common(*generate_command, g.model);
+    CLI::Option* prompt = generate_command->add_option("--prompt", g.prompt, "The text to continue");
+    generate_command->add_option("--max-new-tokens", g.max_new_tokens, "New tokens at the most")
+        ->capture_default_str();
+    generate_command->add_option("--max-input-tokens", g.max_input_tokens, "A longer prompt is refused")
+        ->capture_default_str();
+    CLI::Option* greedy =
+        generate_command->add_flag("--greedy", g.how.greedy, "Always take the likeliest token");
+    generate_command->add_option("--temperature", g.how.temperature, "Of the softmax that is drawn from")
+        ->check(between(0.0, 1e6, "above 0"))
+        ->excludes(greedy)
+        ->capture_default_str();
+    generate_command->add_option("--top-p", g.how.top_p, "Draw from the likeliest tokens that have this mass")
+        ->check(between(0.0, 1.0, "(0, 1]"))
+        ->excludes(greedy)
+        ->capture_default_str();
+    generate_command
+        ->add_option("--repeat-penalty", g.how.repeat_penalty, "Divides the logits of tokens seen; 1 is none")
+        ->check(between(0.0, 1e6, "above 0"))
+        ->capture_default_str();
+    generate_command->add_option("--seed", g.how.seed, "Of the draws")->capture_default_str();
+    add_cache(*generate_command, generate_texts, g.threads);
+    generate_command->add_flag("--show-cache", g.show_cache, "Print cache size and speed to standard error");
+    CLI::Option* interactive = generate_command->add_flag("--interactive", g.interactive,
+                                                          "Read prompts from standard input, one a line");
+    generate_command->add_flag("--ids", g.print_ids,
+                               "End with a line that holds all token ids as a JSON array");
+    prompt->excludes(interactive);
+
+    CLI::App* kld_command =
+        app.add_subcommand("kld", "Measure what a cache format costs: KL(P_reference || P_kv)");
+    add_common(*kld_command, k.model);
+    kld_command->add_option("--text", k.text, "UTF-8 text to measure on")->required();
+    add_cache(*kld_command, kld_texts, k.threads);
+    kld_command->add_option("--reference", kld_texts.reference, "Bits of the cache to compare with")
+        ->capture_default_str();
+    kld_command->add_option("--seq-len", k.seq_len, "Tokens of a chunk")->capture_default_str();
+    kld_command->add_option("--stride", k.stride, "Tokens from one chunk to the next")->capture_default_str();
+    kld_command->add_option("--max-tokens", k.max_tokens, "Tokens of the text to use; 0 is all")
+        ->capture_default_str();
+    kld_command->add_flag("--include-last-logit", k.include_last_logit,
+                          "Count the last position of each chunk too");
+    kld_command->add_option("--json", k.json, "File to write the result to");
+
+    CLI::App* info_command = app.add_subcommand("info", "Show a model's shape and what its cache costs");
+    add_common(*info_command, info_model);
+
+    try {
+        app.parse(argc, argv);
+    } catch (const CLI::Success& e) { // --help
+        return app.exit(e, out, err);
+    } catch (const CLI::ParseError& e) {
+        throw input_error(std::string(e.what()) + " (see kv1-lm --help)");
+    }
+
+    if (*generate_command) {
+        if (prompt->count() == 0 && !g.interactive)
+            throw input_error("generate needs --prompt TEXT or --interactive");
+        g.kv = parse_kv(generate_texts.kv, "--kv");
+        g.precision = parse_attention(generate_texts.attention);
+        generate(g, in, out, err);
+    } else if (*kld_command) {
+        k.kv = parse_kv(kld_texts.kv, "--kv");
+        k.reference = parse_kv(kld_texts.reference, "--reference");
+        k.precision = parse_attention(kld_texts.attention);
+        k.show_progress = error_output_is_a_terminal();
+        kld(k, out, err);
+    } else if (*info_command) {
+        info(info_model, out);
+    }
+    return 0;
+}
+
+} // namespace
+
+int run(int argc, const char* const* argv, std::istream& in, std::ostream& out, std::ostream& err) {
+    try {
+        return run_or_throw(argc, argv, in, out, err);
+    } catch (const input_error& e) {
+        err << "kv1-lm: " << e.what() << '\n';
+        return 2;
+    } catch (const std::bad_alloc&) {
+        err << "kv1-lm: out of memory\n";
+    } catch (const std::exception& e) {
+        err << "kv1-lm: " << e.what() << '\n';
+    }
+    return 1;
+}
+
+} // namespace kv1_lm

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// kv1-lm kld: what a cache format costs, as the divergence of the model's predictions from those with a
+// better cache: KL(P_reference || P_kv) at every position of a text, and both perplexities.
+//
+// The text is cut into chunks, each run from an empty cache. A chunk of n tokens gives n - 1 positions (its
+// last logit predicts a token outside it) or, with include_last_logit, n divergences.
+#pragma once
+
+#include "kv_option.hpp"
+
+#include <kv1/attention.hpp>
+
+#include <cstddef>
+#include <filesystem>
+#include <iosfwd>
+#include <vector>
+
+namespace kv1_lm {
+
+struct kld_options {
+    std::filesystem::path model;
+    std::filesystem::path text;
+    kv_formats kv;
+    kv_formats reference{kv1::kv_format::fp32, kv1::kv_format::fp32};
+    kv1::precision precision = kv1::precision::exact;
+    std::size_t seq_len = 1024;
+    std::size_t stride = 1024;
+    std::size_t max_tokens = 0; ///< 0: the whole text
+    bool include_last_logit = false;
+    std::size_t threads = 1;
+    std::filesystem::path json; ///< empty: none is written
+    bool show_progress = false;
+};
+
+struct kld_result {
+    std::size_t loaded_tokens = 0, positions = 0;
+    double nats_per_token = 0.0, max_position_nats = 0.0, max_chunk_mean_nats = 0.0;
+    double reference_perplexity = 0.0, kv_perplexity = 0.0;
+    double shrink_vs_fp16 = 0.0; ///< bytes of fp16 over the row-format bytes of --kv
+    std::vector<double> chunk_means;
+};
+
+/// O(tokens * model); chunks are shared out among the threads, and the result does not depend on their
+/// number. Throws input_error.
+[[nodiscard]] kld_result measure_kld(const kld_options& options, std::ostream& log);
+
+/// Measures, prints a summary and writes the JSON file. Throws input_error.
+void kld(const kld_options& options, std::ostream& out, std::ostream& log);
+
+} // namespace kv1_lm

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What `--kv 2`, `--kv 1.5` or `--kv 4,2` means: the storage formats of keys and values.
+#pragma once
+
+#include <kv1/format.hpp>
+
+#include <array>
+#include <string>
+#include <string_view>
+
+namespace kv1_lm {
+
+struct kv_formats {
+    kv1::kv_format key = kv1::kv_format::affine2;
+    kv1::kv_format value = kv1::kv_format::affine2;
+    friend bool operator==(const kv_formats&, const kv_formats&) = default;
+};
+
+/// Every width, narrowest first.
+inline constexpr std::array<std::string_view, 8> kv_widths{"1", "1.5", "2", "3", "4", "8", "16", "32"};
+
+/// One width for both, or a pair "K,V". `option` is named in the input_error for anything else.
+[[nodiscard]] kv_formats parse_kv(std::string_view text, std::string_view option);
+
+/// The shortest text that parse_kv() takes for these formats.
+[[nodiscard]] std::string to_string(const kv_formats& formats);
+
+} // namespace kv1_lm

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The transformer: a decoder as small as they come (RMSNorm, rotary positions, grouped-query attention,
+// SwiGLU), whose keys and values live in a kv1 cache. model.cpp's forward() is the place to see what an
+// engine does with kv1: append the new keys and values of a layer, attend.
+#pragma once
+
+#include "kv_option.hpp"
+#include "linear.hpp"
+#include "model_config.hpp"
+#include "thread_pool.hpp"
+
+#include <kv1/kv_cache.hpp>
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <span>
+#include <vector>
+
+namespace kv1_lm {
+
+class safetensors;
+
+class model {
+public:
+    /// Reads config.json and model.safetensors. Throws input_error.
+    [[nodiscard]] static model read(const std::filesystem::path& folder);
+    model(model_config config, const safetensors& weights);
+
+    [[nodiscard]] const model_config& config() const noexcept { return config_; }
+    [[nodiscard]] std::size_t parameters() const noexcept { return parameters_; }
+    /// The shape of a cache for this model with room for `tokens`.
+    [[nodiscard]] kv1::cache_description cache_shape(const kv_formats& formats, std::size_t tokens) const;
+
+    /// Runs the tokens that follow what the sequence holds, and adds them to it. Gives the final hidden
+    /// states, [tokens][hidden_size]. Throws input_error for an unknown token and for a position past the
+    /// model's last, kv1::error where the cache is full. Const calls may run at once on caches of their own.
+    [[nodiscard]] std::vector<float> forward(std::span<const std::int32_t> tokens, kv1::kv_cache& cache,
+                                             kv1::sequence_id sequence, kv1::precision precision,
+                                             thread_pool& pool) const;
+    /// Logits [rows][vocab_size] of hidden states [rows][hidden_size].
+    void logits(std::span<const float> hidden, std::span<float> out, thread_pool& pool) const;
+
+private:
+    struct layer {
+        std::vector<float> attention_norm, mlp_norm;
+        linear query, key, value, output;
+        linear gate, up, down;
+    };
+
+    void normalize(std::span<const float> x, std::span<const float> weight, std::span<float> out) const;
+    void rotate(std::span<float> vectors, std::size_t heads, std::size_t first_position) const;
+
+    model_config config_;
+    linear embeddings_;
+    linear head_; // empty where it is tied to the embeddings
+    std::vector<layer> layers_;
+    std::vector<float> final_norm_;
+    std::vector<float> cosines_, sines_; // [position][head_dim / 2]
+    std::size_t parameters_ = 0;
+};
+
+} // namespace kv1_lm
