@@ -28,7 +28,7 @@ private:
 };
 
 /// Text out of a file, fit for a message: in double quotes, control characters as \xNN, cut after 60 bytes.
-[[nodiscard]] inline std::string quoted(std::string_view text) {
+[[nodiscard]] inline std::string quote(std::string_view text) {
     constexpr std::size_t longest = 60;
     constexpr std::string_view hex = "0123456789abcdef";
     std::string out = "\"";
