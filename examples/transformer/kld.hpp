@@ -19,9 +19,9 @@
 namespace kv1_lm {
 
 struct kld_options {
-    std::filesystem::path model;
-    std::filesystem::path text;
-    kv_formats kv;
+    std::filesystem::path model = {};
+    std::filesystem::path text = {};
+    kv_formats kv = {};
     kv_formats reference{kv1::kv_format::fp32, kv1::kv_format::fp32};
     kv1::precision precision = kv1::precision::exact;
     std::size_t seq_len = 1024;
@@ -29,7 +29,7 @@ struct kld_options {
     std::size_t max_tokens = 0; ///< 0: the whole text
     bool include_last_logit = false;
     std::size_t threads = 1;
-    std::filesystem::path json; ///< empty: none is written
+    std::filesystem::path json = {}; ///< empty: none is written
     bool show_progress = false;
 };
 
