@@ -27,7 +27,7 @@ class tokenizer {
 public:
     /// Both throw input_error, naming the file and the key.
     [[nodiscard]] static tokenizer read(const std::filesystem::path& file);
-    [[nodiscard]] static tokenizer parse(std::string_view json, std::string origin);
+    [[nodiscard]] static tokenizer parse(std::string_view text, std::string origin);
 
     /// The ids of a text, special tokens spelled out in it included. O(n log n) for n bytes, whatever the
     /// text. Throws input_error with the byte offset where the text is not UTF-8. Bytes for which the
