@@ -56,6 +56,11 @@ void add_cache(CLI::App& command, texts& t, std::size_t& threads) {
     command.add_option("--threads", threads, "Threads")->check(CLI::Range(1, 1024))->capture_default_str();
 }
 
+// CLI11 wraps negative numbers into unsigned ones.
+void add_count(CLI::App& command, const char* name, auto& value, const char* description) {
+    command.add_option(name, value, description)->check(CLI::NonNegativeNumber)->capture_default_str();
+}
+
 // No bound but what is said here: CLI11's own PositiveNumber lets infinities and NaN through.
 CLI::Validator between(double low, double high, std::string name) {
     return CLI::Validator(
@@ -83,10 +88,8 @@ int run_or_throw(int argc, const char* const* argv, std::istream& in, std::ostre
     CLI::App* generate_command = app.add_subcommand("generate", "Continue a prompt");
     add_common(*generate_command, g.model);
     CLI::Option* prompt = generate_command->add_option("--prompt", g.prompt, "The text to continue");
-    generate_command->add_option("--max-new-tokens", g.max_new_tokens, "New tokens at the most")
-        ->capture_default_str();
-    generate_command->add_option("--max-input-tokens", g.max_input_tokens, "A longer prompt is refused")
-        ->capture_default_str();
+    add_count(*generate_command, "--max-new-tokens", g.max_new_tokens, "New tokens at the most");
+    add_count(*generate_command, "--max-input-tokens", g.max_input_tokens, "A longer prompt is refused");
     CLI::Option* greedy =
         generate_command->add_flag("--greedy", g.how.greedy, "Always take the likeliest token");
     generate_command->add_option("--temperature", g.how.temperature, "Of the softmax that is drawn from")
@@ -101,7 +104,7 @@ int run_or_throw(int argc, const char* const* argv, std::istream& in, std::ostre
         ->add_option("--repeat-penalty", g.how.repeat_penalty, "Divides the logits of tokens seen; 1 is none")
         ->check(between(0.0, 1e6, "above 0"))
         ->capture_default_str();
-    generate_command->add_option("--seed", g.how.seed, "Of the draws")->capture_default_str();
+    add_count(*generate_command, "--seed", g.how.seed, "Of the draws");
     add_cache(*generate_command, generate_texts, g.threads);
     generate_command->add_flag("--show-cache", g.show_cache, "Print cache size and speed to standard error");
     CLI::Option* interactive = generate_command->add_flag("--interactive", g.interactive,
@@ -117,10 +120,9 @@ int run_or_throw(int argc, const char* const* argv, std::istream& in, std::ostre
     add_cache(*kld_command, kld_texts, k.threads);
     kld_command->add_option("--reference", kld_texts.reference, "Bits of the cache to compare with")
         ->capture_default_str();
-    kld_command->add_option("--seq-len", k.seq_len, "Tokens of a chunk")->capture_default_str();
-    kld_command->add_option("--stride", k.stride, "Tokens from one chunk to the next")->capture_default_str();
-    kld_command->add_option("--max-tokens", k.max_tokens, "Tokens of the text to use; 0 is all")
-        ->capture_default_str();
+    add_count(*kld_command, "--seq-len", k.seq_len, "Tokens of a chunk");
+    add_count(*kld_command, "--stride", k.stride, "Tokens from one chunk to the next");
+    add_count(*kld_command, "--max-tokens", k.max_tokens, "Tokens of the text to use; 0 is all");
     kld_command->add_flag("--include-last-logit", k.include_last_logit,
                           "Count the last position of each chunk too");
     kld_command->add_option("--json", k.json, "File to write the result to");

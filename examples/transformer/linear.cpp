@@ -37,6 +37,8 @@ void half_product_plain(const kv1::float16* w, std::size_t outputs, const float*
 
 #if KV1_LM_X86
 
+constexpr std::size_t prefetch_distance = 8192; // bytes
+
 // Four outputs at a time share the loads of x and make four chains of additions. Memory is the limit: 512-bit
 // registers would gain nothing.
 __attribute__((target("avx2,fma,f16c"))) void
@@ -47,6 +49,9 @@ half_product_avx2(const kv1::float16* w, std::size_t outputs, const float* x, st
         __m256 sum[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
         for (std::size_t i = 0; i < whole; i += 8) {
             const __m256 v = _mm256_loadu_ps(x + i);
+            // rows are too short for the hardware to notice; one line a step, in the order of memory
+            _mm_prefetch(reinterpret_cast<const char*>(w + o * inputs) + 8 * i + prefetch_distance,
+                         _MM_HINT_T0);
             for (std::size_t k = 0; k < 4; ++k) {
                 const auto* p = reinterpret_cast<const __m128i*>(w + (o + k) * inputs + i);
                 sum[k] = _mm256_fmadd_ps(_mm256_cvtph_ps(_mm_loadu_si128(p)), v, sum[k]);

@@ -31,35 +31,49 @@ std::int32_t sampler::choose(std::span<float> logits) {
 
 std::int32_t sampler::draw(std::span<const float> logits) {
     const float largest = *std::max_element(logits.begin(), logits.end());
-    candidates_.clear();
+    weights_.resize(logits.size());
     double total = 0.0;
     for (std::size_t i = 0; i < logits.size(); ++i) {
-        const float weight = std::exp((logits[i] - largest) / how_.temperature);
-        total += static_cast<double>(weight);
-        candidates_.emplace_back(weight, static_cast<std::int32_t>(i));
+        weights_[i] = std::exp((logits[i] - largest) / how_.temperature);
+        total += static_cast<double>(weights_[i]);
     }
-    // A heap, since a few of the likeliest are mostly all that is needed; of equals, the lower token comes
-    // first.
-    const auto after = [](const auto& a, const auto& b) {
-        return a.first != b.first ? a.first < b.first : a.second > b.second;
-    };
-    std::make_heap(candidates_.begin(), candidates_.end(), after);
+    const double wanted = static_cast<double>(how_.top_p) * total;
+
+    // The tokens above a threshold, lowered until they have the mass: a fraction of what sorting all would
+    // take.
+    double mass = 0.0;
+    for (float threshold = 0x1p-8f; mass <= wanted && candidates_.size() < logits.size();
+         threshold *= 0x1p-6f) {
+        candidates_.clear();
+        mass = 0.0;
+        for (std::size_t i = 0; i < logits.size(); ++i)
+            if (weights_[i] >= threshold) {
+                candidates_.push_back(static_cast<std::int32_t>(i));
+                mass += static_cast<double>(weights_[i]);
+            }
+    }
+    const auto weight = [&](std::int32_t token) { return weights_[static_cast<std::size_t>(token)]; };
+    std::ranges::sort(candidates_, [&](std::int32_t a, std::int32_t b) {
+        return weight(a) != weight(b) ? weight(a) > weight(b) : a < b;
+    });
     double kept = 0.0;
-    std::size_t count = 0; // kept candidates, moved to the back, the likeliest last
-    while (count < candidates_.size() && kept <= static_cast<double>(how_.top_p) * total) {
-        std::pop_heap(candidates_.begin(), candidates_.end() - static_cast<std::ptrdiff_t>(count), after);
-        kept += static_cast<double>(candidates_[candidates_.size() - ++count].first);
-    }
+    std::size_t count = 0;
+    while (count < candidates_.size() && kept <= wanted)
+        kept += static_cast<double>(weight(candidates_[count++]));
+    candidates_.resize(count);
 
     // 53 bits of the generator, since what std::uniform_real_distribution makes of them is up to each library
     double left = static_cast<double>(random_() >> 11) * 0x1p-53 * kept;
-    std::size_t i = 1;
-    for (; i < count; ++i) {
-        left -= static_cast<double>(candidates_[candidates_.size() - i].first);
-        if (left < 0.0)
+    std::int32_t chosen = candidates_.back();
+    for (const std::int32_t token : candidates_) {
+        left -= static_cast<double>(weight(token));
+        if (left < 0.0) {
+            chosen = token;
             break;
+        }
     }
-    return candidates_[candidates_.size() - i].second;
+    candidates_.clear();
+    return chosen;
 }
 
 } // namespace kv1_lm

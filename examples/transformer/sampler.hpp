@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <random>
 #include <span>
-#include <utility>
 #include <vector>
 
 namespace kv1_lm {
@@ -39,7 +38,8 @@ private:
     sampling how_;
     std::mt19937_64 random_;
     std::vector<std::uint8_t> seen_; // by token
-    std::vector<std::pair<float, std::int32_t>> candidates_;
+    std::vector<float> weights_;
+    std::vector<std::int32_t> candidates_; // empty between draws
 };
 
 } // namespace kv1_lm

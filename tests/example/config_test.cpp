@@ -26,8 +26,8 @@ namespace {
 struct tiny_model {
     json config = {{"model_type", "banana_kv1"}, {"vocab_size", 10},
                    {"hidden_size", 8},           {"intermediate_size", 12},
-                   {"num_hidden_layers", 1},     {"num_attention_heads", 4},
-                   {"num_key_value_heads", 2},   {"max_position_embeddings", 16},
+                   {"num_hidden_layers", 1},     {"num_attention_heads", 2},
+                   {"num_key_value_heads", 1},   {"max_position_embeddings", 16},
                    {"rms_norm_eps", 1e-5},       {"eos_token_id", 0},
                    {"tie_word_embeddings", true}};
     std::vector<std::pair<std::string, std::vector<std::size_t>>> tensors{
