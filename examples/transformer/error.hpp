@@ -27,19 +27,22 @@ private:
     }
 };
 
-/// Text out of a file, fit for a message: in double quotes, control characters as \xNN, cut after 60 bytes.
+/// Text out of a file, fit for a message: in double quotes, control characters as \xNN, cut to 60 bytes.
 [[nodiscard]] inline std::string quote(std::string_view text) {
     constexpr std::size_t longest = 60;
+    std::size_t size = std::min(text.size(), longest);
+    while (size > 0 && size < text.size() && (static_cast<unsigned char>(text[size]) & 0xc0u) == 0x80u)
+        --size; // not inside a character
     constexpr std::string_view hex = "0123456789abcdef";
     std::string out = "\"";
-    for (const char c : text.substr(0, longest)) {
+    for (const char c : text.substr(0, size)) {
         const auto byte = static_cast<unsigned char>(c);
         if (byte < 0x20 || byte == 0x7f)
             out.append("\\x") += {hex[byte >> 4], hex[byte & 15u]};
         else
             out += c;
     }
-    return out.append(text.size() > longest ? "\"..." : "\"");
+    return out.append(text.size() > size ? "\"..." : "\"");
 }
 
 } // namespace kv1_lm

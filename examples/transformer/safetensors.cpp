@@ -190,12 +190,15 @@ safetensors safetensors::parse(std::vector<std::byte> contents, std::string orig
                                             std::to_string(covered));
         covered = e.end;
     }
-    if (covered != data.size())
-        throw input_error(file.origin_, std::to_string(data.size() - covered) +
-                                            " bytes after the last tensor's data, which ends at byte " +
-                                            std::to_string(all.size() - data.size() + covered) +
-                                            " of the file");
+    if (const std::size_t end = all.size() - data.size() + covered; end != all.size())
+        throw input_error(file.origin_, "the tensors' data ends at byte " + std::to_string(end) + " of " +
+                                            std::to_string(all.size()));
     return file;
+}
+
+const tensor* safetensors::find(std::string_view name) const {
+    const auto found = tensors_.find(name);
+    return found == tensors_.end() ? nullptr : &found->second;
 }
 
 } // namespace kv1_lm
