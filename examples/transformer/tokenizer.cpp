@@ -175,8 +175,9 @@ private:
                 left = entry.element(0).string();
                 right = entry.element(1).string();
             }
-            const std::string joined = std::string(left).append(right);
-            merges.set(known(entry, left), known(entry, right), {rank++, known(entry, joined)});
+            const std::int32_t a = known(entry, left), b = known(entry, right),
+                               joined = known(entry, std::string(left).append(right));
+            merges.set(a, b, {rank++, joined});
         }
     }
 
