@@ -175,8 +175,9 @@ private:
                 left = entry.element(0).string();
                 right = entry.element(1).string();
             }
-            const std::string joined = std::string(left).append(right);
-            merges.set(known(entry, left), known(entry, right), {rank++, known(entry, joined)});
+            const std::int32_t a = known(entry, left), b = known(entry, right),
+                               joined = known(entry, std::string(left).append(right));
+            merges.set(a, b, {rank++, joined});
         }
     }
 
@@ -250,13 +251,10 @@ private:
     }
 };
 
-namespace {
-
 // One call of encode.
-template <class Parts>
-class encoder {
+class tokenizer::encoder {
 public:
-    encoder(const Parts& p, std::vector<std::int32_t>& out) : parts_(p), out_(out), merger_(p.merges) {}
+    encoder(const parts& p, std::vector<std::int32_t>& out) : parts_(p), out_(out), merger_(p.merges) {}
 
     // Finds added tokens, those of parts.added[pass] and then of the others between them.
     void text(std::string_view rest, std::size_t pass = 0) {
@@ -322,15 +320,13 @@ private:
     struct range {
         std::size_t begin, count;
     };
-    const Parts& parts_;
+    const parts& parts_;
     std::vector<std::int32_t>& out_;
     pair_merger merger_;
     std::vector<std::int32_t> word_;
     std::deque<std::string> prefixed_;                 // texts that words of seen_ may lie in
     std::unordered_map<std::string_view, range> seen_; // words, and where their tokens are in out_
 };
-
-} // namespace
 
 tokenizer tokenizer::read(const std::filesystem::path& file) {
     return parse(read_text_file(file), file.string());

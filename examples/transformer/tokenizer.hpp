@@ -3,11 +3,14 @@
 // Reads a Hugging Face tokenizer.json that holds a byte-level BPE, as the GPT-2 family has it, and gives the
 // ids that Hugging Face's tokenizers gives.
 //
-// Supported: model BPE with merges as strings or as pairs; pre-tokenizers ByteLevel, or a Sequence of Digits
-// and Split (regular expressions and strings, behaviour Isolated) that ends with ByteLevel; added tokens,
-// which are found before anything else; decoder ByteLevel; post-processors that add no token. Whatever else
-// would change the ids (normalizers, other models, dropout, stripping added tokens, ...) is refused by name.
-// `truncation` and `padding` are not read: they are the caller's choice, as in Transformers.
+// Supported: model BPE with merges as strings or as pairs; pre-tokenizer ByteLevel, or a Sequence of Digits
+// and Split (behaviour Isolated) that ends with it; added tokens, which are found before anything else;
+// decoder ByteLevel; post-processors that add no token. Whatever else would change the ids (normalizers,
+// other models, dropout, stripping added tokens, ...) is refused by name. `truncation` and `padding` are not
+// read: they are the caller's choice, as in Transformers.
+//
+// Letters, numbers and spaces are those of PCRE2's Unicode version: characters of later versions count as
+// neither. Split's expressions are read in PCRE2's dialect, not Oniguruma's.
 #pragma once
 
 #include <cstddef>
@@ -49,6 +52,7 @@ public:
 
 private:
     struct parts;
+    class encoder;
     explicit tokenizer(std::shared_ptr<const parts> p) noexcept : parts_(std::move(p)) {}
 
     std::shared_ptr<const parts> parts_;

@@ -34,8 +34,9 @@ inline void check_tokenizer(const kv1_lm::tokenizer& t, std::string_view text, b
     std::string streamed;
     try {
         for (const std::int32_t id : ids) {
-            streamed += stream.push(id);
-            require(kv1_lm::valid_prefix(streamed) == streamed.size(), "a stream gives whole characters");
+            const std::string part = stream.push(id);
+            require(kv1_lm::valid_prefix(part) == part.size(), "a stream gives whole characters");
+            streamed += part;
         }
         streamed += stream.finish();
         require(t.decode(ids) == streamed, "a stream gives what decoding gives");
