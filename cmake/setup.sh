@@ -355,6 +355,8 @@ command_run() {
 }
 
 command_test() {
+    # For the consumer that is a Makefile.
+    tools=(make:make pkg-config:pkg-config)
     provide xsimd catch2 json cli11 pcre2 cblas
     pick_generator
     say "configuring"
@@ -448,7 +450,7 @@ fuzz() {
 
 command_extended() {
     local name program cpu
-    tools=(clang++:clang :libclang-rt-dev g++:g++)
+    tools=(clang++:clang :libclang-rt-dev g++:g++ make:make pkg-config:pkg-config)
     [ "$(uname -m)" != x86_64 ] || tools+=(qemu-x86_64:qemu-user)
     provide xsimd catch2 json cli11 pcre2 cblas benchmark
     pick_generator
