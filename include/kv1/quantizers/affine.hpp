@@ -20,12 +20,11 @@ namespace detail {
 
 inline constexpr float smallest_scale = 1e-6f;
 
-// min and max in the order of the reals with -0 before +0
-constexpr bool less_with_signed_zero(float a, float b) noexcept {
-    return a < b || (a == b && std::bit_cast<std::uint32_t>(a) > std::bit_cast<std::uint32_t>(b));
-}
+constexpr bool less_with_signed_zero(float a, float b) noexcept { return ordered_bits(a) < ordered_bits(b); }
 
 } // namespace detail
+
+#include <kv1/detail/precise_math_begin.inl>
 
 template <int Bits>
 struct affine {
@@ -55,6 +54,8 @@ struct affine {
         return static_cast<float>(code) * static_cast<float>(m.scale) + static_cast<float>(m.minimum);
     }
 };
+
+#include <kv1/detail/precise_math_end.inl>
 
 static_assert(quantizer<affine<2>>);
 

@@ -16,7 +16,7 @@ struct binary {
         if (const status s = detail::check_vector(x, codes); !s)
             return s;
         for (std::size_t i = 0; i < x.size(); ++i)
-            codes[i] = x[i] >= 0.0f ? 1 : 0;
+            codes[i] = detail::is_non_negative(x[i]) ? 1 : 0;
         return {};
     }
 

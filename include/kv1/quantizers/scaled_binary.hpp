@@ -15,6 +15,8 @@
 
 namespace kv1::inline KV1_ABI {
 
+#include <kv1/detail/precise_math_begin.inl>
+
 namespace detail {
 
 // The fixed order in which 16 partial sums become one.
@@ -42,7 +44,7 @@ struct scaled_binary {
         if (!detail::is_finite(stored.scale))
             return {errc::not_representable, detail::rule_fp16_metadata};
         for (std::size_t i = 0; i < x.size(); ++i)
-            codes[i] = x[i] >= 0.0f ? 1 : 0;
+            codes[i] = detail::is_non_negative(x[i]) ? 1 : 0;
         out = stored;
         return {};
     }
@@ -52,6 +54,8 @@ struct scaled_binary {
         return code != 0 ? scale : -scale;
     }
 };
+
+#include <kv1/detail/precise_math_end.inl>
 
 static_assert(quantizer<scaled_binary>);
 
