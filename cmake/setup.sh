@@ -420,6 +420,10 @@ sanitized() {
     OPENBLAS_NUM_THREADS=1 without_randomization ctest --parallel "$jobs" --output-on-failure --no-tests=error
 }
 
+install_conan() {
+    [ -x build/venv/bin/conan ] || { python3 -m venv build/venv && build/venv/bin/pip install --quiet conan; }
+}
+
 hidden_tests() {
     local program
     for program in build/extended/gcc/tests/kv1_tests build/extended/gcc/tests/kv1_lm_tests; do
@@ -452,8 +456,11 @@ command_extended() {
     local name program cpu
     tools=(clang++:clang :libclang-rt-dev g++:g++ make:make pkg-config:pkg-config)
     [ "$(uname -m)" != x86_64 ] || tools+=(qemu-x86_64:qemu-user)
+    tools+=(python3:python3 :python3-venv)
     provide xsimd catch2 json cli11 pcre2 cblas benchmark
     pick_generator
+    # The tests of the Conan recipe are there where Conan is.
+    stage "Conan from PyPI" install_conan
     stage "g++, Release" checked gcc -DCMAKE_CXX_COMPILER=g++ -DKV1_BUILD_BENCH=ON
     stage "clang++, Release" checked clang -DCMAKE_CXX_COMPILER=clang++ -DKV1_BUILD_BENCH=ON
     stage "g++ -O0" checked gcc-O0 -DCMAKE_CXX_COMPILER=g++ -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-g1 -O0"

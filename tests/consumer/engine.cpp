@@ -75,7 +75,8 @@ int main() {
             worst = std::max(worst, std::fabs(sums[c] / denominator - double(out[h * head_dim + c])));
     }
     // A score is 48 products of at most 1, summed in fp32 and divided by sqrt(48): its error is at most
-    // 48 * 2^-24 * 48 / 6.9 = 2e-5, and twice that is the relative error of a weight. Sums of weights add less.
+    // 48 * 2^-24 * 48 / 6.9 = 2e-5, and twice that is the relative error of a weight. Sums of weights add
+    // less.
     const bool good = worst < 1e-4;
     std::printf("%s: kv1 %d.%d.%d, largest difference %.2g\n", good ? "ok" : "FAILED", KV1_VERSION_MAJOR,
                 KV1_VERSION_MINOR, KV1_VERSION_PATCH, worst);
