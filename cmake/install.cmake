@@ -18,6 +18,9 @@ endif()
 
 install(DIRECTORY include/kv1 DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
 install(TARGETS kv1 EXPORT kv1Targets)
+if(TARGET kv1_c)
+  install(TARGETS kv1_c EXPORT kv1Targets)
+endif()
 install(EXPORT kv1Targets NAMESPACE kv1:: DESTINATION ${kv1_package_dir})
 export(EXPORT kv1Targets NAMESPACE kv1:: FILE ${PROJECT_BINARY_DIR}/cmake/kv1Targets.cmake)
 
@@ -56,3 +59,6 @@ function(kv1_install_pc name folder)
 endfunction()
 
 kv1_install_pc(kv1 ${CMAKE_INSTALL_DATADIR}/pkgconfig)
+if(TARGET kv1_c)
+  kv1_install_pc(kv1-c ${CMAKE_INSTALL_LIBDIR}/pkgconfig)
+endif()

@@ -360,7 +360,7 @@ command_test() {
     provide xsimd catch2 json cli11 pcre2 cblas
     pick_generator
     say "configuring"
-    configure build/check -DKV1_BUILD_TESTS=ON -DKV1_BUILD_EXAMPLES=ON -DKV1_WERROR=ON
+    configure build/check -DKV1_BUILD_TESTS=ON -DKV1_BUILD_EXAMPLES=ON -DKV1_BUILD_C=ON -DKV1_WERROR=ON
     say "building the examples and tests"
     build build/check
     say "testing: $(test_cases build/check) test cases, one test for each file of them"
@@ -396,7 +396,7 @@ stage() {
 # checked <name> <option>...: configures, builds and tests build/extended/<name>
 checked() {
     local dir=build/extended/$1
-    configure "$dir" -DKV1_BUILD_TESTS=ON -DKV1_BUILD_EXAMPLES=ON -DKV1_WERROR=ON "${@:2}"
+    configure "$dir" -DKV1_BUILD_TESTS=ON -DKV1_BUILD_EXAMPLES=ON -DKV1_BUILD_C=ON -DKV1_WERROR=ON "${@:2}"
     build "$dir"
     (cd "$dir" && ctest --parallel "$jobs" --output-on-failure --no-tests=error)
 }
@@ -412,8 +412,8 @@ without_randomization() {
 
 sanitized() {
     local dir=build/extended/$1
-    configure "$dir" -DCMAKE_CXX_COMPILER=clang++ -DKV1_BUILD_TESTS=ON -DKV1_BUILD_EXAMPLES=ON -DKV1_WERROR=ON \
-        -DKV1_SANITIZE="$2"
+    configure "$dir" -DCMAKE_CXX_COMPILER=clang++ -DKV1_BUILD_TESTS=ON -DKV1_BUILD_EXAMPLES=ON -DKV1_BUILD_C=ON \
+        -DKV1_WERROR=ON -DKV1_SANITIZE="$2"
     build "$dir"
     # OpenBLAS is not instrumented: its threads would be reported.
     cd "$dir"
