@@ -454,7 +454,7 @@ fuzz() {
 
 command_extended() {
     local name program cpu
-    tools=(clang++:clang :libclang-rt-dev g++:g++ make:make pkg-config:pkg-config)
+    tools=(clang++:clang :libclang-rt-dev g++:g++ make:make pkg-config:pkg-config doxygen:doxygen)
     [ "$(uname -m)" != x86_64 ] || tools+=(qemu-x86_64:qemu-user)
     tools+=(python3:python3 :python3-venv)
     provide xsimd catch2 json cli11 pcre2 cblas benchmark
@@ -462,6 +462,7 @@ command_extended() {
     # The tests of the Conan recipe are there where Conan is.
     stage "Conan from PyPI" install_conan
     stage "g++, Release" checked gcc -DCMAKE_CXX_COMPILER=g++ -DKV1_BUILD_BENCH=ON
+    stage "API documentation" build build/extended/gcc --target docs
     stage "clang++, Release" checked clang -DCMAKE_CXX_COMPILER=clang++ -DKV1_BUILD_BENCH=ON
     stage "g++ -O0" checked gcc-O0 -DCMAKE_CXX_COMPILER=g++ -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-g1 -O0"
     stage "clang++ -O0" checked clang-O0 -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_BUILD_TYPE=Debug \

@@ -58,9 +58,12 @@ typedef enum kv1_code {
 
 /** What was wrong, and where; a place that does not apply is -1. */
 typedef struct kv1_error {
-    kv1_code code;
+    kv1_code code;    /**< why */
     const char* rule; /**< static text, never null */
-    int64_t layer, kv_head, token, channel;
+    int64_t layer;    /**< from 0 */
+    int64_t kv_head;  /**< of the layer, from 0 */
+    int64_t token;    /**< of the call's tensor, from 0 */
+    int64_t channel;  /**< of the vector, from 0 */
 } kv1_error;
 
 /** How K or V are stored; the values are kv1::kv_format's. */
@@ -83,31 +86,39 @@ typedef struct kv1_cache kv1_cache;
 
 /** Names a sequence of one cache; a plain value. */
 typedef struct kv1_sequence {
-    uint32_t slot, generation;
+    uint32_t slot;       /**< of the cache's table */
+    uint32_t generation; /**< tells sequences of one slot apart */
 } kv1_sequence;
 
 /** Shape of one layer. */
 typedef struct kv1_layer {
-    size_t kv_heads;
-    size_t key_dim;   /**< channels of a key and a query */
-    size_t value_dim; /**< channels of a value and an output */
-    kv1_format key_format, value_format;
+    size_t kv_heads;         /**< query heads are a multiple of it */
+    size_t key_dim;          /**< channels of a key and a query */
+    size_t value_dim;        /**< channels of a value and an output */
+    kv1_format key_format;   /**< of keys */
+    kv1_format value_format; /**< of values */
 } kv1_layer;
 
 /** [tokens][heads][channels], read by the call; strides in elements, channels are contiguous. */
 typedef struct kv1_tensor {
-    const void* data;
-    kv1_scalar type;
-    size_t tokens, heads, channels;
-    ptrdiff_t token_stride, head_stride;
+    const void* data;       /**< channel 0 of head 0 of token 0 */
+    kv1_scalar type;        /**< of the elements */
+    size_t tokens;          /**< first extent */
+    size_t heads;           /**< second extent */
+    size_t channels;        /**< third extent */
+    ptrdiff_t token_stride; /**< elements between tokens */
+    ptrdiff_t head_stride;  /**< elements between heads */
 } kv1_tensor;
 
 /** The same, written by the call. */
 typedef struct kv1_output {
-    void* data;
-    kv1_scalar type;
-    size_t tokens, heads, channels;
-    ptrdiff_t token_stride, head_stride;
+    void* data;             /**< channel 0 of head 0 of token 0 */
+    kv1_scalar type;        /**< of the elements */
+    size_t tokens;          /**< first extent */
+    size_t heads;           /**< second extent */
+    size_t channels;        /**< third extent */
+    ptrdiff_t token_stride; /**< elements between tokens */
+    ptrdiff_t head_stride;  /**< elements between heads */
 } kv1_output;
 
 /** A tensor without gaps. */
@@ -145,8 +156,8 @@ typedef void (*kv1_task)(void* state, size_t index);
  * any threads, and returns when all are done. Results do not depend on it. A null executor: the calling
  * thread. */
 typedef struct kv1_executor {
-    void (*run)(void* context, size_t count, kv1_task task, void* state);
-    void* context;
+    void (*run)(void* context, size_t count, kv1_task task, void* state); /**< as said above */
+    void* context;                                                        /**< its first argument */
 } kv1_executor;
 
 /** Which of n cached tokens the queries see; m queries. */
@@ -166,20 +177,27 @@ typedef enum kv1_precision {
 
 /** Options of kv1_attend; a zeroed struct, like a null pointer, is the usual case. */
 typedef struct kv1_attention {
-    float scale; /**< of q . k before the softmax; 0: 1 / sqrt(key_dim) */
-    kv1_mask mask;
-    size_t first_position;  /**< KV1_MASK_CAUSAL_FROM */
-    size_t mask_keys;       /**< KV1_MASK_EXPLICIT */
-    const uint8_t* visible; /**< KV1_MASK_EXPLICIT, [tokens][mask_keys] */
-    kv1_precision precision;
+    float scale;             /**< of q . k before the softmax; 0: 1 / sqrt(key_dim) */
+    kv1_mask mask;           /**< which tokens queries see */
+    size_t first_position;   /**< KV1_MASK_CAUSAL_FROM */
+    size_t mask_keys;        /**< KV1_MASK_EXPLICIT */
+    const uint8_t* visible;  /**< KV1_MASK_EXPLICIT, [tokens][mask_keys] */
+    kv1_precision precision; /**< of coded formats */
     float*
         log_sum_exp; /**< null, or receives [tokens][heads] natural logarithms of the softmax denominators */
 } kv1_attention;
 
 /** What a cache holds and costs; sizes in bytes. */
 typedef struct kv1_statistics {
-    size_t sequences, tokens, layers, pages_in_use, pages_total;
-    size_t bytes_reserved, bytes_in_use, bytes_stored, bytes_as_fp16;
+    size_t sequences;      /**< living ones */
+    size_t tokens;         /**< of the layer that holds most, over all sequences */
+    size_t layers;         /**< of the cache */
+    size_t pages_in_use;   /**< each page_tokens tokens of every layer */
+    size_t pages_total;    /**< that the cache has */
+    size_t bytes_reserved; /**< for all pages */
+    size_t bytes_in_use;   /**< by pages in use, padding and unfilled tokens included */
+    size_t bytes_stored;   /**< of the cached tokens: values and metadata */
+    size_t bytes_as_fp16;  /**< the same tokens in fp16 */
 } kv1_statistics;
 
 /** major * 10000 + minor * 100 + patch of the library that is linked. */

@@ -23,18 +23,19 @@ namespace kv1::inline KV1_ABI {
 
 /// What is kept beside the codes: value = scale * code + minimum, both rounded to fp16.
 struct affine_metadata {
-    float16 scale;
-    float16 minimum;
+    float16 scale;   ///< of a step between codes
+    float16 minimum; ///< value of code 0
 };
 
 /// Scaled binary keeps a scale alone.
 struct scale_metadata {
-    float16 scale;
+    float16 scale; ///< magnitude of every channel
 };
 
 /// Binary keeps nothing.
 struct no_metadata {};
 
+/// A scheme: bits, metadata, quantize() and dequantize(), as the head of this file says.
 template <class Q>
 concept quantizer = requires(std::span<const float> x, std::span<std::uint8_t> codes, std::uint8_t code,
                              typename Q::metadata metadata) {
