@@ -355,10 +355,12 @@ command_run() {
 }
 
 command_test() {
+    # For the consumer that is a Makefile.
+    tools=(make:make pkg-config:pkg-config)
     provide xsimd catch2 json cli11 pcre2 cblas
     pick_generator
     say "configuring"
-    configure build/check -DKV1_BUILD_TESTS=ON -DKV1_BUILD_EXAMPLES=ON -DKV1_WERROR=ON
+    configure build/check -DKV1_BUILD_TESTS=ON -DKV1_BUILD_EXAMPLES=ON -DKV1_BUILD_C=ON -DKV1_WERROR=ON
     say "building the examples and tests"
     build build/check
     say "testing: $(test_cases build/check) test cases, one test for each file of them"
@@ -394,7 +396,7 @@ stage() {
 # checked <name> <option>...: configures, builds and tests build/extended/<name>
 checked() {
     local dir=build/extended/$1
-    configure "$dir" -DKV1_BUILD_TESTS=ON -DKV1_BUILD_EXAMPLES=ON -DKV1_WERROR=ON "${@:2}"
+    configure "$dir" -DKV1_BUILD_TESTS=ON -DKV1_BUILD_EXAMPLES=ON -DKV1_BUILD_C=ON -DKV1_WERROR=ON "${@:2}"
     build "$dir"
     (cd "$dir" && ctest --parallel "$jobs" --output-on-failure --no-tests=error)
 }
@@ -410,12 +412,16 @@ without_randomization() {
 
 sanitized() {
     local dir=build/extended/$1
-    configure "$dir" -DCMAKE_CXX_COMPILER=clang++ -DKV1_BUILD_TESTS=ON -DKV1_BUILD_EXAMPLES=ON -DKV1_WERROR=ON \
-        -DKV1_SANITIZE="$2"
+    configure "$dir" -DCMAKE_CXX_COMPILER=clang++ -DKV1_BUILD_TESTS=ON -DKV1_BUILD_EXAMPLES=ON -DKV1_BUILD_C=ON \
+        -DKV1_WERROR=ON -DKV1_SANITIZE="$2"
     build "$dir"
     # OpenBLAS is not instrumented: its threads would be reported.
     cd "$dir"
     OPENBLAS_NUM_THREADS=1 without_randomization ctest --parallel "$jobs" --output-on-failure --no-tests=error
+}
+
+install_conan() {
+    [ -x build/venv/bin/conan ] || { python3 -m venv build/venv && build/venv/bin/pip install --quiet conan; }
 }
 
 hidden_tests() {
@@ -457,11 +463,15 @@ fuzz() {
 
 command_extended() {
     local name program cpu
-    tools=(clang++:clang :libclang-rt-dev g++:g++ python3:python3)
+    tools=(clang++:clang :libclang-rt-dev g++:g++ make:make pkg-config:pkg-config doxygen:doxygen)
     [ "$(uname -m)" != x86_64 ] || tools+=(qemu-x86_64:qemu-user)
+    tools+=(python3:python3 :python3-venv)
     provide xsimd catch2 json cli11 pcre2 cblas benchmark
     pick_generator
+    # The tests of the Conan recipe are there where Conan is.
+    stage "Conan from PyPI" install_conan
     stage "g++, Release" checked gcc -DCMAKE_CXX_COMPILER=g++ -DKV1_BUILD_BENCH=ON
+    stage "API documentation" build build/extended/gcc --target docs
     stage "clang++, Release" checked clang -DCMAKE_CXX_COMPILER=clang++ -DKV1_BUILD_BENCH=ON
     stage "g++ -O0" checked gcc-O0 -DCMAKE_CXX_COMPILER=g++ -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-g1 -O0"
     stage "clang++ -O0" checked clang-O0 -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_BUILD_TYPE=Debug \

@@ -45,12 +45,15 @@ public:
         return mask;
     }
 
+    /// What was asked for: explicit_keys() is 0 and visible() empty but for explicit_for_last.
+    /// @{
     [[nodiscard]] constexpr bool is_causal() const noexcept { return causal_; }
     [[nodiscard]] constexpr std::optional<std::size_t> first_position() const noexcept {
         return first_position_;
     }
     [[nodiscard]] constexpr std::size_t explicit_keys() const noexcept { return keys_; }
     [[nodiscard]] constexpr std::span<const std::uint8_t> visible() const noexcept { return visible_; }
+    /// @}
 
 private:
     bool causal_ = true;
@@ -77,15 +80,19 @@ private:
     return visible;
 }
 #if KV1_EXCEPTIONS
+/// As try_tree_mask; throws kv1::error.
 [[nodiscard]] inline std::vector<std::uint8_t> tree_mask(std::span<const std::int32_t> parents) {
     return try_tree_mask(parents).value();
 }
 #endif
 
+/// How one call attends; the default is causal attention on the fast path.
 struct attention_options {
     /// Factor of q . k before the softmax; 1 / sqrt(key head_dim) where absent.
     std::optional<float> scale = std::nullopt;
+    /// Which tokens each query sees.
     attention_mask mask = attention_mask::causal();
+    /// Arithmetic; plain formats use fp32 in any case.
     precision mode = precision::fast;
     /// Where not empty: receives the natural logarithm of each softmax denominator, [tokens][query heads].
     std::span<float> log_sum_exp = {};

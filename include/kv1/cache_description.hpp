@@ -14,17 +14,18 @@ namespace kv1::inline KV1_ABI {
 
 /// One layer: how many KV heads, how wide, how stored. K and V are independent of each other.
 struct layer_description {
-    std::size_t kv_heads = 0;
-    std::size_t key_dim = 0;   ///< head_dim of keys and queries
-    std::size_t value_dim = 0; ///< head_dim of values and outputs
-    kv_format key_format = kv_format::affine2;
-    kv_format value_format = kv_format::affine2;
+    std::size_t kv_heads = 0;                    ///< query heads are a multiple of it
+    std::size_t key_dim = 0;                     ///< head_dim of keys and queries
+    std::size_t value_dim = 0;                   ///< head_dim of values and outputs
+    kv_format key_format = kv_format::affine2;   ///< of keys
+    kv_format value_format = kv_format::affine2; ///< of values
 };
 
+/// A whole cache: its layers, and room for how many tokens.
 struct cache_description {
-    std::vector<layer_description> layers;
-    std::size_t capacity_tokens = 0; ///< in whole pages, over all sequences
-    std::size_t page_tokens = 64;    ///< a multiple of tile_tokens
+    std::vector<layer_description> layers; ///< one entry per layer
+    std::size_t capacity_tokens = 0;       ///< in whole pages, over all sequences
+    std::size_t page_tokens = 64;          ///< a multiple of tile_tokens
 };
 
 /// The usual case: every layer alike.
@@ -36,11 +37,11 @@ struct cache_description {
 
 /// Sizes in bytes unless said otherwise.
 struct cache_statistics {
-    std::size_t sequences = 0;
-    std::size_t tokens = 0; ///< cached tokens (of the layer that holds most, per sequence)
-    std::size_t layers = 0;
-    std::size_t pages_in_use = 0; ///< blocks, each page_tokens tokens of every layer
-    std::size_t pages_total = 0;
+    std::size_t sequences = 0;      ///< living ones
+    std::size_t tokens = 0;         ///< cached tokens (of the layer that holds most, per sequence)
+    std::size_t layers = 0;         ///< of the cache
+    std::size_t pages_in_use = 0;   ///< blocks, each page_tokens tokens of every layer
+    std::size_t pages_total = 0;    ///< blocks the arenas hold
     std::size_t bytes_reserved = 0; ///< arenas of all layers
     std::size_t bytes_in_use = 0;   ///< pages in use, padding and unfilled tokens included
     std::size_t bytes_stored = 0;   ///< row-format bytes of the cached tokens: values and metadata

@@ -34,11 +34,13 @@ noexcept {
 }
 
 #if KV1_EXCEPTIONS
+/// As try_convert; throws kv1::error.
 template <scalar T>
 void convert(std::span<const T> in, std::span<float> out) {
     detail::throw_if_error(try_convert(in, out));
 }
 
+/// As try_convert; throws kv1::error.
 template <scalar T>
 requires(!std::same_as<T, float>) void convert(std::span<const float> in, std::span<T> out) {
     detail::throw_if_error(try_convert(in, out));

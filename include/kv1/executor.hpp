@@ -21,12 +21,14 @@ namespace kv1::inline KV1_ABI {
 /// Non-owning reference to a function of the task's index; valid during the call it is passed to.
 class task_view {
 public:
+    /// Refers to any function of an index. The function outlives the view.
     template <class F>
     requires(!std::same_as<std::remove_cvref_t<F>, task_view> &&
              std::invocable<F&, std::size_t>) constexpr task_view(F& function) noexcept
         : object_(const_cast<void*>(static_cast<const void*>(std::addressof(function)))),
           call_([](void* object, std::size_t i) { (*static_cast<F*>(object))(i); }) {}
 
+    /// Calls the function.
     void operator()(std::size_t i) const { call_(object_, i); }
 
 private:
@@ -34,11 +36,13 @@ private:
     void (*call_)(void*, std::size_t);
 };
 
+/// What a call that can be split accepts.
 template <class E>
 concept executor = std::invocable<E&, std::size_t, task_view>;
 
 /// Runs the tasks one after the other on the calling thread.
 struct inline_executor {
+    /// Runs task(0) ... task(count - 1) in order.
     void operator()(std::size_t count, task_view task) const {
         for (std::size_t i = 0; i < count; ++i)
             task(i);

@@ -70,14 +70,19 @@ constexpr float bfloat_to_float(std::uint16_t bits) noexcept {
 /// IEEE 754 binary16: 1 sign, 5 exponent, 10 mantissa bits; largest finite value 65504.
 class float16 {
 public:
+    /// Not initialized, as a float is not.
     float16() = default;
+    /// Rounds to nearest, ties to even.
     constexpr explicit float16(float value) noexcept : bits_(detail::float_to_half(value)) {}
+    /// The number with these bits.
     [[nodiscard]] static constexpr float16 from_bits(std::uint16_t bits) noexcept {
         float16 result(0.0f);
         result.bits_ = bits;
         return result;
     }
+    /// Sign, exponent and mantissa, from the high bit down.
     [[nodiscard]] constexpr std::uint16_t bits() const noexcept { return bits_; }
+    /// Exact.
     constexpr operator float() const noexcept { return detail::half_to_float(bits_); }
 
 private:
@@ -87,14 +92,19 @@ private:
 /// bfloat16: the upper half of a float.
 class bfloat16 {
 public:
+    /// Not initialized, as a float is not.
     bfloat16() = default;
+    /// Rounds to nearest, ties to even.
     constexpr explicit bfloat16(float value) noexcept : bits_(detail::float_to_bfloat(value)) {}
+    /// The number with these bits.
     [[nodiscard]] static constexpr bfloat16 from_bits(std::uint16_t bits) noexcept {
         bfloat16 result(0.0f);
         result.bits_ = bits;
         return result;
     }
+    /// Sign, exponent and mantissa, from the high bit down.
     [[nodiscard]] constexpr std::uint16_t bits() const noexcept { return bits_; }
+    /// Exact.
     constexpr operator float() const noexcept { return detail::bfloat_to_float(bits_); }
 
 private:
@@ -110,6 +120,7 @@ concept scalar = std::same_as<T, float> || std::same_as<T, float16> || std::same
 /// The same choice at run time.
 enum class scalar_type : std::uint8_t { fp32, fp16, bf16 };
 
+/// From the type to the run-time choice.
 template <scalar T>
 inline constexpr scalar_type scalar_type_of = std::same_as<T, float>     ? scalar_type::fp32
                                               : std::same_as<T, float16> ? scalar_type::fp16

@@ -28,25 +28,31 @@
 
 namespace kv1::inline KV1_ABI {
 
+/// 2^Bits levels from the minimum to the maximum of a vector; see kv1/quantizers/affine.hpp.
 template <int Bits>
 struct affine;
+/// Signs alone; see kv1/quantizers/binary.hpp.
 struct binary;
+/// Signs and a mean magnitude; see kv1/quantizers/scaled_binary.hpp.
 struct scaled_binary;
 
 /// Values kept as they are, in fp32 or fp16.
 template <class T>
 requires std::same_as<T, float> || std::same_as<T, float16>
 struct plain {
+    /// What a channel is kept as.
     using value_type = T;
 };
 
 /// The formats a cache can store, K and V independently, layer by layer.
 enum class kv_format : std::uint8_t { fp32, fp16, affine8, affine4, affine3, affine2, scaled_binary, binary };
 
+/// Every format, widest first.
 inline constexpr std::array all_kv_formats{kv_format::fp32,          kv_format::fp16,    kv_format::affine8,
                                            kv_format::affine4,       kv_format::affine3, kv_format::affine2,
                                            kv_format::scaled_binary, kv_format::binary};
 
+/// The enumerator's name.
 [[nodiscard]] constexpr std::string_view to_string(kv_format f) noexcept {
     switch (f) {
     case kv_format::fp32:
@@ -158,6 +164,7 @@ concept storage_format = requires {
     detail::format_id<F>::value;
 };
 
+/// From the type to the run-time choice.
 template <storage_format F>
 inline constexpr kv_format kv_format_of = detail::format_id<F>::value;
 
@@ -175,11 +182,13 @@ inline constexpr kv_format kv_format_of = detail::format_id<F>::value;
 /// A compile-time list of storage formats: the ones a cache type carries kernels for.
 template <storage_format... Fs>
 struct formats {
+    /// Whether the list has the format.
     [[nodiscard]] static constexpr bool contains(kv_format f) noexcept {
         return ((kv_format_of<Fs> == f) || ...);
     }
 };
 
+/// Every format there is.
 using all_formats =
     formats<plain<float>, plain<float16>, affine<8>, affine<4>, affine<3>, affine<2>, scaled_binary, binary>;
 

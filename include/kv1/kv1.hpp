@@ -8,3 +8,6 @@
 #include <kv1/packed_vector.hpp>
 #include <kv1/row.hpp>
 #include <kv1/version.hpp>
+
+/// Everything that the library offers; what is in kv1::detail is its own affair.
+namespace kv1 {}

@@ -55,8 +55,9 @@ namespace kv1::inline KV1_ABI {
 
 /// Names a living sequence of one cache. A handle of a destroyed sequence is recognized as stale.
 struct sequence_id {
-    std::uint32_t slot = std::numeric_limits<std::uint32_t>::max();
-    std::uint32_t generation = 0;
+    std::uint32_t slot = std::numeric_limits<std::uint32_t>::max(); ///< of the cache's table
+    std::uint32_t generation = 0;                                   ///< tells sequences of one slot apart
+    /// Whether they name the same sequence.
     friend bool operator==(sequence_id, sequence_id) = default;
 };
 
@@ -67,9 +68,9 @@ enum class kv_side : std::uint8_t { key, value };
 /// empty). Row i takes bytes [i * packed_bytes, (i + 1) * packed_bytes); plain formats export their values,
 /// little-endian.
 struct row_buffers {
-    std::span<std::byte> packed;
-    std::span<float16> scales = {};
-    std::span<float16> minima = {};
+    std::span<std::byte> packed;    ///< rows * packed_bytes(format, head_dim)
+    std::span<float16> scales = {}; ///< one a row, where the format has scales
+    std::span<float16> minima = {}; ///< one a row, where the format has minima
 };
 
 /// The cache. Formats lists the storage formats it carries kernels for; Allocator provides the arenas.
@@ -77,8 +78,11 @@ struct row_buffers {
 template <class Formats = all_formats, class Allocator = std::allocator<std::byte>>
 class basic_kv_cache {
 public:
+    /// The template's arguments.
+    /// @{
     using formats_type = Formats;
     using allocator_type = Allocator;
+    /// @}
 
     /// Reserves the arenas: O(layers) plus 4 bytes a page. Errors: invalid_argument and shape_mismatch for a
     /// description that no cache can have, unsupported_format, unsupported_target (KV1_TARGET),
@@ -92,15 +96,22 @@ public:
     }
 
 #if KV1_EXCEPTIONS
+    /// As create; throws kv1::error.
     explicit basic_kv_cache(const cache_description& description, const Allocator& allocator = {}) {
         detail::throw_if_error(initialize(description, allocator));
     }
 #endif
 
+    /// Caches are moved, not copied: handles stay valid, the source holds nothing and may only be destroyed
+    /// or assigned to.
+    /// @{
     basic_kv_cache(basic_kv_cache&&) noexcept = default;
     basic_kv_cache& operator=(basic_kv_cache&&) noexcept = default;
+    /// @}
 
+    /// What the cache was made from.
     [[nodiscard]] const cache_description& description() const noexcept { return description_; }
+    /// How many there are.
     [[nodiscard]] std::size_t layers() const noexcept { return layers_.size(); }
     /// Geometry of one KV head's page of a layer. Precondition: layer < layers().
     [[nodiscard]] const page_layout& layout(std::size_t layer) const noexcept {
@@ -144,6 +155,7 @@ public:
         return {};
     }
 
+    /// Whether the handle names a living sequence. O(1).
     [[nodiscard]] bool contains(sequence_id id) const noexcept { return find(id) != nullptr; }
 
     /// Cached tokens of one layer. Errors: invalid_sequence, out_of_range.
@@ -331,9 +343,12 @@ public:
         add(s, *q);
         return s;
     }
+    /// Pages that no sequence holds. O(1).
     [[nodiscard]] std::size_t available_pages() const noexcept { return pool_.available(); }
 
 #if KV1_EXCEPTIONS
+    /// As the try_ forms; throw kv1::error.
+    /// @{
     [[nodiscard]] sequence_id create_sequence() { return try_create_sequence().value(); }
     void destroy_sequence(sequence_id id) { detail::throw_if_error(try_destroy_sequence(id)); }
     [[nodiscard]] std::size_t length(sequence_id id, std::size_t layer) const {
@@ -358,6 +373,7 @@ public:
         detail::throw_if_error(try_read(id, layer, side, kv_head, first, count, out));
     }
     [[nodiscard]] cache_statistics statistics(sequence_id id) const { return try_statistics(id).value(); }
+    /// @}
 #endif
 
 private:

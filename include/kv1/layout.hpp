@@ -32,7 +32,9 @@
 
 namespace kv1::inline KV1_ABI {
 
+/// A line, the unit of alignment and of the layout.
 inline constexpr std::size_t line_bytes = 64;
+/// 32-bit lanes of a line.
 inline constexpr std::size_t line_lanes = 16;
 /// A page holds a multiple of this many tokens.
 inline constexpr std::size_t tile_tokens = 16;
@@ -63,15 +65,17 @@ constexpr int value_field_shift(int b, std::size_t n) noexcept {
 
 /// Geometry of the K or the V half of a page.
 struct section_layout {
-    kv_format format{};
-    bool keys = false;
-    std::size_t channels = 0; ///< head_dim
-    std::size_t tokens = 0;   ///< page_tokens
-    std::size_t offset = 0;   ///< of the lines in the page, in bytes
-    std::size_t scale_offset = 0;
-    std::size_t minimum_offset = 0;
+    kv_format format{};             ///< of this half
+    bool keys = false;              ///< whether it is the K half
+    std::size_t channels = 0;       ///< head_dim
+    std::size_t tokens = 0;         ///< page_tokens
+    std::size_t offset = 0;         ///< of the lines in the page, in bytes
+    std::size_t scale_offset = 0;   ///< of the fp16 scales in the page, in bytes
+    std::size_t minimum_offset = 0; ///< of the fp16 minima in the page, in bytes
 
+    /// No section at all.
     constexpr section_layout() = default;
+    /// Geometry for head_dim channels and page_tokens tokens; offsets are set by page_layout.
     constexpr section_layout(bool is_keys, kv_format f, std::size_t head_dim,
                              std::size_t page_tokens) noexcept
         : format(f), keys(is_keys), channels(head_dim), tokens(page_tokens) {
@@ -81,6 +85,7 @@ struct section_layout {
             lines_[static_cast<std::size_t>(p)] = fields * static_cast<std::size_t>(t.field_bits(p)) / 32;
     }
 
+    /// What the format is made of.
     [[nodiscard]] constexpr detail::format_traits traits() const noexcept {
         return detail::traits_of(format);
     }
@@ -89,11 +94,13 @@ struct section_layout {
     [[nodiscard]] constexpr std::size_t part_lines(int p) const noexcept {
         return lines_[static_cast<std::size_t>(p)];
     }
+    /// Lines of one unit, all parts.
     [[nodiscard]] constexpr std::size_t unit_lines() const noexcept { return lines_[0] + lines_[1]; }
     /// Tiles of a K section, channel groups of a V section.
     [[nodiscard]] constexpr std::size_t units() const noexcept {
         return detail::round_up(keys ? tokens : channels, line_lanes) / line_lanes;
     }
+    /// Bytes of the lines, padding included.
     [[nodiscard]] constexpr std::size_t bytes() const noexcept { return units() * unit_lines() * line_bytes; }
 
     /// Place of part p of (token, channel), counted in lanes from the section's first line.
@@ -117,6 +124,7 @@ private:
 /// Geometry of a page of one layer and KV head.
 class page_layout {
 public:
+    /// No page at all.
     constexpr page_layout() = default;
     /// Preconditions: head dims > 0, page_tokens a multiple of tile_tokens and > 0.
     constexpr page_layout(kv_format key_format, std::size_t key_dim, kv_format value_format,
@@ -135,8 +143,12 @@ public:
         bytes_ = detail::round_up(end, line_bytes);
     }
 
+    /// The halves of the page.
+    /// @{
     [[nodiscard]] constexpr const section_layout& keys() const noexcept { return keys_; }
     [[nodiscard]] constexpr const section_layout& values() const noexcept { return values_; }
+    /// @}
+    /// Tokens of a page.
     [[nodiscard]] constexpr std::size_t page_tokens() const noexcept { return keys_.tokens; }
     /// Bytes of a page, padding included; a multiple of line_bytes.
     [[nodiscard]] constexpr std::size_t bytes() const noexcept { return bytes_; }

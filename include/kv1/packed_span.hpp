@@ -133,11 +133,16 @@ template <int Bits>
 template <int Bits, class Byte>
 class packed_reference {
 public:
+    /// Code i of the bytes.
     constexpr packed_reference(Byte* bytes, std::size_t i) noexcept : bytes_(bytes), index_(i) {}
+    /// Refers to the same code.
     constexpr packed_reference(const packed_reference&) noexcept = default;
 
+    /// Reads the code. O(1).
     constexpr operator std::uint8_t() const noexcept { return detail::code_bits<Bits>::load(bytes_, index_); }
 
+    /// Writes the code, also that of another proxy. O(1).
+    /// @{
     constexpr const packed_reference& operator=(std::uint8_t code) const noexcept
         requires(!std::is_const_v<Byte>) {
         assert(code <= detail::code_bits<Bits>::mask);
@@ -153,7 +158,9 @@ public:
         detail::code_bits<Bits>::store(bytes_, index_, other);
         return *this;
     }
+    /// @}
 
+    /// Exchanges two codes.
     friend constexpr void swap(packed_reference a, packed_reference b) noexcept
         requires(!std::is_const_v<Byte>) {
         const std::uint8_t code = a;
@@ -166,23 +173,33 @@ private:
     std::size_t index_;
 };
 
+/// Random-access iterator over codes; dereferencing gives a packed_reference.
 template <int Bits, class Byte>
 class packed_iterator {
 public:
+    /// As std::iterator_traits has them.
+    /// @{
     using iterator_concept = std::random_access_iterator_tag;
     using iterator_category = std::input_iterator_tag; // a proxy is no lvalue
     using value_type = std::uint8_t;
     using difference_type = std::ptrdiff_t;
     using reference = packed_reference<Bits, Byte>;
     using pointer = void;
+    /// @}
 
+    /// Of no sequence.
     constexpr packed_iterator() noexcept = default;
+    /// At code i of the bytes.
     constexpr packed_iterator(Byte* bytes, std::size_t i) noexcept : bytes_(bytes), index_(i) {}
+    /// A read-only iterator from a writable one.
     template <class Other>
     requires(std::is_const_v<Byte> && !std::is_const_v<Other>) constexpr packed_iterator(
         const packed_iterator<Bits, Other>& other) noexcept
         : bytes_(other.bytes_), index_(other.index_) {}
 
+    /// As the standard has them for random-access iterators; O(1). Comparison and difference take iterators
+    /// of one sequence.
+    /// @{
     [[nodiscard]] constexpr reference operator*() const noexcept { return {bytes_, index_}; }
     [[nodiscard]] constexpr reference operator[](difference_type n) const noexcept { return *(*this + n); }
 
@@ -223,6 +240,7 @@ public:
                                                       const packed_iterator& b) noexcept {
         return a.index_ <=> b.index_;
     }
+    /// @}
 
 private:
     friend class packed_iterator<Bits, const Byte>;
@@ -235,15 +253,19 @@ template <int Bits, class Byte = std::byte>
 requires packable<Bits> && std::same_as<std::remove_const_t<Byte>, std::byte>
 class packed_span {
 public:
-    static constexpr int bits = Bits;
-    static constexpr std::uint8_t max_code = detail::code_bits<Bits>::mask;
+    static constexpr int bits = Bits;                                       ///< of a code
+    static constexpr std::uint8_t max_code = detail::code_bits<Bits>::mask; ///< the largest code
+    /// As the standard's containers have them.
+    /// @{
     using value_type = std::uint8_t;
     using size_type = std::size_t;
     using difference_type = std::ptrdiff_t;
     using reference = packed_reference<Bits, Byte>;
     using iterator = packed_iterator<Bits, Byte>;
     using const_iterator = packed_iterator<Bits, const std::byte>;
+    /// @}
 
+    /// An empty view.
     constexpr packed_span() noexcept = default;
     /// Precondition: bytes.size() >= packed_size<Bits>(n).
     constexpr packed_span(std::span<Byte> bytes, std::size_t n) noexcept : bytes_(bytes.data()), size_(n) {
@@ -255,22 +277,31 @@ public:
              !std::is_const_v<Other>) constexpr packed_span(const packed_span<Bits, Other>& other) noexcept
         : bytes_(other.data()), size_(other.size()) {}
 
+    /// Number of codes.
+    /// @{
     [[nodiscard]] constexpr std::size_t size() const noexcept { return size_; }
     [[nodiscard]] constexpr bool empty() const noexcept { return size_ == 0; }
+    /// @}
+    /// The bytes that hold them.
+    /// @{
     [[nodiscard]] constexpr Byte* data() const noexcept { return bytes_; }
     [[nodiscard]] constexpr std::span<Byte> bytes() const noexcept {
         return {bytes_, packed_size<Bits>(size_)};
     }
+    /// @}
 
     /// Precondition: i < size().
     [[nodiscard]] constexpr reference operator[](std::size_t i) const noexcept {
         assert(i < size_);
         return {bytes_, i};
     }
+    /// The codes in order.
+    /// @{
     [[nodiscard]] constexpr iterator begin() const noexcept { return {bytes_, 0}; }
     [[nodiscard]] constexpr iterator end() const noexcept { return {bytes_, size_}; }
     [[nodiscard]] constexpr const_iterator cbegin() const noexcept { return {bytes_, 0}; }
     [[nodiscard]] constexpr const_iterator cend() const noexcept { return {bytes_, size_}; }
+    /// @}
 
     /// Writes all codes at once; refuses codes of 2^Bits and more, and then writes nothing.
     status try_pack(std::span<const std::uint8_t> codes) const noexcept requires(!std::is_const_v<Byte>) {
@@ -289,10 +320,13 @@ public:
         return {};
     }
 #if KV1_EXCEPTIONS
+    /// As the try_ forms; throw kv1::error.
+    /// @{
     void pack(std::span<const std::uint8_t> codes) const requires(!std::is_const_v<Byte>) {
         detail::throw_if_error(try_pack(codes));
     }
     void unpack(std::span<std::uint8_t> codes) const { detail::throw_if_error(try_unpack(codes)); }
+    /// @}
 #endif
 
 private:

@@ -15,12 +15,15 @@
 
 namespace kv1::inline KV1_ABI {
 
+/// Block numbers, free or in use.
 class page_pool {
 public:
+    /// No block at all.
     page_pool() = default;
     /// Throws std::bad_alloc where the free list (4 bytes a block) does not fit in memory.
     explicit page_pool(std::uint32_t capacity) : capacity_(capacity) { free_.reserve(capacity); }
 
+    /// A block that is not in use; nothing where there is none. O(1).
     [[nodiscard]] std::optional<std::uint32_t> allocate() noexcept {
         if (!free_.empty()) {
             const std::uint32_t block = free_.back();
@@ -38,9 +41,12 @@ public:
         free_.push_back(block); // within the reserved capacity
     }
 
+    /// Blocks in all, free, and in use. O(1).
+    /// @{
     [[nodiscard]] std::size_t capacity() const noexcept { return capacity_; }
     [[nodiscard]] std::size_t available() const noexcept { return capacity_ - unused_ + free_.size(); }
     [[nodiscard]] std::size_t in_use() const noexcept { return capacity() - available(); }
+    /// @}
 
 private:
     std::uint32_t capacity_ = 0;

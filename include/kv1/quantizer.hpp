@@ -12,6 +12,7 @@
 #include <kv1/format.hpp>
 #include <kv1/status.hpp>
 
+#include <bit>
 #include <cmath>
 #include <concepts>
 #include <cstddef>
@@ -22,18 +23,19 @@ namespace kv1::inline KV1_ABI {
 
 /// What is kept beside the codes: value = scale * code + minimum, both rounded to fp16.
 struct affine_metadata {
-    float16 scale;
-    float16 minimum;
+    float16 scale;   ///< of a step between codes
+    float16 minimum; ///< value of code 0
 };
 
 /// Scaled binary keeps a scale alone.
 struct scale_metadata {
-    float16 scale;
+    float16 scale; ///< magnitude of every channel
 };
 
 /// Binary keeps nothing.
 struct no_metadata {};
 
+/// A scheme: bits, metadata, quantize() and dequantize(), as the head of this file says.
 template <class Q>
 concept quantizer = requires(std::span<const float> x, std::span<std::uint8_t> codes, std::uint8_t code,
                              typename Q::metadata metadata) {
@@ -50,11 +52,21 @@ inline constexpr const char* rule_finite = "K and V must be finite";
 inline constexpr const char* rule_fp16_metadata = "scale or minimum overflows fp16";
 inline constexpr const char* rule_fp16_value = "the value overflows fp16";
 
-// By the bits, so that -ffast-math cannot take the test away.
+// Tests are on the bits: -ffast-math takes away the test for NaN, and a processor told to take denormals for
+// zero also does so in comparisons.
 constexpr bool is_finite(float x) noexcept {
     return (std::bit_cast<std::uint32_t>(x) & 0x7fffffffu) < 0x7f800000u;
 }
 constexpr bool is_finite(float16 x) noexcept { return (x.bits() & 0x7fffu) < 0x7c00u; }
+
+// x >= 0 for a finite x; true for -0.
+constexpr bool is_non_negative(float x) noexcept { return std::bit_cast<std::uint32_t>(x) <= 0x80000000u; }
+
+// Order-preserving integer image of a finite float, with -0 before +0.
+constexpr std::int32_t ordered_bits(float x) noexcept {
+    const auto bits = std::bit_cast<std::int32_t>(x);
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+}
 
 // Index of the first NaN or infinity; n where there is none.
 inline std::size_t first_non_finite(std::span<const float> x) noexcept {

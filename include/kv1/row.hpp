@@ -102,6 +102,8 @@ noexcept {
 }
 
 #if KV1_EXCEPTIONS
+/// As the try_ forms; throw kv1::error.
+/// @{
 template <quantizer Q>
 requires detail::library_quantizer<Q>
 void quantize(std::span<const float> x, std::span<std::uint8_t> codes, typename Q::metadata& metadata) {
@@ -115,6 +117,7 @@ template <quantizer Q>
 void decode_row(std::span<const std::byte> packed, typename Q::metadata metadata, std::span<float> out) {
     detail::throw_if_error(try_decode_row<Q>(packed, metadata, out));
 }
+/// @}
 #endif
 
 } // namespace kv1::inline KV1_ABI

@@ -23,6 +23,7 @@
 
 namespace kv1::inline KV1_ABI {
 
+/// Why an operation failed.
 enum class errc : std::uint8_t {
     ok,
     invalid_argument,   ///< a value that no call accepts
@@ -37,6 +38,7 @@ enum class errc : std::uint8_t {
     unsupported_target, ///< an instruction set that is not compiled in or that this processor lacks
 };
 
+/// A word or two.
 [[nodiscard]] constexpr std::string_view to_string(errc code) noexcept {
     switch (code) {
     case errc::ok:
@@ -67,24 +69,28 @@ enum class errc : std::uint8_t {
 
 /// Where an error was met; -1 where a coordinate does not apply.
 struct error_location {
-    std::int64_t layer = -1;
-    std::int64_t kv_head = -1;
-    std::int64_t token = -1;
-    std::int64_t channel = -1;
+    std::int64_t layer = -1;   ///< from 0
+    std::int64_t kv_head = -1; ///< of the layer, from 0
+    std::int64_t token = -1;   ///< of the call's tensor, from 0
+    std::int64_t channel = -1; ///< of the vector, from 0
 };
 
 /// Outcome of an operation. Contextually convertible to bool: true means success.
 class [[nodiscard]] status {
 public:
+    /// Success.
     constexpr status() noexcept = default;
     /// `rule` must have static storage duration: the status keeps the pointer.
     constexpr status(errc code, const char* rule, error_location where = {}) noexcept
         : code_(code), rule_(rule), where_(where) {}
 
+    /// Success or not; the error, the rule that was broken ("" for success), and where.
+    /// @{
     [[nodiscard]] constexpr explicit operator bool() const noexcept { return code_ == errc::ok; }
     [[nodiscard]] constexpr errc code() const noexcept { return code_; }
     [[nodiscard]] constexpr const char* rule() const noexcept { return rule_; }
     [[nodiscard]] constexpr const error_location& where() const noexcept { return where_; }
+    /// @}
 
     /// One line: the error, the rule and the place. Allocates.
     [[nodiscard]] std::string message() const {
@@ -117,9 +123,13 @@ private:
 /// What the throwing forms throw.
 class error : public std::runtime_error {
 public:
+    /// Copies the status and its message.
     explicit error(const status& s) : std::runtime_error("kv1: " + s.message()), status_(s) {}
+    /// What went wrong.
+    /// @{
     [[nodiscard]] const status& reason() const noexcept { return status_; }
     [[nodiscard]] errc code() const noexcept { return status_.code(); }
+    /// @}
 
 private:
     status status_;
@@ -144,22 +154,31 @@ inline void throw_if_error([[maybe_unused]] const status& s) {
 template <class T>
 class [[nodiscard]] result {
 public:
+    /// Success, with this value.
     result(T value) noexcept : value_(std::move(value)) {}
+    /// Failure, for this reason.
     result(const status& failure) noexcept : status_(failure) {}
 
+    /// Whether there is a value, and why not.
+    /// @{
     [[nodiscard]] explicit operator bool() const noexcept { return value_.has_value(); }
     [[nodiscard]] const status& reason() const noexcept { return status_; }
     [[nodiscard]] errc code() const noexcept { return status_.code(); }
+    /// @}
 
-    /// Precondition of the dereferences: the result holds a value.
+    /// The value. Precondition: the result holds one.
+    /// @{
     [[nodiscard]] T& operator*() noexcept { return *value_; }
     [[nodiscard]] const T& operator*() const noexcept { return *value_; }
     [[nodiscard]] T* operator->() noexcept { return &*value_; }
     [[nodiscard]] const T* operator->() const noexcept { return &*value_; }
+    /// @}
 
     /// The value; throws `error` where there is none (without exceptions: aborts).
+    /// @{
     [[nodiscard]] T& value() & { return detail::throw_if_error(status_), *value_; }
     [[nodiscard]] T value() && { return detail::throw_if_error(status_), std::move(*value_); }
+    /// @}
 
 private:
     std::optional<T> value_;

@@ -25,6 +25,7 @@
 
 namespace kv1::inline KV1_ABI {
 
+/// An instruction set that kernels are compiled for.
 enum class target : std::uint8_t {
     scalar,      ///< plain C++, the oracle of the tests
     baseline,    ///< what the translation unit was compiled for (SSE2 on plain x86-64, NEON on AArch64)
@@ -33,9 +34,11 @@ enum class target : std::uint8_t {
     avx512_vnni, ///< the same with VNNI
 };
 
+/// Every target, slowest first.
 inline constexpr std::array all_targets{target::scalar, target::baseline, target::avx2, target::avx512,
                                         target::avx512_vnni};
 
+/// The enumerator's name.
 [[nodiscard]] constexpr std::string_view to_string(target t) noexcept {
     switch (t) {
     case target::scalar:
@@ -52,6 +55,7 @@ inline constexpr std::array all_targets{target::scalar, target::baseline, target
     return "unknown";
 }
 
+/// The target of that name, if there is one.
 [[nodiscard]] constexpr std::optional<target> target_from_string(std::string_view name) noexcept {
     for (const target t : all_targets)
         if (to_string(t) == name)
@@ -165,6 +169,7 @@ inline status try_set_target(target t) noexcept {
 }
 
 #if KV1_EXCEPTIONS
+/// As try_set_target; throws kv1::error.
 inline void set_target(target t) { detail::throw_if_error(try_set_target(t)); }
 #endif
 

@@ -24,12 +24,15 @@ public:
     constexpr tensor_view(const T* data, std::size_t tokens, std::size_t heads, std::size_t channels) noexcept
         : tensor_view(data, tokens, heads, channels, static_cast<std::ptrdiff_t>(heads * channels),
                       static_cast<std::ptrdiff_t>(channels)) {}
+    /// With strides, in elements, between tokens and between heads; channels are contiguous.
     template <scalar T>
     constexpr tensor_view(const T* data, std::size_t tokens, std::size_t heads, std::size_t channels,
                           std::ptrdiff_t token_stride, std::ptrdiff_t head_stride) noexcept
         : data_(data), type_(scalar_type_of<T>), tokens_(tokens), heads_(heads), channels_(channels),
           token_stride_(token_stride), head_stride_(head_stride) {}
 
+    /// Extents, and strides in elements.
+    /// @{
     [[nodiscard]] constexpr const void* data() const noexcept { return data_; }
     [[nodiscard]] constexpr scalar_type type() const noexcept { return type_; }
     [[nodiscard]] constexpr std::size_t tokens() const noexcept { return tokens_; }
@@ -37,6 +40,7 @@ public:
     [[nodiscard]] constexpr std::size_t channels() const noexcept { return channels_; }
     [[nodiscard]] constexpr std::ptrdiff_t token_stride() const noexcept { return token_stride_; }
     [[nodiscard]] constexpr std::ptrdiff_t head_stride() const noexcept { return head_stride_; }
+    /// @}
 
     /// First channel of a vector.
     [[nodiscard]] const void* at(std::size_t token, std::size_t head) const noexcept {
@@ -56,16 +60,21 @@ private:
 /// Writable view.
 class mutable_tensor_view {
 public:
+    /// Contiguous [tokens][heads][channels].
     template <scalar T>
     constexpr mutable_tensor_view(T* data, std::size_t tokens, std::size_t heads,
                                   std::size_t channels) noexcept
         : view_(data, tokens, heads, channels), data_(data) {}
+    /// With strides, in elements, between tokens and between heads; channels are contiguous.
     template <scalar T>
     constexpr mutable_tensor_view(T* data, std::size_t tokens, std::size_t heads, std::size_t channels,
                                   std::ptrdiff_t token_stride, std::ptrdiff_t head_stride) noexcept
         : view_(data, tokens, heads, channels, token_stride, head_stride), data_(data) {}
 
+    /// The same elements, read-only.
     [[nodiscard]] constexpr operator tensor_view() const noexcept { return view_; }
+    /// Extents, and strides in elements.
+    /// @{
     [[nodiscard]] constexpr void* data() const noexcept { return data_; }
     [[nodiscard]] constexpr scalar_type type() const noexcept { return view_.type(); }
     [[nodiscard]] constexpr std::size_t tokens() const noexcept { return view_.tokens(); }
@@ -73,6 +82,8 @@ public:
     [[nodiscard]] constexpr std::size_t channels() const noexcept { return view_.channels(); }
     [[nodiscard]] constexpr std::ptrdiff_t token_stride() const noexcept { return view_.token_stride(); }
     [[nodiscard]] constexpr std::ptrdiff_t head_stride() const noexcept { return view_.head_stride(); }
+    /// @}
+    /// First channel of a vector.
     [[nodiscard]] void* at(std::size_t token, std::size_t head) const noexcept {
         return const_cast<void*>(view_.at(token, head));
     }

@@ -28,7 +28,16 @@ bool near(const std::vector<float>& a, const std::vector<float>& b) {
 
 } // namespace
 
-int main() {
+int main([[maybe_unused]] int argc, char**) {
+#if defined(KV1_ODR_HAS_V3)
+    __builtin_cpu_init();
+    const bool has_v3 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    if (argc > 1 && !has_v3) {
+        std::puts("skipped: this processor cannot run what is linked first");
+        return 77;
+    }
+#endif
     const outcome base = run_default(), before = run_xsimd_before(), after = run_xsimd_after();
     bool good = check(before.out == base.out && after.out == base.out, "parts of one ISA differ");
     good &= check(before.bytes == base.bytes && after.bytes == base.bytes, "rows of one ISA differ");
@@ -37,8 +46,7 @@ int main() {
                   "the user's xsimd is not the same before and after kv1");
 #if defined(KV1_ODR_HAS_V3)
     // the part is entered only where its every instruction can run
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) {
+    if (has_v3) {
         const outcome v3 = run_v3();
         good &= check(v3.bytes == base.bytes, "rows differ between ISAs");
         good &= check(near(v3.out, base.out), "outputs differ between ISAs");

@@ -20,20 +20,22 @@ namespace detail {
 
 inline constexpr float smallest_scale = 1e-6f;
 
-// min and max in the order of the reals with -0 before +0
-constexpr bool less_with_signed_zero(float a, float b) noexcept {
-    return a < b || (a == b && std::bit_cast<std::uint32_t>(a) > std::bit_cast<std::uint32_t>(b));
-}
+constexpr bool less_with_signed_zero(float a, float b) noexcept { return ordered_bits(a) < ordered_bits(b); }
 
 } // namespace detail
 
+#include <kv1/detail/precise_math_begin.inl>
+
+/// The quantizer of 2^Bits evenly spaced levels. Bits is 1 to 8.
 template <int Bits>
 struct affine {
     static_assert(Bits >= 1 && Bits <= 8);
-    static constexpr int bits = Bits;
-    static constexpr int max_code = (1 << Bits) - 1;
-    using metadata = affine_metadata;
+    static constexpr int bits = Bits;                ///< of a code
+    static constexpr int max_code = (1 << Bits) - 1; ///< the largest code
+    using metadata = affine_metadata;                ///< what is kept beside the codes
 
+    /// One code per channel, and the metadata. Errors: shape_mismatch, invalid_argument (no channel),
+    /// non_finite, not_representable (metadata overflows fp16); outputs are then untouched.
     static status quantize(std::span<const float> x, std::span<std::uint8_t> codes, metadata& out) noexcept {
         if (const status s = detail::check_vector(x, codes); !s)
             return s;
@@ -51,10 +53,13 @@ struct affine {
         return {};
     }
 
+    /// The value that a code stands for.
     [[nodiscard]] static constexpr float dequantize(std::uint8_t code, metadata m) noexcept {
         return static_cast<float>(code) * static_cast<float>(m.scale) + static_cast<float>(m.minimum);
     }
 };
+
+#include <kv1/detail/precise_math_end.inl>
 
 static_assert(quantizer<affine<2>>);
 

@@ -8,18 +8,22 @@
 
 namespace kv1::inline KV1_ABI {
 
+/// The quantizer of signs.
 struct binary {
-    static constexpr int bits = 1;
-    using metadata = no_metadata;
+    static constexpr int bits = 1; ///< of a code
+    using metadata = no_metadata;  ///< what is kept beside the codes
 
+    /// One code per channel, and the metadata. Errors: shape_mismatch, invalid_argument (no channel),
+    /// non_finite; outputs are then untouched.
     static status quantize(std::span<const float> x, std::span<std::uint8_t> codes, metadata&) noexcept {
         if (const status s = detail::check_vector(x, codes); !s)
             return s;
         for (std::size_t i = 0; i < x.size(); ++i)
-            codes[i] = x[i] >= 0.0f ? 1 : 0;
+            codes[i] = detail::is_non_negative(x[i]) ? 1 : 0;
         return {};
     }
 
+    /// The value that a code stands for.
     [[nodiscard]] static constexpr float dequantize(std::uint8_t code, metadata) noexcept {
         return static_cast<float>(code);
     }

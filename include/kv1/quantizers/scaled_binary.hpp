@@ -15,6 +15,8 @@
 
 namespace kv1::inline KV1_ABI {
 
+#include <kv1/detail/precise_math_begin.inl>
+
 namespace detail {
 
 // The fixed order in which 16 partial sums become one.
@@ -27,10 +29,13 @@ constexpr float add_pairwise(std::array<float, 16> sums) noexcept {
 
 } // namespace detail
 
+/// The quantizer of signs with a mean magnitude.
 struct scaled_binary {
-    static constexpr int bits = 1;
-    using metadata = scale_metadata;
+    static constexpr int bits = 1;   ///< of a code
+    using metadata = scale_metadata; ///< what is kept beside the codes
 
+    /// One code per channel, and the metadata. Errors: shape_mismatch, invalid_argument (no channel),
+    /// non_finite, not_representable (metadata overflows fp16); outputs are then untouched.
     static status quantize(std::span<const float> x, std::span<std::uint8_t> codes, metadata& out) noexcept {
         if (const status s = detail::check_vector(x, codes); !s)
             return s;
@@ -42,16 +47,19 @@ struct scaled_binary {
         if (!detail::is_finite(stored.scale))
             return {errc::not_representable, detail::rule_fp16_metadata};
         for (std::size_t i = 0; i < x.size(); ++i)
-            codes[i] = x[i] >= 0.0f ? 1 : 0;
+            codes[i] = detail::is_non_negative(x[i]) ? 1 : 0;
         out = stored;
         return {};
     }
 
+    /// The value that a code stands for.
     [[nodiscard]] static constexpr float dequantize(std::uint8_t code, metadata m) noexcept {
         const auto scale = static_cast<float>(m.scale);
         return code != 0 ? scale : -scale;
     }
 };
+
+#include <kv1/detail/precise_math_end.inl>
 
 static_assert(quantizer<scaled_binary>);
 

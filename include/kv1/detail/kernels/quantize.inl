@@ -2,7 +2,23 @@
 //
 // Vectors to codes, bit for bit what kv1/quantizers/*.hpp define. Parsed once per target.
 // Two passes over a vector that lies in the first-level cache: keys for range and finiteness, then one
-// subtraction, division and rounding per register.
+// subtraction, division and rounding addition per register.
+
+#include <kv1/detail/precise_math_begin.inl>
+
+// Sums and quotients whose bits matter. The region's pragma acts on clang's own operators, not on intrinsics, which
+// keep the flags of the place where their header was included.
+#if defined(__clang__) && (defined(__x86_64__) || defined(__aarch64__))
+KV1_INLINE f32 sum_of(f32 a, f32 b) {
+    return f32(f32::register_type(a) + f32::register_type(b));
+}
+KV1_INLINE f32 quotient_of(f32 a, f32 b) {
+    return f32(f32::register_type(a) / f32::register_type(b));
+}
+#else
+KV1_INLINE f32 sum_of(f32 a, f32 b) { return a + b; }
+KV1_INLINE f32 quotient_of(f32 a, f32 b) { return a / b; }
+#endif
 
 // Order-preserving integer image of a float: min and max of images are min and max of the reals with -0
 // before +0, and a NaN or infinity shows as an image outside the finite range. Immune to -ffast-math.
@@ -63,8 +79,9 @@ inline encode_result encode_affine(const float* x, std::size_t n, int bits, std:
     const f32 lo(range.low), s(scale), top(levels), zero(0.0f);
     for (std::size_t i = 0; i < n; i += lanes) {
         const f32 v = i + lanes <= n ? f32::load_unaligned(x + i) : load_tail(x, n, i);
-        const f32 level = xs::min(xs::max(xs::nearbyint((v - lo) / s), zero), top);
-        store_codes(xs::bitwise_cast<std::uint32_t>(xs::to_int(level)), codes, i, n);
+        const f32 level = xs::min(xs::max(quotient_of(v - lo, s), zero), top);
+        // the sum rounds to an integer, half to even, and its low bits are that integer
+        store_codes(xs::bitwise_cast<std::uint32_t>(level + f32(8388608.0f)) & u32(0xffu), codes, i, n);
     }
     return {errc::ok, "", 0, stored};
 }
@@ -72,7 +89,8 @@ inline encode_result encode_affine(const float* x, std::size_t n, int bits, std:
 KV1_INLINE void encode_signs(const float* x, std::size_t n, std::uint8_t* codes) {
     for (std::size_t i = 0; i < n; i += lanes) {
         const f32 v = i + lanes <= n ? f32::load_unaligned(x + i) : load_tail(x, n, i);
-        const i32 code = xs::select(xs::batch_bool_cast<std::int32_t>(v >= f32(0.0f)), i32(1), i32(0));
+        // v >= 0, by the bits: the image of -0 is -1
+        const i32 code = xs::select(ordered_bits(v) > i32(-2), i32(1), i32(0));
         store_codes(xs::bitwise_cast<std::uint32_t>(code), codes, i, n);
     }
 }
@@ -94,12 +112,12 @@ inline encode_result encode_scaled_binary(const float* x, std::size_t n, std::ui
         for (std::size_t k = 0; k < pieces; ++k) {
             const std::size_t at = i + k * lanes;
             if (at + lanes <= n) {
-                sums[k] = sums[k] + xs::abs(f32::load_unaligned(x + at));
+                sums[k] = sum_of(sums[k], xs::abs(f32::load_unaligned(x + at)));
             } else {
                 alignas(64) float tail[lanes];
                 for (std::size_t j = 0; j < lanes; ++j)
                     tail[j] = at + j < n ? x[at + j] : 0.0f;
-                sums[k] = sums[k] + xs::abs(f32::load_aligned(tail));
+                sums[k] = sum_of(sums[k], xs::abs(f32::load_aligned(tail)));
             }
         }
     }
@@ -113,3 +131,5 @@ inline encode_result encode_scaled_binary(const float* x, std::size_t n, std::ui
     encode_signs(x, n, codes);
     return {errc::ok, "", 0, stored};
 }
+
+#include <kv1/detail/precise_math_end.inl>

@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+# kv1::kernels: the library with its kernels compiled once, for programs that include it in many places.
+#
+# Linking it instead of kv1::kv1 takes the kernels, and xsimd, out of the program's translation units. It is
+# compiled in the project that asks for it, with that project's flags, also where kv1 comes installed.
+if(NOT TARGET kv1_kernels)
+  file(CONFIGURE OUTPUT ${CMAKE_CURRENT_BINARY_DIR}/kv1_kernels.cpp CONTENT "#include <kv1/kernels.hpp>\n")
+  add_library(kv1_kernels STATIC EXCLUDE_FROM_ALL ${CMAKE_CURRENT_BINARY_DIR}/kv1_kernels.cpp)
+  add_library(kv1::kernels ALIAS kv1_kernels)
+  set_target_properties(kv1_kernels PROPERTIES CXX_EXTENSIONS OFF POSITION_INDEPENDENT_CODE ON)
+  target_compile_definitions(kv1_kernels PUBLIC KV1_EXTERNAL_KERNELS)
+  target_link_libraries(kv1_kernels PUBLIC kv1::kv1)
+endif()

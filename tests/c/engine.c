@@ -1,0 +1,162 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * An engine in C: what the library computes is compared with attention over the decoded tokens, and every
+ * kind of misuse must come back as a code that says where.
+ */
+#include <kv1/kv1.h>
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define CHECK(condition)                                                                                     \
+    do {                                                                                                     \
+        if (!(condition)) {                                                                                  \
+            printf("line %d: %s\n", __LINE__, #condition);                                                   \
+            failed = 1;                                                                                      \
+        }                                                                                                    \
+    } while (0)
+
+enum { tokens = 70, kv_heads = 2, heads = 4, dim = 48 };
+
+static int failed = 0;
+static float k[tokens * kv_heads * dim], v[tokens * kv_heads * dim], q[heads * dim];
+static float out[heads * dim], again[heads * dim], lse[heads];
+static float keys[tokens * dim], values[tokens * dim];
+
+static unsigned state = 1;
+static float next(void) {
+    state = state * 1664525u + 1013904223u;
+    return (float)(state >> 8) / 8388608.0f - 1.0f;
+}
+
+/* "Threads" of a kind: the last task first. */
+static void backwards(void* context, size_t count, kv1_task task, void* task_state) {
+    size_t i;
+    *(size_t*)context += count;
+    for (i = count; i > 0; --i)
+        task(task_state, i - 1);
+}
+
+static void attend_over_decoded(const kv1_cache* cache, kv1_sequence s) {
+    size_t h, t, c;
+    double worst = 0, worst_lse = 0;
+    for (h = 0; h < heads; ++h) {
+        double sums[dim] = {0}, denominator = 0;
+        CHECK(kv1_read(cache, s, 0, 0, h / 2, 0, tokens, keys, NULL) == KV1_OK);
+        CHECK(kv1_read(cache, s, 0, 1, h / 2, 0, tokens, values, NULL) == KV1_OK);
+        for (t = 0; t < tokens; ++t) {
+            double score = 0, weight;
+            for (c = 0; c < dim; ++c)
+                score += (double)q[h * dim + c] * (double)keys[t * dim + c];
+            weight = exp(score / sqrt((double)dim));
+            denominator += weight;
+            for (c = 0; c < dim; ++c)
+                sums[c] += weight * (double)values[t * dim + c];
+        }
+        for (c = 0; c < dim; ++c)
+            worst = fmax(worst, fabs(sums[c] / denominator - (double)out[h * dim + c]));
+        worst_lse = fmax(worst_lse, fabs(log(denominator) - (double)lse[h]));
+    }
+    /* 48 products of at most 1 in fp32, divided by sqrt(48): the error of a score is at most 2e-5 */
+    CHECK(worst < 1e-4);
+    CHECK(worst_lse < 1e-4);
+}
+
+int main(void) {
+    const kv1_layer layer = {kv_heads, dim, dim, KV1_AFFINE2, KV1_AFFINE2};
+    kv1_cache* cache = NULL;
+    kv1_sequence s, other;
+    kv1_error error;
+    kv1_attention options;
+    kv1_executor executor;
+    kv1_statistics statistics;
+    kv1_tensor tensor;
+    size_t i, length = 0, tasks = 0;
+    char text[200], cut[8];
+
+    CHECK(kv1_version() >= 100);
+    CHECK(strlen(kv1_target()) > 0);
+    for (i = 0; i < tokens * kv_heads * dim; ++i) {
+        k[i] = next();
+        v[i] = next();
+    }
+    for (i = 0; i < heads * dim; ++i)
+        q[i] = next();
+
+    /* two layers alike, four pages of 32 tokens */
+    CHECK(kv1_cache_create(&layer, 1, 2, 128, 32, &cache, &error) == KV1_OK);
+    if (cache == NULL)
+        return 1;
+    CHECK(kv1_sequence_create(cache, &s, NULL) == KV1_OK);
+    CHECK(kv1_append(cache, s, 0, kv1_contiguous(k, KV1_FP32, tokens, kv_heads, dim),
+                     kv1_contiguous(v, KV1_FP32, tokens, kv_heads, dim), NULL, &error) == KV1_OK);
+    CHECK(kv1_length(cache, s, 0, &length, NULL) == KV1_OK && length == tokens);
+    CHECK(kv1_length(cache, s, 1, &length, NULL) == KV1_OK && length == 0);
+
+    memset(&options, 0, sizeof options);
+    options.precision = KV1_EXACT;
+    options.log_sum_exp = lse;
+    CHECK(kv1_attend(cache, s, 0, kv1_contiguous(q, KV1_FP32, 1, heads, dim),
+                     kv1_contiguous_output(out, KV1_FP32, 1, heads, dim), &options, NULL, &error) == KV1_OK);
+    attend_over_decoded(cache, s);
+
+    /* the caller's threads change nothing; heads lie apart here */
+    executor.run = backwards;
+    executor.context = &tasks;
+    CHECK(kv1_attend(cache, s, 0, kv1_contiguous(q, KV1_FP32, 1, heads, dim),
+                     kv1_contiguous_output(again, KV1_FP32, 1, heads, dim), &options, &executor,
+                     &error) == KV1_OK);
+    CHECK(tasks > 0 && memcmp(out, again, sizeof out) == 0);
+    tensor = kv1_contiguous(k, KV1_FP32, 1, kv_heads, dim);
+    tensor.head_stride = 5 * dim;
+    CHECK(kv1_append(cache, s, 1, tensor, tensor, NULL, &error) == KV1_OK);
+
+    CHECK(kv1_cache_statistics(cache, &statistics, NULL) == KV1_OK);
+    CHECK(statistics.layers == 2 && statistics.tokens == tokens && statistics.pages_in_use == 3);
+    CHECK(statistics.bytes_stored == (tokens + 1) * kv_heads * 2 * (dim / 4 + 4));
+
+    /* refusals name what and where */
+    k[5 * kv_heads * dim + dim + 7] = NAN;
+    CHECK(kv1_append(cache, s, 1, kv1_contiguous(k, KV1_FP32, 20, kv_heads, dim),
+                     kv1_contiguous(v, KV1_FP32, 20, kv_heads, dim), NULL, &error) == KV1_NON_FINITE);
+    CHECK(error.code == KV1_NON_FINITE && error.layer == 1 && error.kv_head == 1 && error.token == 5 &&
+          error.channel == 7);
+    CHECK(kv1_length(cache, s, 1, &length, NULL) == KV1_OK && length == 1);
+    CHECK(kv1_describe(&error, text, sizeof text) == strlen(text));
+    CHECK(strcmp(text, "non-finite value: K and V must be finite (layer 1, KV head 1, token 5, channel 7)") ==
+          0);
+    CHECK(kv1_describe(&error, cut, sizeof cut) == strlen(text) && strcmp(cut, "non-fin") == 0);
+    CHECK(strcmp(kv1_code_name(KV1_NON_FINITE), "non-finite value") == 0);
+
+    CHECK(kv1_append(cache, s, 0, kv1_contiguous(v, KV1_FP32, tokens, kv_heads, dim),
+                     kv1_contiguous(v, KV1_FP32, tokens, kv_heads, dim), NULL,
+                     NULL) == KV1_CAPACITY_EXCEEDED);
+    CHECK(kv1_append(cache, s, 2, tensor, tensor, NULL, NULL) == KV1_OUT_OF_RANGE);
+    CHECK(kv1_append(cache, s, 0, kv1_contiguous(NULL, KV1_FP32, 1, kv_heads, dim), tensor, NULL, NULL) ==
+          KV1_INVALID_ARGUMENT);
+    CHECK(kv1_append(cache, s, 0, kv1_contiguous(v, (kv1_scalar)3, 1, kv_heads, dim), tensor, NULL, NULL) ==
+          KV1_INVALID_ARGUMENT);
+    CHECK(kv1_attend(cache, s, 0, kv1_contiguous(q, KV1_FP32, 1, 3, dim),
+                     kv1_contiguous_output(out, KV1_FP32, 1, 3, dim), NULL, NULL,
+                     &error) == KV1_SHAPE_MISMATCH);
+    CHECK(kv1_read(cache, s, 0, 0, 0, 60, 20, keys, NULL) == KV1_OUT_OF_RANGE);
+    CHECK(kv1_sequence_destroy(cache, s, NULL) == KV1_OK);
+    CHECK(kv1_sequence_destroy(cache, s, &error) == KV1_INVALID_SEQUENCE);
+    CHECK(kv1_sequence_create(cache, &other, NULL) == KV1_OK);
+    CHECK(other.slot != s.slot || other.generation != s.generation);
+    CHECK(kv1_sequence_create(NULL, &other, &error) == KV1_INVALID_ARGUMENT);
+    CHECK(kv1_set_target("pentium") == KV1_UNSUPPORTED_TARGET);
+    CHECK(kv1_set_target("scalar") == KV1_OK && strcmp(kv1_target(), "scalar") == 0);
+    kv1_cache_destroy(cache);
+    kv1_cache_destroy(NULL);
+
+    /* page sizes are whole tiles; distinct layers divide the layers */
+    CHECK(kv1_cache_create(&layer, 1, 1, 128, 20, &cache, &error) == KV1_INVALID_ARGUMENT && cache == NULL);
+    CHECK(kv1_cache_create(&layer, 0, 1, 128, 32, &cache, &error) == KV1_INVALID_ARGUMENT);
+    CHECK(kv1_cache_create(NULL, 1, 1, 128, 32, &cache, &error) == KV1_INVALID_ARGUMENT);
+
+    puts(failed ? "FAILED" : "ok");
+    return failed;
+}
