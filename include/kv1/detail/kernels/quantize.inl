@@ -63,7 +63,7 @@ inline encode_result encode_affine(const float* x, std::size_t n, int bits, std:
     const f32 lo(range.low), s(scale), top(levels), zero(0.0f);
     for (std::size_t i = 0; i < n; i += lanes) {
         const f32 v = i + lanes <= n ? f32::load_unaligned(x + i) : load_tail(x, n, i);
-        const f32 level = xs::min(xs::max(xs::nearbyint((v - lo) / s), zero), top);
+        const f32 level = xs::min(xs::max(nearest((v - lo) / s), zero), top);
         store_codes(xs::bitwise_cast<std::uint32_t>(xs::to_int(level)), codes, i, n);
     }
     return {errc::ok, "", 0, stored};
