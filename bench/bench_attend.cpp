@@ -4,9 +4,18 @@
 //
 //   attend/decode/<K>/<V>/<precision>/<target>/h<heads>/kv<kv_heads>/d<head_dim>/n<tokens>/<cold|warm>
 //
-// cold: calls rotate over enough layers that the cache exceeds 256 MB; warm: one layer. ns_per_token_kvhead
-// is time / (n * kv_heads); bytes are row-format bytes read.
+// cold: calls rotate over enough layers that both this cache and one of the same shape in fp16 exceed 256 MB;
+// warm: one layer. Bytes are row-format bytes read. Counters:
+//
+//   ns_per_token_kvhead   time / (n * kv_heads), mean of the run
+//   ns_fastest            the same for the fastest call: on a shared machine the figure to compare
+//   fp16_limit_ratio      how many times faster than reading the cache in fp16 (fastest calls, see
+//   limits.hpp) dot4_floor_ratio      fastest call / time of its dot products alone; integer path only
+//
+// Plain formats are this library's own fp32 and fp16 caches, affine8 its int8 cache, on the same layout,
+// prefetch and driver. fp16 beside its own limit: fp16_limit_ratio of fp16/fp16 is at most 1.
 
+#include "limits.hpp"
 #include "support.hpp"
 
 namespace {
@@ -25,6 +34,8 @@ std::size_t bytes_per_token(const decode_case& c) {
            (kv1::row_bytes(c.key, c.shape.head_dim) + kv1::row_bytes(c.value, c.shape.head_dim));
 }
 
+bool is_integer(kv_format f) { return f != kv_format::fp32 && f != kv_format::fp16; }
+
 void decode(benchmark::State& state, const decode_case& c, kv1::precision mode) {
     const std::size_t layer_bytes = c.tokens * bytes_per_token(c);
     const std::size_t layers = c.cold ? (std::size_t{256} << 20) / layer_bytes + 1 : 1;
@@ -38,17 +49,32 @@ void decode(benchmark::State& state, const decode_case& c, kv1::precision mode) 
     const std::vector<float> q = bench::normal_values(c.shape.heads * c.shape.head_dim, 3);
     std::vector<float> out(q.size());
     std::size_t layer = 0;
+    double fastest = 1e9, product = 1e9, byte = bench::seconds_per_byte();
     for (auto _ : state) {
+        const double start = bench::seconds();
         cache.attend(sequence, layer, {q.data(), 1, c.shape.heads, c.shape.head_dim},
                      {out.data(), 1, c.shape.heads, c.shape.head_dim}, {.mode = mode});
         benchmark::DoNotOptimize(out.data());
+        fastest = std::min(fastest, bench::seconds() - start);
         layer = layer + 1 == layers ? 0 : layer + 1;
     }
+    for (int i = 0; i < 40; ++i)
+        product = std::min(product, bench::seconds_per_product(measured));
+    for (int i = 0; i < 2; ++i)
+        byte = std::min(byte, bench::seconds_per_byte());
+
     const auto vectors = static_cast<double>(c.tokens * c.shape.kv_heads);
     state.SetItemsProcessed(state.iterations() * static_cast<std::int64_t>(c.tokens));
     state.SetBytesProcessed(state.iterations() * static_cast<std::int64_t>(layer_bytes));
     state.counters["ns_per_token_kvhead"] = benchmark::Counter(
         vectors * 1e-9, benchmark::Counter::kIsIterationInvariantRate | benchmark::Counter::kInvert);
+    state.counters["ns_fastest"] = fastest / vectors * 1e9;
+    state.counters["fp16_limit_ratio"] =
+        vectors * 4.0 * static_cast<double>(c.shape.head_dim) * byte / fastest;
+    if (mode == kv1::precision::fast && is_integer(c.key) && is_integer(c.value) && product > 0.0) {
+        const double products = static_cast<double>(2 * c.shape.heads * c.shape.head_dim * c.tokens);
+        state.counters["dot4_floor_ratio"] = fastest / (products * product);
+    }
 }
 
 void register_decode(const decode_case& c, kv1::precision mode, kv1::target t) {
@@ -64,20 +90,28 @@ void register_decode(const decode_case& c, kv1::precision mode, kv1::target t) {
 
 int main(int argc, char** argv) {
     constexpr bench::attention_shape large{32, 8, 128}, tiny{8, 2, 32};
+    constexpr kv_format two = kv_format::affine2;
     for (const kv1::target t : bench::supported_targets()) {
         if (t == kv1::target::scalar)
             continue; // an oracle, not a competitor
         for (const kv1::precision mode : {kv1::precision::fast, kv1::precision::exact}) {
-            register_decode({kv_format::affine2, kv_format::affine2, large, 4096, false}, mode, t);
-            register_decode({kv_format::affine2, kv_format::affine2, large, 32768, true}, mode, t);
-            register_decode({kv_format::affine2, kv_format::affine2, tiny, 1024, false}, mode, t);
+            register_decode({two, two, large, 4096, false}, mode, t);
+            register_decode({two, two, large, 32768, true}, mode, t);
+            register_decode({two, two, tiny, 1024, false}, mode, t);
         }
+        register_decode({two, two, large, 131072, true}, kv1::precision::fast, t);
+        for (const std::size_t group :
+             {std::size_t{1}, std::size_t{2}, std::size_t{7}, std::size_t{8}, std::size_t{16}})
+            register_decode({two, two, {8 * group, 8, 128}, 4096, false}, kv1::precision::fast, t);
+        for (const std::size_t dim :
+             {std::size_t{64}, std::size_t{80}, std::size_t{96}, std::size_t{192}, std::size_t{256}})
+            register_decode({two, two, {32, 8, dim}, 4096, false}, kv1::precision::fast, t);
         for (const kv_format f : kv1::all_kv_formats)
-            if (f != kv_format::affine2)
-                register_decode({f, f, large, 4096, false}, kv1::precision::fast, t);
-        register_decode({kv_format::affine4, kv_format::affine2, large, 4096, false}, kv1::precision::fast,
-                        t);
-        register_decode({kv_format::fp16, kv_format::fp16, large, 32768, true}, kv1::precision::fast, t);
+            if (f != two)
+                for (const bool cold : {false, true})
+                    register_decode({f, f, large, cold ? std::size_t{32768} : std::size_t{4096}, cold},
+                                    kv1::precision::fast, t);
+        register_decode({kv_format::affine4, two, large, 4096, false}, kv1::precision::fast, t);
     }
     benchmark::Initialize(&argc, argv);
     if (benchmark::ReportUnrecognizedArguments(argc, argv))

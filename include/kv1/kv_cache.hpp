@@ -246,8 +246,8 @@ public:
         job.pages = l.arena.data();
         job.block_stride = l.block_bytes;
         job.block_table = q->blocks.data();
-        job.first_token = 0;
-        job.last_token = length;
+        job.last_token = std::min(length, options.range.last);
+        job.first_visible = std::min(options.range.first, job.last_token);
         job.group = queries.heads() / l.shape.kv_heads;
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push // at -O3 g++ 12 sees the payload of an empty optional and not the test before it
@@ -261,12 +261,21 @@ public:
         job.visible_base =
             mask.is_causal() ? mask.first_position().value_or(length - queries.tokens()) + 1 : length;
         job.visible_step = mask.is_causal() ? 1 : 0;
+        job.first_position = mask.first_position() ? static_cast<std::ptrdiff_t>(*mask.first_position())
+                                                   : static_cast<std::ptrdiff_t>(length) -
+                                                         static_cast<std::ptrdiff_t>(queries.tokens());
+        // a window that reaches past the first token of the first query's is no window
+        job.window = options.window < std::numeric_limits<std::size_t>::max() / 4 ? options.window : 0;
+        job.soft_cap = options.soft_cap;
         if (!mask.visible().empty()) {
             job.mask = mask.visible().data();
             job.mask_first = length - mask.explicit_keys();
             job.mask_stride = mask.explicit_keys();
         }
-        return detail::attend_heads(job, l.shape.kv_heads, queries, outputs, options.log_sum_exp, run);
+        const auto optional = [](std::span<const float> x) { return x.empty() ? nullptr : x.data(); };
+        return detail::attend_heads(job, l.shape.kv_heads, queries, outputs,
+                                    {optional(options.alibi_slopes), optional(options.sinks)},
+                                    options.log_sum_exp, run);
     }
 
     // ---- rows
@@ -481,6 +490,14 @@ private:
             return {errc::invalid_argument, "the softmax scale is finite", where};
         if (!options.log_sum_exp.empty() && options.log_sum_exp.size() != queries.tokens() * queries.heads())
             return {errc::shape_mismatch, "one log-sum-exp per query row", where};
+        if (!(options.soft_cap >= 0.0f) || !detail::is_finite(options.soft_cap))
+            return {errc::invalid_argument, "the soft cap is finite and not negative", where};
+        for (const std::span<const float> per_head : {options.alibi_slopes, options.sinks}) {
+            if (!per_head.empty() && per_head.size() != queries.heads())
+                return {errc::shape_mismatch, "one slope, and one sink logit, per query head", where};
+            if (!std::all_of(per_head.begin(), per_head.end(), [](float x) { return detail::is_finite(x); }))
+                return {errc::invalid_argument, "slopes and sink logits are finite", where};
+        }
         const attention_mask& mask = options.mask;
         if (mask.is_causal() && !mask.first_position() && queries.tokens() > length)
             return {errc::shape_mismatch, "causal queries are among the cached tokens", where};

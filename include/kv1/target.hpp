@@ -3,9 +3,10 @@
 // Run-time choice of the instruction set ("target") that kernels run on.
 //
 // By default the best target that the processor supports is used. The environment variable KV1_TARGET
-// (scalar, baseline, avx2, avx512, avx512_vnni), read once at first use, or set_target() force another one,
-// for tests, measurements and bug reports. A KV1_TARGET that is unknown or that this processor lacks makes
-// the construction of a cache fail with errc::unsupported_target; free functions then run on the best target.
+// (scalar, baseline, sse41, avx2, avx_vnni, avx512, avx512_vnni), read once at first use, or set_target()
+// force another one, for tests, measurements and bug reports. A KV1_TARGET that is unknown or that this
+// processor lacks makes the construction of a cache fail with errc::unsupported_target; free functions then
+// run on the best target.
 //
 // Targets never change a stored byte: quantizing gives the same codes and metadata on every one.
 #pragma once
@@ -29,14 +30,16 @@ namespace kv1::inline KV1_ABI {
 enum class target : std::uint8_t {
     scalar,      ///< plain C++, the oracle of the tests
     baseline,    ///< what the translation unit was compiled for (SSE2 on plain x86-64, NEON on AArch64)
+    sse41,       ///< SSSE3 and SSE4.1
     avx2,        ///< AVX2, FMA, F16C
+    avx_vnni,    ///< the same with AVX-VNNI
     avx512,      ///< AVX-512 F, CD, VL, DQ, BW
-    avx512_vnni, ///< the same with VNNI
+    avx512_vnni, ///< the same with AVX-512 VNNI
 };
 
 /// Every target, slowest first.
-inline constexpr std::array all_targets{target::scalar, target::baseline, target::avx2, target::avx512,
-                                        target::avx512_vnni};
+inline constexpr std::array all_targets{target::scalar,   target::baseline, target::sse41,      target::avx2,
+                                        target::avx_vnni, target::avx512,   target::avx512_vnni};
 
 /// The enumerator's name.
 [[nodiscard]] constexpr std::string_view to_string(target t) noexcept {
@@ -45,8 +48,12 @@ inline constexpr std::array all_targets{target::scalar, target::baseline, target
         return "scalar";
     case target::baseline:
         return "baseline";
+    case target::sse41:
+        return "sse41";
     case target::avx2:
         return "avx2";
+    case target::avx_vnni:
+        return "avx_vnni";
     case target::avx512:
         return "avx512";
     case target::avx512_vnni:
@@ -68,7 +75,9 @@ namespace detail {
 // What the processor and the operating system support. Every feature a target's code may use is tested by
 // itself: no level is inferred from a higher one, since hypervisors mask features one by one.
 struct cpu_features {
+    bool sse41 = false;
     bool avx2 = false;
+    bool avx_vnni = false;
     bool avx512 = false;
     bool avx512_vnni = false;
 };
@@ -78,7 +87,10 @@ inline cpu_features detect_cpu() noexcept {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(KV1_STATIC_DISPATCH)
     constexpr auto has = [](unsigned word, int bit) { return ((word >> bit) & 1u) != 0u; };
     unsigned a = 0, b = 0, c = 0, d = 0;
-    if (__get_cpuid(1, &a, &b, &c, &d) == 0 || !has(c, 27)) // OSXSAVE: xgetbv may be executed
+    if (__get_cpuid(1, &a, &b, &c, &d) == 0)
+        return found;
+    found.sse41 = has(c, 0) && has(c, 9) && has(c, 19); // SSE3 SSSE3 SSE4.1
+    if (!has(c, 27))                                    // OSXSAVE: xgetbv may be executed
         return found;
     const bool level1 = has(c, 0) && has(c, 9) && has(c, 12) && has(c, 19) && has(c, 20) && has(c, 23) &&
                         has(c, 28) && has(c, 29); // SSE3 SSSE3 FMA SSE4.1 SSE4.2 POPCNT AVX F16C
@@ -90,6 +102,7 @@ inline cpu_features detect_cpu() noexcept {
     found.avx512 = found.avx2 && (xcr0 & 0xe6u) == 0xe6u && has(b, 16) && has(b, 17) && has(b, 28) &&
                    has(b, 30) && has(b, 31); // F DQ CD BW VL
     found.avx512_vnni = found.avx512 && has(c, 11);
+    found.avx_vnni = found.avx2 && a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && has(a, 4);
 #endif
     return found;
 }
@@ -112,8 +125,12 @@ struct environment_choice {
     case target::scalar:
     case target::baseline:
         return true;
+    case target::sse41:
+        return detail::cpu().sse41;
     case target::avx2:
         return detail::cpu().avx2;
+    case target::avx_vnni:
+        return detail::cpu().avx_vnni;
     case target::avx512:
         return detail::cpu().avx512;
     case target::avx512_vnni:

@@ -4,7 +4,7 @@
 
 usage: check_codegen.py OBJDUMP OBJECT...
 
-The target of a function is the namespace it lies in: kv1's detail::{avx2,avx512,avx512_vnni}, or the xsimd
+The target of a function is the namespace it lies in: kv1's detail::{sse41,avx2,avx_vnni,avx512,avx512_vnni}, or the xsimd
 that was parsed for it, kv1_xsimd_{avx2,avx512}. Everything else is the baseline, which knows no VEX.
 """
 import collections
@@ -12,13 +12,16 @@ import re
 import subprocess
 import sys
 
-TARGET = re.compile(r"\bkv1::v\w+::detail::(avx512_vnni|avx512|avx2)::|\bkv1_xsimd_(avx512|avx2)::")
+TARGET = re.compile(r"\bkv1::v\w+::detail::(avx512_vnni|avx512|avx_vnni|avx2|sse41)::|\bkv1_xsimd_(avx512|avx2)::")
 FUNCTION = re.compile(r"^[0-9a-f]+ <(.*)>:$")
 INSTRUCTION = re.compile(r"^\s*[0-9a-f]+:\s+(?:(?:lock|rep|repz|repnz|bnd|notrack|data16|cs)\s+)*(\S+)(.*)$")
 # every VEX or EVEX instruction begins with v, but for the opmask moves and the BMI ones
 NOT_VEX = {"verr", "verw"}
 OPMASK = re.compile(r"^k(mov|and|andn|or|orn|ortest|not|xor|xnor|add|shift[lr]|test|unpck\w*)[bwdq]+$")
 BMI = {"andn", "bextr", "blsi", "blsmsk", "blsr", "bzhi", "mulx", "pdep", "pext", "rorx", "sarx", "shlx", "shrx"}
+# some of what SSSE3 and SSE4.1 brought, without VEX
+SSE41 = {"pmaddubsw", "pshufb", "pabsd", "pmulld", "pminsd", "pmaxsd", "pminud", "pmaxud", "blendvps", "pblendvb",
+         "roundps", "roundss", "ptest", "pmovzxbd", "pmovzxwd", "pmovsxbd", "pextrd", "pinsrd", "packusdw", "palignr"}
 
 
 def target_of(name):
@@ -39,16 +42,26 @@ def classes_of(mnemonic, operands):
         found.add("evex")
     if mnemonic.startswith(("vpdpbusd", "vpdpwssd")):
         found.add("vnni")
+    if mnemonic in SSE41:
+        found.add("sse41")
     return found
 
 
 ALLOWED = {
     "baseline": set(),
+    "sse41": {"sse41"},
     "avx2": {"vex"},
+    "avx_vnni": {"vex", "vnni"},
     "avx512": {"vex", "evex", "zmm"},
     "avx512_vnni": {"vex", "evex", "zmm", "vnni"},
 }
-REQUIRED = {"avx2": {"vex"}, "avx512": {"zmm"}, "avx512_vnni": {"zmm", "vnni"}}
+REQUIRED = {
+    "sse41": {"sse41"},
+    "avx2": {"vex"},
+    "avx_vnni": {"vex", "vnni"},
+    "avx512": {"zmm"},
+    "avx512_vnni": {"zmm", "vnni"},
+}
 
 
 def check(objdump, path):

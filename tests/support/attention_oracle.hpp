@@ -9,11 +9,11 @@
 // for
 //              the scaled query and the padded sum's last additions. A weight is exp(score - maximum), times
 //              a factor exp(m - m') for every later block whose maximum m' is larger; each subtraction rounds
-//              its result, and the results add up to (final maximum - score), so the exponent's error is at
-//              most u (max - score); each exp and each product adds its own rounding. Together: weight = true
-//              weight
-//              * e^h, |h| <= H_t. Sums of N terms add gamma(N + blocks), the division 2 u.
-//              With normalized weights w, sum w e^h (v - out) / sum w e^h bounds the output's error.
+//              its result, and the results add up to (final maximum - score); they are taken in units of
+//              log2, by a constant that is 0.22 u off, so the exponent's error is at most 1.25 u (max -
+//              score); each exp and each product adds its own rounding. Together: weight = true weight * e^h,
+//              |h| <= H_t. Sums of N terms add gamma(N + blocks), the division 2 u. With normalized weights
+//              w, sum w e^h (v - out) / sum w e^h bounds the output's error.
 // fast path    codes i of the query satisfy |q_d - step i_d| <= step / 2, so a score moves by at most
 //              slope * step / 2 * sum |c_d - z|; codes j of a block's weights satisfy |p slope - step j| <=
 //              step / 2, so a weighted sum moves by at most step / 2 * sum_t |c_t - z|.
@@ -31,6 +31,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -47,6 +48,7 @@ struct cached_side {
     std::vector<double> slope, centre,
         deviation;                 // by token: centre = base + z slope, deviation = slope * sum |c - z|
     std::vector<float> off_centre; // [token][channel]: c - z, exact
+    double half_code = 0.0;        // z
 
     cached_side() = default;
     template <class Cache>
@@ -68,6 +70,7 @@ struct cached_side {
         cache.export_rows(id, layer, side, head, 0, n, {packed, scales, minima});
         const auto bits = static_cast<std::size_t>(kv1::detail::traits_of(f).code_bits);
         const double z = 0.5 * static_cast<double>((1 << bits) - 1);
+        half_code = z;
         off_centre.resize(n * dim);
         for (std::size_t t = 0; t < n; ++t) {
             double s = 1.0, base = 0.0;
@@ -108,6 +111,14 @@ struct expected_row {
     bounded_row truth, path;
 };
 
+/// The optional arguments of one row.
+struct row_options {
+    float soft_cap = 0.0f;
+    float alibi_slope = 0.0f;
+    double position = 0.0; // of the query, for the slope
+    std::optional<float> sink;
+};
+
 namespace oracle {
 
 struct weights {
@@ -123,13 +134,40 @@ inline weights softmax(const std::vector<double>& scores, const std::vector<doub
     const double largest = *std::max_element(errors.begin(), errors.end());
     for (std::size_t t = 0; t < scores.size(); ++t) {
         r.w.push_back(std::exp(scores[t] - r.maximum));
-        r.h.push_back(errors[t] + unit_roundoff * (r.maximum - scores[t] + errors[t] + largest) +
+        r.h.push_back(errors[t] + 1.25 * unit_roundoff * (r.maximum - scores[t] + errors[t] + largest) +
                       1.01 * (blocks + 2) * (exp_error + unit_roundoff));
         r.sum += r.w[t];
         r.low += r.w[t] * std::exp(-r.h[t]);
         r.high += r.w[t] * std::exp(r.h[t]);
     }
     return r;
+}
+
+// Soft cap and slope: neither makes an error larger, both round. tanh is within 4 units of 2^-24.
+inline void apply(const row_options& o, double token, double& score, double& error) {
+    if (o.soft_cap > 0.0f) {
+        error += 2 * unit_roundoff * std::fabs(score);
+        score = o.soft_cap * std::tanh(score / o.soft_cap);
+        error += 5 * unit_roundoff * std::fabs(score) + 0x1p-149;
+    }
+    if (o.alibi_slope != 0.0f) {
+        const double bias = o.alibi_slope * (token - o.position);
+        score += bias;
+        error += unit_roundoff * (std::fabs(bias) + std::fabs(score));
+    }
+}
+
+// The sink's share of the denominator: its logit and the maximum are both rounded to units of log2.
+inline double add_sink(const row_options& o, weights& r, double largest_error) {
+    if (!o.sink)
+        return 0.0;
+    const double w = std::exp(*o.sink - r.maximum);
+    const double h = 1.25 * unit_roundoff * (2 * std::fabs(*o.sink) + 2 * std::fabs(r.maximum)) +
+                     largest_error + 4 * exp_error;
+    r.sum += w;
+    r.low += w * std::exp(-h);
+    r.high += w * std::exp(h);
+    return w * std::expm1(h);
 }
 
 inline void bound_lse(const weights& w, double additions, bounded_row& row) {
@@ -142,22 +180,29 @@ inline void bound_lse(const weights& w, double additions, bounded_row& row) {
 
 } // namespace oracle
 
-/// query: the row as given, widened to fp32; tokens: those it sees, ascending; page_tokens: where blocks of
-/// weights begin.
+/// query: the row as given, widened to fp32; tokens: those it sees, ascending; block_starts: where blocks of
+/// weights begin, ascending.
 inline expected_row expect_row(std::span<const float> query, float scale, const cached_side& keys,
                                const cached_side& values, std::span<const std::size_t> tokens,
-                               std::size_t page_tokens, kv1::precision mode) {
+                               std::span<const std::size_t> block_starts, kv1::precision mode,
+                               const row_options& options = {}) {
     const std::size_t n = tokens.size(), d = keys.dim, channels = values.dim;
     expected_row r;
     for (bounded_row* row : {&r.truth, &r.path}) {
         row->out.assign(channels, 0.0);
         row->out_bound.assign(channels, 0.0);
     }
-    if (n == 0)
+    if (n == 0) {
+        if (options.sink)
+            for (bounded_row* row : {&r.truth, &r.path}) {
+                row->lse = *options.sink;
+                row->lse_bound = 4 * unit_roundoff * std::fabs(row->lse);
+            }
         return r;
-    const std::size_t block_tokens = std::min<std::size_t>(page_tokens, 128);
-    const auto block_of = [&](std::size_t t) { // blocks begin anew in each page
-        return t / page_tokens * ((page_tokens + 127) / 128) + t % page_tokens / block_tokens;
+    }
+    const auto block_of = [&](std::size_t t) {
+        return static_cast<std::size_t>(std::upper_bound(block_starts.begin(), block_starts.end(), t) -
+                                        block_starts.begin());
     };
     const auto blocks = static_cast<double>(block_of(tokens.back()) + 2);
     const bool fast_keys = mode == kv1::precision::fast && keys.coded;
@@ -175,8 +220,11 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
     }
     const float step = top / 127.0f, inverse = top > 0.0f ? 127.0f / top : 0.0f;
     std::vector<double> i(d);
-    for (std::size_t c = 0; c < d; ++c)
+    double i_sum = 0.0;
+    for (std::size_t c = 0; c < d; ++c) {
         i[c] = std::nearbyint(q[c] * inverse);
+        i_sum += i[c];
+    }
 
     // scores: exact ones with the error of summing, and of rounding the query; and the path's own
     std::vector<double> scores(n), rounding(n), query_error(n), path_scores(n), path_rounding(n);
@@ -201,16 +249,30 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
             path_scores[k] = first + second;
             // centre is one rounded sum of two numbers that may cancel
             const double parts = std::fabs(keys.centre[t]) + 2 * keys.slope[t] * 255.0 * unit_roundoff;
-            path_rounding[k] = gamma(6) * std::fabs(first) + gamma(terms) * parts * q_magnitude +
-                               gamma(3) * std::fabs(second) + terms * 0x1p-149;
+            // step * z * sum i is rounded before it is taken off the sum of stored codes: at most 5 half
+            // units
+            path_rounding[k] = gamma(6) * std::fabs(first) +
+                               gamma(5) * keys.slope[t] * step * keys.half_code * std::fabs(i_sum) +
+                               gamma(terms) * parts * q_magnitude + gamma(3) * std::fabs(second) +
+                               terms * 0x1p-149;
             // |q - step i| <= step / 2, and what rounding of step and inverse adds at 127 steps; a key's
             // value is itself a rounded slope * c + base
             query_error[k] = step * (0.5 + 127 * gamma(4)) * keys.deviation[t] + unit_roundoff * magnitude +
                              path_rounding[k];
         }
     }
-    const oracle::weights truth = oracle::softmax(scores, fast_keys ? query_error : rounding, blocks);
-    const oracle::weights path = oracle::softmax(path_scores, path_rounding, blocks);
+    std::vector<double>& truth_rounding = fast_keys ? query_error : rounding;
+    for (std::size_t k = 0; k < n; ++k) {
+        const auto token = static_cast<double>(tokens[k]);
+        oracle::apply(options, token, scores[k], truth_rounding[k]);
+        oracle::apply(options, token, path_scores[k], path_rounding[k]);
+    }
+    oracle::weights truth = oracle::softmax(scores, truth_rounding, blocks);
+    oracle::weights path = oracle::softmax(path_scores, path_rounding, blocks);
+    const double truth_sink =
+        oracle::add_sink(options, truth, *std::max_element(truth_rounding.begin(), truth_rounding.end()));
+    const double path_sink =
+        oracle::add_sink(options, path, *std::max_element(path_rounding.begin(), path_rounding.end()));
     const double additions = static_cast<double>(n) + 3 * blocks + 8, g = gamma(additions);
     oracle::bound_lse(truth, additions, r.truth);
     oracle::bound_lse(path, additions, r.path);
@@ -220,6 +282,8 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
     for (std::size_t k = 0; k < n; ++k)
         for (std::size_t c = 0; c < channels; ++c)
             out[c] += truth.w[k] / truth.sum * values.values[tokens[k] * channels + c];
+    for (std::size_t c = 0; c < channels; ++c)
+        r.truth.out_bound[c] += truth_sink * std::fabs(out[c]) / truth.low;
     for (std::size_t k = 0; k < n; ++k)
         for (std::size_t c = 0; c < channels; ++c) {
             const double v = values.values[tokens[k] * channels + c];
@@ -236,6 +300,8 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
         for (std::size_t k = 0; k < n; ++k)
             for (std::size_t c = 0; c < channels; ++c)
                 r.path.out[c] += path.w[k] / path.sum * values.values[tokens[k] * channels + c];
+        for (std::size_t c = 0; c < channels; ++c)
+            r.path.out_bound[c] += path_sink * std::fabs(r.path.out[c]) / path.low;
         for (std::size_t k = 0; k < n; ++k)
             for (std::size_t c = 0; c < channels; ++c) {
                 const double v = values.values[tokens[k] * channels + c];
@@ -250,7 +316,7 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
     // the integer path of values, block by block
     std::vector<double> numerator(channels, 0.0), error(channels, 0.0), coarse(channels, 0.0),
         magnitude(channels, 0.0);
-    double denominator_error = 0.0;
+    double denominator_error = path_sink;
     for (std::size_t k = 0; k < n; ++k)
         denominator_error += path.w[k] * std::expm1(path.h[k]);
     for (std::size_t first = 0; first < n;) {
@@ -262,7 +328,8 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
             largest = std::max(largest, path.w[k] * values.slope[tokens[k]]);
             h = std::max(h, path.h[k]);
         }
-        const double weight_step = largest / 127.0;
+        const double top_code = values.half_code > 127.0 ? 127.0 : 255.0;
+        const double weight_step = largest / top_code;
         std::vector<double> sum(channels, 0.0);
         for (std::size_t k = first; k < last; ++k) {
             const std::size_t t = tokens[k];
@@ -280,7 +347,7 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
                 numerator[c] += affine;
                 error[c] += affine_error + (either ? weight_step * std::fabs(off[c]) : 0.0);
                 magnitude[c] += std::fabs(affine);
-                coarse[c] += (weight_step * (0.5 + 127 * gamma(6))) * std::fabs(off[c]);
+                coarse[c] += (weight_step * (0.5 + top_code * gamma(6))) * std::fabs(off[c]);
             }
         }
         for (std::size_t c = 0; c < channels; ++c) {

@@ -37,6 +37,10 @@ struct problem {
     attention_mask mask = attention_mask::causal();
     std::optional<float> scale = std::nullopt;
     float key_mean = 0.0f, value_mean = 0.0f; // offsets that all values share
+    kv1::token_range range = {};
+    std::size_t window = 0;
+    float soft_cap = 0.0f;
+    bool alibi = false, sinks = false;
 };
 
 std::string describe(const problem& p) {
@@ -47,15 +51,26 @@ std::string describe(const problem& p) {
            std::to_string(p.page_tokens);
 }
 
-// The tokens that query i of m sees among n, from the documentation of the masks.
-std::vector<std::size_t> seen_by(const attention_mask& mask, std::size_t i, std::size_t m, std::size_t n) {
+// Position of query i of m among n tokens.
+std::int64_t position_of(const problem& p, std::size_t i) {
+    return static_cast<std::int64_t>(i) +
+           (p.mask.first_position()
+                ? static_cast<std::int64_t>(*p.mask.first_position())
+                : static_cast<std::int64_t>(p.tokens) - static_cast<std::int64_t>(p.queries));
+}
+
+// The tokens that query i sees, from the documentation of the masks and options.
+std::vector<std::size_t> seen_by(const problem& p, std::size_t i) {
+    const attention_mask& mask = p.mask;
+    const std::size_t m = p.queries, n = p.tokens;
     std::vector<std::size_t> tokens;
-    for (std::size_t t = 0; t < n; ++t) {
-        bool sees = true;
+    for (std::size_t t = p.range.first; t < std::min(n, p.range.last); ++t) {
+        bool sees = p.window == 0 ||
+                    static_cast<std::int64_t>(t) > position_of(p, i) - static_cast<std::int64_t>(p.window);
         if (mask.is_causal())
-            sees = mask.first_position() ? t <= *mask.first_position() + i : t <= n - m + i;
+            sees = sees && (mask.first_position() ? t <= *mask.first_position() + i : t <= n - m + i);
         else if (const std::size_t first = n - mask.explicit_keys(); t >= first && mask.explicit_keys() != 0)
-            sees = mask.visible()[i * mask.explicit_keys() + t - first] != 0;
+            sees = sees && mask.visible()[i * mask.explicit_keys() + t - first] != 0;
         if (sees)
             tokens.push_back(t);
     }
@@ -75,7 +90,7 @@ struct world {
     problem p;
     kv1::kv_cache cache;
     kv1::sequence_id id;
-    std::vector<float> queries;
+    std::vector<float> queries, slopes, sinks;
 
     world(const problem& what, std::uint64_t seed)
         : p(what),
@@ -93,8 +108,50 @@ struct world {
         fill(other, 1); // so that blocks are not the sequence's page numbers
         fill(id, p.tokens);
         queries = kv1_test::normal_values(g, p.queries * heads() * p.key_dim);
+        for (std::size_t h = 0; h < heads(); ++h)
+            slopes.push_back(std::exp2(-static_cast<float>(1 + h % 8)));
+        sinks = kv1_test::normal_values(g, heads(), 2.0f);
     }
     [[nodiscard]] std::size_t heads() const { return p.kv_heads * p.group; }
+    // Where blocks of weights begin: by the split into ranges, and the rule for blocks within a range.
+    [[nodiscard]] std::vector<std::size_t> block_starts() const {
+        namespace detail = kv1::detail;
+        const kv1::page_layout& layout = cache.layout(0);
+        std::size_t front = p.tokens, reach = 0;
+        for (std::size_t i = 0; i < p.queries; ++i)
+            if (const std::vector<std::size_t> seen = seen_by(p, i); !seen.empty()) {
+                front = std::min(front, seen.front());
+                reach = std::max(reach, seen.back() + 1);
+            }
+        std::vector<std::size_t> starts;
+        if (p.mask.explicit_keys() != 0) { // the split does not look into explicit masks
+            front = p.range.first;
+            reach = std::min(p.tokens, p.range.last);
+        }
+        if (front >= reach)
+            return starts;
+        const detail::attention_split split =
+            detail::split_attention(layout, p.queries * p.group, p.kv_heads, front, reach);
+        for (std::size_t r = 0; r < split.ranges; ++r) {
+            const std::size_t begin = split.first_token + r * split.range_tokens;
+            const std::size_t end = std::min(reach, begin + split.range_tokens);
+            for (std::size_t first = begin; first < end;
+                 first = detail::block_end(p.page_tokens, detail::granule_of(layout.values()), first, end))
+                starts.push_back(first);
+        }
+        return starts;
+    }
+    [[nodiscard]] kv1::attention_options options(precision mode, std::span<float> lse) const {
+        kv1::attention_options o{.scale = p.scale, .mask = p.mask, .mode = mode, .log_sum_exp = lse};
+        o.range = p.range;
+        o.window = p.window;
+        o.soft_cap = p.soft_cap;
+        if (p.alibi)
+            o.alibi_slopes = slopes;
+        if (p.sinks)
+            o.sinks = sinks;
+        return o;
+    }
     [[nodiscard]] float scale() const {
         return p.scale ? *p.scale : 1.0f / std::sqrt(static_cast<float>(p.key_dim));
     }
@@ -103,17 +160,22 @@ struct world {
     template <class Q>
     [[nodiscard]] std::vector<kv1_test::expected_row> expected(precision mode) const {
         std::vector<kv1_test::expected_row> rows(p.queries * heads());
+        const std::vector<std::size_t> starts = block_starts();
         for (std::size_t kv = 0; kv < p.kv_heads; ++kv) {
             const kv1_test::cached_side keys(cache, id, 0, kv1::kv_side::key, kv);
             const kv1_test::cached_side values(cache, id, 0, kv1::kv_side::value, kv);
             for (std::size_t i = 0; i < p.queries; ++i) {
-                const std::vector<std::size_t> seen = seen_by(p.mask, i, p.queries, p.tokens);
+                const std::vector<std::size_t> seen = seen_by(p, i);
                 for (std::size_t h = kv * p.group; h < (kv + 1) * p.group; ++h) {
                     std::vector<float> q(p.key_dim);
                     for (std::size_t c = 0; c < p.key_dim; ++c)
                         q[c] = static_cast<float>(static_cast<Q>(queries[(i * heads() + h) * p.key_dim + c]));
                     rows[i * heads() + h] =
-                        kv1_test::expect_row(q, scale(), keys, values, seen, p.page_tokens, mode);
+                        kv1_test::expect_row(q, scale(), keys, values, seen, starts, mode,
+                                             {.soft_cap = p.soft_cap,
+                                              .alibi_slope = p.alibi ? slopes[h] : 0.0f,
+                                              .position = static_cast<double>(position_of(p, i)),
+                                              .sink = p.sinks ? std::optional(sinks[h]) : std::nullopt});
                 }
             }
         }
@@ -133,8 +195,7 @@ void check(const problem& p, std::uint64_t seed, tally& t) {
             std::vector<float> lse(rows, 777.0f);
             const kv1::status s =
                 w.cache.try_attend(w.id, 0, {q.data(), p.queries, w.heads(), p.key_dim},
-                                   {out.data(), p.queries, w.heads(), p.value_dim},
-                                   {.scale = p.scale, .mask = p.mask, .mode = mode, .log_sum_exp = lse});
+                                   {out.data(), p.queries, w.heads(), p.value_dim}, w.options(mode, lse));
             INFO(describe(p) << ": " << s.message());
             REQUIRE(s);
             for (std::size_t r = 0; r < rows; ++r) {
@@ -321,6 +382,95 @@ TEST_CASE("a common offset of keys and values does not spoil the fast path", "[a
                    .key_mean = mean > 100.0f ? 0.0f : mean,
                    .value_mean = mean},
                   ++seed, t);
+    KV1_REQUIRE_CLEAN(t);
+}
+
+TEST_CASE("blocks of weights cross pages of any size", "[attention]") {
+    tally t;
+    std::uint64_t seed = 950;
+    for (const std::size_t page : {std::size_t{16}, std::size_t{48}, std::size_t{64}, std::size_t{1024}})
+        for (const kv_format f : {kv_format::affine2, kv_format::affine3, kv_format::binary, kv_format::fp16})
+            check({.key_dim = 16,
+                   .value_dim = 40,
+                   .group = 5,
+                   .tokens = 1300,
+                   .page_tokens = page,
+                   .key_format = f,
+                   .value_format = f},
+                  ++seed, t);
+    KV1_REQUIRE_CLEAN(t);
+}
+
+TEST_CASE("a sliding window hides what lies before it", "[attention]") {
+    tally t;
+    std::uint64_t seed = 960;
+    for (const std::size_t window : {std::size_t{1}, std::size_t{17}, std::size_t{300}, std::size_t{5000}})
+        for (const kv_format f : {kv_format::affine2, kv_format::binary, kv_format::fp32}) {
+            check({.tokens = 700, .queries = 3, .key_format = f, .value_format = f, .window = window}, ++seed,
+                  t);
+            check({.tokens = 90,
+                   .queries = 5,
+                   .key_format = f,
+                   .value_format = f,
+                   .mask = attention_mask::none(),
+                   .window = window},
+                  ++seed, t);
+        }
+    // many rows, and ranges that begin with the window
+    check({.key_dim = 16, .value_dim = 16, .tokens = 200, .queries = 60, .window = 40}, ++seed, t);
+    check({.key_dim = 16, .value_dim = 16, .tokens = 6000, .page_tokens = 48, .window = 4500}, ++seed, t);
+    // positions past the cached tokens: the window may see nothing
+    check({.tokens = 50, .queries = 3, .mask = attention_mask::causal_from(70), .window = 22}, ++seed, t);
+    KV1_REQUIRE_CLEAN(t);
+}
+
+TEST_CASE("logits are capped, biased by distance, and joined by a sink", "[attention]") {
+    tally t;
+    std::uint64_t seed = 970;
+    for (const kv_format f : {kv_format::affine2, kv_format::affine8, kv_format::fp16})
+        for (const std::size_t tokens : {std::size_t{40}, std::size_t{700}}) {
+            const problem p{.group = 3, .tokens = tokens, .queries = 2, .key_format = f, .value_format = f};
+            for (const float cap : {0.5f, 3.0f, 50.0f}) {
+                problem capped = p;
+                capped.soft_cap = cap;
+                check(capped, ++seed, t);
+            }
+            problem biased = p, sunk = p;
+            biased.alibi = sunk.sinks = true;
+            check(biased, ++seed, t);
+            biased.mask = attention_mask::none();
+            check(biased, ++seed, t);
+            check(sunk, ++seed, t);
+            problem all = p;
+            all.soft_cap = 4.0f;
+            all.alibi = all.sinks = true;
+            all.window = 33;
+            check(all, ++seed, t);
+        }
+    // merged ranges: the sink counts once
+    check({.key_dim = 16,
+           .value_dim = 16,
+           .group = 1,
+           .tokens = 4500,
+           .page_tokens = 64,
+           .alibi = true,
+           .sinks = true},
+          ++seed, t);
+    // a sink and no token
+    check({.tokens = 50, .queries = 2, .mask = attention_mask::causal_from(70), .window = 3, .sinks = true},
+          ++seed, t);
+    KV1_REQUIRE_CLEAN(t);
+}
+
+TEST_CASE("a range of tokens is attended alone", "[attention]") {
+    tally t;
+    std::uint64_t seed = 990;
+    for (const kv1::token_range range :
+         {kv1::token_range{0, 0}, kv1::token_range{0, 30}, kv1::token_range{31, 33}, kv1::token_range{17, 90},
+          kv1::token_range{64, 1000}, kv1::token_range{500, 600}})
+        for (const kv_format f : {kv_format::affine2, kv_format::affine3, kv_format::fp32})
+            check({.tokens = 100, .queries = 2, .key_format = f, .value_format = f, .range = range}, ++seed,
+                  t);
     KV1_REQUIRE_CLEAN(t);
 }
 

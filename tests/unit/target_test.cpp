@@ -28,6 +28,8 @@ TEST_CASE("scalar and baseline run everywhere, and a higher target implies the l
     REQUIRE(kv1::is_supported(target::baseline));
     REQUIRE((!kv1::is_supported(target::avx512_vnni) || kv1::is_supported(target::avx512)));
     REQUIRE((!kv1::is_supported(target::avx512) || kv1::is_supported(target::avx2)));
+    REQUIRE((!kv1::is_supported(target::avx_vnni) || kv1::is_supported(target::avx2)));
+    REQUIRE((!kv1::is_supported(target::avx2) || kv1::is_supported(target::sse41)));
     REQUIRE_FALSE(kv1::is_supported(static_cast<target>(99)));
 }
 
@@ -40,6 +42,7 @@ TEST_CASE("the best target is supported and none above it is", "[target]") {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(KV1_STATIC_DISPATCH)
 TEST_CASE("support agrees with what the compiler's own processor test says", "[target]") {
     __builtin_cpu_init();
+    const bool sse41 = __builtin_cpu_supports("ssse3") != 0 && __builtin_cpu_supports("sse4.1") != 0;
     const bool avx2 = __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0 &&
                       __builtin_cpu_supports("bmi") != 0 && __builtin_cpu_supports("bmi2") != 0 &&
                       __builtin_cpu_supports("popcnt") != 0;
@@ -47,6 +50,7 @@ TEST_CASE("support agrees with what the compiler's own processor test says", "[t
                         __builtin_cpu_supports("avx512vl") != 0 && __builtin_cpu_supports("avx512dq") != 0 &&
                         __builtin_cpu_supports("avx512bw") != 0;
     const bool vnni = __builtin_cpu_supports("avx512vnni") != 0;
+    REQUIRE(kv1::is_supported(target::sse41) == sse41); // and SSE3, which SSSE3 came after
     REQUIRE(kv1::is_supported(target::avx2) == avx2); // F16C came with AVX, before any AVX2
     REQUIRE(kv1::is_supported(target::avx512) == (avx2 && avx512));
     REQUIRE(kv1::is_supported(target::avx512_vnni) == (avx2 && avx512 && vnni));

@@ -8,6 +8,7 @@
 #include <kv1/quantizer.hpp>
 #include <kv1/tensor.hpp>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <limits>
@@ -97,42 +98,123 @@ inline encode_result insert_vector(const target_kernels& kernels, const section_
     return encoded;
 }
 
-// All new tokens of one KV head.
-inline status append_head(const append_job& job, std::size_t head) noexcept {
+inline status append_error(const encode_result& r, std::size_t head, std::size_t token) noexcept {
+    error_location where{.kv_head = static_cast<std::int64_t>(head),
+                         .token = static_cast<std::int64_t>(token)};
+    if (r.code == errc::non_finite || r.rule == rule_fp16_value)
+        where.channel = static_cast<std::int64_t>(r.channel);
+    return {r.code, r.rule, where};
+}
+
+// Page `index` of the sequence, of one KV head.
+inline std::byte* page_of(const append_job& job, std::size_t head, std::size_t index) noexcept {
+    return const_cast<std::byte*>(job.arena) +
+           static_cast<std::size_t>(job.block_table[index]) * job.block_bytes + head * job.layout->bytes();
+}
+
+// Gathers 2-bit vectors into batches for append_affine2.
+class affine2_batch {
+public:
+    explicit affine2_batch(const append_job& job) noexcept : job_(job) {}
+
+    status add(const section_layout& s, std::size_t head, std::size_t i) noexcept {
+        const tensor_view& source = s.keys ? job_.keys : job_.values;
+        if (count_ == tile_tokens ||
+            (source.type() != scalar_type::fp32 && used_ + s.channels > max_head_dim))
+            if (const status flushed = flush(); !flushed)
+                return flushed;
+        const void* x = source.at(i, head);
+        if (source.type() != scalar_type::fp32) {
+            job_.kernels->load_floats(source.type(), x, s.channels, converted_ + used_);
+            x = converted_ + used_;
+            used_ += s.channels;
+        }
+        const std::size_t token = job_.first_token + i;
+        const std::size_t page_tokens = job_.layout->page_tokens(), index = token / page_tokens;
+        rows_[count_] = {&s, page_of(job_, head, index), token - index * page_tokens,
+                         static_cast<const float*>(x)};
+        heads_[count_] = head;
+        tokens_[count_++] = i;
+        return {};
+    }
+
+    status flush() noexcept {
+        std::size_t failed = 0;
+        const std::size_t count = count_;
+        count_ = used_ = 0;
+        if (count == 0)
+            return {};
+        const encode_result r = job_.kernels->append_affine2(rows_, count, failed);
+        return r.code == errc::ok ? status{} : append_error(r, heads_[failed], tokens_[failed]);
+    }
+
+private:
+    const append_job& job_;
+    append_row rows_[tile_tokens];
+    std::size_t heads_[tile_tokens], tokens_[tile_tokens];
+    std::size_t count_ = 0, used_ = 0;
+    alignas(64) float converted_[max_head_dim];
+};
+
+// All new tokens of one KV head, of K or V; 2-bit codes in batches, others one by one.
+inline status append_section(const append_job& job, const section_layout& s, std::size_t head) noexcept {
+    const tensor_view& source = s.keys ? job.keys : job.values;
+    if (s.format == kv_format::affine2) {
+        affine2_batch batch(job);
+        for (std::size_t i = 0; i < source.tokens(); ++i) {
+            // batches are tiles, so that the lines of V are written once
+            if ((job.first_token + i) % tile_tokens == 0)
+                if (const status flushed = batch.flush(); !flushed)
+                    return flushed;
+            if (const status added = batch.add(s, head, i); !added)
+                return added;
+        }
+        return batch.flush();
+    }
     alignas(64) float converted[max_head_dim];
     alignas(64) std::uint8_t
         codes[2 * max_head_dim]; // codes, zero past the channels; or the halves of a plain vector
-    const page_layout& layout = *job.layout;
-    const std::size_t page_tokens = layout.page_tokens();
-    for (const section_layout* s : {&layout.keys(), &layout.values()}) {
-        const tensor_view& source = s->keys ? job.keys : job.values;
-        std::memset(codes, 0, round_up(s->channels, 32));
-        for (std::size_t i = 0; i < source.tokens(); ++i) {
-            const std::size_t token = job.first_token + i;
-            auto* page = const_cast<std::byte*>(job.arena) +
-                         static_cast<std::size_t>(job.block_table[token / page_tokens]) * job.block_bytes +
-                         head * layout.bytes();
-            const void* x = source.at(i, head);
-            if (source.type() != scalar_type::fp32) {
-                job.kernels->load_floats(source.type(), x, s->channels, converted);
-                x = converted;
-            }
-            const encode_result r = insert_vector(*job.kernels, *s, page, token % page_tokens,
-                                                  static_cast<const float*>(x), codes);
-            if (r.code != errc::ok) {
-                error_location where{.kv_head = static_cast<std::int64_t>(head),
-                                     .token = static_cast<std::int64_t>(i)};
-                if (r.code == errc::non_finite || r.rule == rule_fp16_value)
-                    where.channel = static_cast<std::int64_t>(r.channel);
-                return {r.code, r.rule, where};
-            }
+    std::memset(codes, 0, round_up(s.channels, 32));
+    for (std::size_t i = 0; i < source.tokens(); ++i) {
+        const void* x = source.at(i, head);
+        if (source.type() != scalar_type::fp32) {
+            job.kernels->load_floats(source.type(), x, s.channels, converted);
+            x = converted;
         }
+        const std::size_t token = job.first_token + i;
+        const encode_result r = insert_vector(*job.kernels, s, page_of(job, head, token / s.tokens),
+                                              token % s.tokens, static_cast<const float*>(x), codes);
+        if (r.code != errc::ok)
+            return append_error(r, head, i);
     }
     return {};
 }
 
+inline status append_head(const append_job& job, std::size_t head) noexcept {
+    const status keys = append_section(job, job.layout->keys(), head);
+    return keys ? append_section(job, job.layout->values(), head) : keys;
+}
+
 template <executor E>
 status append_heads(const append_job& job, std::size_t kv_heads, E& run) noexcept {
+    const section_layout& keys = job.layout->keys();
+    const section_layout& values = job.layout->values();
+    if (job.keys.tokens() == 1 && keys.format == kv_format::affine2 && values.format == kv_format::affine2) {
+        // one token of decoding: less work than a thread's wake-up, and cheapest over all heads at once
+        status s;
+        auto all = [&](std::size_t) {
+            affine2_batch batch(job);
+            for (std::size_t head = 0; s && head < kv_heads; ++head) {
+                s = batch.add(keys, head, 0);
+                if (s)
+                    s = batch.add(values, head, 0);
+            }
+            if (s)
+                s = batch.flush();
+        };
+        run(1, task_view(all));
+        return s;
+    }
     std::atomic<std::size_t> first_failed{kv_heads};
     auto task = [&](std::size_t head) {
         if (append_head(job, head))

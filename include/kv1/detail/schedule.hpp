@@ -7,6 +7,7 @@
 
 #include <kv1/detail/arena.hpp>
 #include <kv1/detail/kernels/interface.hpp>
+#include <kv1/detail/kernels/softmax.hpp>
 #include <kv1/executor.hpp>
 #include <kv1/tensor.hpp>
 
@@ -23,19 +24,22 @@ inline constexpr std::size_t wanted_tasks = 64;
 inline constexpr std::size_t smallest_range = 2048; // tokens: a range repays its partial result
 
 struct attention_split {
-    std::size_t rows_per_block, row_blocks, range_tokens, ranges;
+    std::size_t rows_per_block, row_blocks, first_token, range_tokens, ranges;
 };
 
+// first_token, last_token: what any row sees.
 inline attention_split split_attention(const page_layout& layout, std::size_t rows, std::size_t kv_heads,
-                                       std::size_t last_token) noexcept {
+                                       std::size_t first_token, std::size_t last_token) noexcept {
     attention_split s{};
     s.rows_per_block = std::min(rows_for(layout.keys().channels), rows_for(layout.values().channels));
     s.row_blocks = (rows + s.rows_per_block - 1) / s.rows_per_block;
+    s.first_token = std::min(first_token, last_token) / layout.page_tokens() * layout.page_tokens();
+    const std::size_t tokens = last_token - s.first_token;
     const std::size_t tasks = kv_heads * s.row_blocks;
     const std::size_t wanted = tasks >= wanted_tasks ? 1 : (wanted_tasks + tasks - 1) / tasks;
-    const std::size_t even = (last_token + wanted - 1) / wanted;
+    const std::size_t even = (tokens + wanted - 1) / wanted;
     s.range_tokens = round_up(std::max(even, smallest_range), layout.page_tokens());
-    s.ranges = std::max<std::size_t>(1, (last_token + s.range_tokens - 1) / s.range_tokens);
+    s.ranges = std::max<std::size_t>(1, (tokens + s.range_tokens - 1) / s.range_tokens);
     return s;
 }
 
@@ -43,14 +47,13 @@ inline attention_split split_attention(const page_layout& layout, std::size_t ro
 // first.
 inline void merge_partials(float* partials, std::size_t ranges, std::size_t stride,
                            std::size_t channels) noexcept {
-    constexpr float lowest = std::numeric_limits<float>::lowest();
-    float maximum = lowest;
+    float maximum = lowest_score;
     for (std::size_t i = 0; i < ranges; ++i)
         maximum = std::max(maximum, partials[i * stride]);
     float denominator = 0.0f;
     for (std::size_t i = 0; i < ranges; ++i) {
         float* p = partials + i * stride;
-        const float factor = p[0] == lowest ? 0.0f : std::exp(p[0] - maximum);
+        const float factor = softmax_rescale(p[0], maximum);
         denominator += p[1] * factor;
         for (std::size_t c = 0; c < channels; ++c)
             partials[2 + c] = i == 0 ? p[2 + c] * factor : partials[2 + c] + p[2 + c] * factor;
@@ -59,16 +62,28 @@ inline void merge_partials(float* partials, std::size_t ranges, std::size_t stri
     partials[1] = denominator;
 }
 
+// Rows of a model's optional arguments, one number a query head.
+struct head_options {
+    const float* alibi_slopes = nullptr;
+    const float* sinks = nullptr;
+};
+
 template <executor E>
 status attend_heads(const attention_job& common, std::size_t kv_heads, const tensor_view& queries,
-                    const mutable_tensor_view& outputs, std::span<float> log_sum_exp, E& run) noexcept {
+                    const mutable_tensor_view& outputs, const head_options& heads,
+                    std::span<float> log_sum_exp, E& run) noexcept {
     const page_layout& layout = *common.layout;
     const std::size_t rows = queries.tokens() * common.group;
     const std::size_t channels = layout.values().channels;
-    // tokens that the last query sees: no range needs to go further
+    // what the first query sees at the front and the last at the end: no range needs to go further
+    std::size_t front = common.first_visible;
+    if (common.window != 0) {
+        const std::ptrdiff_t from = common.first_position + 1 - static_cast<std::ptrdiff_t>(common.window);
+        front = std::max(front, from > 0 ? static_cast<std::size_t>(from) : 0);
+    }
     const std::size_t reach =
         std::min(common.last_token, common.visible_base + (queries.tokens() - 1) * common.visible_step);
-    const attention_split split = split_attention(layout, rows, kv_heads, reach);
+    const attention_split split = split_attention(layout, rows, kv_heads, front, reach);
     const std::size_t stride = round_up(channels + 2, 16);
 
     std::unique_ptr<float[]> partials;
@@ -93,6 +108,10 @@ status attend_heads(const attention_job& common, std::size_t kv_heads, const ten
         job.output_head_stride = outputs.head_stride();
         job.first_row = row_block * split.rows_per_block;
         job.rows = std::min(split.rows_per_block, rows - job.first_row);
+        job.first_token = split.first_token;
+        job.alibi_slopes =
+            heads.alibi_slopes == nullptr ? nullptr : heads.alibi_slopes + head_offset(kv_head);
+        job.sinks = heads.sinks == nullptr ? nullptr : heads.sinks + head_offset(kv_head);
         return job;
     };
     // [tokens][query heads], from the rows of one KV head
@@ -106,7 +125,7 @@ status attend_heads(const attention_job& common, std::size_t kv_heads, const ten
         attention_job job = job_for(kv_head, row_block);
         float lse[max_rows];
         if (split.ranges > 1) {
-            job.first_token = range * split.range_tokens;
+            job.first_token = split.first_token + range * split.range_tokens;
             job.last_token = std::min(common.last_token, job.first_token + split.range_tokens);
             job.partials =
                 partials.get() + ((kv_head * rows + job.first_row) * split.ranges + range) * stride;
@@ -126,15 +145,15 @@ status attend_heads(const attention_job& common, std::size_t kv_heads, const ten
         const std::size_t kv_head = task / rows, row = task % rows;
         float* partial = partials.get() + task * split.ranges * stride;
         merge_partials(partial, split.ranges, stride, channels);
-        const float denominator = partial[1];
+        const std::size_t head = head_offset(kv_head) + row % common.group;
+        softmax_state state{partial[0], partial[1]};
+        const float factor = heads.sinks == nullptr ? 1.0f : add_sink(state, heads.sinks[head]);
         for (std::size_t c = 0; c < channels; ++c)
-            partial[2 + c] = denominator > 0.0f ? partial[2 + c] / denominator : 0.0f;
-        common.target->store_floats(
-            outputs.type(), partial + 2, channels,
-            outputs.at(row / common.group, head_offset(kv_head) + row % common.group));
+            partial[2 + c] = state.denominator > 0.0f ? partial[2 + c] * factor / state.denominator : 0.0f;
+        common.target->store_floats(outputs.type(), partial + 2, channels,
+                                    outputs.at(row / common.group, head));
         if (!log_sum_exp.empty())
-            lse_of(kv_head, row) = denominator > 0.0f ? partial[0] + std::log(denominator)
-                                                      : -std::numeric_limits<float>::infinity();
+            lse_of(kv_head, row) = log_sum_exp_of(state);
     };
     run(kv_heads * rows, task_view(merge_task));
     return {};

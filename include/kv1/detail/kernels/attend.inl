@@ -2,46 +2,20 @@
 //
 // The driver of a target: some query rows of one KV head against a range of tokens, with the softmax taken
 // online per block of tokens (running maximum and sum; Milakov and Gimelshein 2018, FlashAttention). Parsed
-// once per target. Scratch lies on the stack, about 70 KiB.
+// once per target. Scratch lies on the stack, about 110 KiB.
 
-// exp of the scores less the new maximum, zero from `visible` on; returns their sum.
-KV1_INLINE float exponentiate(float* scores, std::size_t visible, std::size_t padded, float maximum) {
-    f32 sum(0.0f);
-    const f32 m(maximum);
-    std::size_t i = 0;
-    for (; i + lanes <= visible; i += lanes) {
-        const f32 p = xs::exp(f32::load_aligned(scores + i) - m);
-        p.store_aligned(scores + i);
-        sum = sum + p;
-    }
-    float total = xs::reduce_add(sum);
-    if (i < visible) { // the register that the limit cuts
-        alignas(64) float part[lanes];
-        xs::exp(f32::load_aligned(scores + i) - m).store_aligned(part);
-        for (std::size_t k = 0; i + k < visible; ++k) {
-            scores[i + k] = part[k];
-            total += part[k];
-        }
-    }
-    for (i = visible; i < padded; ++i)
-        scores[i] = 0.0f;
-    return total;
-}
-
-KV1_INLINE float maximum_of(const float* scores, std::size_t visible, float start) {
+KV1_INLINE float maximum_of(const float* scores, std::size_t slots, float start) {
     f32 largest(start);
-    std::size_t i = 0;
-    for (; i + lanes <= visible; i += lanes)
+    for (std::size_t i = 0; i < slots; i += lanes)
         largest = xs::max(largest, f32::load_aligned(scores + i));
-    float m = xs::reduce_max(largest);
-    for (; i < visible; ++i)
-        m = scores[i] > m ? scores[i] : m;
-    return m;
+    return xs::reduce_max(largest);
 }
 
 // The 8-bit query of the fast path, reordered so that four consecutive bytes meet the four bytes of a lane.
+// codes: by part, of the row's tile; row r of R rows in it.
 inline void round_query(const float* query, std::size_t padded, const format_traits& t,
-                        std::int8_t* const (&codes)[2], float& scale, std::int32_t& sum) noexcept {
+                        std::int8_t* const (&codes)[2], std::size_t r, std::size_t rows, float& scale,
+                        std::int32_t& sum) noexcept {
     f32 largest(0.0f);
     for (std::size_t i = 0; i < padded; i += lanes)
         largest = xs::max(largest, xs::abs(f32::load_aligned(query + i)));
@@ -58,14 +32,99 @@ inline void round_query(const float* query, std::size_t padded, const format_tra
     sum = xs::reduce_add(total);
     for (int p = 0; p < t.part_count(); ++p) {
         const auto planes = static_cast<std::size_t>(8 / t.field_bits(p));
-        for (std::size_t line = 0; line < padded; line += 4 * planes)
+        std::int8_t* out = codes[p] + r * 4 * planes;
+        for (std::size_t first = 0; first < padded; first += 4 * planes, out += rows * 4 * planes)
             for (std::size_t f = 0; f < planes; ++f)
                 for (std::size_t j = 0; j < 4; ++j)
-                    codes[p][line + f * 4 + j] = plain[line + j * planes + f];
+                    out[f * 4 + j] = plain[first + j * planes + f];
     }
 }
 
-inline constexpr float lowest = std::numeric_limits<float>::lowest();
+// Tiles of the tokens first ... last - 1 with what fills up their granules; token[k] is the first of tile k, or
+// no_token. Precondition: first is a multiple of the granule within its page.
+inline constexpr std::size_t no_token = ~std::size_t{0};
+struct block_tiles {
+    tile_ref tiles[max_block_tiles];
+    std::size_t token[max_block_tiles];
+    std::size_t count = 0;
+};
+
+inline void list_tiles(const attention_job& job, std::size_t granule, std::size_t first, std::size_t last,
+                       block_tiles& out) noexcept {
+    const std::size_t page_tokens = job.layout->page_tokens();
+    std::size_t index = first / page_tokens, in_page = first - index * page_tokens, count = 0;
+    while (first < last) {
+        const std::byte* page = job.pages + static_cast<std::size_t>(job.block_table[index++]) * job.block_stride;
+        for (; in_page < page_tokens && first < last; in_page += tile_tokens, first += tile_tokens, ++count) {
+            out.tiles[count] = {page, in_page};
+            out.token[count] = first;
+        }
+        for (; in_page % granule != 0; in_page += tile_tokens, ++count) {
+            out.tiles[count] = out.tiles[count - 1];
+            out.token[count] = no_token;
+        }
+        in_page = 0;
+    }
+    out.count = count;
+}
+
+// What a row sees: tokens first ... last - 1 that the mask lets through.
+struct row_view {
+    std::size_t first, last;
+};
+
+inline row_view view_of(const attention_job& job, std::size_t row) noexcept {
+    const std::size_t token = (job.first_row + row) / job.group;
+    const std::size_t limit = job.visible_base + token * job.visible_step;
+    row_view v{job.first_visible, limit < job.last_token ? limit : job.last_token};
+    if (job.window != 0) {
+        const std::ptrdiff_t from =
+            job.first_position + static_cast<std::ptrdiff_t>(token) + 1 - static_cast<std::ptrdiff_t>(job.window);
+        if (from > static_cast<std::ptrdiff_t>(v.first))
+            v.first = static_cast<std::size_t>(from);
+    }
+    return v;
+}
+
+// Soft cap and position bias of a row's scores; then lowest_score wherever the row does not see.
+inline void adjust_scores(const attention_job& job, std::size_t row, const row_view& seen,
+                          const block_tiles& block, float* scores) noexcept {
+    const std::size_t token = (job.first_row + row) / job.group, head = (job.first_row + row) % job.group;
+    if (job.soft_cap > 0.0f) {
+        const f32 cap(job.soft_cap), inverse(1.0f / job.soft_cap);
+        for (std::size_t i = 0; i < block.count * tile_tokens; i += lanes)
+            (cap * xs::tanh(f32::load_aligned(scores + i) * inverse)).store_aligned(scores + i);
+    }
+    if (job.alibi_slopes != nullptr) {
+        alignas(64) float steps[tile_tokens];
+        for (std::size_t i = 0; i < tile_tokens; ++i)
+            steps[i] = static_cast<float>(i);
+        const f32 slope(job.alibi_slopes[head]);
+        for (std::size_t k = 0; k < block.count; ++k) {
+            const f32 distance(static_cast<float>(static_cast<std::ptrdiff_t>(block.token[k]) -
+                                                  job.first_position - static_cast<std::ptrdiff_t>(token)));
+            for (std::size_t i = 0; i < tile_tokens; i += lanes) {
+                float* at = scores + k * tile_tokens + i;
+                xs::fma(slope, distance + f32::load_aligned(steps + i), f32::load_aligned(at)).store_aligned(at);
+            }
+        }
+    }
+    for (std::size_t k = 0; k < block.count; ++k) {
+        const std::size_t first = block.token[k];
+        float* tile = scores + k * tile_tokens;
+        const bool inside = first != no_token && first >= seen.first && first + tile_tokens <= seen.last;
+        const bool masked = job.mask != nullptr && first + tile_tokens > job.mask_first;
+        if (inside && !masked)
+            continue;
+        const std::uint8_t* mask = job.mask == nullptr ? nullptr : job.mask + token * job.mask_stride;
+        for (std::size_t i = 0; i < tile_tokens; ++i) {
+            const std::size_t t = first + i;
+            if (first == no_token || t < seen.first || t >= seen.last ||
+                (mask != nullptr && t >= job.mask_first && mask[t - job.mask_first] == 0))
+                tile[i] = lowest_score;
+        }
+    }
+}
 
 inline void attend_rows(const attention_job& job) noexcept {
     const section_layout& keys = job.layout->keys();
@@ -77,15 +136,18 @@ inline void attend_rows(const attention_job& job) noexcept {
 
     alignas(64) float query[scratch_floats];
     alignas(64) float sums[scratch_floats];
-    alignas(64) float scores[max_rows * max_block_tokens];
+    alignas(64) float scores[max_rows * score_stride];
     alignas(64) std::int8_t codes[2][scratch_floats];
-    float query_sums[max_rows], code_scales[max_rows], maxima[max_rows], denominators[max_rows],
-        rescale[max_rows];
-    std::int32_t code_sums[max_rows];
-    std::size_t limits[max_rows];
+    float query_sums[max_rows], code_scales[max_rows], code_offsets[max_rows], tops[max_rows], maxima[max_rows],
+        denominators[max_rows], rescale[max_rows];
+    row_view seen[max_rows];
 
-    std::size_t last = 0;
+    const float half_code = 0.5f * static_cast<float>((1 << keys.traits().code_bits) - 1);
+    row_view any{job.last_token, 0}, all{0, job.last_token}; // tokens that some row, and every row, may see
+    std::size_t tile_row = 0, tile = 0;                      // of the row tile
     for (std::size_t r = 0; r < job.rows; ++r) {
+        if (r == tile_row + row_tile_size(job.rows, tile))
+            tile_row += row_tile_size(job.rows, tile++);
         const std::size_t token = (job.first_row + r) / job.group, head = (job.first_row + r) % job.group;
         float* row = query + r * key_stride;
         const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(token) * job.query_token_stride +
@@ -102,66 +164,87 @@ inline void attend_rows(const attention_job& job) noexcept {
             sum = sum + scaled;
         }
         query_sums[r] = xs::reduce_add(sum);
-        if (integer_keys)
+        if (integer_keys) {
+            std::int32_t code_sum = 0;
             round_query(row, key_stride, keys.traits(),
-                        {codes[0] + r * key_stride, codes[1] + r * key_stride}, code_scales[r], code_sums[r]);
+                        {codes[0] + tile_row * key_stride, codes[1] + tile_row * key_stride}, r - tile_row,
+                        row_tile_size(job.rows, tile), code_scales[r], code_sum);
+            code_offsets[r] = -code_scales[r] * (half_code * static_cast<float>(code_sum));
+        }
         for (std::size_t i = 0; i < value_stride; ++i)
             sums[r * value_stride + i] = 0.0f;
-        maxima[r] = lowest;
+        maxima[r] = lowest_score;
         denominators[r] = 0.0f;
-        const std::size_t limit = job.visible_base + token * job.visible_step;
-        limits[r] = limit < job.last_token ? limit : job.last_token;
-        last = limits[r] > last ? limits[r] : last;
+        seen[r] = view_of(job, r);
+        any.first = seen[r].first < any.first ? seen[r].first : any.first;
+        any.last = seen[r].last > any.last ? seen[r].last : any.last;
+        all.first = seen[r].first > all.first ? seen[r].first : all.first;
+        all.last = seen[r].last < all.last ? seen[r].last : all.last;
     }
 
-    const query_rows q{job.rows, key_stride, query, query_sums, {codes[0], codes[1]}, code_scales, code_sums};
-    const std::size_t page_tokens = keys.tokens;
-    for (std::size_t first = job.first_token; first < last;) {
-        const std::size_t in_page = first % page_tokens;
-        std::size_t n = page_tokens - in_page < max_block_tokens ? page_tokens - in_page : max_block_tokens;
-        n = last - first < n ? last - first : n;
-        const std::byte* page =
-            job.pages + static_cast<std::size_t>(job.block_table[first / page_tokens]) * job.block_stride;
-        const std::size_t tiles = round_up(n, tile_tokens);
-        const std::size_t padded = round_up(n, 32);
-        const section_view key_view{&keys, page, in_page, tiles};
-        job.key_kernels->key_scores[mode](key_view, q, scores, max_block_tokens);
+    const query_rows q{job.rows, key_stride, query, query_sums, {codes[0], codes[1]}, code_scales, code_offsets};
+    const std::size_t page_tokens = keys.tokens, granule = granule_of(values);
+    // a tile's share of K's and of V's bytes
+    const std::size_t page_tiles = page_tokens / tile_tokens;
+    const std::size_t key_share = keys.bytes() / page_tiles, value_share = values.bytes() / page_tiles;
+    const bool adjusted = job.soft_cap > 0.0f || job.alibi_slopes != nullptr || job.mask != nullptr;
+    block_tiles lists[2]; // of this block and the next
+    std::size_t first = job.first_token, last = first, now = 0;
+    if (first < any.last)
+        last = block_end(page_tokens, granule, first, any.last);
+    while (last <= any.first && last < any.last) { // blocks that no row sees
+        first = last;
+        last = block_end(page_tokens, granule, first, any.last);
+    }
+    if (first < last)
+        list_tiles(job, granule, first, last, lists[now]);
+    while (first < last) {
+        const block_tiles& block = lists[now];
+        block_tiles& after = lists[1 - now];
+        const std::size_t after_last = last < any.last ? block_end(page_tokens, granule, last, any.last) : last;
+        after.count = 0;
+        if (last < after_last)
+            list_tiles(job, granule, last, after_last, after);
+        const std::size_t slots = block.count * tile_tokens;
+        job.key_kernels->key_scores[mode](
+            {&keys, block.tiles, block.count, &values, block.tiles, block.count, value_share}, q, scores, tops);
 
+        const bool whole = !adjusted && last - first == slots && first >= all.first && last <= all.last;
         for (std::size_t r = 0; r < job.rows; ++r) {
-            float* row = scores + r * max_block_tokens;
-            const std::size_t visible = limits[r] <= first      ? 0
-                                        : limits[r] - first < n ? limits[r] - first
-                                                                : n;
-            if (job.mask != nullptr) {
-                const std::uint8_t* mask = job.mask + (job.first_row + r) / job.group * job.mask_stride;
-                for (std::size_t t = job.mask_first > first ? job.mask_first - first : 0; t < visible; ++t)
-                    if (mask[first + t - job.mask_first] == 0)
-                        row[t] = lowest;
+            float* row = scores + r * score_stride;
+            if (!whole) {
+                adjust_scores(job, r, seen[r], block, row);
+                tops[r] = maximum_of(row, slots, lowest_score);
             }
-            const float m = maximum_of(row, visible, maxima[r]);
-            rescale[r] = maxima[r] == lowest ? 0.0f : std::exp(maxima[r] - m);
+            const float largest = tops[r];
+            float m = largest == lowest_score ? lowest_score : largest * log2_e;
+            m = m > maxima[r] || m != m ? m : maxima[r];
+            rescale[r] = m == maxima[r] && m != lowest_score ? 1.0f : softmax_rescale(maxima[r], m);
             maxima[r] = m;
-            // nothing seen so far: every weight is zero, whatever the masked scores say
-            const float seen = exponentiate(row, m == lowest ? 0 : visible, padded, m);
-            denominators[r] = denominators[r] * rescale[r] + seen;
         }
-        const section_view value_view{&values, page, in_page, tiles};
-        const weight_rows w{job.rows, max_block_tokens, scores, rescale};
-        job.value_kernels->value_sums[mode](value_view, w, sums, value_stride);
-        first += n;
+        job.value_kernels->value_sums[mode](
+            {&values, block.tiles, block.count, &keys, after.tiles, after.count, key_share},
+            {job.rows, scores, maxima, rescale, denominators}, sums, value_stride);
+        first = last;
+        last = after_last;
+        now = 1 - now;
     }
 
     for (std::size_t r = 0; r < job.rows; ++r) {
         const std::size_t token = (job.first_row + r) / job.group, head = (job.first_row + r) % job.group;
         float* row = sums + r * value_stride;
+        softmax_state state{maxima[r], denominators[r]};
         if (job.partials != nullptr) {
             float* partial = job.partials + r * job.partial_stride;
-            partial[0] = maxima[r];
-            partial[1] = denominators[r];
+            partial[0] = state.maximum;
+            partial[1] = state.denominator;
             std::memcpy(partial + 2, row, values.channels * sizeof(float));
             continue;
         }
-        const f32 inverse(denominators[r] > 0.0f ? 1.0f / denominators[r] : 0.0f);
+        float factor = 1.0f;
+        if (job.sinks != nullptr)
+            factor = add_sink(state, job.sinks[head]);
+        const f32 inverse(state.denominator > 0.0f ? factor / state.denominator : 0.0f);
         for (std::size_t i = 0; i < value_stride; i += lanes)
             (f32::load_aligned(row + i) * inverse).store_aligned(row + i);
         const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(token) * job.output_token_stride +
@@ -169,7 +252,6 @@ inline void attend_rows(const attention_job& job) noexcept {
         const std::ptrdiff_t size = job.output_type == scalar_type::fp32 ? 4 : 2;
         store_floats(job.output_type, row, values.channels, static_cast<std::byte*>(job.outputs) + at * size);
         if (job.log_sum_exp != nullptr)
-            job.log_sum_exp[r] = denominators[r] > 0.0f ? maxima[r] + std::log(denominators[r])
-                                                        : -std::numeric_limits<float>::infinity();
+            job.log_sum_exp[r] = log_sum_exp_of(state);
     }
 }

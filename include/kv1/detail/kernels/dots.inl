@@ -5,11 +5,13 @@
 //   total[r][n] += (codes in the lanes of register n) . (8-bit numbers of row r), over the lines of one part
 //
 // A line's lanes are unpacked once into 8 / Bits planes of bytes; plane f of line l meets the four bytes at
-// (l * planes + f) * 4 of each row, broadcast. R rows and N registers make R * N independent chains, enough to
-// hide the latency of the dot product, and each broadcast serves N of them.
+// ((l * R + r) * planes + f) * 4, broadcast. R rows and N registers make R * N independent chains, enough to hide
+// the latency of the dot product, and each broadcast serves N of them.
 //
-// Per line, with VNNI: N loads, N * (planes - 1) shifts, N * planes masks, R * planes broadcasts and
-// N * R * planes vpdpbusd; at 2 bits, R = 4, N = 2: 32 vpdpbusd, the port's limit, beside 32 other operations.
+// Per line and N registers, with VNNI at 2 bits, R = N = 4: 64 vpdpbusd (ports FP0, FP1; one 512-bit a cycle),
+// 12 shifts and 16 masks (FP1, FP2; any), 16 broadcasts and 4 loads (load ports): 112 operations in 64 cycles, so
+// that the dot products alone set the pace. Masking in place instead of shifting saves nothing here, and would
+// need accumulators of their own for every plane.
 
 KV1_INLINE void prefetch(const void* p) {
 #if defined(__GNUC__)
@@ -19,69 +21,72 @@ KV1_INLINE void prefetch(const void* p) {
 #endif
 }
 
-// step: lanes between registers; ahead: bytes from a line to the one to be prefetched for later.
-template <int Bits, std::size_t R, std::size_t N>
-KV1_INLINE void add_dots(const std::uint32_t* lines, std::size_t step, std::size_t line_count, std::ptrdiff_t ahead,
-                         const std::int8_t* rows, std::size_t row_stride, int shift, i32 (&total)[R][N]) {
-    constexpr int planes = 8 / Bits;
+// Where the lines of N registers lie: register n of line l, and what to fetch meanwhile.
+// Keys: N registers of tiles, lines one after the other.
+template <std::size_t N>
+struct key_walk {
+    const std::uint32_t* first[N];
+    const std::byte* next[N];
+    KV1_INLINE const std::uint32_t* line(std::size_t l, std::size_t n) const { return first[n] + l * line_lanes; }
+    KV1_INLINE const std::byte* ahead(std::size_t l, std::size_t n) const { return next[n] + l * line_bytes; }
+};
+// Values: the lines of a channel group by a table, the other groups at fixed distances.
+template <std::size_t N>
+struct value_walk {
+    const std::byte* const* lines;
+    const std::byte* const* next;
+    std::size_t offset[N], next_offset[N];
+    KV1_INLINE const std::uint32_t* line(std::size_t l, std::size_t n) const {
+        return reinterpret_cast<const std::uint32_t*>(lines[l] + offset[n]);
+    }
+    KV1_INLINE const std::byte* ahead(std::size_t l, std::size_t n) const { return next[l] + next_offset[n]; }
+};
+
+// Unsigned: the rows' 8-bit numbers are 0 ... 255, as weights of codes below 128 may be.
+template <int Bits, int Shift, bool Unsigned, std::size_t R, std::size_t N, class Walk>
+KV1_INLINE void add_dots(const Walk& walk, std::size_t line_count, const std::int8_t* rows, i32 (&total)[R][N]) {
+    constexpr std::size_t planes = 8 / Bits;
     constexpr int max_code = (1 << Bits) - 1;
-    constexpr std::size_t run = dot_limit<max_code> / planes; // lines between finishes
+    constexpr std::size_t run = dot_limit<max_code, Unsigned> / planes; // lines between finishes
     const u32 mask(static_cast<std::uint32_t>(max_code) * 0x01010101u);
     for (std::size_t first = 0; first < line_count;) {
         const std::size_t last = line_count - first < run ? line_count : first + run;
         dot_sum sum[R][N];
-        for (std::size_t r = 0; r < R; ++r)
-            for (std::size_t n = 0; n < N; ++n)
+        KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
+            KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
                 sum[r][n] = dot_start();
         for (std::size_t l = first; l < last; ++l) {
-            const std::uint32_t* line = lines + l * line_lanes;
             u32 packed[N];
-            for (std::size_t n = 0; n < N; ++n) {
-                packed[n] = u32::load_aligned(line + n * step);
-                if (n == 0 || lanes == line_lanes)
-                    prefetch(reinterpret_cast<const std::byte*>(line + n * step) + ahead);
+            KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
+                packed[n] = u32::load_aligned(walk.line(l, n));
+                if (n % pieces == 0)
+                    prefetch(walk.ahead(l, n));
             }
-            for (int f = 0; f < planes; ++f) {
+            KV1_UNROLL for (std::size_t f = 0; f < planes; ++f) {
                 u32 codes[N];
-                for (std::size_t n = 0; n < N; ++n)
-                    codes[n] = Bits == 8 ? packed[n] : (packed[n] >> (Bits * f)) & mask;
-                for (std::size_t r = 0; r < R; ++r) {
+                KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
+                    codes[n] = f == 0 ? packed[n] : packed[n] >> (Bits * static_cast<int>(f));
+                    if (Bits != 8)
+                        codes[n] = codes[n] & mask;
+                }
+                KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
                     std::int32_t four;
-                    std::memcpy(&four, rows + r * row_stride + (l * planes + static_cast<std::size_t>(f)) * 4, 4);
-                    const i32 broadcast(four);
-                    for (std::size_t n = 0; n < N; ++n)
-                        sum[r][n] = dot_add<max_code>(sum[r][n], codes[n], broadcast);
+                    std::memcpy(&four, rows + ((l * R + r) * planes + f) * 4, 4);
+                    const dot_row broadcast = dot_broadcast<Unsigned>(four);
+                    KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
+                        sum[r][n] = dot_add<max_code, Unsigned>(sum[r][n], codes[n], broadcast);
                 }
             }
         }
-        for (std::size_t r = 0; r < R; ++r)
-            for (std::size_t n = 0; n < N; ++n)
-                total[r][n] = total[r][n] + (dot_finish<max_code>(sum[r][n]) << shift);
+        KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
+            KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
+                total[r][n] = total[r][n] + (dot_finish<max_code, Unsigned>(sum[r][n]) << Shift);
         first = last;
     }
 }
 
-// Both parts of a unit (a tile of keys, a channel group of values) for N registers that are `step` lanes apart.
-// part_first, part_count: lines of each part to walk.
-template <class Format, std::size_t R, std::size_t N>
-KV1_INLINE void unit_dots(const section_layout& s, const std::uint32_t* unit, std::size_t step,
-                          const std::size_t (&part_first)[2], const std::size_t (&part_count)[2], std::ptrdiff_t ahead,
-                          const std::int8_t* const (&rows)[2], std::size_t row_stride, i32 (&total)[R][N]) {
-    constexpr format_traits t = traits_of(kv_format_of<Format>);
-    for (std::size_t r = 0; r < R; ++r)
-        for (std::size_t n = 0; n < N; ++n)
-            total[r][n] = i32(0);
-    add_dots<t.parts[0].bits, R, N>(unit + part_first[0] * line_lanes, step, part_count[0], ahead, rows[0], row_stride,
-                                    t.parts[0].shift, total);
-    if constexpr (t.part_count() == 2)
-        add_dots<t.parts[1].bits, R, N>(unit + (s.part_lines(0) + part_first[1]) * line_lanes, step, part_count[1],
-                                        ahead, rows[1], row_stride, t.parts[1].shift, total);
+// What is fetched for tile k of a block: its share of the section that will be walked next.
+KV1_INLINE const std::byte* share_of(const block_view& view, std::size_t k) {
+    const tile_ref& t = view.next_tiles[k];
+    return t.page + view.next_layout->offset + t.token / tile_tokens * view.next_share;
 }
-
-// Registers taken at once: enough chains for one row, no more than the register file holds for four, and within a
-// line where a register is less than one.
-template <std::size_t R>
-inline constexpr std::size_t registers_at_once = R >= 4 || pieces == 2 ? 2 : 4;
-
-// Bytes from a line to the one fetched beside it: far enough to hide DRAM's latency, within the page walk.
-inline constexpr std::ptrdiff_t prefetch_distance = 4096;

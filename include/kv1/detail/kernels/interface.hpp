@@ -22,11 +22,47 @@ enum class precision : std::uint8_t { fast, exact };
 namespace detail {
 
 // Queries of one KV head are processed in blocks of at most max_rows rows (a row is one query token and
-// head), tokens in blocks of at most max_block_tokens; scratch for them lives on the stack.
+// head), tokens in blocks of at most max_block_tokens; scratch for them lives on the stack. A block crosses
+// pages, so that what is paid once a block does not depend on the size of pages.
 inline constexpr std::size_t max_rows = 16;
-inline constexpr std::size_t max_block_tokens = 128;
+inline constexpr std::size_t max_block_tokens = 512;
 inline constexpr std::size_t max_head_dim = 4096;
 inline constexpr std::size_t scratch_floats = 4096; // rows * padded head_dim fits, with at least one row
+
+// Tokens that share a line of a section, at least a tile: blocks end between granules of V.
+constexpr std::size_t granule_of(const section_layout& s) noexcept {
+    const std::size_t fields = s.traits().fields_per_lane();
+    return !s.keys && fields > tile_tokens ? fields : tile_tokens;
+}
+
+// Softmax weights are rounded to 0 ... this on the integer path. They are not negative and codes below 128
+// are signed bytes too, so weights may have all of an unsigned byte.
+constexpr int top_weight_code(int code_bits) noexcept { return code_bits == 8 ? 127 : 255; }
+
+// A granule that the end of a page cuts still takes a whole granule's slots in a block's scratch: where that
+// can happen a block has half as many tokens.
+inline constexpr std::size_t max_block_slots = max_block_tokens;
+inline constexpr std::size_t max_block_tiles = max_block_slots / tile_tokens;
+inline constexpr std::size_t score_stride = max_block_slots + 16; // rows do not meet in one cache set
+
+// One past the last token of the block that begins at `first`, a multiple of the granule within its page.
+// Blocks are the unit that weights are rounded in, so every target forms the same ones.
+constexpr std::size_t block_end(std::size_t page_tokens, std::size_t granule, std::size_t first,
+                                std::size_t last) noexcept {
+    const std::size_t most = page_tokens % granule == 0 ? max_block_tokens : max_block_tokens / 2;
+    if (last - first <= most)
+        return last;
+    if (most == max_block_tokens)
+        return first + most;
+    std::size_t end = first;
+    for (;;) {
+        const std::size_t left = page_tokens - end % page_tokens;
+        const std::size_t step = left < granule ? left : granule;
+        if (end + step - first > most)
+            return end;
+        end += step;
+    }
+}
 
 // Rows of a block for a head_dim, padding included.
 constexpr std::size_t rows_for(std::size_t head_dim) noexcept {
@@ -34,12 +70,34 @@ constexpr std::size_t rows_for(std::size_t head_dim) noexcept {
     return fit < 1 ? 1 : fit < max_rows ? fit : max_rows;
 }
 
-// K or V of a run of tokens that begins at a tile boundary of a page: `page` is the page's first byte.
-struct section_view {
-    const section_layout* layout;
+// Rows are taken in tiles of up to four, as even as can be: 5 = 3 + 2, 7 = 4 + 3. A tile's 8-bit numbers lie
+// together: [line][row of the tile][4 * planes], the run of each row being what meets one line.
+inline constexpr std::size_t max_tile_rows = 4;
+constexpr std::size_t row_tiles(std::size_t rows) noexcept {
+    return (rows + max_tile_rows - 1) / max_tile_rows;
+}
+constexpr std::size_t row_tile_size(std::size_t rows, std::size_t tile) noexcept {
+    const std::size_t tiles = row_tiles(rows);
+    return rows / tiles + (tile < rows % tiles ? 1 : 0);
+}
+
+// A tile of 16 tokens: its page's first byte, and its first token in the page.
+struct tile_ref {
     const std::byte* page;
-    std::size_t first_token; // a multiple of tile_tokens
-    std::size_t tokens;      // rounded up to tile_tokens; lanes past the stored tokens hold finite garbage
+    std::size_t token;
+};
+
+// The tiles of a block, in K's or V's section of their pages. Lanes past the stored tokens hold finite
+// garbage. A tile that only fills up a granule refers to the one before it and is seen by no row.
+struct block_view {
+    const section_layout* layout;
+    const tile_ref* tiles;
+    std::size_t count;
+    // the section walked next, fetched into the cache meanwhile
+    const section_layout* next_layout;
+    const tile_ref* next_tiles;
+    std::size_t next_count;
+    std::size_t next_share; // bytes of that section that come with a tile
 };
 
 // Query rows prepared for one KV head: scaled by the softmax scale, padded with zeros to a multiple of 32.
@@ -48,18 +106,21 @@ struct query_rows {
     std::size_t stride;  // floats between rows: padded key_dim
     const float* values; // [rows][stride]
     const float* sums;   // [rows]: sum of the values
-    const std::int8_t*
-        codes[2]; // by part, [rows][stride]: values / code_scale rounded, in dot4 order (fast only)
-    const float* code_scales;      // [rows]
-    const std::int32_t* code_sums; // [rows]
+    // values / code_scale rounded (fast only), by part; in row tiles, stride bytes a row. On the scalar
+    // target: plain [rows][stride].
+    const std::int8_t* codes[2];
+    const float* code_scales; // [rows]
+    // [rows]: -code_scale * max_code / 2 * sum of codes, which centres the stored codes
+    const float* code_offsets;
 };
 
-// Softmax weights of a block, zero where a row does not see a token.
-struct weight_rows {
+// Scores of a block, to become softmax weights: exp(score - maximum), zero where a row does not see a token.
+struct softmax_rows {
     std::size_t rows;
-    std::size_t stride;   // floats between rows
-    const float* weights; // [rows][stride], zero past the block's tokens up to a multiple of 32
-    const float* rescale; // [rows]: factor for what sums hold from earlier blocks
+    float* scores;        // [rows][score_stride], by slot; scratch of the kernel afterwards
+    const float* maxima;  // [rows]: largest score so far
+    const float* rescale; // [rows]: factor for what sums and denominators hold from earlier blocks
+    float* denominators;  // [rows]: updated by the block's weights
 };
 
 // Outcome of encoding one vector; channel is the offending one.
@@ -68,6 +129,14 @@ struct encode_result {
     const char* rule = "";
     std::size_t channel = 0;
     row_metadata metadata{};
+};
+
+// A vector and where it goes.
+struct append_row {
+    const section_layout* section;
+    std::byte* page;
+    std::size_t token; // in the page
+    const float* x;
 };
 
 // A description of one unit of attention work: some query rows of one KV head against a range of tokens.
@@ -83,6 +152,7 @@ struct attention_job {
     const std::uint32_t* block_table; // block of page i of the sequence
     std::size_t first_token;          // range of tokens, first_token a multiple of page_tokens
     std::size_t last_token;
+    std::size_t first_visible; // no row sees an earlier token
 
     // queries [token][head][channel] of the group of heads that share this KV head
     const void* queries;
@@ -98,7 +168,16 @@ struct attention_job {
     const std::uint8_t* mask;
     std::size_t mask_first, mask_stride;
 
-    // Either outputs [token][head][channel], or, where partials is set, per row: {max, sum, weighted sums}.
+    // Query token i stands at position first_position + i; where window is not 0 it sees no token before
+    // first_position + i + 1 - window.
+    std::ptrdiff_t first_position;
+    std::size_t window;
+    float soft_cap;            // score -> soft_cap * tanh(score / soft_cap) where positive
+    const float* alibi_slopes; // [group] or null: score += slope * (t - position)
+    const float* sinks;        // [group] or null: logits that the softmax sees and no value belongs to
+
+    // Either outputs [token][head][channel], or, where partials is set, per row: {max, sum, weighted sums},
+    // the maximum in units of log2 (softmax.hpp), sinks left out.
     void* outputs;
     scalar_type output_type;
     std::ptrdiff_t output_token_stride, output_head_stride;
@@ -125,17 +204,20 @@ struct target_kernels {
     void (*insert_codes)(const section_layout& s, std::byte* page, std::size_t token,
                          const std::uint8_t* codes) noexcept;
 
+    // up to tile_tokens vectors of 2-bit sections, metadata included; fastest where rows of one tile follow
+    // each other. On failure nothing is inserted, and failed is the first offending row
+    encode_result (*append_affine2)(const append_row* rows, std::size_t count, std::size_t& failed) noexcept;
+
     void (*attend_rows)(const attention_job& job) noexcept;
 };
 
 // Kernels of a target for one format.
 struct format_kernels {
-    // scores[r * score_stride + t] = row r . key t, for view.tokens tokens
-    void (*key_scores[2])(const section_view& view, const query_rows& q, float* scores,
-                          std::size_t score_stride) noexcept;
-    // sums[r * sum_stride + channel] = rescale[r] * (the same) + sum over t of weight[r][t] *
-    // value[t][channel]
-    void (*value_sums[2])(const section_view& view, const weight_rows& w, float* sums,
+    // scores[r * score_stride + slot] = row r . key; tops[r] = the largest of row r
+    void (*key_scores[2])(const block_view& view, const query_rows& q, float* scores, float* tops) noexcept;
+    // sums[r * sum_stride + channel] = rescale[r] * (the same) + sum over slots of weight * value; scores are
+    // used up
+    void (*value_sums[2])(const block_view& view, const softmax_rows& w, float* sums,
                           std::size_t sum_stride) noexcept;
 };
 

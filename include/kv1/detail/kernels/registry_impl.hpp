@@ -21,8 +21,12 @@ const target_kernels& common_registry<Tag>::at(target t) noexcept {
         break;
 #endif
 #if !defined(KV1_STATIC_DISPATCH)
+    case target::sse41:
+        return sse41::kernels();
     case target::avx2:
         return avx2::kernels();
+    case target::avx_vnni:
+        return avx_vnni::kernels();
     case target::avx512:
         return avx512::kernels();
     case target::avx512_vnni:
@@ -47,8 +51,12 @@ const format_kernels& format_kernels_at(target t) noexcept {
         break;
 #endif
 #if !defined(KV1_STATIC_DISPATCH)
+    case target::sse41:
+        return sse41::kernels_for<F>();
     case target::avx2:
         return avx2::kernels_for<F>();
+    case target::avx_vnni:
+        return avx_vnni::kernels_for<F>();
     case target::avx512:
         return avx512::kernels_for<F>();
     case target::avx512_vnni:

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <kv1/detail/kernels/interface.hpp>
+#include <kv1/detail/kernels/softmax.hpp>
 #include <kv1/quantizers/affine.hpp>
 #include <kv1/quantizers/binary.hpp>
 #include <kv1/quantizers/scaled_binary.hpp>
@@ -103,22 +104,67 @@ inline void insert_codes(const section_layout& s, std::byte* page, std::size_t t
         store_code(s, page, token, c, codes[c]);
 }
 
-template <storage_format Format>
-float decoded(const section_view& view, std::size_t token, std::size_t channel) noexcept {
-    const std::size_t t = view.first_token + token;
-    return decode_value(kv_format_of<Format>, load_code(*view.layout, view.page, t, channel),
-                        load_metadata(*view.layout, view.page, t));
+inline encode_result append_affine2(const append_row* rows, std::size_t count, std::size_t& failed) noexcept {
+    std::uint8_t codes[max_head_dim];
+    for (const bool store : {false, true}) // nothing is stored before all are known to be good
+        for (std::size_t i = 0; i < count; ++i) {
+            const encode_result r = encode<affine<2>>(rows[i].x, rows[i].section->channels, codes);
+            failed = i;
+            if (r.code != errc::ok)
+                return r;
+            if (store) {
+                insert_codes(*rows[i].section, rows[i].page, rows[i].token, codes);
+                store_metadata(*rows[i].section, rows[i].page, rows[i].token, r.metadata);
+            }
+        }
+    return {};
+}
+
+// Slot i of a block.
+struct slot_place {
+    const std::byte* page;
+    std::size_t token;
+};
+inline slot_place place_of(const block_view& view, std::size_t slot) noexcept {
+    const tile_ref& tile = view.tiles[slot / tile_tokens];
+    return {tile.page, tile.token + slot % tile_tokens};
 }
 
 template <storage_format Format>
-void key_scores_exact(const section_view& view, const query_rows& q, float* scores,
-                      std::size_t stride) noexcept {
+float decoded(const block_view& view, std::size_t slot, std::size_t channel) noexcept {
+    const slot_place at = place_of(view, slot);
+    return decode_value(kv_format_of<Format>, load_code(*view.layout, at.page, at.token, channel),
+                        load_metadata(*view.layout, at.page, at.token));
+}
+
+// code - max_code / 2, doubled to stay integral
+template <storage_format Format>
+std::int64_t centred_twice(const block_view& view, std::size_t slot, std::size_t channel) noexcept {
+    const slot_place at = place_of(view, slot);
+    return 2 * static_cast<std::int64_t>(load_code(*view.layout, at.page, at.token, channel)) -
+           ((1 << traits_of(kv_format_of<Format>).code_bits) - 1);
+}
+
+template <storage_format Format>
+affine_pair affine_of(const block_view& view, std::size_t slot) noexcept {
+    const slot_place at = place_of(view, slot);
+    return decode_metadata(kv_format_of<Format>, load_metadata(*view.layout, at.page, at.token));
+}
+
+template <storage_format Format>
+float centre_of(const affine_pair& p) noexcept {
+    constexpr auto max_code = static_cast<float>((1 << traits_of(kv_format_of<Format>).code_bits) - 1);
+    return p.base + p.slope * (0.5f * max_code);
+}
+
+template <storage_format Format>
+void key_scores_exact(const block_view& view, const query_rows& q, float* scores, float*) noexcept {
     for (std::size_t r = 0; r < q.rows; ++r)
-        for (std::size_t t = 0; t < view.tokens; ++t) {
+        for (std::size_t t = 0; t < view.count * tile_tokens; ++t) {
             float sum = 0.0f;
             for (std::size_t c = 0; c < view.layout->channels; ++c)
                 sum += q.values[r * q.stride + c] * decoded<Format>(view, t, c);
-            scores[r * stride + t] = sum;
+            scores[r * score_stride + t] = sum;
         }
 }
 
@@ -128,73 +174,94 @@ inline std::int8_t rounded_code(float quotient) noexcept {
                                                    : std::int8_t{0};
 }
 
-// The integer path by its definition; codes[1] of the query rows holds them in channel order on this target.
+inline std::int64_t rounded_weight(float quotient) noexcept {
+    return quotient >= 0.0f && quotient < 256.0f ? static_cast<std::int64_t>(std::nearbyint(quotient)) : 0;
+}
+
+// The integer path by its definition.
 template <storage_format Format>
-void key_scores_fast(const section_view& view, const query_rows& q, float* scores,
-                     std::size_t stride) noexcept {
-    const std::int64_t max_code = (1 << traits_of(kv_format_of<Format>).code_bits) - 1;
+void key_scores_fast(const block_view& view, const query_rows& q, float* scores, float*) noexcept {
     for (std::size_t r = 0; r < q.rows; ++r)
-        for (std::size_t t = 0; t < view.tokens; ++t) {
-            const std::size_t at = view.first_token + t;
+        for (std::size_t t = 0; t < view.count * tile_tokens; ++t) {
             std::int64_t twice = 0; // 2 * sum i (c - max_code / 2)
             for (std::size_t c = 0; c < view.layout->channels; ++c)
-                twice +=
-                    q.codes[1][r * q.stride + c] *
-                    (2 * static_cast<std::int64_t>(load_code(*view.layout, view.page, at, c)) - max_code);
-            const affine_pair p =
-                decode_metadata(kv_format_of<Format>, load_metadata(*view.layout, view.page, at));
-            scores[r * stride + t] = p.slope * (static_cast<float>(twice) * (0.5f * q.code_scales[r])) +
-                                     (p.base + p.slope * (0.5f * static_cast<float>(max_code))) * q.sums[r];
+                twice += q.codes[0][r * q.stride + c] * centred_twice<Format>(view, t, c);
+            const affine_pair p = affine_of<Format>(view, t);
+            scores[r * score_stride + t] = p.slope * (static_cast<float>(twice) * (0.5f * q.code_scales[r])) +
+                                           centre_of<Format>(p) * q.sums[r];
         }
 }
 
+// Scores of row r to weights in place.
+inline void exponentiate(const softmax_rows& w, std::size_t slots, std::size_t r) noexcept {
+    float sum = 0.0f;
+    for (std::size_t t = 0; t < slots; ++t) {
+        float& score = w.scores[r * score_stride + t];
+        score = score == lowest_score ? 0.0f : std::exp2(std::fma(score, log2_e, -w.maxima[r]));
+        sum += score;
+    }
+    w.denominators[r] = w.denominators[r] * w.rescale[r] + sum;
+}
+
 template <storage_format Format>
-void value_sums_exact(const section_view& view, const weight_rows& w, float* sums,
+void value_sums_exact(const block_view& view, const softmax_rows& w, float* sums,
                       std::size_t stride) noexcept {
-    for (std::size_t r = 0; r < w.rows; ++r)
+    const std::size_t slots = view.count * tile_tokens;
+    for (std::size_t r = 0; r < w.rows; ++r) {
+        exponentiate(w, slots, r);
         for (std::size_t c = 0; c < view.layout->channels; ++c) {
             float sum = sums[r * stride + c] * w.rescale[r];
-            for (std::size_t t = 0; t < view.tokens; ++t)
-                sum += w.weights[r * w.stride + t] * decoded<Format>(view, t, c);
+            for (std::size_t t = 0; t < slots; ++t)
+                sum += w.scores[r * score_stride + t] * decoded<Format>(view, t, c);
             sums[r * stride + c] = sum;
-        }
-}
-
-template <storage_format Format>
-void value_sums_fast(const section_view& view, const weight_rows& w, float* sums,
-                     std::size_t stride) noexcept {
-    const std::int64_t max_code = (1 << traits_of(kv_format_of<Format>).code_bits) - 1;
-    for (std::size_t r = 0; r < w.rows; ++r) {
-        float scaled[max_block_tokens];
-        float top = 0.0f, affine_sum = 0.0f;
-        for (std::size_t t = 0; t < view.tokens; ++t) {
-            const affine_pair p = decode_metadata(
-                kv_format_of<Format>, load_metadata(*view.layout, view.page, view.first_token + t));
-            const float weight = w.weights[r * w.stride + t];
-            scaled[t] = weight * p.slope;
-            affine_sum += weight * (p.base + p.slope * (0.5f * static_cast<float>(max_code)));
-            top = std::max(top, scaled[t]);
-        }
-        const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
-        for (std::size_t c = 0; c < view.layout->channels; ++c) {
-            std::int64_t twice = 0;
-            for (std::size_t t = 0; t < view.tokens; ++t)
-                twice += rounded_code(scaled[t] * inverse) *
-                         (2 * static_cast<std::int64_t>(
-                                  load_code(*view.layout, view.page, view.first_token + t, c)) -
-                          max_code);
-            sums[r * stride + c] = sums[r * stride + c] * w.rescale[r] + affine_sum +
-                                   static_cast<float>(twice) * (0.5f * (top / 127.0f));
         }
     }
 }
 
+template <storage_format Format>
+void value_sums_fast(const block_view& view, const softmax_rows& w, float* sums,
+                     std::size_t stride) noexcept {
+    const std::size_t slots = view.count * tile_tokens;
+    for (std::size_t r = 0; r < w.rows; ++r) {
+        exponentiate(w, slots, r);
+        float scaled[max_block_slots];
+        float top = 0.0f, affine_sum = 0.0f;
+        for (std::size_t t = 0; t < slots; ++t) {
+            const affine_pair p = affine_of<Format>(view, t);
+            const float weight = w.scores[r * score_stride + t];
+            scaled[t] = weight * p.slope;
+            affine_sum += weight * centre_of<Format>(p);
+            top = std::max(top, scaled[t]);
+        }
+        constexpr auto top_code =
+            static_cast<float>(top_weight_code(traits_of(kv_format_of<Format>).code_bits));
+        const float inverse = top > 0.0f ? top_code / top : 0.0f;
+        for (std::size_t c = 0; c < view.layout->channels; ++c) {
+            std::int64_t twice = 0;
+            for (std::size_t t = 0; t < slots; ++t)
+                twice += rounded_weight(scaled[t] * inverse) * centred_twice<Format>(view, t, c);
+            sums[r * stride + c] = sums[r * stride + c] * w.rescale[r] + affine_sum +
+                                   static_cast<float>(twice) * (0.5f * (top / top_code));
+        }
+    }
+}
+
+// Whether query token `token` of a job sees cached token t, from the definition of the job.
+inline bool sees(const attention_job& job, std::size_t token, std::size_t t) noexcept {
+    if (t < job.first_visible || t >= job.last_token || t >= job.visible_base + token * job.visible_step)
+        return false;
+    if (job.window != 0 && static_cast<std::ptrdiff_t>(t + job.window) <=
+                               job.first_position + static_cast<std::ptrdiff_t>(token))
+        return false;
+    return job.mask == nullptr || t < job.mask_first ||
+           job.mask[token * job.mask_stride + t - job.mask_first] != 0;
+}
+
 inline void attend_rows(const attention_job& job) noexcept {
-    constexpr float lowest = std::numeric_limits<float>::lowest();
     const section_layout& keys = job.layout->keys();
     const section_layout& values = job.layout->values();
     const auto mode = static_cast<std::size_t>(job.mode);
-    float query[max_head_dim], sums[max_head_dim], scores[max_block_tokens];
+    float query[max_head_dim], sums[max_head_dim], scores[score_stride];
     std::int8_t codes[max_head_dim];
     for (std::size_t r = 0; r < job.rows; ++r) {
         const std::size_t token = (job.first_row + r) / job.group, head = (job.first_row + r) % job.group;
@@ -212,47 +279,58 @@ inline void attend_rows(const attention_job& job) noexcept {
             top = std::max(top, std::fabs(query[c]));
         }
         const float step = top / 127.0f, inverse = top > 0.0f ? 127.0f / top : 0.0f;
-        std::int32_t code_sum = 0;
-        for (std::size_t c = 0; c < keys.channels; ++c) {
+        for (std::size_t c = 0; c < keys.channels; ++c)
             codes[c] = rounded_code(query[c] * inverse);
-            code_sum += codes[c];
-        }
         std::fill_n(sums, values.channels, 0.0f);
-        const query_rows q{1, keys.channels, query, &query_sum, {nullptr, codes}, &step, &code_sum};
+        const query_rows q{1, keys.channels, query, &query_sum, {codes, codes}, &step, nullptr};
 
-        const std::size_t limit = std::min(job.visible_base + token * job.visible_step, job.last_token);
-        float maximum = lowest, denominator = 0.0f;
-        for (std::size_t first = job.first_token; first < limit;) {
-            const std::size_t in_page = first % keys.tokens;
-            const std::size_t n = std::min({keys.tokens - in_page, max_block_tokens, limit - first});
-            const std::byte* page =
-                job.pages + static_cast<std::size_t>(job.block_table[first / keys.tokens]) * job.block_stride;
-            job.key_kernels->key_scores[mode]({&keys, page, in_page, n}, q, scores, max_block_tokens);
-            for (std::size_t t = 0; t < n; ++t)
-                if (job.mask != nullptr && first + t >= job.mask_first &&
-                    job.mask[token * job.mask_stride + first + t - job.mask_first] == 0)
-                    scores[t] = lowest;
-            const float m = std::max(maximum, *std::max_element(scores, scores + n));
-            const float rescale = maximum == lowest ? 0.0f : std::exp(maximum - m);
-            denominator *= rescale;
-            for (std::size_t t = 0; t < n; ++t) {
-                scores[t] = m == lowest ? 0.0f : std::exp(scores[t] - m);
-                denominator += scores[t];
+        softmax_state state;
+        const std::size_t last = std::min(job.visible_base + token * job.visible_step, job.last_token);
+        for (std::size_t first = job.first_token; first < last;) {
+            const std::size_t end = block_end(keys.tokens, granule_of(values), first, last);
+            tile_ref tiles[max_block_tiles];
+            std::size_t count = 0;
+            for (std::size_t t = first; t < end; t += tile_tokens)
+                tiles[count++] = {job.pages + static_cast<std::size_t>(job.block_table[t / keys.tokens]) *
+                                                  job.block_stride,
+                                  t % keys.tokens};
+            job.key_kernels->key_scores[mode]({&keys, tiles, count, nullptr, nullptr, 0, 0}, q, scores,
+                                              nullptr);
+            float maximum = lowest_score;
+            for (std::size_t i = 0; i < count * tile_tokens; ++i) {
+                const std::size_t t = first + i;
+                float& s = scores[i];
+                if (!sees(job, token, t)) {
+                    s = lowest_score;
+                    continue;
+                }
+                if (job.soft_cap > 0.0f)
+                    s = job.soft_cap * std::tanh(s / job.soft_cap);
+                if (job.alibi_slopes != nullptr)
+                    s += job.alibi_slopes[head] *
+                         static_cast<float>(static_cast<std::ptrdiff_t>(t) - job.first_position -
+                                            static_cast<std::ptrdiff_t>(token));
+                maximum = std::max(maximum, s);
             }
-            maximum = m;
-            job.value_kernels->value_sums[mode]({&values, page, in_page, n},
-                                                {1, max_block_tokens, scores, &rescale}, sums, max_head_dim);
-            first += n;
+            const float m =
+                std::max(maximum == lowest_score ? lowest_score : maximum * log2_e, state.maximum);
+            const float rescale = softmax_rescale(state.maximum, m);
+            state.maximum = m;
+            job.value_kernels->value_sums[mode]({&values, tiles, count, nullptr, nullptr, 0, 0},
+                                                {1, scores, &m, &rescale, &state.denominator}, sums,
+                                                max_head_dim);
+            first = end;
         }
         if (job.partials != nullptr) {
             float* partial = job.partials + r * job.partial_stride;
-            partial[0] = maximum;
-            partial[1] = denominator;
+            partial[0] = state.maximum;
+            partial[1] = state.denominator;
             std::copy_n(sums, values.channels, partial + 2);
             continue;
         }
+        const float factor = job.sinks != nullptr ? add_sink(state, job.sinks[head]) : 1.0f;
         for (std::size_t c = 0; c < values.channels; ++c)
-            sums[c] = denominator > 0.0f ? sums[c] / denominator : 0.0f;
+            sums[c] = state.denominator > 0.0f ? sums[c] * factor / state.denominator : 0.0f;
         const std::ptrdiff_t output_size = job.output_type == scalar_type::fp32 ? 4 : 2;
         store_floats(job.output_type, sums, values.channels,
                      static_cast<std::byte*>(job.outputs) +
@@ -260,15 +338,14 @@ inline void attend_rows(const attention_job& job) noexcept {
                           static_cast<std::ptrdiff_t>(head) * job.output_head_stride) *
                              output_size);
         if (job.log_sum_exp != nullptr)
-            job.log_sum_exp[r] = denominator > 0.0f ? maximum + std::log(denominator)
-                                                    : -std::numeric_limits<float>::infinity();
+            job.log_sum_exp[r] = log_sum_exp_of(state);
     }
 }
 
 inline const target_kernels& kernels() noexcept {
     static constexpr target_kernels table{load_floats,    store_floats, encode_affine, encode<scaled_binary>,
                                           encode<binary>, pack,         unpack,        insert_codes,
-                                          attend_rows};
+                                          append_affine2, attend_rows};
     return table;
 }
 

@@ -8,14 +8,15 @@
 //
 //   score = slope * step * (sum i c - z sum i) + (base + z * slope) * sum q
 //
-// The first bracket is exact in 32 bits: at most 4096 channels * 127 * 255 = 1.3e8, doubled.
+// sum i c is exact in 32 bits: at most 4096 channels * 127 * 255 = 1.3e8. It becomes a float (exact up to 2^24: 518
+// channels of 8 bits, any number of 2 bits), and step * (...) one fma with step * z * sum i, rounded before.
 // Cost of the fast path per line (16 tokens x 32/b channels) and query row: 8/b dot4, the shifts and masks
-// being shared by up to 4 rows.
+// being shared by up to 4 rows; per tile and row 1 conversion, 3 multiplications, 1 maximum and a store.
 
 // Quotients by the step to 8-bit codes. A NaN in a query spoils its row, but must not make sums overflow:
 // clamping takes it to -127 on x86 (the second operand of maxps), and conversion to 0 on ARM.
 KV1_INLINE i32 rounded_codes(f32 quotients) {
-    return xs::to_int(xs::nearbyint(xs::min(xs::max(quotients, f32(-127.0f)), f32(127.0f))));
+    return xs::to_int(nearest(xs::min(xs::max(quotients, f32(-127.0f)), f32(127.0f))));
 }
 
 // slope and base of the tokens of one register.
@@ -37,44 +38,65 @@ KV1_INLINE void load_affine(const section_layout& s, const std::byte* page, std:
     }
 }
 
-// Scores of R rows for `tokens` tokens, N registers at a time: tiles one after the other where a register is a
-// tile, else the pieces of one tile.
+// Registers of tokens taken at once: 16 accumulators for four rows where there are 32 registers, 8 where 16.
+template <std::size_t R>
+inline constexpr std::size_t registers_at_once = many_registers ? 4 : R >= 3 ? 2 : 4;
+
+// Scores of R rows for N registers, from register `at` of the block on (`pieces` registers a tile).
 template <class Format, std::size_t R, std::size_t N>
-KV1_INLINE void fast_score_step(const section_view& view, const query_rows& q, std::size_t row, std::size_t token,
-                                float* scores, std::size_t score_stride) {
+KV1_INLINE void fast_score_step(const block_view& view, const query_rows& q, std::size_t row, std::size_t at,
+                                float* scores, f32 (&top)[R]) {
     constexpr format_traits t = traits_of(kv_format_of<Format>);
     constexpr auto max_code = static_cast<float>((1 << t.code_bits) - 1);
     const section_layout& s = *view.layout;
-    const std::size_t unit = s.unit_lines() * line_lanes;
-    const std::size_t at = view.first_token + token;
-    const std::uint32_t* first = reinterpret_cast<const std::uint32_t*>(view.page + s.offset) +
-                                 at / line_lanes * unit + at % line_lanes;
-    const std::int8_t* const rows[2] = {q.codes[0] + row * q.stride, q.codes[1] + row * q.stride};
+    key_walk<N> walk;
+    KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
+        const std::size_t tile = (at + n) / pieces;
+        const tile_ref& ref = view.tiles[tile];
+        walk.first[n] = reinterpret_cast<const std::uint32_t*>(ref.page + s.offset) +
+                        ref.token / tile_tokens * s.unit_lines() * line_lanes + (at + n) % pieces * lanes;
+        walk.next[n] = tile < view.next_count ? share_of(view, tile)
+                                              : reinterpret_cast<const std::byte*>(walk.first[n]);
+    }
     i32 total[R][N];
-    unit_dots<Format, R, N>(s, first, lanes == line_lanes ? unit : lanes, {0, 0}, {s.part_lines(0), s.part_lines(1)},
-                            prefetch_distance, rows, q.stride, total);
-    for (std::size_t n = 0; n < N; ++n) {
+    KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
+        KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
+            total[r][n] = i32(0);
+    add_dots<t.parts[0].bits, t.parts[0].shift, false>(walk, s.part_lines(0), q.codes[0] + row * q.stride, total);
+    if constexpr (t.part_count() == 2) {
+        KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
+            walk.first[n] += s.part_lines(0) * line_lanes;
+        add_dots<t.parts[1].bits, t.parts[1].shift, false>(walk, s.part_lines(1), q.codes[1] + row * q.stride, total);
+    }
+    KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
         f32 slope, base;
-        load_affine<Format>(s, view.page, at + n * lanes, slope, base);
+        const tile_ref& ref = view.tiles[(at + n) / pieces];
+        load_affine<Format>(s, ref.page, ref.token + (at + n) % pieces * lanes, slope, base);
         const f32 centre = xs::fma(slope, f32(0.5f * max_code), base);
-        for (std::size_t r = 0; r < R; ++r) {
-            const i32 centred = (total[r][n] << 1) - i32(static_cast<std::int32_t>(max_code) * q.code_sums[row + r]);
-            const f32 dot = xs::to_float(centred) * f32(0.5f * q.code_scales[row + r]);
-            xs::fma(slope, dot, centre * f32(q.sums[row + r]))
-                .store_unaligned(scores + (row + r) * score_stride + token + n * lanes);
+        KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
+            const f32 dot =
+                xs::fma(xs::to_float(total[r][n]), f32(q.code_scales[row + r]), f32(q.code_offsets[row + r]));
+            const f32 score = xs::fma(slope, dot, centre * f32(q.sums[row + r]));
+            score.store_aligned(scores + (row + r) * score_stride + (at + n) * lanes);
+            top[r] = xs::max(top[r], score);
         }
     }
 }
 
 template <class Format, std::size_t R>
-inline void fast_scores(const section_view& view, const query_rows& q, std::size_t row, float* scores,
-                        std::size_t score_stride) {
+inline void fast_scores(const block_view& view, const query_rows& q, std::size_t row, float* scores, float* tops) {
     constexpr std::size_t at_once = registers_at_once<R>;
-    std::size_t token = 0;
-    for (; token + at_once * lanes <= view.tokens; token += at_once * lanes)
-        fast_score_step<Format, R, at_once>(view, q, row, token, scores, score_stride);
-    for (; token < view.tokens; token += lanes)
-        fast_score_step<Format, R, 1>(view, q, row, token, scores, score_stride);
+    f32 top[R];
+    KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
+        top[r] = f32(lowest_score);
+    const std::size_t end = view.count * pieces;
+    std::size_t at = 0;
+    for (; at + at_once <= end; at += at_once)
+        fast_score_step<Format, R, at_once>(view, q, row, at, scores, top);
+    for (; at < end; ++at)
+        fast_score_step<Format, R, 1>(view, q, row, at, scores, top);
+    KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
+        tops[row + r] = xs::reduce_max(top[r]);
 }
 
 // Decoded values of consecutive fields of a lane: channels of a K lane, tokens of a V lane.
@@ -124,60 +146,120 @@ struct field_reader {
     }
 };
 
-template <class Format, std::size_t R>
-inline void exact_scores(const section_view& view, const query_rows& q, std::size_t row, float* scores,
-                         std::size_t score_stride) {
+// Registers at once on the exact path: two for plain formats, whose only path it is; one for codes, where it serves
+// as the reference.
+template <class Format>
+inline constexpr std::size_t exact_registers = traits_of(kv_format_of<Format>).code_bits == 0 ? 2 : 1;
+
+template <class Format, std::size_t R, std::size_t N>
+KV1_INLINE void exact_score_step(const block_view& view, const query_rows& q, std::size_t row, std::size_t at,
+                                 float* scores, f32 (&top)[R]) {
     using reader = field_reader<Format>;
     const section_layout& s = *view.layout;
-    const std::size_t unit = s.unit_lines() * line_lanes;
     const std::size_t runs = round_up(s.channels, reader::fields) / reader::fields;
-    const auto* tile =
-        reinterpret_cast<const std::uint32_t*>(view.page + s.offset) + view.first_token / tile_tokens * unit;
-    for (std::size_t token = 0; token < view.tokens; token += tile_tokens, tile += unit) {
-        for (std::size_t k = 0; k < pieces; ++k) {
-            f32 slope, base;
-            load_affine<Format>(s, view.page, view.first_token + token + k * lanes, slope, base);
-            f32 sum[R];
-            for (std::size_t r = 0; r < R; ++r)
-                sum[r] = f32(0.0f);
-            const float* query = q.values + row * q.stride;
-            for (std::size_t n = 0; n < runs; ++n, query += reader::fields) {
-                reader lane;
-                lane.load(tile + k * lanes, s.part_lines(0), n);
-                for (std::size_t i = 0; i < reader::fields; ++i) {
-                    const f32 key = lane.template value<true>(i, slope, base);
-                    for (std::size_t r = 0; r < R; ++r)
-                        sum[r] = xs::fma(key, f32(query[r * q.stride + i]), sum[r]);
-                }
-            }
-            for (std::size_t r = 0; r < R; ++r)
-                sum[r].store_unaligned(scores + (row + r) * score_stride + token + k * lanes);
+    const std::uint32_t* first[N];
+    const std::byte* next[N];
+    f32 slope[N], base[N], sum[R][N];
+    KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
+        const std::size_t tile = (at + n) / pieces;
+        const tile_ref& ref = view.tiles[tile];
+        first[n] = reinterpret_cast<const std::uint32_t*>(ref.page + s.offset) +
+                   ref.token / tile_tokens * s.unit_lines() * line_lanes + (at + n) % pieces * lanes;
+        next[n] = tile < view.next_count ? share_of(view, tile)
+                                         : reinterpret_cast<const std::byte*>(first[n]);
+        load_affine<Format>(s, ref.page, ref.token + (at + n) % pieces * lanes, slope[n], base[n]);
+        KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
+            sum[r][n] = f32(0.0f);
+    }
+    const float* query = q.values + row * q.stride;
+    for (std::size_t run = 0; run < runs; ++run, query += reader::fields) {
+        reader lane[N];
+        KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
+            lane[n].load(first[n], s.part_lines(0), run);
+            if (n % pieces == 0)
+                prefetch(next[n] + run * reader::lines0 * line_bytes);
         }
+        KV1_UNROLL for (std::size_t i = 0; i < reader::fields; ++i) {
+            f32 key[N];
+            KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
+                key[n] = lane[n].template value<true>(i, slope[n], base[n]);
+            KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
+                const f32 factor(query[r * q.stride + i]);
+                KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
+                    sum[r][n] = xs::fma(key[n], factor, sum[r][n]);
+            }
+        }
+    }
+    KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
+        KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
+            sum[r][n].store_aligned(scores + (row + r) * score_stride + (at + n) * lanes);
+            top[r] = xs::max(top[r], sum[r][n]);
+        }
+}
+
+template <class Format, std::size_t R>
+inline void exact_scores(const block_view& view, const query_rows& q, std::size_t row, float* scores, float* tops) {
+    f32 top[R];
+    KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
+        top[r] = f32(lowest_score);
+    constexpr std::size_t at_once = exact_registers<Format>;
+    static_assert(pieces % at_once == 0 || at_once == 2);
+    const std::size_t end = view.count * pieces;
+    std::size_t at = 0;
+    for (; at + at_once <= end; at += at_once)
+        exact_score_step<Format, R, at_once>(view, q, row, at, scores, top);
+    if constexpr (pieces % at_once != 0)
+        for (; at < end; ++at)
+            exact_score_step<Format, R, 1>(view, q, row, at, scores, top);
+    KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
+        tops[row + r] = xs::reduce_max(top[r]);
+}
+
+// function(R, first row) for groups of rows of which four are one and the rest alone: the exact path of codes.
+template <class F>
+KV1_INLINE void for_few_row_tiles(std::size_t rows, const F& function) {
+    std::size_t row = 0;
+    for (; row + 4 <= rows; row += 4)
+        function(std::integral_constant<std::size_t, 4>{}, row);
+    for (; row < rows; ++row)
+        function(std::integral_constant<std::size_t, 1>{}, row);
+}
+
+// function(R, first row) for each row tile.
+template <class F>
+KV1_INLINE void for_row_tiles(std::size_t rows, const F& function) {
+    std::size_t row = 0;
+    for (std::size_t tile = 0; tile < row_tiles(rows); ++tile) {
+        const std::size_t size = row_tile_size(rows, tile);
+        switch (size) {
+        case 1:
+            function(std::integral_constant<std::size_t, 1>{}, row);
+            break;
+        case 2:
+            function(std::integral_constant<std::size_t, 2>{}, row);
+            break;
+        case 3:
+            function(std::integral_constant<std::size_t, 3>{}, row);
+            break;
+        default:
+            function(std::integral_constant<std::size_t, 4>{}, row);
+            break;
+        }
+        row += size;
     }
 }
 
-// Rows in register tiles: unpacked codes are shared by the rows of a tile.
 template <class Format>
-inline void key_scores_fast(const section_view& view, const query_rows& q, float* scores,
-                            std::size_t stride) noexcept {
-    std::size_t row = 0;
-    for (; row + 4 <= q.rows; row += 4)
-        fast_scores<Format, 4>(view, q, row, scores, stride);
-    for (; row + 2 <= q.rows; row += 2)
-        fast_scores<Format, 2>(view, q, row, scores, stride);
-    for (; row < q.rows; ++row)
-        fast_scores<Format, 1>(view, q, row, scores, stride);
+inline void key_scores_fast(const block_view& view, const query_rows& q, float* scores, float* tops) noexcept {
+    for_row_tiles(q.rows,
+                  [&](auto size, std::size_t row) { fast_scores<Format, size()>(view, q, row, scores, tops); });
 }
 
 template <class Format>
-inline void key_scores_exact(const section_view& view, const query_rows& q, float* scores,
-                             std::size_t stride) noexcept {
-    std::size_t row = 0;
-    if constexpr (lanes == 16)
-        for (; row + 8 <= q.rows; row += 8)
-            exact_scores<Format, 8>(view, q, row, scores, stride);
-    for (; row + 4 <= q.rows; row += 4)
-        exact_scores<Format, 4>(view, q, row, scores, stride);
-    for (; row < q.rows; ++row)
-        exact_scores<Format, 1>(view, q, row, scores, stride);
+inline void key_scores_exact(const block_view& view, const query_rows& q, float* scores, float* tops) noexcept {
+    const auto some = [&](auto size, std::size_t row) { exact_scores<Format, size()>(view, q, row, scores, tops); };
+    if constexpr (exact_registers<Format> == 1)
+        for_few_row_tiles(q.rows, some);
+    else
+        for_row_tiles(q.rows, some);
 }

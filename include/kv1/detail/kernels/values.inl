@@ -1,168 +1,318 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Weighted sums of the values of a block of tokens. Parsed once per target; follows scores.inl.
+// Softmax weights of a block's scores, and the sums of its values by them. Parsed once per target; follows
+// scores.inl.
 //
 // A register holds 16 / pieces channels, one a lane; a lane's fields are tokens. With decoded value
-// v = slope * c + base, softmax weight p, u = p * slope rounded to u ~ step * i (i 8-bit, one step per row
-// and block), codes centred at z = max_code / 2:
+// v = slope * c + base, softmax weight p, u = p * slope rounded to u ~ step * i (one step per row and
+// block; i an unsigned byte, up to 127 where codes themselves take 8 bits), codes centred at z = max_code / 2:
 //
 //   sum p v = step * (sum i c - z sum i) + sum p (base + z * slope)
 //
 // The last term does not depend on the channel.
-// Cost of the fast path per line (16 channels x 32/b tokens) and row: 8/b dot4.
+// Cost of the fast path per line (16 channels x 32/b tokens) and row: 8/b dot4; per tile and row the exponential
+// (7 multiplications, 4 others) and 12 operations around it.
 
-// A block's weights of one row, rounded for the integer path.
+// 2^t for t <= 0, within 3 units of 2^-24: t = n + f, |f| <= 1/2, and a polynomial for 2^f that errs by 1.54
+// units at most (minimax of degree 5 with constant term 1; its rounding adds 1.2). Zero far below 2^-126.
+KV1_INLINE f32 exp2_nonpositive(f32 t) {
+    const f32 clamped = xs::max(t, f32(exp2_zero_from));
+    const f32 n = nearest(clamped);
+    const f32 f = clamped - n;
+    f32 p = xs::fma(f32(0x1.5bba14p-10f), f, f32(0x1.3cea88p-7f));
+    p = xs::fma(p, f, f32(0x1.c6b752p-5f));
+    p = xs::fma(p, f, f32(0x1.ebf9bcp-3f));
+    p = xs::fma(p, f, f32(0x1.62e42ap-1f));
+    return times_power_of_2(xs::fma(p, f, f32(1.0f)), n);
+}
+
+// What is subtracted from a row's scores in units of log2. Where nothing was seen yet scores are all lowest_score,
+// and their weights zero.
+KV1_INLINE f32 softmax_shift(float maximum) {
+    return f32(maximum == lowest_score ? 0.0f : -maximum);
+}
+
+// A block's weights of R rows, rounded for the integer path: codes by part, in a row tile's order.
+template <std::size_t R>
 struct rounded_weights {
-    alignas(64) std::int8_t codes[max_block_tokens];
-    float step;
-    std::int32_t code_sum;
-    float affine_sum;
+    alignas(64) std::int8_t codes[2][R * max_block_slots];
+    float step[R];
+    std::int32_t code_sum[R];
+    float affine_sum[R];
 };
 
-template <class Format>
-KV1_INLINE void round_weights(const section_view& view, const float* weights, std::size_t padded,
-                              rounded_weights& out) {
+// Sixteen codes of row r and tile k to their place among the runs of 32 / Bits slots.
+template <int Bits, std::size_t R>
+KV1_INLINE void store_weight_codes(const std::uint8_t* codes, std::size_t k, std::size_t r, std::int8_t* out) {
+    constexpr std::size_t run = 32 / Bits;
+    if constexpr (run <= tile_tokens) {
+        constexpr std::size_t lines = tile_tokens / run;
+        KV1_UNROLL for (std::size_t l = 0; l < lines; ++l)
+            std::memcpy(out + ((k * lines + l) * R + r) * run, codes + l * run, run);
+    } else {
+        std::memcpy(out + (k / 2 * R + r) * run + k % 2 * tile_tokens, codes, tile_tokens);
+    }
+}
+
+template <class Format, std::size_t R>
+KV1_INLINE void round_weights(const block_view& view, const softmax_rows& w, std::size_t row,
+                              rounded_weights<R>& out) {
     constexpr format_traits t = traits_of(kv_format_of<Format>);
     constexpr auto max_code = static_cast<float>((1 << t.code_bits) - 1);
-    alignas(64) float scaled[max_block_tokens];
-    f32 largest(0.0f), affine(0.0f);
-    for (std::size_t i = 0; i < view.tokens; i += lanes) {
-        f32 slope, base;
-        load_affine<Format>(*view.layout, view.page, view.first_token + i, slope, base);
-        const f32 p = f32::load_unaligned(weights + i);
-        const f32 u = p * slope;
-        affine = xs::fma(p, xs::fma(slope, f32(0.5f * max_code), base), affine);
-        largest = xs::max(largest, u);
-        u.store_aligned(scaled + i);
+    constexpr auto top_weight = static_cast<float>(top_weight_code(t.code_bits));
+    const f32 log2e(log2_e);
+    f32 shift[R], sum[R], affine[R], largest[R];
+    KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
+        shift[r] = softmax_shift(w.maxima[row + r]);
+        sum[r] = affine[r] = largest[r] = f32(0.0f);
     }
-    const float top = xs::reduce_max(largest);
-    out.step = top / 127.0f;
-    out.affine_sum = xs::reduce_add(affine);
-    const f32 inverse(top > 0.0f ? 127.0f / top : 0.0f);
-    i32 sum(0);
-    for (std::size_t i = 0; i < view.tokens; i += lanes) {
-        const i32 code = rounded_codes(f32::load_aligned(scaled + i) * inverse);
-        sum = sum + code;
-        store_u8(xs::bitwise_cast<std::uint32_t>(code), reinterpret_cast<std::uint8_t*>(out.codes) + i);
+    float* scores = w.scores + row * score_stride;
+    for (std::size_t k = 0; k < view.count; ++k) {
+        const tile_ref& ref = view.tiles[k];
+        KV1_UNROLL for (std::size_t i = 0; i < pieces; ++i) {
+            f32 slope, base;
+            load_affine<Format>(*view.layout, ref.page, ref.token + i * lanes, slope, base);
+            const f32 centre = xs::fma(slope, f32(0.5f * max_code), base);
+            KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
+                float* at = scores + r * score_stride + k * tile_tokens + i * lanes;
+                const f32 p = exp2_nonpositive(xs::fma(f32::load_aligned(at), log2e, shift[r]));
+                const f32 u = p * slope;
+                sum[r] = sum[r] + p;
+                affine[r] = xs::fma(p, centre, affine[r]);
+                largest[r] = xs::max(largest[r], u);
+                u.store_aligned(at);
+            }
+        }
     }
-    for (std::size_t i = view.tokens; i < padded; ++i)
-        out.codes[i] = 0;
-    out.code_sum = xs::reduce_add(sum);
+    f32 inverse[R];
+    i32 code_sum[R];
+    KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
+        const float top = xs::reduce_max(largest[r]);
+        w.denominators[row + r] = w.denominators[row + r] * w.rescale[row + r] + xs::reduce_add(sum[r]);
+        out.affine_sum[r] = xs::reduce_add(affine[r]);
+        out.step[r] = top / top_weight;
+        inverse[r] = f32(top > 0.0f ? top_weight / top : 0.0f);
+        code_sum[r] = i32(0);
+    }
+    for (std::size_t k = 0; k < view.count; ++k)
+        KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
+            alignas(16) std::uint8_t codes[tile_tokens];
+            const float* at = scores + r * score_stride + k * tile_tokens;
+            KV1_UNROLL for (std::size_t i = 0; i < pieces; ++i) {
+                const i32 code = round_to_int(f32::load_aligned(at + i * lanes) * inverse[r]);
+                code_sum[r] = code_sum[r] + code;
+                store_u8(xs::bitwise_cast<std::uint32_t>(code), codes + i * lanes);
+            }
+            store_weight_codes<t.parts[0].bits, R>(codes, k, r, out.codes[0]);
+            if constexpr (t.part_count() == 2)
+                store_weight_codes<t.parts[1].bits, R>(codes, k, r, out.codes[1]);
+        }
+    KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
+        out.code_sum[r] = xs::reduce_add(code_sum[r]);
+}
+
+// The lines of a block in channel group 0, by part, and the lines of K to fetch while they are walked.
+struct value_lines {
+    const std::byte* at[2][max_block_slots / 4];
+    const std::byte* next[max_block_slots / 4];
+    std::size_t count[2];
+};
+
+template <int Bits>
+KV1_INLINE std::size_t list_lines(const block_view& view, std::size_t first_line, const std::byte** at) {
+    constexpr std::size_t run = 32 / Bits;
+    const std::size_t count = view.count * tile_tokens / run;
+    for (std::size_t l = 0; l < count; ++l) {
+        const tile_ref& ref = view.tiles[l * run / tile_tokens];
+        const std::size_t token = ref.token + l * run % tile_tokens;
+        at[l] = ref.page + view.layout->offset + (first_line + token / run) * line_bytes;
+    }
+    return count;
+}
+
+template <class Format>
+KV1_INLINE void list_lines(const block_view& view, value_lines& lines) {
+    constexpr format_traits t = traits_of(kv_format_of<Format>);
+    lines.count[0] = list_lines<t.parts[0].bits>(view, 0, lines.at[0]);
+    lines.count[1] = 0;
+    if constexpr (t.part_count() == 2)
+        lines.count[1] = list_lines<t.parts[1].bits>(view, view.layout->part_lines(0), lines.at[1]);
+    constexpr std::size_t run = 32 / t.parts[0].bits;
+    const std::size_t groups = view.layout->units();
+    for (std::size_t l = 0; l < lines.count[0]; ++l) {
+        const std::size_t tile = l * run / tile_tokens;
+        lines.next[l] = tile < view.next_count ? share_of(view, tile) +
+                                                     l * run % tile_tokens / run * groups * line_bytes
+                                               : lines.at[0][l];
+    }
 }
 
 // Sums of R rows for N registers of channels from `channel` on.
 template <class Format, std::size_t R, std::size_t N>
-KV1_INLINE void fast_sum_step(const section_view& view, const rounded_weights* rounded, std::size_t padded,
+KV1_INLINE void fast_sum_step(const section_layout& s, const value_lines& lines, const rounded_weights<R>& rounded,
                               const float* rescale, std::size_t channel, float* sums, std::size_t sum_stride) {
     constexpr format_traits t = traits_of(kv_format_of<Format>);
     constexpr std::int32_t max_code = (1 << t.code_bits) - 1;
-    constexpr std::size_t per_lane0 = static_cast<std::size_t>(32 / t.parts[0].bits);
-    constexpr std::size_t per_lane1 = t.part_count() == 2 ? static_cast<std::size_t>(32 / t.parts[1].bits) : 1;
-    const section_layout& s = *view.layout;
-    const std::size_t unit = s.unit_lines() * line_lanes;
-    const std::uint32_t* first = reinterpret_cast<const std::uint32_t*>(view.page + s.offset) +
-                                 channel / line_lanes * unit + channel % line_lanes;
+    constexpr int top_weight = top_weight_code(t.code_bits);
+    const std::size_t unit = s.unit_lines() * line_bytes;
+    value_walk<N> walk{lines.at[0], lines.next, {}, {}};
+    KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
+        const std::size_t at = channel + n * lanes;
+        walk.offset[n] = at / line_lanes * unit + at % line_lanes * 4;
+        walk.next_offset[n] = at / line_lanes * line_bytes;
+    }
     i32 total[R][N];
-    unit_dots<Format, R, N>(s, first, lanes == line_lanes ? unit : lanes,
-                            {view.first_token / per_lane0, view.first_token / per_lane1},
-                            {padded / per_lane0, padded / per_lane1}, prefetch_distance,
-                            {rounded[0].codes, rounded[0].codes}, sizeof(rounded_weights), total);
-    for (std::size_t r = 0; r < R; ++r)
-        for (std::size_t n = 0; n < N; ++n) {
+    KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
+        KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
+            total[r][n] = i32(0);
+    add_dots<t.parts[0].bits, t.parts[0].shift, top_weight == 255>(walk, lines.count[0], rounded.codes[0], total);
+    if constexpr (t.part_count() == 2) {
+        walk.lines = lines.at[1];
+        add_dots<t.parts[1].bits, t.parts[1].shift, top_weight == 255>(walk, lines.count[1], rounded.codes[1], total);
+    }
+    KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
+        KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
             float* out = sums + r * sum_stride + channel + n * lanes;
-            const i32 centred = (total[r][n] << 1) - i32(max_code * rounded[r].code_sum);
-            const f32 earlier = xs::fma(f32::load_aligned(out), f32(rescale[r]), f32(rounded[r].affine_sum));
-            xs::fma(xs::to_float(centred), f32(0.5f * rounded[r].step), earlier).store_aligned(out);
+            const i32 centred = total[r][n] + total[r][n] - i32(max_code * rounded.code_sum[r]);
+            const f32 earlier = xs::fma(f32::load_aligned(out), f32(rescale[r]), f32(rounded.affine_sum[r]));
+            xs::fma(xs::to_float(centred), f32(0.5f * rounded.step[r]), earlier).store_aligned(out);
         }
 }
 
 template <class Format, std::size_t R>
-inline void fast_sums(const section_view& view, const weight_rows& w, std::size_t row, float* sums,
-                      std::size_t sum_stride) {
-    constexpr format_traits t = traits_of(kv_format_of<Format>);
+inline void fast_sums(const block_view& view, const value_lines& lines, const softmax_rows& w, std::size_t row,
+                      float* sums, std::size_t sum_stride) {
     constexpr std::size_t at_once = registers_at_once<R>;
-    const std::size_t padded = round_up(view.tokens, t.fields_per_lane());
-    rounded_weights rounded[R];
-    for (std::size_t r = 0; r < R; ++r)
-        round_weights<Format>(view, w.weights + (row + r) * w.stride, padded, rounded[r]);
-    const std::size_t channels = round_up(view.layout->channels, line_lanes);
+    rounded_weights<R> rounded;
+    round_weights<Format, R>(view, w, row, rounded);
+    const section_layout& s = *view.layout;
+    const std::size_t channels = round_up(s.channels, line_lanes);
     float* out = sums + row * sum_stride;
     std::size_t channel = 0;
     for (; channel + at_once * lanes <= channels; channel += at_once * lanes)
-        fast_sum_step<Format, R, at_once>(view, rounded, padded, w.rescale + row, channel, out, sum_stride);
+        fast_sum_step<Format, R, at_once>(s, lines, rounded, w.rescale + row, channel, out, sum_stride);
+    if constexpr (at_once > 2)
+        for (; channel + 2 * lanes <= channels; channel += 2 * lanes)
+            fast_sum_step<Format, R, 2>(s, lines, rounded, w.rescale + row, channel, out, sum_stride);
     for (; channel < channels; channel += lanes)
-        fast_sum_step<Format, R, 1>(view, rounded, padded, w.rescale + row, channel, out, sum_stride);
+        fast_sum_step<Format, R, 1>(s, lines, rounded, w.rescale + row, channel, out, sum_stride);
+}
+
+// Scores to weights in place, for the exact path.
+template <std::size_t R>
+KV1_INLINE void exponentiate(std::size_t slots, const softmax_rows& w, std::size_t row) {
+    const f32 log2e(log2_e);
+    for (std::size_t r = 0; r < R; ++r) {
+        float* at = w.scores + (row + r) * score_stride;
+        const f32 shift = softmax_shift(w.maxima[row + r]);
+        f32 sum(0.0f);
+        for (std::size_t i = 0; i < slots; i += lanes) {
+            const f32 p = exp2_nonpositive(xs::fma(f32::load_aligned(at + i), log2e, shift));
+            p.store_aligned(at + i);
+            sum = sum + p;
+        }
+        w.denominators[row + r] = w.denominators[row + r] * w.rescale[row + r] + xs::reduce_add(sum);
+    }
+}
+
+// slope and base of a block's tokens, by slot.
+struct affine_slots {
+    alignas(64) float slopes[max_block_slots];
+    alignas(64) float bases[max_block_slots];
+};
+
+template <class Format, std::size_t R, std::size_t N>
+KV1_INLINE void exact_sum_step(const block_view& view, const affine_slots& affine, const softmax_rows& w,
+                               std::size_t row, std::size_t channel, float* sums, std::size_t sum_stride) {
+    using reader = field_reader<Format>;
+    constexpr bool coded = reader::t.metadata != metadata_kind::none;
+    const section_layout& s = *view.layout;
+    const std::size_t unit = s.unit_lines() * line_bytes;
+    const std::size_t groups = s.units();
+    std::size_t offset[N];
+    f32 sum[R][N];
+    KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
+        const std::size_t at = channel + n * lanes;
+        offset[n] = s.offset + at / line_lanes * unit + at % line_lanes * 4;
+        KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
+            sum[r][n] = f32::load_aligned(sums + (row + r) * sum_stride + at) * f32(w.rescale[row + r]);
+    }
+    const float* weights = w.scores + row * score_stride;
+    for (std::size_t slot = 0; slot < view.count * tile_tokens; slot += reader::fields) {
+        const std::size_t tile = slot / tile_tokens;
+        const tile_ref& ref = view.tiles[tile];
+        const std::byte* next = ref.page;
+        std::size_t next_offset = 0;
+        if (tile < view.next_count) {
+            next = share_of(view, tile);
+            next_offset = slot % tile_tokens / reader::fields * groups * line_bytes;
+        }
+        reader lane[N];
+        KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
+            lane[n].load(reinterpret_cast<const std::uint32_t*>(ref.page + offset[n]), s.part_lines(0),
+                         (ref.token + slot % tile_tokens) / reader::fields);
+            if (n % pieces == 0)
+                prefetch(next + next_offset + (channel + n * lanes) / line_lanes * line_bytes);
+        }
+        KV1_UNROLL for (std::size_t i = 0; i < reader::fields; ++i) {
+            const f32 slope(coded ? affine.slopes[slot + i] : 1.0f);
+            const f32 base(coded ? affine.bases[slot + i] : 0.0f);
+            f32 value[N];
+            KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
+                value[n] = lane[n].template value<false>(i, slope, base);
+            KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
+                const f32 factor(weights[r * score_stride + slot + i]);
+                KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
+                    sum[r][n] = xs::fma(value[n], factor, sum[r][n]);
+            }
+        }
+    }
+    KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
+        KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
+            sum[r][n].store_aligned(sums + (row + r) * sum_stride + channel + n * lanes);
 }
 
 template <class Format, std::size_t R>
-inline void exact_sums(const section_view& view, const weight_rows& w, std::size_t row, float* sums,
-                       std::size_t sum_stride) {
-    using reader = field_reader<Format>;
-    constexpr metadata_kind kind = reader::t.metadata;
-    const section_layout& s = *view.layout;
-    const std::size_t padded = round_up(view.tokens, reader::fields);
-    alignas(64) float slopes[max_block_tokens];
-    alignas(64) float bases[max_block_tokens];
-    if constexpr (kind != metadata_kind::none) {
-        for (std::size_t i = 0; i < view.tokens; i += lanes) {
-            f32 slope, base;
-            load_affine<Format>(s, view.page, view.first_token + i, slope, base);
-            slope.store_aligned(slopes + i);
-            base.store_aligned(bases + i);
-        }
-        for (std::size_t i = view.tokens; i < padded; ++i)
-            slopes[i] = bases[i] = 0.0f;
-    }
-    const std::size_t unit = s.unit_lines() * line_lanes;
-    const std::size_t first_run = view.first_token / reader::fields;
-    const auto* group = reinterpret_cast<const std::uint32_t*>(view.page + s.offset);
-    for (std::size_t channel = 0; channel < s.channels; channel += line_lanes, group += unit) {
-        for (std::size_t k = 0; k < pieces; ++k) {
-            f32 sum[R];
-            for (std::size_t r = 0; r < R; ++r)
-                sum[r] = f32::load_aligned(sums + (row + r) * sum_stride + channel + k * lanes) *
-                         f32(w.rescale[row + r]);
-            for (std::size_t token = 0; token < padded; token += reader::fields) {
-                reader lane;
-                lane.load(group + k * lanes, s.part_lines(0), first_run + token / reader::fields);
-                const float* weights = w.weights + row * w.stride + token;
-                for (std::size_t i = 0; i < reader::fields; ++i) {
-                    f32 value;
-                    if constexpr (kind == metadata_kind::none)
-                        value = lane.template value<false>(i, f32(1.0f), f32(0.0f));
-                    else
-                        value = lane.template value<false>(i, f32(slopes[token + i]), f32(bases[token + i]));
-                    for (std::size_t r = 0; r < R; ++r)
-                        sum[r] = xs::fma(value, f32(weights[r * w.stride + i]), sum[r]);
-                }
-            }
-            for (std::size_t r = 0; r < R; ++r)
-                sum[r].store_aligned(sums + (row + r) * sum_stride + channel + k * lanes);
-        }
-    }
+inline void exact_sums(const block_view& view, const affine_slots& affine, const softmax_rows& w, std::size_t row,
+                       float* sums, std::size_t sum_stride) {
+    exponentiate<R>(view.count * tile_tokens, w, row);
+    const std::size_t channels = round_up(view.layout->channels, line_lanes);
+    std::size_t channel = 0;
+    constexpr std::size_t at_once = exact_registers<Format>;
+    for (; channel + at_once * lanes <= channels; channel += at_once * lanes)
+        exact_sum_step<Format, R, at_once>(view, affine, w, row, channel, sums, sum_stride);
+    if constexpr (pieces % at_once != 0)
+        for (; channel < channels; channel += lanes)
+            exact_sum_step<Format, R, 1>(view, affine, w, row, channel, sums, sum_stride);
 }
 
 template <class Format>
-inline void value_sums_fast(const section_view& view, const weight_rows& w, float* sums,
+inline void value_sums_fast(const block_view& view, const softmax_rows& w, float* sums,
                             std::size_t stride) noexcept {
-    std::size_t row = 0;
-    for (; row + 4 <= w.rows; row += 4)
-        fast_sums<Format, 4>(view, w, row, sums, stride);
-    for (; row + 2 <= w.rows; row += 2)
-        fast_sums<Format, 2>(view, w, row, sums, stride);
-    for (; row < w.rows; ++row)
-        fast_sums<Format, 1>(view, w, row, sums, stride);
+    value_lines lines;
+    list_lines<Format>(view, lines);
+    for_row_tiles(w.rows, [&](auto size, std::size_t row) {
+        fast_sums<Format, size()>(view, lines, w, row, sums, stride);
+    });
 }
 
 template <class Format>
-inline void value_sums_exact(const section_view& view, const weight_rows& w, float* sums,
+inline void value_sums_exact(const block_view& view, const softmax_rows& w, float* sums,
                              std::size_t stride) noexcept {
-    std::size_t row = 0;
-    if constexpr (lanes == 16)
-        for (; row + 8 <= w.rows; row += 8)
-            exact_sums<Format, 8>(view, w, row, sums, stride);
-    for (; row + 4 <= w.rows; row += 4)
-        exact_sums<Format, 4>(view, w, row, sums, stride);
-    for (; row < w.rows; ++row)
-        exact_sums<Format, 1>(view, w, row, sums, stride);
+    affine_slots affine;
+    if constexpr (traits_of(kv_format_of<Format>).metadata != metadata_kind::none)
+        for (std::size_t k = 0; k < view.count; ++k)
+            for (std::size_t i = 0; i < tile_tokens; i += lanes) {
+                f32 slope, base;
+                load_affine<Format>(*view.layout, view.tiles[k].page, view.tiles[k].token + i, slope, base);
+                slope.store_aligned(affine.slopes + k * tile_tokens + i);
+                base.store_aligned(affine.bases + k * tile_tokens + i);
+            }
+    const auto some = [&](auto size, std::size_t row) {
+        exact_sums<Format, size()>(view, affine, w, row, sums, stride);
+    };
+    if constexpr (exact_registers<Format> == 1)
+        for_few_row_tiles(w.rows, some);
+    else
+        for_row_tiles(w.rows, some);
 }

@@ -1,22 +1,45 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Primitives of the AVX2 + FMA + F16C target that xsimd does not have.
-// Parsed inside a target namespace that defines `xs` and `arch`, in an AVX2 region.
+// Primitives of the AVX2 + FMA + F16C targets that xsimd does not have; KV1_ISA_VNNI says whether dot4 is one
+// instruction (AVX-VNNI). Parsed inside a target namespace that defines `xs` and `arch`, in an AVX2 region.
 
 using f32 = xs::batch<float, arch>;
 using i32 = xs::batch<std::int32_t, arch>;
 using u32 = xs::batch<std::uint32_t, arch>;
 inline constexpr std::size_t lanes = 8;
 inline constexpr std::size_t pieces = line_lanes / lanes;
+inline constexpr bool many_registers = false;
 
-// A running sum of dot4 products: add, then finish to lanes of 32 bits. dot_limit<MaxCode> is how many products of
+using dot_row = i32; // four 8-bit numbers of a row, for every lane
+template <bool>
+KV1_INLINE dot_row dot_broadcast(std::int32_t four) {
+    return i32(four);
+}
+
+#if KV1_ISA_VNNI
+// A running sum of dot4 products, in 32 bits: one vpdpbusd each. See the other branch for the interface.
+using dot_sum = i32;
+template <int MaxCode, bool Unsigned>
+inline constexpr std::size_t dot_limit = ~std::size_t{0};
+KV1_INLINE dot_sum dot_start() { return i32(0); }
+template <int MaxCode, bool Unsigned>
+KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, i32 b) {
+    return Unsigned ? i32(_mm256_dpbusd_avx_epi32(__m256i(sum), __m256i(b), __m256i(a)))
+                    : i32(_mm256_dpbusd_avx_epi32(__m256i(sum), __m256i(a), __m256i(b)));
+}
+template <int MaxCode, bool Unsigned>
+KV1_INLINE i32 dot_finish(dot_sum sum) {
+    return sum;
+}
+#else
+// A running sum of dot4 products: add, then finish to lanes of 32 bits. dot_limit is how many products of
 // codes up to MaxCode may be added before finishing: pairs of products are summed in 16 bits, which take
-// 32767 / (2 * 127 * MaxCode) of them. Codes above 15 would saturate at once; they go nibble by nibble, in 32 bits.
+// 32767 / (2 * 127 * MaxCode) of them, half as many for unsigned rows. Codes above 15 would saturate at once; they go nibble by nibble, in 32 bits.
 using dot_sum = __m256i;
-template <int MaxCode>
-inline constexpr std::size_t dot_limit = MaxCode > 15 ? ~std::size_t{0} : 32767 / (2 * 127 * MaxCode);
+template <int MaxCode, bool Unsigned>
+inline constexpr std::size_t dot_limit = MaxCode > 15 ? ~std::size_t{0} : 32767 / (2 * (Unsigned ? 255 : 127) * MaxCode);
 KV1_INLINE dot_sum dot_start() { return _mm256_setzero_si256(); }
-template <int MaxCode>
+template <int MaxCode, bool Unsigned>
 KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, i32 b) {
     if constexpr (MaxCode > 15) {
         const __m256i ones = _mm256_set1_epi16(1);
@@ -26,13 +49,15 @@ KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, i32 b) {
         const __m256i high_sums = _mm256_slli_epi32(_mm256_madd_epi16(high_pairs, ones), 4);
         return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(low_pairs, ones), high_sums));
     } else {
-        return _mm256_add_epi16(sum, _mm256_maddubs_epi16(__m256i(a), __m256i(b)));
+        return Unsigned ? _mm256_add_epi16(sum, _mm256_maddubs_epi16(__m256i(b), __m256i(a)))
+                        : _mm256_add_epi16(sum, _mm256_maddubs_epi16(__m256i(a), __m256i(b)));
     }
 }
-template <int MaxCode>
+template <int MaxCode, bool Unsigned>
 KV1_INLINE i32 dot_finish(dot_sum sum) {
     return MaxCode > 15 ? i32(sum) : i32(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)));
 }
+#endif
 
 KV1_INLINE u32 load_u16(const std::uint16_t* p) {
     return u32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -58,4 +83,12 @@ KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
     const __m128i joined =
         _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), joined);
+}
+// To the nearest integer, ties to even.
+KV1_INLINE f32 nearest(f32 x) { return xs::nearbyint(x); }
+KV1_INLINE i32 round_to_int(f32 x) { return i32(_mm256_cvtps_epi32(__m256(x))); }
+// x * 2^n for integral n >= exp2_zero_from, which gives zero.
+inline constexpr float exp2_zero_from = -127.0f;
+KV1_INLINE f32 times_power_of_2(f32 x, f32 n) {
+    return x * xs::bitwise_cast<float>((round_to_int(n) + i32(127)) << 23);
 }

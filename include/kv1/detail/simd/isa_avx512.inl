@@ -8,30 +8,38 @@ using i32 = xs::batch<std::int32_t, arch>;
 using u32 = xs::batch<std::uint32_t, arch>;
 inline constexpr std::size_t lanes = 16;
 inline constexpr std::size_t pieces = line_lanes / lanes;
+inline constexpr bool many_registers = true;
+
+using dot_row = i32; // four 8-bit numbers of a row, for every lane
+template <bool>
+KV1_INLINE dot_row dot_broadcast(std::int32_t four) {
+    return i32(four);
+}
 
 #if KV1_ISA_VNNI
 // A running sum of dot4 products, in 32 bits: one vpdpbusd each. See the other branch for the interface.
 using dot_sum = i32;
-template <int MaxCode>
+template <int MaxCode, bool Unsigned>
 inline constexpr std::size_t dot_limit = ~std::size_t{0};
 KV1_INLINE dot_sum dot_start() { return i32(0); }
-template <int MaxCode>
+template <int MaxCode, bool Unsigned>
 KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, i32 b) {
-    return i32(_mm512_dpbusd_epi32(__m512i(sum), __m512i(a), __m512i(b)));
+    return Unsigned ? i32(_mm512_dpbusd_epi32(__m512i(sum), __m512i(b), __m512i(a)))
+                    : i32(_mm512_dpbusd_epi32(__m512i(sum), __m512i(a), __m512i(b)));
 }
-template <int MaxCode>
+template <int MaxCode, bool Unsigned>
 KV1_INLINE i32 dot_finish(dot_sum sum) {
     return sum;
 }
 #else
-// A running sum of dot4 products: add, then finish to lanes of 32 bits. dot_limit<MaxCode> is how many products of
+// A running sum of dot4 products: add, then finish to lanes of 32 bits. dot_limit is how many products of
 // codes up to MaxCode may be added before finishing: pairs of products are summed in 16 bits, which take
-// 32767 / (2 * 127 * MaxCode) of them. Codes above 15 would saturate at once; they go nibble by nibble, in 32 bits.
+// 32767 / (2 * 127 * MaxCode) of them, half as many for unsigned rows. Codes above 15 would saturate at once; they go nibble by nibble, in 32 bits.
 using dot_sum = __m512i;
-template <int MaxCode>
-inline constexpr std::size_t dot_limit = MaxCode > 15 ? ~std::size_t{0} : 32767 / (2 * 127 * MaxCode);
+template <int MaxCode, bool Unsigned>
+inline constexpr std::size_t dot_limit = MaxCode > 15 ? ~std::size_t{0} : 32767 / (2 * (Unsigned ? 255 : 127) * MaxCode);
 KV1_INLINE dot_sum dot_start() { return _mm512_setzero_si512(); }
-template <int MaxCode>
+template <int MaxCode, bool Unsigned>
 KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, i32 b) {
     if constexpr (MaxCode > 15) {
         const __m512i ones = _mm512_set1_epi16(1);
@@ -41,10 +49,11 @@ KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, i32 b) {
         const __m512i high_sums = _mm512_slli_epi32(_mm512_madd_epi16(high_pairs, ones), 4);
         return _mm512_add_epi32(sum, _mm512_add_epi32(_mm512_madd_epi16(low_pairs, ones), high_sums));
     } else {
-        return _mm512_add_epi16(sum, _mm512_maddubs_epi16(__m512i(a), __m512i(b)));
+        return Unsigned ? _mm512_add_epi16(sum, _mm512_maddubs_epi16(__m512i(b), __m512i(a)))
+                        : _mm512_add_epi16(sum, _mm512_maddubs_epi16(__m512i(a), __m512i(b)));
     }
 }
-template <int MaxCode>
+template <int MaxCode, bool Unsigned>
 KV1_INLINE i32 dot_finish(dot_sum sum) {
     return MaxCode > 15 ? i32(sum) : i32(_mm512_madd_epi16(sum, _mm512_set1_epi16(1)));
 }
@@ -66,3 +75,9 @@ KV1_INLINE u32 load_u8(const std::uint8_t* p) {
 KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(__m512i(x)));
 }
+// To the nearest integer, ties to even.
+KV1_INLINE f32 nearest(f32 x) { return xs::nearbyint(x); }
+KV1_INLINE i32 round_to_int(f32 x) { return i32(_mm512_cvtps_epi32(__m512(x))); }
+// x * 2^n for integral n, zero below the range of numbers; smaller n may be taken for exp2_zero_from.
+inline constexpr float exp2_zero_from = -200.0f;
+KV1_INLINE f32 times_power_of_2(f32 x, f32 n) { return f32(_mm512_scalef_ps(__m512(x), __m512(n))); }

@@ -8,26 +8,41 @@ using i32 = xs::batch<std::int32_t, arch>;
 using u32 = xs::batch<std::uint32_t, arch>;
 inline constexpr std::size_t lanes = f32::size;
 inline constexpr std::size_t pieces = line_lanes / lanes; // registers of a 64-byte line
+inline constexpr bool many_registers = false;
 
-// acc + the sum of four products of unsigned and signed bytes, lane by lane.
-KV1_INLINE i32 dot4(i32 acc, u32 a, i32 b) {
+using dot_row = i32; // four 8-bit numbers of a row, for every lane
+template <bool>
+KV1_INLINE dot_row dot_broadcast(std::int32_t four) {
+    return i32(four);
+}
+
+// acc + the sum of four products of unsigned bytes and bytes of a row, lane by lane.
+template <bool Unsigned>
+KV1_INLINE i32 dot4(i32 acc, u32 a, i32 row) {
     const i32 ua = xs::bitwise_cast<std::int32_t>(a);
+    if constexpr (Unsigned) {
+        acc = acc + (ua & i32(0xff)) * (row & i32(0xff));
+        acc = acc + ((ua >> 8) & i32(0xff)) * ((row >> 8) & i32(0xff));
+        acc = acc + ((ua >> 16) & i32(0xff)) * ((row >> 16) & i32(0xff));
+        return acc + ((ua >> 24) & i32(0xff)) * ((row >> 24) & i32(0xff));
+    }
+    const i32 b = row;
     acc = acc + (ua & i32(0xff)) * ((b << 24) >> 24);
     acc = acc + ((ua >> 8) & i32(0xff)) * ((b << 16) >> 24);
     acc = acc + ((ua >> 16) & i32(0xff)) * ((b << 8) >> 24);
     return acc + ((ua >> 24) & i32(0xff)) * (b >> 24);
 }
-// A running sum of dot4 products: add, then finish to lanes of 32 bits. dot_limit<MaxCode> is how many products of
+// A running sum of dot4 products: add, then finish to lanes of 32 bits. dot_limit is how many products of
 // codes up to MaxCode may be added before finishing. Any code of 8 bits is allowed on every target.
 using dot_sum = i32;
-template <int MaxCode>
+template <int MaxCode, bool Unsigned>
 inline constexpr std::size_t dot_limit = ~std::size_t{0};
 KV1_INLINE dot_sum dot_start() { return i32(0); }
-template <int MaxCode>
+template <int MaxCode, bool Unsigned>
 KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, i32 b) {
-    return dot4(sum, a, b);
+    return dot4<Unsigned>(sum, a, b);
 }
-template <int MaxCode>
+template <int MaxCode, bool Unsigned>
 KV1_INLINE i32 dot_finish(dot_sum sum) {
     return sum;
 }
@@ -67,4 +82,12 @@ KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
     x.store_aligned(wide);
     for (std::size_t i = 0; i < lanes; ++i)
         p[i] = static_cast<std::uint8_t>(wide[i]);
+}
+// To the nearest integer, ties to even.
+KV1_INLINE f32 nearest(f32 x) { return xs::nearbyint(x); }
+KV1_INLINE i32 round_to_int(f32 x) { return xs::to_int(xs::nearbyint(x)); }
+// x * 2^n for integral n >= exp2_zero_from, which gives zero.
+inline constexpr float exp2_zero_from = -127.0f;
+KV1_INLINE f32 times_power_of_2(f32 x, f32 n) {
+    return x * xs::bitwise_cast<float>((xs::to_int(n) + i32(127)) << 23);
 }

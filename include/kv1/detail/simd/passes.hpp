@@ -10,12 +10,13 @@
 //                      function is ever compiled for a target that the processor may lack
 //
 // xsimd is parsed once for the baseline (its real namespace, which users share), once for AVX2, once for
-// AVX-512: its include guards and settings are forgotten in between. The AVX-512 VNNI target shares the
-// AVX-512 xsimd and adds its own region. g++ and clang attach a region's target to the functions and
+// AVX-512: its include guards and settings are forgotten in between. The SSE4.1 target shares the baseline's
+// xsimd, the AVX-VNNI target that of AVX2, the AVX-512 VNNI target that of AVX-512; each has its own region. g++ and clang attach a region's target to the functions and
 // templates that are defined in it; tests/codegen checks the outcome on object files.
 #pragma once
 
 #include <kv1/detail/kernels/interface.hpp>
+#include <kv1/detail/kernels/softmax.hpp>
 #include <kv1/float16.hpp>
 #include <kv1/format.hpp>
 #include <kv1/layout.hpp>
@@ -50,6 +51,8 @@
 #include <version>
 #if defined(__x86_64__) || defined(__i386__) || defined(_M_X64)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__GNUC__)
@@ -58,6 +61,15 @@
 #define KV1_INLINE __forceinline
 #else
 #define KV1_INLINE inline
+#endif
+
+// Before a loop over registers: both compilers keep arrays in registers only where such loops are unrolled.
+#if defined(__clang__)
+#define KV1_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define KV1_UNROLL _Pragma("GCC unroll 32")
+#else
+#define KV1_UNROLL
 #endif
 
 // g++ 12 takes the "undefined" operand of AVX-512 intrinsics for a use of an uninitialized variable (GCC
@@ -80,6 +92,11 @@
 namespace kv1::inline KV1_ABI::detail::baseline {
 namespace xs = ::xsimd;
 using arch = xs::best_arch;
+#if defined(__BMI2__)
+#define KV1_ISA_PDEP 1
+#else
+#define KV1_ISA_PDEP 0
+#endif
 #if defined(__AVX512F__) && defined(__AVX512CD__) && defined(__AVX512VL__) && defined(__AVX512DQ__) &&       \
     defined(__AVX512BW__)
 #if defined(__AVX512VNNI__)
@@ -90,19 +107,71 @@ using arch = xs::best_arch;
 #include <kv1/detail/simd/isa_avx512.inl>
 #undef KV1_ISA_VNNI
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#if defined(__AVXVNNI__)
+#define KV1_ISA_VNNI 1
+#else
+#define KV1_ISA_VNNI 0
+#endif
 #include <kv1/detail/simd/isa_avx2.inl>
+#undef KV1_ISA_VNNI
+#elif defined(__SSE2__) && !defined(__AVX__)
+#if defined(__SSSE3__) && defined(__SSE4_1__)
+#define KV1_ISA_SSE41 1
+#else
+#define KV1_ISA_SSE41 0
+#endif
+#define KV1_ISA_GENERIC 1
+#include <kv1/detail/simd/isa_sse.inl>
+#undef KV1_ISA_SSE41
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+#if defined(__ARM_FEATURE_DOTPROD)
+#define KV1_ISA_DOTPROD 1
+#else
+#define KV1_ISA_DOTPROD 0
+#endif
+#include <kv1/detail/simd/isa_neon.inl>
+#undef KV1_ISA_DOTPROD
 #else
 #define KV1_ISA_GENERIC 1
 #include <kv1/detail/simd/isa_generic.inl>
 #endif
 #include <kv1/detail/kernels/all.inl>
 #undef KV1_ISA_GENERIC
+#undef KV1_ISA_PDEP
 } // namespace kv1::inline KV1_ABI::detail::baseline
 #else
 #define KV1_HAS_BASELINE_SIMD 0
 #endif
 
 #if !defined(KV1_STATIC_DISPATCH)
+
+// ---- SSSE3 and SSE4.1, on the baseline's xsimd and its SSE2 batches
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("sse3,ssse3,sse4.1"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("sse3,ssse3,sse4.1")
+#endif
+namespace kv1::inline KV1_ABI::detail::sse41 {
+namespace xs = ::xsimd;
+using arch = xs::sse2;
+#define KV1_ISA_SSE41 1
+#define KV1_ISA_GENERIC 1
+#define KV1_ISA_PDEP 0
+#include <kv1/detail/simd/isa_sse.inl>
+#include <kv1/detail/kernels/all.inl>
+#undef KV1_ISA_PDEP
+#undef KV1_ISA_GENERIC
+#undef KV1_ISA_SSE41
+} // namespace kv1::inline KV1_ABI::detail::sse41
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+// every target from here on has BMI2
+#define KV1_ISA_PDEP 1
 
 // ---- AVX2 + FMA + F16C
 #include <kv1/detail/simd/xsimd_guards_undef.inl>
@@ -122,9 +191,32 @@ using arch = xs::best_arch;
 namespace kv1::inline KV1_ABI::detail::avx2 {
 namespace xs = ::kv1_xsimd_avx2;
 using arch = xs::fma3<xs::avx2>;
+#define KV1_ISA_VNNI 0
 #include <kv1/detail/simd/isa_avx2.inl>
+#undef KV1_ISA_VNNI
 #include <kv1/detail/kernels/all.inl>
 } // namespace kv1::inline KV1_ABI::detail::avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+// ---- AVX2 with AVX-VNNI, on the same xsimd
+#if defined(__clang__)
+#pragma clang attribute push(                                                                                    __attribute__((target("sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,fma,f16c,bmi,bmi2,avxvnni"))),               apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,fma,f16c,bmi,bmi2,avxvnni")
+#endif
+namespace kv1::inline KV1_ABI::detail::avx_vnni {
+namespace xs = ::kv1_xsimd_avx2;
+using arch = xs::fma3<xs::avx2>;
+#define KV1_ISA_VNNI 1
+#include <kv1/detail/simd/isa_avx2.inl>
+#undef KV1_ISA_VNNI
+#include <kv1/detail/kernels/all.inl>
+} // namespace kv1::inline KV1_ABI::detail::avx_vnni
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -192,6 +284,8 @@ using arch = xs::avx512bw;
 #pragma GCC pop_options
 #endif
 
+#undef KV1_ISA_PDEP
+
 // ---- xsimd's settings as its users left them; the guards stay defined, so that a later inclusion does
 // nothing
 #include <kv1/detail/simd/xsimd_settings_undef.inl>
@@ -204,3 +298,4 @@ using arch = xs::avx512bw;
 #pragma GCC diagnostic pop
 #endif
 #undef KV1_INLINE
+#undef KV1_UNROLL

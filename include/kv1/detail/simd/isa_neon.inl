@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Primitives of AArch64 NEON that xsimd does not have; KV1_ISA_DOTPROD says whether sdot may be used.
+// Parsed inside a target namespace that defines `xs` and `arch`, a batch of four lanes.
+
+using f32 = xs::batch<float, arch>;
+using i32 = xs::batch<std::int32_t, arch>;
+using u32 = xs::batch<std::uint32_t, arch>;
+inline constexpr std::size_t lanes = 4;
+inline constexpr std::size_t pieces = line_lanes / lanes;
+inline constexpr bool many_registers = KV1_ISA_DOTPROD != 0;
+
+using dot_row = int8x16_t; // four 8-bit numbers of a row, for every lane
+template <bool>
+KV1_INLINE dot_row dot_broadcast(std::int32_t four) {
+    return vreinterpretq_s8_s32(vdupq_n_s32(four));
+}
+KV1_INLINE int8x16_t signed_bytes(u32 a) { return vreinterpretq_s8_u32(uint32x4_t(a)); }
+
+// Four products a lane, summed in 32 bits; a's bytes are at most 127.
+KV1_INLINE int32x4_t dot4(int32x4_t sum, int8x16_t a, dot_row b) {
+#if KV1_ISA_DOTPROD
+    return vdotq_s32(sum, a, b);
+#else
+    const int16x8_t pairs = vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b));
+    return vpadalq_s16(sum, pairs);
+#endif
+}
+
+// A running sum of dot4 products. Without sdot the products of low codes are added up in 16 bits, of which there
+// is room for 32767 / ((Unsigned ? 255 : 127) * MaxCode); codes above 15 go nibble by nibble.
+template <int MaxCode, bool Unsigned>
+inline constexpr std::size_t dot_limit =
+    KV1_ISA_DOTPROD || MaxCode > 15 ? ~std::size_t{0} : 32767 / ((Unsigned ? 255 : 127) * MaxCode);
+struct dot_sum {
+    int32x4_t wide;
+    int16x8_t low, high;
+};
+KV1_INLINE dot_sum dot_start() { return {vdupq_n_s32(0), vdupq_n_s16(0), vdupq_n_s16(0)}; }
+template <int MaxCode, bool Unsigned>
+KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, dot_row b) {
+    if constexpr (MaxCode > 15) {
+        sum.wide = dot4(sum.wide, signed_bytes(a & u32(0x0f0f0f0fu)), b);
+        const int32x4_t high = dot4(vdupq_n_s32(0), signed_bytes((a >> 4) & u32(0x0f0f0f0fu)), b);
+        sum.wide = vaddq_s32(sum.wide, vshlq_n_s32(high, 4));
+    } else if constexpr (KV1_ISA_DOTPROD && Unsigned) {
+#if KV1_ISA_DOTPROD
+        sum.wide = vreinterpretq_s32_u32(
+            vdotq_u32(vreinterpretq_u32_s32(sum.wide), vreinterpretq_u8_u32(uint32x4_t(a)), vreinterpretq_u8_s8(b)));
+#endif
+    } else if constexpr (KV1_ISA_DOTPROD) {
+        sum.wide = dot4(sum.wide, signed_bytes(a), b);
+    } else if constexpr (Unsigned) {
+        const uint8x16_t codes = vreinterpretq_u8_u32(uint32x4_t(a)), row = vreinterpretq_u8_s8(b);
+        sum.low = vreinterpretq_s16_u16(
+            vmlal_u8(vreinterpretq_u16_s16(sum.low), vget_low_u8(codes), vget_low_u8(row)));
+        sum.high = vreinterpretq_s16_u16(vmlal_high_u8(vreinterpretq_u16_s16(sum.high), codes, row));
+    } else {
+        sum.low = vmlal_s8(sum.low, vget_low_s8(signed_bytes(a)), vget_low_s8(b));
+        sum.high = vmlal_high_s8(sum.high, signed_bytes(a), b);
+    }
+    return sum;
+}
+template <int MaxCode, bool Unsigned>
+KV1_INLINE i32 dot_finish(dot_sum sum) {
+    if constexpr (KV1_ISA_DOTPROD || MaxCode > 15)
+        return i32(sum.wide);
+    else
+        return i32(vpaddq_s32(vpaddlq_s16(sum.low), vpaddlq_s16(sum.high)));
+}
+
+KV1_INLINE u32 load_u16(const std::uint16_t* p) { return u32(vmovl_u16(vld1_u16(p))); }
+KV1_INLINE f32 load_half(const std::uint16_t* p) {
+    return f32(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))));
+}
+KV1_INLINE f32 half_to_float(u32 h) {
+    return f32(vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(uint32x4_t(h)))));
+}
+KV1_INLINE void store_half(f32 x, std::uint16_t* p) {
+    vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(float32x4_t(x))));
+}
+KV1_INLINE u32 load_u8(const std::uint8_t* p) {
+    std::uint32_t four;
+    std::memcpy(&four, p, sizeof four);
+    const uint8x8_t bytes = vreinterpret_u8_u32(vdup_n_u32(four));
+    return u32(vmovl_u16(vget_low_u16(vmovl_u8(bytes))));
+}
+KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
+    const uint16x4_t words = vmovn_u32(uint32x4_t(x));
+    const std::uint32_t four = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(words, words))), 0);
+    std::memcpy(p, &four, sizeof four);
+}
+// To the nearest integer, ties to even.
+KV1_INLINE f32 nearest(f32 x) { return f32(vrndnq_f32(float32x4_t(x))); }
+KV1_INLINE i32 round_to_int(f32 x) { return i32(vcvtnq_s32_f32(float32x4_t(x))); }
+// x * 2^n for integral n >= exp2_zero_from, which gives zero.
+inline constexpr float exp2_zero_from = -127.0f;
+KV1_INLINE f32 times_power_of_2(f32 x, f32 n) {
+    return x * xs::bitwise_cast<float>((round_to_int(n) + i32(127)) << 23);
+}

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Primitives of the SSE targets that xsimd does not have; KV1_ISA_SSE41 says whether SSSE3 and SSE4.1 may be used,
+// else SSE2 it is. Parsed inside a target namespace that defines `xs` and `arch`, a batch of four lanes.
+
+using f32 = xs::batch<float, arch>;
+using i32 = xs::batch<std::int32_t, arch>;
+using u32 = xs::batch<std::uint32_t, arch>;
+inline constexpr std::size_t lanes = 4;
+inline constexpr std::size_t pieces = line_lanes / lanes;
+inline constexpr bool many_registers = false;
+
+#if KV1_ISA_SSE41
+// As in isa_avx2.inl: pairs of products in 16 bits.
+using dot_row = i32;
+template <bool>
+KV1_INLINE dot_row dot_broadcast(std::int32_t four) {
+    return i32(four);
+}
+using dot_sum = __m128i;
+template <int MaxCode, bool Unsigned>
+inline constexpr std::size_t dot_limit = MaxCode > 15 ? ~std::size_t{0} : 32767 / (2 * (Unsigned ? 255 : 127) * MaxCode);
+KV1_INLINE dot_sum dot_start() { return _mm_setzero_si128(); }
+template <int MaxCode, bool Unsigned>
+KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, dot_row b) {
+    if constexpr (MaxCode > 15) {
+        const __m128i ones = _mm_set1_epi16(1);
+        const u32 low = a & u32(0x0f0f0f0fu), high = (a >> 4) & u32(0x0f0f0f0fu);
+        const __m128i low_pairs = _mm_maddubs_epi16(__m128i(low), __m128i(b));
+        const __m128i high_pairs = _mm_maddubs_epi16(__m128i(high), __m128i(b));
+        const __m128i high_sums = _mm_slli_epi32(_mm_madd_epi16(high_pairs, ones), 4);
+        return _mm_add_epi32(sum, _mm_add_epi32(_mm_madd_epi16(low_pairs, ones), high_sums));
+    } else {
+        return Unsigned ? _mm_add_epi16(sum, _mm_maddubs_epi16(__m128i(b), __m128i(a)))
+                        : _mm_add_epi16(sum, _mm_maddubs_epi16(__m128i(a), __m128i(b)));
+    }
+}
+template <int MaxCode, bool Unsigned>
+KV1_INLINE i32 dot_finish(dot_sum sum) {
+    return MaxCode > 15 ? i32(sum) : i32(_mm_madd_epi16(sum, _mm_set1_epi16(1)));
+}
+KV1_INLINE f32 nearest(f32 x) {
+    return f32(_mm_round_ps(__m128(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+// Even and odd bytes are multiplied as 16-bit numbers, two pmaddwd for four products.
+struct dot_row {
+    __m128i even, odd;
+};
+template <bool Unsigned>
+KV1_INLINE dot_row dot_broadcast(std::int32_t four) {
+    const __m128i b = _mm_set1_epi32(four);
+    if constexpr (Unsigned)
+        return {_mm_and_si128(b, _mm_set1_epi16(0xff)), _mm_srli_epi16(b, 8)};
+    else
+        return {_mm_srai_epi16(_mm_slli_epi16(b, 8), 8), _mm_srai_epi16(b, 8)};
+}
+using dot_sum = i32;
+template <int MaxCode, bool Unsigned>
+inline constexpr std::size_t dot_limit = ~std::size_t{0};
+KV1_INLINE dot_sum dot_start() { return i32(0); }
+template <int MaxCode, bool Unsigned>
+KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, const dot_row& b) {
+    const __m128i even = _mm_and_si128(__m128i(a), _mm_set1_epi16(0xff)), odd = _mm_srli_epi16(__m128i(a), 8);
+    const __m128i products = _mm_add_epi32(_mm_madd_epi16(even, b.even), _mm_madd_epi16(odd, b.odd));
+    return i32(_mm_add_epi32(__m128i(sum), products));
+}
+template <int MaxCode, bool Unsigned>
+KV1_INLINE i32 dot_finish(dot_sum sum) {
+    return sum;
+}
+// For numbers that fit 32 bits.
+KV1_INLINE f32 nearest(f32 x) { return f32(_mm_cvtepi32_ps(_mm_cvtps_epi32(__m128(x)))); }
+#endif
+
+KV1_INLINE u32 load_u16(const std::uint16_t* p) {
+    return u32(_mm_unpacklo_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), _mm_setzero_si128()));
+}
+// fp16 bits in the low halves of the lanes, finite; no denormal float appears on the way.
+KV1_INLINE f32 half_to_float(u32 h) {
+    const u32 magnitude = (h & u32(0x7fffu)) << 13;
+    const u32 sign = (h & u32(0x8000u)) << 16;
+    const u32 normal = magnitude + u32(112u << 23);
+    const f32 subnormal =
+        xs::bitwise_cast<float>(magnitude + u32(113u << 23)) - f32(6.103515625e-05f); // 2^-14
+    const __m128i is_subnormal = _mm_cmplt_epi32(__m128i(magnitude), _mm_set1_epi32(1 << 23));
+    const __m128i value = _mm_or_si128(_mm_and_si128(is_subnormal, _mm_castps_si128(__m128(subnormal))),
+                                       _mm_andnot_si128(is_subnormal, __m128i(normal)));
+    return xs::bitwise_cast<float>(u32(value) | sign);
+}
+KV1_INLINE f32 load_half(const std::uint16_t* p) { return half_to_float(load_u16(p)); }
+KV1_INLINE void store_half(f32 x, std::uint16_t* p) {
+    alignas(16) float narrow[lanes];
+    x.store_aligned(narrow);
+    for (std::size_t i = 0; i < lanes; ++i)
+        p[i] = float_to_half(narrow[i]);
+}
+KV1_INLINE u32 load_u8(const std::uint8_t* p) {
+    std::int32_t four;
+    std::memcpy(&four, p, sizeof four);
+    const __m128i zero = _mm_setzero_si128();
+    return u32(_mm_unpacklo_epi16(_mm_unpacklo_epi8(_mm_cvtsi32_si128(four), zero), zero));
+}
+KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
+    const __m128i bytes = _mm_and_si128(__m128i(x), _mm_set1_epi32(0xff));
+    const __m128i words = _mm_packs_epi32(bytes, bytes);
+    const std::int32_t four = _mm_cvtsi128_si32(_mm_packus_epi16(words, words));
+    std::memcpy(p, &four, sizeof four);
+}
+// To the nearest integer, ties to even.
+KV1_INLINE i32 round_to_int(f32 x) { return i32(_mm_cvtps_epi32(__m128(x))); }
+// x * 2^n for integral n >= exp2_zero_from, which gives zero.
+inline constexpr float exp2_zero_from = -127.0f;
+KV1_INLINE f32 times_power_of_2(f32 x, f32 n) {
+    return x * xs::bitwise_cast<float>((round_to_int(n) + i32(127)) << 23);
+}
