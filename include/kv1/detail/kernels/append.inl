@@ -28,7 +28,7 @@ KV1_INLINE void find_thresholds(const float* high, tile_thresholds& t, std::uint
                                 std::uint16_t* minima) {
     for (std::size_t i = 0; i < tile_tokens; i += lanes) {
         const f32 lo = f32::load_aligned(t.low + i);
-        const f32 quotient = (f32::load_aligned(high + i) - lo) / f32(3.0f);
+        const f32 quotient = quotient_of(f32::load_aligned(high + i) - lo, f32(3.0f));
         const f32 s = xs::max(quotient, f32(smallest_scale));
         store_half(s, scales + i);
         store_half(lo, minima + i);
@@ -37,15 +37,15 @@ KV1_INLINE void find_thresholds(const float* high, tile_thresholds& t, std::uint
             const f32 middle = s * f32(1.5f);
             const f32 below = xs::bitwise_cast<float>(next_float(middle, ~0u));
             const f32 above = xs::bitwise_cast<float>(next_float(middle, 1u));
-            const f32 first = xs::select(middle / s >= f32(1.5f), middle, above);
-            xs::select(below / s >= f32(1.5f), below, first).store_aligned(t.three_halves + i);
+            const f32 first = xs::select(quotient_of(middle, s) >= f32(1.5f), middle, above);
+            xs::select(quotient_of(below, s) >= f32(1.5f), below, first).store_aligned(t.three_halves + i);
         }
         {
             const f32 middle = s * f32(2.5f);
             const f32 below = xs::bitwise_cast<float>(next_float(middle, ~0u));
             const f32 above = xs::bitwise_cast<float>(next_float(middle, 1u));
-            const f32 first = xs::select(middle / s <= f32(2.5f), middle, below);
-            xs::select(above / s <= f32(2.5f), above, first).store_aligned(t.five_halves + i);
+            const f32 first = xs::select(quotient_of(middle, s) <= f32(2.5f), middle, below);
+            xs::select(quotient_of(above, s) <= f32(2.5f), above, first).store_aligned(t.five_halves + i);
         }
     }
 }
