@@ -217,12 +217,13 @@ TEST_CASE("A word of a million letters is merged like any other") {
     for (const char* rest : {"aaaa", "aa", "a"})
         expected.push_back(*t.id_of(rest));
     CHECK(t.encode(std::string(size - 1, 'a')) == expected);
-    // One word of every kind that GPT-2's expression knows, and digits that are one word each.
-    CHECK(shipped().encode(std::string(size, ' ')).size() == size);
-    CHECK(shipped().encode(std::string(size, '7')) == token_ids(size, *shipped().id_of("7")));
+    // Words of the other kinds, an eighth as long: still too long for anything quadratic.
+    constexpr std::size_t less = size / 8;
+    CHECK(shipped().encode(std::string(less, ' ')).size() == less);
+    CHECK(shipped().encode(std::string(less, '7')) == token_ids(less, *shipped().id_of("7")));
     for (const std::string_view unit : {"e", "=", "\n", "\xe6\x97\xa5", "\xcc\x81"}) {
         std::string text;
-        while (text.size() < size)
+        while (text.size() < less)
             text += unit;
         const bool same = shipped().decode(shipped().encode(text)) == text;
         CHECK(same);
