@@ -18,6 +18,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <type_traits>
 
 namespace kv1::inline KV1_ABI {
 
@@ -67,6 +68,17 @@ constexpr std::int32_t ordered_bits(float x) noexcept {
     const auto bits = std::bit_cast<std::int32_t>(x);
     return bits ^ ((bits >> 31) & 0x7fffffff);
 }
+
+// The number itself, which the optimizer may not look through; see precise_math_begin.inl.
+#if defined(__clang__) && !defined(__x86_64__) && defined(__FAST_MATH__)
+constexpr float as_written(float x) noexcept {
+    if (!std::is_constant_evaluated())
+        __asm__ volatile("" : "+r"(x));
+    return x;
+}
+#else
+constexpr float as_written(float x) noexcept { return x; }
+#endif
 
 // Index of the first NaN or infinity; n where there is none.
 inline std::size_t first_non_finite(std::span<const float> x) noexcept {

@@ -41,12 +41,13 @@ struct affine {
             return s;
         const auto [lo_at, hi_at] = std::minmax_element(x.begin(), x.end(), detail::less_with_signed_zero);
         const float lo = *lo_at;
-        const float scale = std::max((*hi_at - lo) / static_cast<float>(max_code), detail::smallest_scale);
+        const float scale = std::max((*hi_at - lo) / detail::as_written(static_cast<float>(max_code)),
+                                     detail::smallest_scale);
         const metadata stored{float16(scale), float16(lo)};
         if (!detail::is_finite(stored.scale) || !detail::is_finite(stored.minimum))
             return {errc::not_representable, detail::rule_fp16_metadata};
         for (std::size_t i = 0; i < x.size(); ++i) {
-            const float level = std::nearbyint((x[i] - lo) / scale);
+            const float level = std::nearbyint((x[i] - lo) / detail::as_written(scale));
             codes[i] = static_cast<std::uint8_t>(std::clamp(level, 0.0f, static_cast<float>(max_code)));
         }
         out = stored;

@@ -23,7 +23,7 @@ namespace detail {
 constexpr float add_pairwise(std::array<float, 16> sums) noexcept {
     for (std::size_t width = 8; width != 0; width /= 2)
         for (std::size_t i = 0; i < width; ++i)
-            sums[i] += sums[i + width];
+            sums[i] = as_written(sums[i] + sums[i + width]);
     return sums[0];
 }
 
@@ -41,7 +41,7 @@ struct scaled_binary {
             return s;
         std::array<float, 16> sums{};
         for (std::size_t i = 0; i < x.size(); ++i)
-            sums[i % 16] += std::fabs(x[i]);
+            sums[i % 16] = detail::as_written(sums[i % 16] + std::fabs(x[i]));
         const float mean = detail::add_pairwise(sums) / static_cast<float>(x.size());
         const metadata stored{float16(std::max(mean, 1e-6f))};
         if (!detail::is_finite(stored.scale))

@@ -7,14 +7,28 @@
 #include <kv1/detail/precise_math_begin.inl>
 
 // Sums and quotients whose bits matter. The region's pragma acts on clang's own operators, not on intrinsics, which
-// keep the flags of the place where their header was included.
-#if defined(__clang__) && (defined(__x86_64__) || defined(__aarch64__))
+// keep the flags of the place where their header was included; and xsimd divides by an estimated reciprocal on NEON.
+#if defined(__clang__) && defined(__x86_64__)
+KV1_INLINE f32 sum_of(f32 a, f32 b) { return f32(f32::register_type(a) + f32::register_type(b)); }
+KV1_INLINE f32 quotient_of(f32 a, f32 b) { return f32(f32::register_type(a) / f32::register_type(b)); }
+#elif defined(__GNUC__) && defined(__ARM_NEON) && !defined(__ARM_FEATURE_SVE)
 KV1_INLINE f32 sum_of(f32 a, f32 b) {
-    return f32(f32::register_type(a) + f32::register_type(b));
+    f32::register_type sum = a + b;
+#if defined(__clang__) && defined(__FAST_MATH__)
+    __asm__ volatile("" : "+w"(sum));
+#endif
+    return f32(sum);
 }
 KV1_INLINE f32 quotient_of(f32 a, f32 b) {
-    return f32(f32::register_type(a) / f32::register_type(b));
+    f32::register_type divisor = b;
+#if defined(__clang__) && defined(__FAST_MATH__)
+    __asm__ volatile("" : "+w"(divisor));
+#endif
+    return f32(f32::register_type(a) / divisor);
 }
+#elif defined(_M_ARM64)
+KV1_INLINE f32 sum_of(f32 a, f32 b) { return a + b; }
+KV1_INLINE f32 quotient_of(f32 a, f32 b) { return f32(vdivq_f32(a, b)); }
 #else
 KV1_INLINE f32 sum_of(f32 a, f32 b) { return a + b; }
 KV1_INLINE f32 quotient_of(f32 a, f32 b) { return a / b; }
@@ -71,7 +85,7 @@ inline encode_result encode_affine(const float* x, std::size_t n, int bits, std:
     if (!range.finite)
         return refuse_non_finite(x, n);
     const auto levels = static_cast<float>((1 << bits) - 1);
-    const float quotient = (range.high - range.low) / levels;
+    const float quotient = (range.high - range.low) / as_written(levels);
     const float scale = quotient > smallest_scale ? quotient : smallest_scale;
     const row_metadata stored{float_to_half(scale), float_to_half(range.low)};
     if ((stored.scale & 0x7c00u) == 0x7c00u || (stored.minimum & 0x7c00u) == 0x7c00u)
