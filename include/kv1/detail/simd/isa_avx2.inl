@@ -49,8 +49,9 @@ KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, i32 b) {
         const __m256i high_sums = _mm256_slli_epi32(_mm256_madd_epi16(high_pairs, ones), 4);
         return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(low_pairs, ones), high_sums));
     } else {
-        return Unsigned ? _mm256_add_epi16(sum, _mm256_maddubs_epi16(__m256i(b), __m256i(a)))
-                        : _mm256_add_epi16(sum, _mm256_maddubs_epi16(__m256i(a), __m256i(b)));
+        sum = _mm256_add_epi16(sum, Unsigned ? _mm256_maddubs_epi16(__m256i(b), __m256i(a)) : _mm256_maddubs_epi16(__m256i(a), __m256i(b)));
+        KV1_IN_ORDER(sum, "x");
+        return sum;
     }
 }
 template <int MaxCode, bool Unsigned>

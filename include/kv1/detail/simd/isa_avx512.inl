@@ -49,8 +49,9 @@ KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, i32 b) {
         const __m512i high_sums = _mm512_slli_epi32(_mm512_madd_epi16(high_pairs, ones), 4);
         return _mm512_add_epi32(sum, _mm512_add_epi32(_mm512_madd_epi16(low_pairs, ones), high_sums));
     } else {
-        return Unsigned ? _mm512_add_epi16(sum, _mm512_maddubs_epi16(__m512i(b), __m512i(a)))
-                        : _mm512_add_epi16(sum, _mm512_maddubs_epi16(__m512i(a), __m512i(b)));
+        sum = _mm512_add_epi16(sum, Unsigned ? _mm512_maddubs_epi16(__m512i(b), __m512i(a)) : _mm512_maddubs_epi16(__m512i(a), __m512i(b)));
+        KV1_IN_ORDER(sum, "v");
+        return sum;
     }
 }
 template <int MaxCode, bool Unsigned>

@@ -31,8 +31,9 @@ KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, dot_row b) {
         const __m128i high_sums = _mm_slli_epi32(_mm_madd_epi16(high_pairs, ones), 4);
         return _mm_add_epi32(sum, _mm_add_epi32(_mm_madd_epi16(low_pairs, ones), high_sums));
     } else {
-        return Unsigned ? _mm_add_epi16(sum, _mm_maddubs_epi16(__m128i(b), __m128i(a)))
-                        : _mm_add_epi16(sum, _mm_maddubs_epi16(__m128i(a), __m128i(b)));
+        sum = _mm_add_epi16(sum, Unsigned ? _mm_maddubs_epi16(__m128i(b), __m128i(a)) : _mm_maddubs_epi16(__m128i(a), __m128i(b)));
+        KV1_IN_ORDER(sum, "x");
+        return sum;
     }
 }
 template <int MaxCode, bool Unsigned>

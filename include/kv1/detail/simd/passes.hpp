@@ -72,6 +72,13 @@
 #define KV1_UNROLL
 #endif
 
+// Keeps g++ from rearranging a chain of additions into a tree, whose leaves it then spills.
+#if defined(__GNUC__) && !defined(__clang__)
+#define KV1_IN_ORDER(sum, register_class) __asm__("" : "+" register_class(sum))
+#else
+#define KV1_IN_ORDER(sum, register_class) static_cast<void>(sum)
+#endif
+
 // g++ 12 takes the "undefined" operand of AVX-512 intrinsics for a use of an uninitialized variable (GCC
 // PR105593)
 #if defined(__GNUC__) && !defined(__clang__)
@@ -299,3 +306,4 @@ using arch = xs::avx512bw;
 #endif
 #undef KV1_INLINE
 #undef KV1_UNROLL
+#undef KV1_IN_ORDER
