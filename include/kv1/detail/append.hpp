@@ -20,8 +20,9 @@ struct append_job {
     const std::byte* arena; // written to through a cast: the caller owns it
     std::size_t block_bytes;
     const std::uint32_t* block_table;
-    std::size_t first_token; // position of the first new token
+    std::size_t first_token; // place of the first new token among those of the block table
     tensor_view keys, values;
+    bool through_fp16 = false; // what is quantized is the vector rounded to fp16
 };
 
 // The element of a plain section that holds (token, channel); T is its storage type.
@@ -115,6 +116,14 @@ inline status append_head(const append_job& job, std::size_t head) noexcept {
             const void* x = source.at(i, head);
             if (source.type() != scalar_type::fp32) {
                 job.kernels->load_floats(source.type(), x, s->channels, converted);
+                x = converted;
+            }
+            if (job.through_fp16) { // no infinity comes of it: the fp16 copy was stored before
+                std::uint16_t* halves = reinterpret_cast<std::uint16_t*>(codes);
+                job.kernels->store_floats(scalar_type::fp16, static_cast<const float*>(x), s->channels,
+                                          halves);
+                job.kernels->load_floats(scalar_type::fp16, halves, s->channels, converted);
+                std::memset(codes, 0, 2 * s->channels);
                 x = converted;
             }
             const encode_result r = insert_vector(*job.kernels, *s, page, token % page_tokens,
