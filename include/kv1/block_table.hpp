@@ -75,11 +75,14 @@ public:
     [[nodiscard]] bool reserve(std::size_t more_blocks) noexcept {
         return blocks_.reserve(blocks_.size() + more_blocks);
     }
-    [[nodiscard]] bool reserve_hole() noexcept { return holes_.reserve(holes_.size() + 1); }
+    [[nodiscard]] bool reserve_hole() noexcept { return reserve_holes(1); }
+    [[nodiscard]] bool reserve_holes(std::size_t more) noexcept {
+        return holes_.reserve(holes_.size() + more);
+    }
 
     /// The block of the next page. Precondition: room is reserved.
     void push_back(std::uint32_t block) noexcept { blocks_.push_back(block); }
-    /// Dropped pages at the end. Preconditions: room for a hole, the last page is not dropped, pages > 0.
+    /// Dropped pages at the end. Preconditions: room for a hole, the last page is not dropped.
     void append_hole(std::uint32_t pages_dropped) noexcept {
         const auto first = static_cast<std::uint32_t>(pages());
         holes_.push_back({first, first + pages_dropped});
