@@ -7,6 +7,7 @@
 
 #include "cache_model.hpp"
 
+#include <kv1/cache_io.hpp>
 #include <kv1/kv_cache.hpp>
 
 #include <cstddef>
@@ -27,7 +28,7 @@ public:
     struct tallies {
         std::size_t appended = 0, refused = 0, exhausted = 0, forked = 0, truncated = 0, dropped = 0,
                     committed = 0, destroyed = 0, attended = 0, stored = 0, matched = 0, imported = 0,
-                    batches = 0, partly_matched = 0, kept_whole = 0;
+                    batches = 0, partly_matched = 0, loaded = 0;
     };
 
     static void run(std::span<const std::uint8_t> bytes, tallies& t) {
@@ -87,7 +88,7 @@ private:
     // one step
 
     void step() {
-        switch (next() % 18) {
+        switch (next() % 19) {
         case 0:
             create();
             break;
@@ -135,6 +136,9 @@ private:
             break;
         case 17:
             batch();
+            break;
+        case 18:
+            save_and_load();
             break;
         }
         require(cache_.try_validate(), "validate");
@@ -496,6 +500,33 @@ private:
         }
         require(same_bits(out, alone) && same_bits(lse, lse_alone), "a batch is what its sequences are");
         ++tallies_.batches;
+    }
+
+    // A sequence, saved and loaded beside itself, is the same; with a byte changed it is refused.
+    void save_and_load() {
+        living* l = some();
+        if (l == nullptr || living_.size() >= 12)
+            return;
+        std::vector<std::byte> memory;
+        const kv1::status s = kv1::try_save(cache_, {&l->id, 1}, [&](std::span<const std::byte> some_bytes) {
+            memory.insert(memory.end(), some_bytes.begin(), some_bytes.end());
+            return true;
+        });
+        require(s.code() == (l->model.agreed() ? kv1::errc::ok : kv1::errc::layers_disagree), "save");
+        if (!s)
+            return;
+        const std::size_t at = (next() * std::size_t{257} + next()) % memory.size();
+        memory[at] ^= std::byte{4};
+        require(!kv1::try_swap_in(cache_, memory), "changed bytes are refused");
+        memory[at] ^= std::byte{4};
+        const auto id = kv1::try_swap_in(cache_, memory);
+        if (id.code() == kv1::errc::capacity_exceeded)
+            return;
+        require(id.reason(), "load");
+        living twin{*id, l->model};
+        compare(twin);
+        living_.push_back(std::move(twin));
+        ++tallies_.loaded;
     }
 
     void attend() {

@@ -25,7 +25,7 @@ TEST_CASE("random operations leave the cache equal to its model", "[cache][model
     // each operation was there, and did its work
     for (const std::size_t count :
          {t.appended, t.refused, t.exhausted, t.forked, t.truncated, t.dropped, t.committed, t.destroyed,
-          t.attended, t.stored, t.matched, t.partly_matched, t.imported, t.batches})
+          t.attended, t.stored, t.matched, t.partly_matched, t.imported, t.batches, t.loaded})
         REQUIRE(count >= 20);
 }
 
