@@ -24,19 +24,21 @@ using tokens = std::vector<std::int32_t>;
 class language_model {
 public:
     [[nodiscard]] kv1::kv_cache make_cache(std::size_t capacity_tokens) const {
-        return kv1::kv_cache(model_.cache_shape({}, capacity_tokens));
+        kv1::cache_description shape = model_.cache_shape({}, capacity_tokens);
+        shape.page_tokens = 16; // small pages: more of a short text is shared
+        return kv1::kv_cache(shape);
     }
     [[nodiscard]] tokens encode(std::string_view text) const { return tokenizer_.encode(text); }
     [[nodiscard]] std::string decode(const tokens& t) const { return tokenizer_.decode(t); }
 
-    /// Runs tokens that follow what the sequence holds: the logits after each of them.
+    /// Runs tokens that follow what the sequence holds: the logits after each of the last `wanted` of them.
     std::vector<std::vector<float>> run(kv1::kv_cache& cache, kv1::sequence_id sequence,
-                                        std::span<const std::int32_t> t) {
+                                        std::span<const std::int32_t> t, std::size_t wanted = 1) {
         const std::vector<float> states = model_.forward(t, cache, sequence, kv1::precision::exact, pool_);
         const std::size_t width = model_.config().hidden_size;
-        std::vector<std::vector<float>> all(t.size(), std::vector<float>(model_.config().vocab_size));
-        for (std::size_t i = 0; i < t.size(); ++i)
-            model_.logits(std::span(states).subspan(i * width, width), all[i], pool_);
+        std::vector<std::vector<float>> all(wanted, std::vector<float>(model_.config().vocab_size));
+        for (std::size_t i = 0; i < wanted; ++i)
+            model_.logits(std::span(states).subspan((t.size() - wanted + i) * width, width), all[i], pool_);
         return all;
     }
     /// Continues greedily by n tokens after `last`, which the sequence does not hold yet.

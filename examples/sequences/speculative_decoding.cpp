@@ -37,7 +37,7 @@ int main() {
         example::tokens next = guess(text, guesses);
         next.insert(next.begin(), text.back());
         const std::size_t length = cache.length(sequence);
-        const auto logits = lm.run(cache, sequence, next);
+        const auto logits = lm.run(cache, sequence, next, next.size());
         ++runs;
         for (std::size_t i = 0; i < next.size(); ++i) {
             text.push_back(example::language_model::best(logits[i]));

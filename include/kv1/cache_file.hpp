@@ -79,7 +79,9 @@ status try_save_file(const basic_kv_cache<F, A>& cache, std::span<const sequence
         std::random_device number;
         for (int attempt = 0; file == nullptr && attempt < 16; ++attempt) { // names that others write to
             other = path;
-            other += "." + std::to_string(number()) + ".partial";
+            for (const std::string& part :
+                 {std::string("."), std::to_string(number()), std::string(".partial")})
+                other += part;
             file.reset(std::fopen(other.string().c_str(), "wbx"));
         }
         if (file == nullptr) {
