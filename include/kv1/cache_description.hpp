@@ -14,38 +14,84 @@ namespace kv1::inline KV1_ABI {
 
 /// One layer: how many KV heads, how wide, how stored. K and V are independent of each other.
 struct layer_description {
-    std::size_t kv_heads = 0;                    ///< query heads are a multiple of it
-    std::size_t key_dim = 0;                     ///< head_dim of keys and queries
-    std::size_t value_dim = 0;                   ///< head_dim of values and outputs
-    kv_format key_format = kv_format::affine2;   ///< of keys
-    kv_format value_format = kv_format::affine2; ///< of values
+    std::size_t kv_heads = 0;
+    std::size_t key_dim = 0;   ///< head_dim of keys and queries
+    std::size_t value_dim = 0; ///< head_dim of values and outputs
+    kv_format key_format = kv_format::affine2;
+    kv_format value_format = kv_format::affine2;
+    /// A query sees this many tokens, itself included; 0: all. Pages that no later query can see are freed
+    /// when the sequence is committed.
+    std::size_t sliding_window = 0;
+    friend bool operator==(const layer_description&, const layer_description&) = default;
 };
 
 /// A whole cache: its layers, and room for how many tokens.
 struct cache_description {
-    std::vector<layer_description> layers; ///< one entry per layer
-    std::size_t capacity_tokens = 0;       ///< in whole pages, over all sequences
-    std::size_t page_tokens = 64;          ///< a multiple of tile_tokens
+    std::vector<layer_description> layers;
+    std::size_t capacity_tokens = 0; ///< in whole pages, over all sequences
+    std::size_t page_tokens = 64;    ///< a multiple of tile_tokens
+
+    /// The first fp16_sinks tokens of a sequence and a query's last fp16_window tokens, itself included, are
+    /// attended to in fp16 and the tokens between them in the layer's formats: kv_cache.hpp says how. Layers
+    /// with a sliding window, and those that store K and V plain, are left as they are.
+    std::size_t fp16_sinks = 0;
+    std::size_t fp16_window = 0;
+
+    /// Capacity of the layers with a sliding window, and of the fp16 copies; 0: capacity_tokens. Memory that
+    /// is never used is reserved only, so smaller numbers matter where address space or overcommitment does.
+    std::size_t window_capacity_tokens = 0;
+    std::size_t fp16_capacity_tokens = 0;
+
+    /// Asks the system to back the arenas with large pages (Linux; elsewhere nothing).
+    bool huge_pages = false;
+    /// Events of the prefix index that are kept until they are taken; 0: none are recorded.
+    std::size_t prefix_events = 0;
 };
+
+/// Bytes of one page of every layer, all KV heads, fp16 copies left out.
+[[nodiscard]] inline std::size_t bytes_per_page(const cache_description& d) noexcept {
+    std::size_t bytes = 0;
+    for (const layer_description& l : d.layers)
+        bytes += l.kv_heads *
+                 page_layout(l.key_format, l.key_dim, l.value_format, l.value_dim, d.page_tokens).bytes();
+    return bytes;
+}
+
+/// capacity_tokens for a pool of so many bytes: whole pages that fit.
+[[nodiscard]] inline std::size_t capacity_for_bytes(const cache_description& d, std::size_t bytes) noexcept {
+    const std::size_t page = bytes_per_page(d);
+    return page == 0 ? 0 : bytes / page * d.page_tokens;
+}
 
 /// The usual case: every layer alike.
 [[nodiscard]] inline cache_description uniform_cache(std::size_t layers, const layer_description& layer,
                                                      std::size_t capacity_tokens,
                                                      std::size_t page_tokens = 64) {
-    return {std::vector<layer_description>(layers, layer), capacity_tokens, page_tokens};
+    cache_description d;
+    d.layers.assign(layers, layer);
+    d.capacity_tokens = capacity_tokens;
+    d.page_tokens = page_tokens;
+    return d;
 }
 
-/// Sizes in bytes unless said otherwise.
+/// Sizes in bytes unless said otherwise. Tokens and what follows from them count each sequence as if it were
+/// alone; pages and bytes in use count a page that sequences share once.
 struct cache_statistics {
-    std::size_t sequences = 0;      ///< living ones
-    std::size_t tokens = 0;         ///< cached tokens (of the layer that holds most, per sequence)
-    std::size_t layers = 0;         ///< of the cache
-    std::size_t pages_in_use = 0;   ///< blocks, each page_tokens tokens of every layer
-    std::size_t pages_total = 0;    ///< blocks the arenas hold
-    std::size_t bytes_reserved = 0; ///< arenas of all layers
-    std::size_t bytes_in_use = 0;   ///< pages in use, padding and unfilled tokens included
-    std::size_t bytes_stored = 0;   ///< row-format bytes of the cached tokens: values and metadata
-    std::size_t bytes_as_fp16 = 0;  ///< the same tokens in fp16
+    std::size_t sequences = 0;
+    std::size_t tokens = 0; ///< length (of the layer that holds most, per sequence), dropped tokens included
+    std::size_t layers = 0;
+    std::size_t pages_in_use = 0; ///< each page_tokens tokens of every layer of its group
+    std::size_t pages_total = 0;
+    std::size_t bytes_reserved = 0;    ///< arenas of all layers
+    std::size_t bytes_in_use = 0;      ///< pages in use, padding and unfilled tokens included
+    std::size_t bytes_stored = 0;      ///< row-format bytes of the tokens held: values and metadata
+    std::size_t bytes_as_fp16 = 0;     ///< the same tokens in fp16
+    std::size_t bytes_fp16_copies = 0; ///< part of bytes_in_use: pages of fp16 sinks and windows
+    std::size_t bytes_unfilled = 0;    ///< token slots of open pages that hold nothing yet
+    /// Of all sequences: what sharing saves. Of one sequence: its pages that others hold too, the prefix
+    /// index included.
+    std::size_t bytes_shared = 0;
+    std::size_t pages_indexed = 0; ///< held by the prefix index, in its first group
 
     /// How many times smaller the stored rows are than fp16; 0 for an empty cache.
     [[nodiscard]] double shrink_vs_fp16() const noexcept {
@@ -77,6 +123,20 @@ struct cache_statistics {
                        std::to_string(ratio % 100) + "x smaller), " + std::to_string(s.pages_in_use) +
                        " of " + std::to_string(s.pages_total) + " pages, " + human_bytes(s.bytes_in_use) +
                        " in use";
+    return text;
+}
+
+/// Several lines: what to_string() says, then where the memory goes.
+[[nodiscard]] inline std::string summary(const cache_statistics& s) {
+    std::string text = std::to_string(s.sequences) + " sequences: " + to_string(s) + "\n";
+    const auto line = [&](const char* name, std::size_t bytes) {
+        text.append("  ").append(name).append(": ").append(human_bytes(bytes)).append("\n");
+    };
+    line("reserved", s.bytes_reserved);
+    line("in use", s.bytes_in_use);
+    line("of it fp16 sinks and windows", s.bytes_fp16_copies);
+    line("unfilled slots of open pages", s.bytes_unfilled);
+    line("shared", s.bytes_shared);
     return text;
 }
 

@@ -1,17 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// page_pool: hands out block numbers 0 ... capacity - 1, last freed first. A block is the same range of
-// tokens in every layer; where its bytes lie is the cache's affair. allocate() and release() are O(1) and
-// never allocate memory. Not synchronized.
+// page_pool: hands out block numbers 0 ... capacity - 1, last freed first, and counts their references. All
+// blocks are alike, so there is nothing to fragment; where a block's bytes lie is the cache's affair.
+//
+// allocate(), retain() and release() are O(1) a block, never allocate memory, and may be called from any
+// threads at once, as may the const members; moving a pool, try_grow() and limit() need it for themselves. A
+// block whose references() is 1 can be written to by who holds that reference: nobody else can gain one.
 #pragma once
 
-#include <kv1/detail/config.hpp>
+#include <kv1/detail/buffer.hpp>
+#include <kv1/status.hpp>
 
+#include <atomic>
 #include <cassert>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <mutex>
+#include <new>
 #include <optional>
-#include <vector>
+#include <span>
+#include <utility>
 
 namespace kv1::inline KV1_ABI {
 
@@ -20,38 +29,145 @@ class page_pool {
 public:
     /// No block at all.
     page_pool() = default;
-    /// Throws std::bad_alloc where the free list (4 bytes a block) does not fit in memory.
-    explicit page_pool(std::uint32_t capacity) : capacity_(capacity) { free_.reserve(capacity); }
+    /// An empty pool that grows to `capacity` blocks: 8 bytes each. Errors: out_of_memory.
+    [[nodiscard]] static result<page_pool> create(std::uint32_t capacity) noexcept {
+        page_pool pool;
+        if (const status s = pool.try_grow(capacity); !s)
+            return s;
+        return pool;
+    }
+    /// The same; throws kv1::error (without exceptions: aborts).
+    explicit page_pool(std::uint32_t capacity) { detail::throw_if_error(try_grow(capacity)); }
 
-    /// A block that is not in use; nothing where there is none. O(1).
-    [[nodiscard]] std::optional<std::uint32_t> allocate() noexcept {
-        if (!free_.empty()) {
-            const std::uint32_t block = free_.back();
-            free_.pop_back();
-            return block;
-        }
-        if (unused_ == capacity_)
-            return std::nullopt;
-        return unused_++;
+    page_pool(page_pool&& other) noexcept { take(other); }
+    page_pool& operator=(page_pool&& other) noexcept {
+        take(other);
+        return *this;
     }
 
-    /// Precondition: the block is allocated.
-    void release(std::uint32_t block) noexcept {
-        assert(block < unused_);
+    /// Raises the capacity; a smaller one changes nothing. O(capacity). Errors: out_of_memory, which leaves
+    /// the pool as it was.
+    status try_grow(std::uint32_t capacity) noexcept {
+        if (capacity <= capacity_)
+            return {};
+        std::unique_ptr<counter[]> grown(new (std::nothrow) counter[capacity]);
+        if (grown == nullptr || !free_.reserve(capacity))
+            return {errc::out_of_memory, "no memory for the page list"};
+        for (std::uint32_t i = 0; i < capacity; ++i)
+            grown[i].store(i < unused_ ? counts_[i].load(std::memory_order_relaxed) : 0,
+                           std::memory_order_relaxed);
+        counts_ = std::move(grown);
+        capacity_ = capacity;
+        return {};
+    }
+
+    /// Takes try_grow() back. Precondition: touched() <= capacity.
+    void limit(std::uint32_t capacity) noexcept { capacity_ = capacity < capacity_ ? capacity : capacity_; }
+
+    /// A block with one reference.
+    [[nodiscard]] std::optional<std::uint32_t> allocate() noexcept {
+        std::uint32_t block = 0;
+        if (!allocate({&block, 1}))
+            return std::nullopt;
+        return block;
+    }
+    /// As many blocks as the span has elements, or none of them: false.
+    [[nodiscard]] bool allocate(std::span<std::uint32_t> blocks) noexcept {
+        const std::lock_guard lock(mutex_);
+        if (blocks.size() > capacity_ - in_use_.load(std::memory_order_relaxed))
+            return false;
+        for (std::uint32_t& block : blocks) {
+            if (free_.empty()) {
+                block = unused_++;
+            } else {
+                block = free_.back();
+                free_.pop_back();
+            }
+            counts_[block].store(1, std::memory_order_relaxed);
+        }
+        in_use_.fetch_add(blocks.size(), std::memory_order_relaxed);
+        return true;
+    }
+
+    /// One more reference. Precondition: the caller holds one, or keeps one from being released.
+    void retain(std::uint32_t block) noexcept {
+        assert(references(block) != 0);
+        counts_[block].fetch_add(1, std::memory_order_relaxed);
+    }
+
+    /// One reference less; the last one frees the block: true. Precondition: the caller holds one.
+    bool release(std::uint32_t block) noexcept {
+        assert(references(block) != 0);
+        // what others read of the page comes before its next owner's writes
+        if (counts_[block].fetch_sub(1, std::memory_order_acq_rel) != 1)
+            return false;
+        const std::lock_guard lock(mutex_);
         free_.push_back(block); // within the reserved capacity
+        in_use_.fetch_sub(1, std::memory_order_relaxed);
+        return true;
+    }
+
+    /// 0 for a free block. Precondition: block < capacity().
+    [[nodiscard]] std::uint32_t references(std::uint32_t block) const noexcept {
+        return counts_[block].load(std::memory_order_acquire);
     }
 
     /// Blocks in all, free, and in use. O(1).
     /// @{
     [[nodiscard]] std::size_t capacity() const noexcept { return capacity_; }
-    [[nodiscard]] std::size_t available() const noexcept { return capacity_ - unused_ + free_.size(); }
-    [[nodiscard]] std::size_t in_use() const noexcept { return capacity() - available(); }
+    [[nodiscard]] std::size_t in_use() const noexcept { return in_use_.load(std::memory_order_relaxed); }
+    [[nodiscard]] std::size_t available() const noexcept { return capacity() - in_use(); }
+    /// One past the highest block that was ever handed out: memory beyond it was never touched.
+    [[nodiscard]] std::size_t touched() const noexcept {
+        const std::lock_guard lock(mutex_);
+        return unused_;
+    }
+
+    /// Sum of references() - 1 over the blocks in use: what sharing saves. O(touched()).
+    [[nodiscard]] std::size_t shared() const noexcept {
+        const std::lock_guard lock(mutex_);
+        std::size_t total = 0;
+        for (std::uint32_t i = 0; i < unused_; ++i) {
+            const std::uint32_t count = counts_[i].load(std::memory_order_relaxed);
+            total += count > 1 ? count - 1 : 0;
+        }
+        return total;
+    }
+
+    /// Whether free list, counts and totals agree. O(capacity). The pool must not change meanwhile.
+    [[nodiscard]] bool valid() const noexcept {
+        const std::lock_guard lock(mutex_);
+        std::size_t held = 0;
+        for (std::uint32_t i = 0; i < capacity_; ++i) {
+            const bool used = counts_[i].load(std::memory_order_relaxed) != 0;
+            held += used ? 1u : 0u;
+            if (used && i >= unused_)
+                return false;
+        }
+        for (const std::uint32_t block : free_)
+            if (block >= unused_ || counts_[block].load(std::memory_order_relaxed) != 0)
+                return false;
+        return held == in_use() && held + free_.size() == unused_;
+    }
     /// @}
 
 private:
+    using counter = std::atomic<std::uint32_t>;
+
+    void take(page_pool& other) noexcept {
+        counts_ = std::move(other.counts_);
+        free_ = std::move(other.free_);
+        capacity_ = std::exchange(other.capacity_, 0);
+        unused_ = std::exchange(other.unused_, 0);
+        in_use_.store(other.in_use_.exchange(0));
+    }
+
+    mutable std::mutex mutex_; // of free_ and unused_
+    std::unique_ptr<counter[]> counts_;
+    detail::buffer<std::uint32_t> free_;
     std::uint32_t capacity_ = 0;
     std::uint32_t unused_ = 0; // blocks from here on were never handed out
-    std::vector<std::uint32_t> free_;
+    std::atomic<std::size_t> in_use_{0};
 };
 
 } // namespace kv1::inline KV1_ABI

@@ -26,16 +26,25 @@ namespace kv1::inline KV1_ABI {
 /// Why an operation failed.
 enum class errc : std::uint8_t {
     ok,
-    invalid_argument,   ///< a value that no call accepts
-    shape_mismatch,     ///< extents that do not fit the object or each other
-    out_of_range,       ///< an index past the end
-    non_finite,         ///< NaN or infinity where a number is needed
-    not_representable,  ///< a finite number that the storage format cannot hold
-    out_of_memory,      ///< the allocator gave nothing
-    capacity_exceeded,  ///< the page pool has no free page left
-    invalid_sequence,   ///< a handle that names no living sequence
-    unsupported_format, ///< a storage format this cache type was not compiled for
-    unsupported_target, ///< an instruction set that is not compiled in or that this processor lacks
+    invalid_argument,    ///< a value that no call accepts
+    shape_mismatch,      ///< extents that do not fit the object or each other
+    out_of_range,        ///< an index past the end
+    non_finite,          ///< NaN or infinity where a number is needed
+    not_representable,   ///< a finite number that the storage format cannot hold
+    out_of_memory,       ///< the allocator gave nothing
+    capacity_exceeded,   ///< the page pool has no free page left
+    invalid_sequence,    ///< a handle that names no living sequence
+    unsupported_format,  ///< a storage format this cache type was not compiled for
+    unsupported_target,  ///< an instruction set that is not compiled in or that this processor lacks
+    layers_disagree,     ///< a commit point is needed, and the layers hold different numbers of tokens
+    dropped_tokens,      ///< tokens that were dropped, or that a sliding window gave up
+    bad_format,          ///< bytes that are no saved cache, or whose parts contradict each other
+    unsupported_version, ///< a saved cache of a newer or unknown version
+    checksum_mismatch,   ///< a saved cache with changed bytes
+    truncated,           ///< a saved cache that ends too early
+    different_cache,     ///< a saved cache whose shape or formats are not this one's
+    io_error,            ///< the system refused to read or write
+    broken_invariant,    ///< validate() found a contradiction: a defect, or memory overwritten
 };
 
 /// A word or two.
@@ -63,6 +72,24 @@ enum class errc : std::uint8_t {
         return "unsupported format";
     case errc::unsupported_target:
         return "unsupported target";
+    case errc::layers_disagree:
+        return "layers disagree";
+    case errc::dropped_tokens:
+        return "dropped tokens";
+    case errc::bad_format:
+        return "not a saved cache";
+    case errc::unsupported_version:
+        return "unsupported version";
+    case errc::checksum_mismatch:
+        return "checksum mismatch";
+    case errc::truncated:
+        return "truncated";
+    case errc::different_cache:
+        return "different cache";
+    case errc::io_error:
+        return "input or output failed";
+    case errc::broken_invariant:
+        return "broken invariant";
     }
     return "unknown error";
 }

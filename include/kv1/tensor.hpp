@@ -42,6 +42,15 @@ public:
     [[nodiscard]] constexpr std::ptrdiff_t head_stride() const noexcept { return head_stride_; }
     /// @}
 
+    /// The view of some consecutive tokens. Precondition: first + count <= tokens().
+    [[nodiscard]] tensor_view rows(std::size_t first, std::size_t count) const noexcept {
+        tensor_view part = *this;
+        if (data_ != nullptr)
+            part.data_ = at(first, 0);
+        part.tokens_ = count;
+        return part;
+    }
+
     /// First channel of a vector.
     [[nodiscard]] const void* at(std::size_t token, std::size_t head) const noexcept {
         const std::ptrdiff_t size = type_ == scalar_type::fp32 ? 4 : 2;
@@ -83,6 +92,13 @@ public:
     [[nodiscard]] constexpr std::ptrdiff_t token_stride() const noexcept { return view_.token_stride(); }
     [[nodiscard]] constexpr std::ptrdiff_t head_stride() const noexcept { return view_.head_stride(); }
     /// @}
+    /// Tokens first ... first + count - 1.
+    [[nodiscard]] mutable_tensor_view rows(std::size_t first, std::size_t count) const noexcept {
+        mutable_tensor_view part = *this;
+        part.view_ = view_.rows(first, count);
+        part.data_ = const_cast<void*>(part.view_.data());
+        return part;
+    }
     /// First channel of a vector.
     [[nodiscard]] void* at(std::size_t token, std::size_t head) const noexcept {
         return const_cast<void*>(view_.at(token, head));

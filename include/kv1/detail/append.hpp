@@ -21,8 +21,9 @@ struct append_job {
     const std::byte* arena; // written to through a cast: the caller owns it
     std::size_t block_bytes;
     const std::uint32_t* block_table;
-    std::size_t first_token; // position of the first new token
+    std::size_t first_token; // place of the first new token among those of the block table
     tensor_view keys, values;
+    bool through_fp16 = false; // what is quantized is the vector rounded to fp16
 };
 
 // The element of a plain section that holds (token, channel); T is its storage type.
@@ -112,6 +113,22 @@ inline std::byte* page_of(const append_job& job, std::size_t head, std::size_t i
            static_cast<std::size_t>(job.block_table[index]) * job.block_bytes + head * job.layout->bytes();
 }
 
+// A vector as floats: where it lies, or in `converted`.
+inline const float* row_of(const append_job& job, const tensor_view& source, std::size_t i, std::size_t head,
+                           float* converted) noexcept {
+    const void* x = source.at(i, head);
+    if (source.type() == scalar_type::fp32 && !job.through_fp16)
+        return static_cast<const float*>(x);
+    job.kernels->load_floats(source.type(), x, source.channels(), converted);
+    if (job.through_fp16 && source.type() != scalar_type::fp16) {
+        // no infinity comes of it: the fp16 copy was stored before
+        std::uint16_t halves[max_head_dim];
+        job.kernels->store_floats(scalar_type::fp16, converted, source.channels(), halves);
+        job.kernels->load_floats(scalar_type::fp16, halves, source.channels(), converted);
+    }
+    return converted;
+}
+
 // Gathers 2-bit vectors into batches for append_affine2.
 class affine2_batch {
 public:
@@ -119,20 +136,15 @@ public:
 
     status add(const section_layout& s, std::size_t head, std::size_t i) noexcept {
         const tensor_view& source = s.keys ? job_.keys : job_.values;
-        if (count_ == tile_tokens ||
-            (source.type() != scalar_type::fp32 && used_ + s.channels > max_head_dim))
+        const bool converts = source.type() != scalar_type::fp32 || job_.through_fp16;
+        if (count_ == tile_tokens || (converts && used_ + s.channels > max_head_dim))
             if (const status flushed = flush(); !flushed)
                 return flushed;
-        const void* x = source.at(i, head);
-        if (source.type() != scalar_type::fp32) {
-            job_.kernels->load_floats(source.type(), x, s.channels, converted_ + used_);
-            x = converted_ + used_;
-            used_ += s.channels;
-        }
+        const float* x = row_of(job_, source, i, head, converted_ + used_);
+        used_ += converts ? s.channels : 0;
         const std::size_t token = job_.first_token + i;
         const std::size_t page_tokens = job_.layout->page_tokens(), index = token / page_tokens;
-        rows_[count_] = {&s, page_of(job_, head, index), token - index * page_tokens,
-                         static_cast<const float*>(x)};
+        rows_[count_] = {&s, page_of(job_, head, index), token - index * page_tokens, x};
         heads_[count_] = head;
         tokens_[count_++] = i;
         return {};
@@ -176,14 +188,10 @@ inline status append_section(const append_job& job, const section_layout& s, std
         codes[2 * max_head_dim]; // codes, zero past the channels; or the halves of a plain vector
     std::memset(codes, 0, round_up(s.channels, 32));
     for (std::size_t i = 0; i < source.tokens(); ++i) {
-        const void* x = source.at(i, head);
-        if (source.type() != scalar_type::fp32) {
-            job.kernels->load_floats(source.type(), x, s.channels, converted);
-            x = converted;
-        }
+        const float* x = row_of(job, source, i, head, converted);
         const std::size_t token = job.first_token + i;
-        const encode_result r = insert_vector(*job.kernels, s, page_of(job, head, token / s.tokens),
-                                              token % s.tokens, static_cast<const float*>(x), codes);
+        const encode_result r =
+            insert_vector(*job.kernels, s, page_of(job, head, token / s.tokens), token % s.tokens, x, codes);
         if (r.code != errc::ok)
             return append_error(r, head, i);
     }

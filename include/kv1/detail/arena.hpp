@@ -1,17 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // arena: one line-aligned allocation, not touched until used. guarded(): runs code that may throw bad_alloc
-// and says so with a status.
+// and says so with a status. advise_huge_pages(): asks the system for large pages where it can.
 #pragma once
 
 #include <kv1/layout.hpp>
 #include <kv1/status.hpp>
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <new>
 #include <type_traits>
 #include <utility>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace kv1::inline KV1_ABI::detail {
 
@@ -27,6 +31,17 @@ status guarded(F&& function) noexcept {
 #else
     function();
     return {};
+#endif
+}
+
+// A hint for the whole large pages within the range; nothing depends on the answer.
+inline void advise_huge_pages([[maybe_unused]] std::byte* data, [[maybe_unused]] std::size_t bytes) noexcept {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr std::uintptr_t huge = std::uintptr_t{1} << 21;
+    const auto address = reinterpret_cast<std::uintptr_t>(data);
+    const std::uintptr_t first = (address + huge - 1) / huge * huge, last = (address + bytes) / huge * huge;
+    if (first < last)
+        static_cast<void>(::madvise(data + (first - address), last - first, MADV_HUGEPAGE));
 #endif
 }
 

@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Where a cache's bytes lie. A plane is one layer's pages in one layout: its body, or its fp16 copy. Planes
+// whose pages come and go together form a group: one pool of block numbers, one block table a sequence.
+//
+//   group 0..  bodies, by sliding window    last group, where there is one: the fp16 copies
+//
+// Block b of a group lies at b * block_bytes of each of its planes' arenas.
+#pragma once
+
+#include <kv1/cache_description.hpp>
+#include <kv1/detail/arena.hpp>
+#include <kv1/detail/kernels/interface.hpp>
+#include <kv1/page_pool.hpp>
+#include <kv1/status.hpp>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+#include <vector>
+
+namespace kv1::inline KV1_ABI::detail {
+
+inline constexpr std::size_t no_plane = std::numeric_limits<std::size_t>::max();
+
+template <class Allocator>
+struct plane {
+    page_layout layout;
+    std::size_t layer = 0;
+    std::size_t kv_heads = 0;
+    std::size_t group = 0;
+    std::size_t block_bytes = 0; // of all KV heads
+    detail::arena<Allocator> arena;
+
+    [[nodiscard]] std::byte* block(std::uint32_t index) noexcept {
+        return arena.data() + static_cast<std::size_t>(index) * block_bytes;
+    }
+    [[nodiscard]] const std::byte* block(std::uint32_t index) const noexcept {
+        return arena.data() + static_cast<std::size_t>(index) * block_bytes;
+    }
+};
+
+struct page_group {
+    page_pool pool;
+    std::size_t window = 0; // 0: every token stays visible
+    bool fp16_copies = false;
+    std::size_t block_bytes = 0; // of all planes
+};
+
+struct layer_planes {
+    layer_description shape;
+    std::size_t body = no_plane;
+    std::size_t copy = no_plane; // fp16, where the layer has one
+};
+
+template <class Allocator>
+class cache_storage {
+public:
+    [[nodiscard]] const cache_description& description() const noexcept { return description_; }
+    [[nodiscard]] std::size_t page_tokens() const noexcept { return description_.page_tokens; }
+    [[nodiscard]] const std::vector<layer_planes>& layers() const noexcept { return layers_; }
+    [[nodiscard]] const std::vector<plane<Allocator>>& planes() const noexcept { return planes_; }
+    [[nodiscard]] std::vector<plane<Allocator>>& planes() noexcept { return planes_; }
+    [[nodiscard]] const std::vector<page_group>& groups() const noexcept { return groups_; }
+    [[nodiscard]] std::vector<page_group>& groups() noexcept { return groups_; }
+
+    // Checks the description and reserves everything.
+    template <class Formats>
+    status initialize(cache_description&& d, const Allocator& allocator) noexcept {
+        if (d.layers.empty() || d.page_tokens == 0 || d.page_tokens % tile_tokens != 0 ||
+            d.capacity_tokens == 0)
+            return {errc::invalid_argument, "layers, capacity and page size are positive, pages whole tiles"};
+        for (const std::size_t tokens : {d.capacity_tokens, d.window_capacity_tokens, d.fp16_capacity_tokens})
+            if (pages_for(tokens, d.page_tokens) > most_pages)
+                return {errc::invalid_argument, "more than 2^32 - 2 pages"};
+        if (d.fp16_sinks > most_tokens || d.fp16_window > most_tokens)
+            return {errc::invalid_argument, "fp16 sinks and windows are less than 2^48 tokens"};
+        const status s = guarded([&] {
+            description_ = std::move(d);
+            layers_.reserve(description_.layers.size());
+            planes_.reserve(2 * description_.layers.size());
+            groups_.reserve(description_.layers.size() + 1);
+        });
+        if (!s)
+            return s;
+        for (std::size_t i = 0; i < description_.layers.size(); ++i)
+            if (const status added = add_layer<Formats>(i, allocator); !added)
+                return added;
+        if (description_.fp16_sinks != 0 || description_.fp16_window != 0)
+            for (std::size_t i = 0; i < layers_.size(); ++i)
+                if (const status added = add_copy<Formats>(i, allocator); !added)
+                    return added;
+        for (page_group& g : groups_)
+            if (const status grown = g.pool.try_grow(capacity_of(g)); !grown)
+                return grown;
+        for (plane<Allocator>& p : planes_)
+            if (!allocate(p.arena, groups_[p.group].pool.capacity() * p.block_bytes))
+                return {errc::out_of_memory, "no memory for the arena", at_layer(p.layer)};
+        return {};
+    }
+
+    // Raises the capacity of groups that follow capacity_tokens. All or nothing; blocks keep their numbers.
+    status grow(std::size_t capacity_tokens, const Allocator& allocator) noexcept {
+        if (pages_for(capacity_tokens, page_tokens()) > most_pages)
+            return {errc::invalid_argument, "more than 2^32 - 2 pages"};
+        if (capacity_tokens <= description_.capacity_tokens)
+            return {};
+        const std::size_t before = std::exchange(description_.capacity_tokens, capacity_tokens);
+        std::vector<detail::arena<Allocator>> arenas;
+        status s = guarded([&] { arenas.reserve(planes_.size()); });
+        for (std::size_t i = 0; s && i < planes_.size(); ++i) {
+            const plane<Allocator>& p = planes_[i];
+            const std::size_t blocks = capacity_of(groups_[p.group]);
+            arenas.emplace_back(allocator); // within the reserved capacity
+            if (blocks > most_bytes / p.block_bytes || !allocate(arenas[i], blocks * p.block_bytes))
+                s = {errc::out_of_memory, "no memory for the arena", at_layer(p.layer)};
+        }
+        for (std::size_t g = 0; s && g < groups_.size(); ++g)
+            s = groups_[g].pool.try_grow(capacity_of(groups_[g]));
+        if (!s) {
+            description_.capacity_tokens = before;
+            for (page_group& g : groups_)
+                g.pool.limit(capacity_of(g));
+            return s;
+        }
+        for (std::size_t i = 0; i < planes_.size(); ++i) {
+            plane<Allocator>& p = planes_[i];
+            std::memcpy(arenas[i].data(), p.arena.data(), groups_[p.group].pool.touched() * p.block_bytes);
+            p.arena = std::move(arenas[i]);
+        }
+        return {};
+    }
+
+    // Lanes past the stored tokens meet weights of zero: they must be finite.
+    void clear_block(std::size_t group, std::uint32_t block) noexcept {
+        for (plane<Allocator>& p : planes_)
+            if (p.group == group)
+                std::memset(p.block(block), 0, p.block_bytes);
+    }
+    void copy_block(std::size_t group, std::uint32_t from, std::uint32_t to) noexcept {
+        for (plane<Allocator>& p : planes_)
+            if (p.group == group)
+                std::memcpy(p.block(to), p.block(from), p.block_bytes);
+    }
+
+    static error_location at_layer(std::size_t layer) noexcept {
+        return {.layer = static_cast<std::int64_t>(layer)};
+    }
+
+private:
+    static constexpr std::size_t most_pages = std::numeric_limits<std::uint32_t>::max() - 1;
+    static constexpr std::size_t most_tokens = std::size_t{1} << 48;
+    static constexpr std::size_t most_bytes = std::numeric_limits<std::ptrdiff_t>::max();
+
+    static std::size_t pages_for(std::size_t tokens, std::size_t page) noexcept {
+        return tokens / page + (tokens % page != 0 ? 1 : 0);
+    }
+    [[nodiscard]] std::uint32_t capacity_of(const page_group& g) const noexcept {
+        const std::size_t own = g.fp16_copies   ? description_.fp16_capacity_tokens
+                                : g.window != 0 ? description_.window_capacity_tokens
+                                                : 0;
+        return static_cast<std::uint32_t>(
+            pages_for(own != 0 ? own : description_.capacity_tokens, page_tokens()));
+    }
+    bool allocate(detail::arena<Allocator>& arena, std::size_t bytes) noexcept {
+        if (!arena.allocate(bytes))
+            return false;
+        if (description_.huge_pages)
+            advise_huge_pages(arena.data(), bytes);
+        return true;
+    }
+
+    template <class Formats>
+    status add_layer(std::size_t i, const Allocator& allocator) noexcept {
+        const layer_description& l = description_.layers[i];
+        if (l.kv_heads == 0 || l.key_dim == 0 || l.value_dim == 0)
+            return {errc::invalid_argument, "KV heads and head dims are positive", at_layer(i)};
+        if (l.key_dim > max_head_dim || l.value_dim > max_head_dim)
+            return {errc::invalid_argument, "head dims are at most 4096", at_layer(i)};
+        if (!Formats::contains(l.key_format) || !Formats::contains(l.value_format))
+            return {errc::unsupported_format, "the cache type was not compiled for this format", at_layer(i)};
+        if (l.sliding_window > most_tokens)
+            return {errc::invalid_argument, "a sliding window is less than 2^48 tokens", at_layer(i)};
+        std::size_t group = 0;
+        while (group < groups_.size() && groups_[group].window != l.sliding_window)
+            ++group;
+        if (group == groups_.size()) {
+            groups_.emplace_back(); // within the reserved capacity
+            groups_.back().window = l.sliding_window;
+        }
+        const page_layout layout(l.key_format, l.key_dim, l.value_format, l.value_dim, page_tokens());
+        if (const status s = add_plane(i, group, layout, allocator); !s)
+            return s;
+        layers_.push_back({l, planes_.size() - 1, no_plane});
+        return {};
+    }
+
+    template <class Formats>
+    status add_copy(std::size_t i, const Allocator& allocator) noexcept {
+        const layer_description& l = description_.layers[i];
+        const bool coded = traits_of(l.key_format).code_bits != 0 || traits_of(l.value_format).code_bits != 0;
+        if (l.sliding_window != 0 || !coded)
+            return {};
+        if (!Formats::contains(kv_format::fp16))
+            return {errc::unsupported_format, "fp16 sinks and windows need a cache type with fp16",
+                    at_layer(i)};
+        if (!groups_.back().fp16_copies) {
+            groups_.emplace_back(); // within the reserved capacity
+            groups_.back().fp16_copies = true;
+        }
+        const page_layout layout(kv_format::fp16, l.key_dim, kv_format::fp16, l.value_dim, page_tokens());
+        if (const status s = add_plane(i, groups_.size() - 1, layout, allocator); !s)
+            return s;
+        layers_[i].copy = planes_.size() - 1;
+        return {};
+    }
+
+    status add_plane(std::size_t layer, std::size_t group, const page_layout& layout,
+                     const Allocator& allocator) noexcept {
+        const std::size_t heads = description_.layers[layer].kv_heads, blocks = capacity_of(groups_[group]);
+        if (heads > most_bytes / layout.bytes() || blocks > most_bytes / (heads * layout.bytes()))
+            return {errc::out_of_memory, "the arena's size overflows", at_layer(layer)};
+        planes_.push_back({layout, layer, heads, group, heads * layout.bytes(),
+                           detail::arena<Allocator>(allocator)}); // within the reserved capacity
+        groups_[group].block_bytes += heads * layout.bytes();
+        return {};
+    }
+
+    cache_description description_;
+    std::vector<layer_planes> layers_;
+    std::vector<plane<Allocator>> planes_;
+    std::vector<page_group> groups_;
+};
+
+} // namespace kv1::inline KV1_ABI::detail

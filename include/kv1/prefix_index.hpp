@@ -1,0 +1,491 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// prefix_index: finds the pages that hold the beginning of a prompt. A tree of blocks of tokens: a node is
+// one page's tokens after those of its parents, under the caller's salt, and holds a reference to that page
+// in every page group. Looked up by a chain of hashes, but a hash never decides: tokens, parents and salts
+// are compared, so two prompts cannot meet, whatever collides.
+//
+//   salt   128 bits of the caller's, compared whole: what else the pages depend on (adapter, tenant, images)
+//   match  whole blocks by hash, then the child with the longest common beginning: part of a page can be
+//          shared, since whoever appends to it copies it first
+//   evict  the least recently used nodes that nothing extends, nobody pinned and no sequence shares
+//   events stored and evicted nodes, for routers; kept until taken, at most as many as asked for
+//
+// insert and match are O(tokens), and O(children * block_tokens) at the last node of a match; evict walks
+// past nodes in use. Every member may be called from any threads at once (one lock, taken before the pools').
+#pragma once
+
+#include <kv1/detail/buffer.hpp>
+#include <kv1/page_pool.hpp>
+#include <kv1/status.hpp>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <span>
+#include <utility>
+
+namespace kv1::inline KV1_ABI {
+
+/// Token ids as the index compares them.
+using token_id = std::int32_t;
+
+/// Tells apart prompts of equal tokens whose pages differ.
+struct prefix_salt {
+    std::uint64_t high = 0, low = 0;
+    friend bool operator==(prefix_salt, prefix_salt) = default;
+};
+
+enum class prefix_event_kind : std::uint8_t { stored, evicted };
+
+struct prefix_event {
+    prefix_event_kind kind{};
+    std::uint32_t tokens = 0;   ///< of this block
+    std::uint64_t hash = 0;     ///< of all tokens up to the block's end, salt included
+    std::uint64_t previous = 0; ///< the hash before the block
+};
+
+/// Keeps a prefix from being evicted until it is given back.
+struct prefix_pin {
+    std::uint32_t node = std::numeric_limits<std::uint32_t>::max();
+    std::uint32_t stamp = 0;
+    std::size_t tokens = 0; ///< that are pinned
+};
+
+/// Hash of a block's tokens after those that `previous` stands for.
+[[nodiscard]] inline std::uint64_t hash_tokens(std::uint64_t previous,
+                                               std::span<const token_id> tokens) noexcept {
+    std::uint64_t h = previous + 0x9e3779b97f4a7c15u * (tokens.size() + 1);
+    for (const token_id t : tokens) {
+        h = (h ^ static_cast<std::uint32_t>(t)) * 0xff51afd7ed558ccdu;
+        h ^= h >> 32;
+    }
+    return h;
+}
+
+using token_hash = std::uint64_t (*)(std::uint64_t previous, std::span<const token_id> tokens) noexcept;
+
+class prefix_index {
+public:
+    /// A group whose page a node does not hold.
+    static constexpr std::uint32_t no_block = std::numeric_limits<std::uint32_t>::max();
+
+    prefix_index() = default;
+    /// With another hash, for tests.
+    explicit prefix_index(token_hash hash) noexcept : hash_(hash) {}
+    prefix_index(const prefix_index&) = delete;
+    prefix_index& operator=(const prefix_index&) = delete;
+    ~prefix_index() { clear(); }
+
+    /// Before anything is stored: tokens of a page, the pools of the groups (which outlive the index), how
+    /// many events to keep. Errors: out_of_memory.
+    status initialize(std::size_t block_tokens, std::span<page_pool* const> pools,
+                      std::size_t events = 0) noexcept {
+        block_tokens_ = block_tokens;
+        if (!pools_.assign(pools) || !events_.reserve(events))
+            return no_memory();
+        event_capacity_ = events;
+        return {};
+    }
+
+    /// Keeps the pages of a prompt's blocks: block_of(page, group) is the block that holds page `page`, or
+    /// no_block. A last block that is not full is kept where `partial` says so. What is known already stays
+    /// as it is. The tokens that the index now knows. Errors: out_of_memory.
+    template <class BlockOf>
+    result<std::size_t> insert(prefix_salt salt, std::span<const token_id> tokens, bool partial,
+                               BlockOf&& block_of) noexcept {
+        const std::size_t known = partial ? tokens.size() : tokens.size() / block_tokens_ * block_tokens_;
+        if (known == 0)
+            return std::size_t{0};
+        const std::lock_guard lock(mutex_);
+        std::uint32_t root = find_root(salt);
+        // room for all that may be missing, so that nothing fails half-way
+        if (!reserve((known + block_tokens_ - 1) / block_tokens_ + (root == none ? 1 : 0)))
+            return no_memory();
+        if (root == none)
+            root = add_root(salt);
+        std::uint32_t at = root;
+        for (std::size_t first = 0; first < known; first += block_tokens_) {
+            const auto block = tokens.subspan(first, std::min(block_tokens_, known - first));
+            const std::uint64_t hash = hash_(nodes_[at].hash, block);
+            std::uint32_t child = find_child(at, hash, block);
+            if (child == none) {
+                child = add_node(at, hash, block);
+                for (std::size_t g = 0; g < pools_.size(); ++g) {
+                    const std::uint32_t b = block_of(first / block_tokens_, g);
+                    blocks_[child * pools_.size() + g] = b;
+                    if (b != no_block)
+                        pools_[g]->retain(b);
+                }
+                record(prefix_event_kind::stored, child);
+            }
+            at = child;
+        }
+        touch(at);
+        return known;
+    }
+
+    /// The longest known beginning of the tokens. take(page, blocks) is given each page's blocks, by group,
+    /// with a reference that the caller then owns. The number of tokens that match.
+    template <class Take>
+    std::size_t match(prefix_salt salt, std::span<const token_id> tokens, Take&& take) noexcept {
+        const std::lock_guard lock(mutex_);
+        std::uint32_t at = find_root(salt);
+        if (at == none)
+            return 0;
+        std::size_t matched = 0;
+        while (tokens.size() - matched >= block_tokens_) {
+            const auto block = tokens.subspan(matched, block_tokens_);
+            const std::uint32_t child = find_child(at, hash_(nodes_[at].hash, block), block);
+            if (child == none)
+                break;
+            give(child, matched / block_tokens_, take);
+            at = child;
+            matched += block_tokens_;
+        }
+        const auto rest = tokens.subspan(matched);
+        std::uint32_t best = none;
+        std::size_t longest = 0;
+        for (std::uint32_t child = nodes_[at].first_child; child != none; child = nodes_[child].next) {
+            const auto known = tokens_of(child);
+            const auto differs = std::mismatch(known.begin(), known.end(), rest.begin(), rest.end());
+            const auto common = static_cast<std::size_t>(differs.first - known.begin());
+            if (common > longest) {
+                longest = common;
+                best = child;
+            }
+        }
+        if (best != none) {
+            give(best, matched / block_tokens_, take);
+            at = best;
+            matched += longest;
+        }
+        touch(at);
+        return matched;
+    }
+
+    /// Evicts nodes until `pages` of them are gone or none is left that may go. How many went.
+    std::size_t evict(std::size_t pages) noexcept {
+        const std::lock_guard lock(mutex_);
+        std::size_t gone = 0;
+        for (std::uint32_t n = oldest_; n != none && gone < pages;) {
+            const std::uint32_t newer = nodes_[n].newer; // parents are newer than their children
+            if (evictable(n)) {
+                remove(n);
+                ++gone;
+            }
+            n = newer;
+        }
+        return gone;
+    }
+
+    /// Evicts all but what is pinned and what that extends, whoever shares its pages.
+    void clear() noexcept {
+        const std::lock_guard lock(mutex_);
+        for (std::uint32_t n = oldest_; n != none;) {
+            const std::uint32_t newer = nodes_[n].newer;
+            if (nodes_[n].pins == 0 && nodes_[n].first_child == none)
+                remove(n);
+            n = newer;
+        }
+    }
+
+    /// Pins the longest beginning of the tokens that is known in whole blocks. Errors: out_of_range where
+    /// none is.
+    result<prefix_pin> pin(prefix_salt salt, std::span<const token_id> tokens) noexcept {
+        const std::lock_guard lock(mutex_);
+        std::uint32_t at = find_root(salt);
+        std::size_t matched = 0;
+        while (at != none && matched < tokens.size()) {
+            const auto block = tokens.subspan(matched, std::min(block_tokens_, tokens.size() - matched));
+            const std::uint32_t child = find_child(at, hash_(nodes_[at].hash, block), block);
+            if (child == none)
+                break;
+            at = child;
+            matched += block.size();
+        }
+        if (matched == 0)
+            return status{errc::out_of_range, "no block of these tokens is known"};
+        ++nodes_[at].pins;
+        return prefix_pin{at, nodes_[at].stamp, matched};
+    }
+    /// Errors: out_of_range for a pin that was given back before.
+    status unpin(prefix_pin pin) noexcept {
+        const std::lock_guard lock(mutex_);
+        if (pin.node >= nodes_.size() || nodes_[pin.node].stamp != pin.stamp || nodes_[pin.node].pins == 0)
+            return {errc::out_of_range, "the pin is not one of this index's"};
+        --nodes_[pin.node].pins;
+        return {};
+    }
+
+    /// Moves the oldest events to the span. How many.
+    std::size_t take_events(std::span<prefix_event> out) noexcept {
+        const std::lock_guard lock(mutex_);
+        const std::size_t n = std::min(out.size(), events_.size());
+        std::copy_n(events_.begin(), n, out.begin());
+        events_.erase(0, n);
+        return n;
+    }
+    /// Events that found no room.
+    [[nodiscard]] std::size_t lost_events() const noexcept {
+        const std::lock_guard lock(mutex_);
+        return lost_events_;
+    }
+    /// Nodes, each a page of every group.
+    [[nodiscard]] std::size_t pages() const noexcept {
+        const std::lock_guard lock(mutex_);
+        return count_;
+    }
+
+    /// f(group, block) for every reference that the index holds.
+    template <class F>
+    void for_each_block(F&& f) const noexcept {
+        const std::lock_guard lock(mutex_);
+        for (std::uint32_t n = oldest_; n != none; n = nodes_[n].newer)
+            for (std::size_t g = 0; g < pools_.size(); ++g)
+                if (const std::uint32_t b = blocks_[n * pools_.size() + g]; b != no_block)
+                    f(g, b);
+    }
+
+    /// Whether tree, list and hash table agree. O(nodes).
+    [[nodiscard]] bool valid() const noexcept {
+        const std::lock_guard lock(mutex_);
+        std::size_t listed = 0, children = 0, kept = 0;
+        std::uint32_t older = none;
+        for (std::uint32_t n = oldest_; n != none; n = nodes_[n].newer) {
+            if (nodes_[n].older != older || nodes_[n].is_root || ++listed > count_)
+                return false;
+            const std::uint32_t parent = nodes_[n].parent;
+            if (find_child(parent, nodes_[n].hash, tokens_of(n)) != n)
+                return false;
+            older = n;
+        }
+        for (const std::uint32_t head : buckets_)
+            for (std::uint32_t n = head; n != none; n = nodes_[n].chained) {
+                ++kept;
+                std::uint32_t before = none;
+                for (std::uint32_t c = nodes_[n].first_child; c != none; c = nodes_[c].next) {
+                    if (nodes_[c].parent != n || nodes_[c].previous != before)
+                        return false;
+                    before = c;
+                    ++children;
+                }
+                if (nodes_[n].is_root && nodes_[n].first_child == none)
+                    return false;
+            }
+        return newest_ == older && listed == count_ && children == count_ && kept >= count_;
+    }
+
+private:
+    static constexpr std::uint32_t none = std::numeric_limits<std::uint32_t>::max();
+
+    struct node {
+        std::uint64_t hash = 0;
+        prefix_salt salt;                                                              // of a root
+        std::uint32_t parent = none, first_child = none, next = none, previous = none; // siblings
+        std::uint32_t newer = none, older = none;                                      // by use
+        std::uint32_t chained = none;                                                  // in its bucket
+        std::uint32_t tokens = 0, pins = 0, stamp = 0;
+        bool is_root = false;
+    };
+
+    static status no_memory() noexcept { return {errc::out_of_memory, "no memory for the prefix index"}; }
+
+    [[nodiscard]] std::span<const token_id> tokens_of(std::uint32_t n) const noexcept {
+        return {tokens_.data() + n * block_tokens_, nodes_[n].tokens};
+    }
+    [[nodiscard]] std::uint32_t bucket(std::uint64_t hash) const noexcept {
+        return static_cast<std::uint32_t>((hash ^ hash >> 29) & (buckets_.size() - 1));
+    }
+
+    [[nodiscard]] std::uint32_t find_root(prefix_salt salt) const noexcept {
+        if (buckets_.empty())
+            return none;
+        for (std::uint32_t n = buckets_[bucket(root_hash(salt))]; n != none; n = nodes_[n].chained)
+            if (nodes_[n].is_root && nodes_[n].salt == salt)
+                return n;
+        return none;
+    }
+    [[nodiscard]] std::uint32_t find_child(std::uint32_t parent, std::uint64_t hash,
+                                           std::span<const token_id> tokens) const noexcept {
+        for (std::uint32_t n = buckets_[bucket(hash)]; n != none; n = nodes_[n].chained) {
+            const node& x = nodes_[n];
+            if (x.hash == hash && x.parent == parent && !x.is_root && x.tokens == tokens.size() &&
+                std::equal(tokens.begin(), tokens.end(), tokens_of(n).begin()))
+                return n;
+        }
+        return none;
+    }
+    static std::uint64_t root_hash(prefix_salt salt) noexcept {
+        std::uint64_t h = (salt.high ^ 0x2545f4914f6cdd1du) * 0xc4ceb9fe1a85ec53u;
+        h = (h ^ h >> 32 ^ salt.low) * 0x9fb21c651e98df25u;
+        return h ^ h >> 29;
+    }
+
+    // Room for `more` nodes.
+    [[nodiscard]] bool reserve(std::size_t more) noexcept {
+        const std::size_t total = nodes_.size() + (more > free_.size() ? more - free_.size() : 0);
+        if (total >= none || !nodes_.reserve(total) || !free_.reserve(nodes_.capacity()) ||
+            !tokens_.reserve(nodes_.capacity() * block_tokens_) ||
+            !blocks_.reserve(nodes_.capacity() * pools_.size()))
+            return false;
+        if (buckets_.size() >= total && !buckets_.empty())
+            return true;
+        std::size_t wanted = 64;
+        while (wanted < 2 * total)
+            wanted *= 2;
+        detail::buffer<std::uint32_t> grown;
+        if (!grown.resize(wanted, none))
+            return false;
+        std::swap(buckets_, grown);
+        for (const std::uint32_t head : grown)
+            for (std::uint32_t n = head; n != none;) {
+                const std::uint32_t following = nodes_[n].chained;
+                chain(n);
+                n = following;
+            }
+        return true;
+    }
+
+    void chain(std::uint32_t n) noexcept {
+        std::uint32_t& head = buckets_[bucket(nodes_[n].hash)];
+        nodes_[n].chained = head;
+        head = n;
+    }
+    void unchain(std::uint32_t n) noexcept {
+        std::uint32_t* at = &buckets_[bucket(nodes_[n].hash)];
+        while (*at != n)
+            at = &nodes_[*at].chained;
+        *at = nodes_[n].chained;
+    }
+
+    // The next four within reserved room.
+    [[nodiscard]] std::uint32_t new_node() noexcept {
+        std::uint32_t n = 0, stamp = 0;
+        if (!free_.empty()) {
+            n = free_.back();
+            free_.pop_back();
+            stamp = nodes_[n].stamp + 1;
+        } else {
+            n = static_cast<std::uint32_t>(nodes_.size());
+            nodes_.push_back({});
+            tokens_.set_size(nodes_.size() * block_tokens_);
+            blocks_.set_size(nodes_.size() * pools_.size());
+        }
+        nodes_[n] = {};
+        nodes_[n].stamp = stamp;
+        return n;
+    }
+    [[nodiscard]] std::uint32_t add_root(prefix_salt salt) noexcept {
+        const std::uint32_t n = new_node();
+        nodes_[n].is_root = true;
+        nodes_[n].salt = salt;
+        nodes_[n].hash = root_hash(salt);
+        chain(n);
+        return n;
+    }
+    [[nodiscard]] std::uint32_t add_node(std::uint32_t parent, std::uint64_t hash,
+                                         std::span<const token_id> tokens) noexcept {
+        const std::uint32_t n = new_node();
+        node& x = nodes_[n];
+        x.hash = hash;
+        x.parent = parent;
+        x.tokens = static_cast<std::uint32_t>(tokens.size());
+        std::copy(tokens.begin(), tokens.end(), tokens_.begin() + n * block_tokens_);
+        x.next = nodes_[parent].first_child;
+        if (x.next != none)
+            nodes_[x.next].previous = n;
+        nodes_[parent].first_child = n;
+        chain(n);
+        link_newest(n);
+        ++count_;
+        return n;
+    }
+    void free_node(std::uint32_t n) noexcept {
+        unchain(n);
+        free_.push_back(n);
+    }
+
+    void link_newest(std::uint32_t n) noexcept {
+        nodes_[n].older = newest_;
+        nodes_[n].newer = none;
+        (newest_ != none ? nodes_[newest_].newer : oldest_) = n;
+        newest_ = n;
+    }
+    void unlink(std::uint32_t n) noexcept {
+        const std::uint32_t newer = nodes_[n].newer, older = nodes_[n].older;
+        (older != none ? nodes_[older].newer : oldest_) = newer;
+        (newer != none ? nodes_[newer].older : newest_) = older;
+    }
+    // A node and all before it were used, parents after their children: children go first.
+    void touch(std::uint32_t n) noexcept {
+        for (; !nodes_[n].is_root; n = nodes_[n].parent) {
+            unlink(n);
+            link_newest(n);
+        }
+    }
+
+    template <class Take>
+    void give(std::uint32_t n, std::size_t page, Take&& take) noexcept {
+        const std::uint32_t* blocks = blocks_.data() + n * pools_.size();
+        for (std::size_t g = 0; g < pools_.size(); ++g)
+            if (blocks[g] != no_block)
+                pools_[g]->retain(blocks[g]);
+        take(page, std::span<const std::uint32_t>(blocks, pools_.size()));
+    }
+
+    // Whether it may go, and a page would be free then.
+    [[nodiscard]] bool evictable(std::uint32_t n) const noexcept {
+        if (nodes_[n].pins != 0 || nodes_[n].first_child != none)
+            return false;
+        for (std::size_t g = 0; g < pools_.size(); ++g)
+            if (const std::uint32_t b = blocks_[n * pools_.size() + g];
+                b != no_block && pools_[g]->references(b) == 1)
+                return true;
+        return false;
+    }
+
+    void remove(std::uint32_t n) noexcept {
+        record(prefix_event_kind::evicted, n);
+        for (std::size_t g = 0; g < pools_.size(); ++g)
+            if (const std::uint32_t b = blocks_[n * pools_.size() + g]; b != no_block)
+                pools_[g]->release(b);
+        const node x = nodes_[n];
+        (x.previous != none ? nodes_[x.previous].next : nodes_[x.parent].first_child) = x.next;
+        if (x.next != none)
+            nodes_[x.next].previous = x.previous;
+        unlink(n);
+        free_node(n);
+        --count_;
+        if (nodes_[x.parent].is_root && nodes_[x.parent].first_child == none)
+            free_node(x.parent);
+    }
+
+    void record(prefix_event_kind kind, std::uint32_t n) noexcept {
+        if (event_capacity_ == 0)
+            return;
+        if (events_.size() == event_capacity_)
+            ++lost_events_;
+        else
+            events_.push_back({kind, nodes_[n].tokens, nodes_[n].hash, nodes_[nodes_[n].parent].hash});
+    }
+
+    mutable std::mutex mutex_;
+    std::size_t block_tokens_ = 1;
+    token_hash hash_ = hash_tokens;
+    detail::buffer<page_pool*> pools_;
+    detail::buffer<node> nodes_;
+    detail::buffer<token_id> tokens_;       // [node][block_tokens]
+    detail::buffer<std::uint32_t> blocks_;  // [node][group]
+    detail::buffer<std::uint32_t> free_;    // nodes
+    detail::buffer<std::uint32_t> buckets_; // a power of two
+    std::uint32_t newest_ = none, oldest_ = none;
+    std::size_t count_ = 0; // nodes but roots
+    detail::buffer<prefix_event> events_;
+    std::size_t event_capacity_ = 0, lost_events_ = 0;
+};
+
+} // namespace kv1::inline KV1_ABI

@@ -1,0 +1,285 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What a cache must hold, kept the naive way: vectors of floats, one a token, nothing shared, nothing paged.
+// Written from the documentation of kv_cache.hpp alone. A token's keys and values follow from all tokens
+// before it, as in a real model, so that prefixes may be compared by content.
+#pragma once
+
+#include "attention_oracle.hpp"
+#include "random.hpp"
+
+#include <kv1/kv_cache.hpp>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <set>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace kv1_test {
+
+/// What the format makes of a vector, by the plain definitions.
+inline std::vector<float> through_format(kv1::kv_format f, const std::vector<float>& x) {
+    std::vector<float> y(x.size());
+    const auto quantized = [&]<class Q>(Q) {
+        std::vector<std::uint8_t> codes(x.size());
+        typename Q::metadata m{};
+        if (!Q::quantize(x, codes, m))
+            throw std::logic_error("the model's values can be quantized");
+        for (std::size_t i = 0; i < x.size(); ++i)
+            y[i] = Q::dequantize(codes[i], m);
+        return y;
+    };
+    switch (f) {
+    case kv1::kv_format::fp32:
+        return x;
+    case kv1::kv_format::fp16:
+        for (std::size_t i = 0; i < x.size(); ++i)
+            y[i] = kv1::float16(x[i]);
+        return y;
+    case kv1::kv_format::affine8:
+        return quantized(kv1::affine<8>{});
+    case kv1::kv_format::affine4:
+        return quantized(kv1::affine<4>{});
+    case kv1::kv_format::affine3:
+        return quantized(kv1::affine<3>{});
+    case kv1::kv_format::affine2:
+        return quantized(kv1::affine<2>{});
+    case kv1::kv_format::scaled_binary:
+        return quantized(kv1::scaled_binary{});
+    case kv1::kv_format::binary:
+        return quantized(kv1::binary{});
+    }
+    return y;
+}
+
+inline std::uint64_t next_history(std::uint64_t history, std::int32_t token) {
+    return generator(history * 31 + static_cast<std::uint32_t>(token) + 1).bits();
+}
+
+/// K or V of a token as an engine would compute it: [kv_heads][dim].
+inline std::vector<float> token_values(std::uint64_t history, std::size_t layer, kv1::kv_side side,
+                                       std::size_t n) {
+    generator g(history ^ (layer * 2 + (side == kv1::kv_side::key ? 0u : 1u) + 1) * 0x9e3779b97f4a7c15u);
+    std::vector<float> x(n);
+    for (float& v : x) // coarse and cheap; some spread over the heads
+        v = static_cast<float>(static_cast<std::int64_t>(g.bits() >> 48) - 32768) * 0x1p-14f;
+    return x;
+}
+
+struct model_token {
+    std::vector<float> keys, values;     // as stored, [kv_heads][dim]
+    std::vector<float> keys16, values16; // rounded to fp16
+};
+
+struct model_sequence {
+    std::uint64_t salt = 0;
+    std::vector<std::int32_t> ids;                // of the longest layer
+    std::vector<std::uint64_t> histories;         // after each of them
+    std::vector<std::vector<model_token>> layers; // [layer][token]
+    std::set<std::size_t> dropped;                // pages
+    std::vector<std::size_t> given_up;            // by layer: tokens before it are gone from its window
+    std::size_t committed = 0, fp16_from = 0;
+
+    [[nodiscard]] std::size_t shortest() const {
+        std::size_t n = layers[0].size();
+        for (const auto& l : layers)
+            n = std::min(n, l.size());
+        return n;
+    }
+    [[nodiscard]] bool agreed() const {
+        return std::all_of(layers.begin(), layers.end(),
+                           [&](const auto& l) { return l.size() == layers[0].size(); });
+    }
+};
+
+/// The rules of a cache over model sequences.
+class cache_model {
+public:
+    explicit cache_model(kv1::cache_description d) : description_(std::move(d)) {}
+
+    [[nodiscard]] const kv1::cache_description& description() const { return description_; }
+    [[nodiscard]] bool has_copies(std::size_t layer) const {
+        const kv1::layer_description& l = description_.layers[layer];
+        const auto plain = [](kv1::kv_format f) {
+            return f == kv1::kv_format::fp32 || f == kv1::kv_format::fp16;
+        };
+        return (description_.fp16_sinks != 0 || description_.fp16_window != 0) && l.sliding_window == 0 &&
+               !(plain(l.key_format) && plain(l.value_format));
+    }
+
+    [[nodiscard]] model_sequence empty(std::uint64_t salt) const {
+        model_sequence s;
+        s.salt = salt;
+        s.layers.resize(description_.layers.size());
+        s.given_up.assign(description_.layers.size(), 0);
+        return s;
+    }
+    /// Makes sure that token `position` has an id, and gives its history.
+    static std::uint64_t history(model_sequence& s, std::size_t position, std::int32_t id) {
+        if (position == s.ids.size()) {
+            s.ids.push_back(id);
+            s.histories.push_back(next_history(position == 0 ? s.salt : s.histories.back(), id));
+        }
+        return s.histories[position];
+    }
+    [[nodiscard]] model_token token(std::uint64_t history, std::size_t layer) const {
+        const kv1::layer_description& l = description_.layers[layer];
+        model_token t;
+        const auto side = [&](kv1::kv_side which, std::size_t dim, kv1::kv_format f,
+                              std::vector<float>& stored, std::vector<float>& halves) {
+            const std::vector<float> all = token_values(history, layer, which, l.kv_heads * dim);
+            for (std::size_t h = 0; h < l.kv_heads; ++h) {
+                std::vector<float> x(all.begin() + static_cast<std::ptrdiff_t>(h * dim),
+                                     all.begin() + static_cast<std::ptrdiff_t>((h + 1) * dim));
+                const std::vector<float> rounded = through_format(kv1::kv_format::fp16, x);
+                const std::vector<float> y = through_format(f, has_copies(layer) ? rounded : x);
+                stored.insert(stored.end(), y.begin(), y.end());
+                halves.insert(halves.end(), rounded.begin(), rounded.end());
+            }
+        };
+        side(kv1::kv_side::key, l.key_dim, l.key_format, t.keys, t.keys16);
+        side(kv1::kv_side::value, l.value_dim, l.value_format, t.values, t.values16);
+        return t;
+    }
+
+    /// Whether a truncation is allowed.
+    [[nodiscard]] kv1::errc can_truncate(const model_sequence& s, std::size_t n) const {
+        if (n > s.shortest())
+            return kv1::errc::out_of_range;
+        const std::size_t page = description_.page_tokens;
+        for (std::size_t l = 0; l < s.layers.size(); ++l) {
+            if (n % page != 0 && (s.dropped.contains(n / page) || n < s.given_up[l]))
+                return kv1::errc::dropped_tokens;
+            if (const std::size_t w = description_.layers[l].sliding_window; w != 0) {
+                const std::size_t first = n + 1 > w ? n + 1 - w : 0;
+                if (std::min(n, s.given_up[l]) > first)
+                    return kv1::errc::dropped_tokens;
+            }
+        }
+        return kv1::errc::ok;
+    }
+    void truncate(model_sequence& s, std::size_t n) const {
+        for (auto& l : s.layers)
+            l.resize(n);
+        s.ids.resize(n);
+        s.histories.resize(n);
+        s.committed = std::min(s.committed, n);
+        s.fp16_from = std::min(s.fp16_from, n);
+        const std::size_t page = description_.page_tokens, pages = (n + page - 1) / page;
+        s.dropped.erase(s.dropped.lower_bound(pages), s.dropped.end());
+        for (std::size_t& g : s.given_up)
+            g = std::min(g, pages * page);
+    }
+    void commit(model_sequence& s) const {
+        const std::size_t n = s.layers[0].size(), page = description_.page_tokens;
+        s.committed = n;
+        for (std::size_t l = 0; l < s.layers.size(); ++l)
+            if (const std::size_t w = description_.layers[l].sliding_window; w != 0 && n + 1 > w)
+                s.given_up[l] = std::max(s.given_up[l], (n + 1 - w) / page * page);
+        const std::size_t r = description_.fp16_window;
+        s.fp16_from = std::max(s.fp16_from, r == 0 ? n : n + 1 > r ? n + 1 - r : 0);
+    }
+
+    /// Tokens that a query which sees tokens before `last` attends to, by the form it sees them in: sinks,
+    /// quantized, window.
+    struct seen {
+        std::vector<std::size_t> sinks, quantized, window;
+    };
+    [[nodiscard]] seen visible(const model_sequence& s, std::size_t layer, std::size_t last) const {
+        const std::size_t w = description_.layers[layer].sliding_window, page = description_.page_tokens;
+        seen out;
+        for (std::size_t t = w != 0 && last > w ? last - w : 0; t < last; ++t) {
+            if (s.dropped.contains(t / page) || t < s.given_up[layer])
+                continue;
+            const bool recent = t + description_.fp16_window >= last && t >= s.fp16_from;
+            if (has_copies(layer) && t < description_.fp16_sinks)
+                out.sinks.push_back(t);
+            else if (has_copies(layer) && description_.fp16_window != 0 && recent)
+                out.window.push_back(t);
+            else
+                out.quantized.push_back(t);
+        }
+        return out;
+    }
+
+    /// The exact result of a query row over those tokens, and how far off it may be.
+    [[nodiscard]] bounded_row attend(const model_sequence& s, std::size_t layer, std::size_t kv_head,
+                                     std::span<const float> query, std::size_t last) const {
+        const kv1::layer_description& l = description_.layers[layer];
+        const seen tokens = visible(s, layer, last);
+        std::vector<bounded_row> parts;
+        for (const auto& [list, copy] : {std::pair(&tokens.sinks, true), std::pair(&tokens.quantized, false),
+                                         std::pair(&tokens.window, true)}) {
+            if (list->empty())
+                continue;
+            cached_side k, v;
+            k.dim = l.key_dim;
+            v.dim = l.value_dim;
+            std::vector<std::size_t> places;
+            for (const std::size_t t : *list) {
+                const model_token& x = s.layers[layer][t];
+                append(k.values, copy ? x.keys16 : x.keys, kv_head, l.key_dim);
+                append(v.values, copy ? x.values16 : x.values, kv_head, l.value_dim);
+                places.push_back(places.size());
+            }
+            // twice: a lower end may cut the run into what is masked and what is not
+            parts.push_back(expect_row(query, 1.0f / std::sqrt(static_cast<float>(l.key_dim)), k, v, places,
+                                       description_.page_tokens, kv1::precision::exact)
+                                .truth);
+            bounded_row& p = parts.back();
+            for (double& b : p.out_bound)
+                b *= 2;
+            p.lse_bound *= 2;
+        }
+        return merged(parts, l.value_dim);
+    }
+
+private:
+    static void append(std::vector<float>& to, const std::vector<float>& from, std::size_t head,
+                       std::size_t dim) {
+        to.insert(to.end(), from.begin() + static_cast<std::ptrdiff_t>(head * dim),
+                  from.begin() + static_cast<std::ptrdiff_t>((head + 1) * dim));
+    }
+
+    // Parts joined by their log-sum-exp. A part's weight exp(lse - total) is as wrong as its lse: by its own
+    // bound, the roundings of the differences and of exp and log; each of at most six joins adds a few.
+    static bounded_row merged(const std::vector<bounded_row>& parts, std::size_t channels) {
+        bounded_row r;
+        r.out.assign(channels, 0.0);
+        r.out_bound.assign(channels, 0.0);
+        if (parts.empty())
+            return r;
+        double top = -std::numeric_limits<double>::infinity(), sum = 0.0;
+        for (const bounded_row& p : parts)
+            top = std::max(top, p.lse);
+        for (const bounded_row& p : parts)
+            sum += std::exp(p.lse - top);
+        r.lse = top + std::log(sum);
+        std::vector<double> weight, wrong;
+        for (const bounded_row& p : parts) {
+            weight.push_back(std::exp(p.lse - r.lse));
+            const double step =
+                2 * unit_roundoff * (std::fabs(p.lse) + std::fabs(r.lse) + 2.0) + 2 * exp_error;
+            wrong.push_back(std::expm1(2 * p.lse_bound + 6 * step));
+            r.lse_bound = std::max(r.lse_bound, p.lse_bound + 6 * step);
+        }
+        for (std::size_t c = 0; c < channels; ++c) {
+            for (std::size_t i = 0; i < parts.size(); ++i)
+                r.out[c] += weight[i] * parts[i].out[c];
+            for (std::size_t i = 0; i < parts.size(); ++i)
+                r.out_bound[c] += weight[i] * (parts[i].out_bound[c] +
+                                               wrong[i] * (std::fabs(parts[i].out[c]) + std::fabs(r.out[c])) +
+                                               gamma(30) * std::fabs(parts[i].out[c]));
+        }
+        return r;
+    }
+
+    kv1::cache_description description_;
+};
+
+} // namespace kv1_test

@@ -1,0 +1,456 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Saving, loading and swapping: the same to the bit, and everything that can be wrong with the bytes.
+#include "compare.hpp"
+#include "failing_new.hpp"
+#include "random.hpp"
+#include "recording_allocator.hpp"
+#include "temporary_folder.hpp"
+
+#include <catch2/catch_test_macros.hpp>
+
+#include <kv1/cache_file.hpp>
+#include <kv1/cache_io.hpp>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <numeric>
+#include <span>
+#include <string>
+#include <vector>
+
+using kv1::errc;
+using kv1::kv_cache;
+using kv1::kv_format;
+using kv1::kv_side;
+using kv1::sequence_id;
+
+namespace {
+
+using bytes = std::vector<std::byte>;
+
+kv1::cache_description described() {
+    kv1::cache_description d;
+    d.layers = {{2, 8, 6, kv_format::affine2, kv_format::affine4},
+                {1, 5, 7, kv_format::fp16, kv_format::scaled_binary},
+                {1, 8, 8, kv_format::affine3, kv_format::fp32, 30}};
+    d.capacity_tokens = 256;
+    d.page_tokens = 16;
+    d.fp16_sinks = 2;
+    d.fp16_window = 9;
+    return d;
+}
+
+void append(kv_cache& cache, sequence_id id, std::size_t n, std::uint64_t seed) {
+    kv1_test::generator g(seed);
+    for (std::size_t layer = 0; layer < cache.layers(); ++layer) {
+        const kv1::layer_description& l = cache.description().layers[layer];
+        const std::vector<float> k = kv1_test::normal_values(g, n * l.kv_heads * l.key_dim),
+                                 v = kv1_test::normal_values(g, n * l.kv_heads * l.value_dim);
+        cache.append(id, layer, {k.data(), n, l.kv_heads, l.key_dim}, {v.data(), n, l.kv_heads, l.value_dim});
+    }
+}
+
+// Outputs of attention in every layer: they see fp16 copies as well.
+std::vector<float> attention(const kv_cache& cache, sequence_id id) {
+    std::vector<float> all;
+    kv1_test::generator g(5);
+    for (std::size_t layer = 0; layer < cache.layers(); ++layer) {
+        const kv1::layer_description& l = cache.description().layers[layer];
+        const std::vector<float> q = kv1_test::normal_values(g, 2 * l.kv_heads * l.key_dim);
+        std::vector<float> out(2 * l.kv_heads * l.value_dim);
+        cache.attend(id, layer, {q.data(), 1, 2 * l.kv_heads, l.key_dim},
+                     {out.data(), 1, 2 * l.kv_heads, l.value_dim});
+        all.insert(all.end(), out.begin(), out.end());
+    }
+    return all;
+}
+
+bytes saved(const kv_cache& cache, std::span<const sequence_id> ids) {
+    bytes b;
+    kv1::save(cache, ids, [&](std::span<const std::byte> some) {
+        b.insert(b.end(), some.begin(), some.end());
+        return true;
+    });
+    REQUIRE(b.size() == kv1::saved_bytes(cache, ids));
+    return b;
+}
+
+// A source that cannot go back, and gives what it has in the pieces it is asked for.
+struct one_way {
+    std::span<const std::byte> left;
+    bool operator()(std::span<std::byte> out) {
+        if (out.size() > left.size())
+            return false;
+        std::copy_n(left.begin(), out.size(), out.begin());
+        left = left.subspan(out.size());
+        return true;
+    }
+};
+
+// Three sequences: a fork with a longer original, dropped pages, what a window gave up; and an empty one.
+struct world {
+    kv_cache cache{described()};
+    std::vector<sequence_id> ids;
+    world() {
+        const sequence_id a = cache.create_sequence();
+        append(cache, a, 60, 1);
+        cache.commit(a);
+        cache.drop_pages(a, 1, 1);
+        const sequence_id b = cache.fork(a);
+        append(cache, a, 7, 2);
+        append(cache, b, 1, 3);
+        ids = {a, b, cache.create_sequence()};
+    }
+};
+
+void write_number(bytes& b, std::size_t at, std::uint64_t value, std::size_t size) {
+    for (std::size_t i = 0; i < size; ++i)
+        b[at + i] = static_cast<std::byte>(value >> (8 * i) & 0xffu);
+}
+std::uint64_t number_at(const bytes& b, std::size_t at, std::size_t size) {
+    std::uint64_t value = 0;
+    for (std::size_t i = 0; i < size; ++i)
+        value |= std::to_integer<std::uint64_t>(b[at + i]) << (8 * i);
+    return value;
+}
+// Checksums made right again after a change that is not to be found by them.
+void reseal(bytes& b) {
+    write_number(b, 60, kv1::detail::crc32c(0, std::span(b).first(60)), 4);
+    const std::size_t tables = number_at(b, 36, 8);
+    if (64 + tables + 4 <= b.size())
+        write_number(b, 64 + tables, kv1::detail::crc32c(0, std::span(b).subspan(64, tables)), 4);
+    const std::size_t pages = 64 + tables + 4;
+    if (pages + 4 <= b.size())
+        write_number(b, b.size() - 4,
+                     kv1::detail::crc32c(0, std::span(b).subspan(pages, b.size() - 4 - pages)), 4);
+}
+
+} // namespace
+
+TEST_CASE("the checksum is CRC-32C", "[io]") {
+    const std::string digits = "123456789";
+    REQUIRE(kv1::detail::crc32c(0, std::as_bytes(std::span(digits))) == 0xe3069283u);
+    REQUIRE(kv1::detail::crc32c(0, {}) == 0);
+    const bytes zeros(32);
+    REQUIRE(kv1::detail::crc32c(0, zeros) == 0x8a9136aau); // RFC 3720
+    for (std::size_t cut = 0; cut <= zeros.size(); ++cut)
+        REQUIRE(kv1::detail::crc32c(kv1::detail::crc32c(0, std::span(zeros).first(cut)),
+                                    std::span(zeros).subspan(cut)) == 0x8a9136aau);
+}
+
+TEST_CASE("what is loaded is what was saved, sharing included, from memory and from a pipe", "[io]") {
+    const world w;
+    const bytes b = saved(w.cache, w.ids);
+    for (const bool rewinds : {true, false}) {
+        kv_cache fresh(described());
+        std::vector<sequence_id> ids(3);
+        if (rewinds)
+            REQUIRE(kv1::load(fresh, kv1::detail::memory_source(b), ids) == 3);
+        else
+            REQUIRE(kv1::load(fresh, one_way{b}, ids) == 3);
+        fresh.validate();
+        REQUIRE(fresh.statistics().pages_in_use == w.cache.statistics().pages_in_use);
+        REQUIRE(fresh.statistics().bytes_shared == w.cache.statistics().bytes_shared);
+        for (std::size_t i = 0; i < 2; ++i) {
+            REQUIRE(fresh.length(ids[i]) == w.cache.length(w.ids[i]));
+            REQUIRE(kv1_test::same_bits(attention(fresh, ids[i]), attention(w.cache, w.ids[i])));
+            std::vector<float> x(8);
+            REQUIRE(fresh.try_read(ids[i], 0, kv_side::key, 0, 20, 1, x).code() == errc::dropped_tokens);
+        }
+        REQUIRE(fresh.length(ids[2]) == 0);
+        REQUIRE(saved(fresh, ids) == b);
+        // and it goes on alike
+        kv_cache& original = const_cast<kv_cache&>(w.cache);
+        const sequence_id twin = original.fork(w.ids[1]);
+        append(original, twin, 20, 9);
+        append(fresh, ids[1], 20, 9);
+        REQUIRE(kv1_test::same_bits(attention(fresh, ids[1]), attention(original, twin)));
+        fresh.rollback(ids[1]);
+        REQUIRE(fresh.length(ids[1]) == 60);
+        original.destroy_sequence(twin);
+    }
+}
+
+TEST_CASE("equal sequences give equal bytes, whatever they went through", "[io]") {
+    kv1::cache_description d = described();
+    d.fp16_sinks = d.fp16_window = 0; // a cut changes which copies there are
+    kv_cache a(d), b(d);
+    const sequence_id straight = a.create_sequence(), detour = b.create_sequence();
+    append(a, straight, 20, 1);
+    append(b, detour, 20, 1);
+    append(b, detour, 45, 2);
+    b.truncate(detour, 20);
+    REQUIRE(saved(a, {&straight, 1}) == saved(b, {&detour, 1})); // nothing of the cut tokens is left
+}
+
+TEST_CASE("a sequence swapped out and in is the same", "[io]") {
+    world w;
+    const std::vector<float> before = attention(w.cache, w.ids[0]);
+    bytes memory(kv1::saved_bytes(w.cache, {w.ids.data(), 1}));
+    REQUIRE(kv1::try_swap_out(w.cache, w.ids[0], std::span(memory).first(memory.size() - 1)).code() ==
+            errc::shape_mismatch);
+    REQUIRE(w.cache.contains(w.ids[0]));
+    kv1::swap_out(w.cache, w.ids[0], memory);
+    REQUIRE_FALSE(w.cache.contains(w.ids[0]));
+    const sequence_id back = kv1::swap_in(w.cache, memory);
+    REQUIRE(kv1_test::same_bits(attention(w.cache, back), before));
+    w.cache.validate();
+    REQUIRE(kv1::try_swap_in(w.cache, std::span(memory).first(10)).code() == errc::truncated);
+    REQUIRE(kv1::try_swap_in(w.cache, saved(w.cache, {})).code() == errc::bad_format);
+    const bytes two = saved(w.cache, std::vector<sequence_id>{back, w.ids[1]});
+    REQUIRE(kv1::try_swap_in(w.cache, two).code() == errc::shape_mismatch);
+}
+
+TEST_CASE("a sequence within a step can not be saved", "[io]") {
+    world w;
+    const std::vector<float> x(16, 1.0f);
+    w.cache.append(w.ids[0], 0, {x.data(), 1, 2, 8}, {x.data(), 1, 2, 6});
+    REQUIRE(kv1::try_saved_bytes(w.cache, w.ids).code() == errc::layers_disagree);
+    w.cache.destroy_sequence(w.ids[0]);
+    REQUIRE(kv1::try_saved_bytes(w.cache, w.ids).code() == errc::invalid_sequence);
+    const kv1::status refused =
+        kv1::try_save(w.cache, {&w.ids[1], 1}, [](std::span<const std::byte>) { return false; });
+    REQUIRE(refused.code() == errc::io_error);
+}
+
+TEST_CASE("every cut of the bytes is found, and leaves the cache as it was", "[io]") {
+    const world w;
+    const bytes b = saved(w.cache, w.ids);
+    kv_cache fresh(described());
+    std::vector<sequence_id> ids(3);
+    for (std::size_t n = 0; n < b.size(); n += n < 1500 ? 1 : 97) {
+        REQUIRE(kv1::try_load(fresh, kv1::detail::memory_source(std::span(b).first(n)), ids).code() ==
+                errc::truncated);
+        REQUIRE(kv1::try_load(fresh, one_way{std::span(b).first(n)}, ids).code() == errc::truncated);
+        REQUIRE(fresh.statistics().pages_in_use == 0);
+        REQUIRE(fresh.statistics().sequences == 0);
+    }
+    fresh.validate();
+}
+
+TEST_CASE("every flipped bit is found, and leaves the cache as it was", "[io]") {
+    const world w;
+    bytes b = saved(w.cache, w.ids);
+    kv_cache fresh(described());
+    std::vector<sequence_id> ids(3);
+    kv1_test::tally t;
+    for (std::size_t i = 0; i < b.size(); i += i < 1200 ? 1 : 61) {
+        const std::byte bit = std::byte{1} << i % 8;
+        b[i] ^= bit;
+        const errc code = kv1::try_load(fresh, kv1::detail::memory_source(b), ids).code();
+        const errc expected = i < 8    ? errc::bad_format
+                              : i < 12 ? errc::unsupported_version
+                                       : errc::checksum_mismatch;
+        t.expect(code == expected, "byte", i, "gives", to_string(code));
+        t.expect(kv1::try_load(fresh, one_way{b}, ids).code() != errc::ok, "pipe, byte", i);
+        b[i] ^= bit;
+    }
+    KV1_REQUIRE_CLEAN(t);
+    REQUIRE(fresh.statistics().pages_in_use == 0);
+    fresh.validate();
+    REQUIRE(kv1::load(fresh, kv1::detail::memory_source(b), ids) == 3);
+}
+
+TEST_CASE("tables that lie under right checksums are refused, whatever they say", "[io]") {
+    const world w;
+    const bytes b = saved(w.cache, w.ids);
+    const std::size_t tables = number_at(b, 36, 8);
+    kv_cache fresh(described());
+    std::vector<sequence_id> ids(3);
+    kv1_test::generator g(1);
+    std::size_t refused = 0;
+    for (std::size_t at = 12; at < 64 + tables; ++at)
+        for (const unsigned value : {0u, 1u, 0x7fu, 0x80u, 0xffu, static_cast<unsigned>(g.below(256))}) {
+            bytes lie = b;
+            if (std::to_integer<unsigned>(lie[at]) == value || (at >= 60 && at < 64))
+                continue;
+            lie[at] = static_cast<std::byte>(value);
+            const bool moved = at >= 36 && at < 44; // the tables' own size
+            if (!moved)
+                reseal(lie);
+            else
+                write_number(lie, 60, kv1::detail::crc32c(0, std::span(lie).first(60)), 4);
+            const auto loaded = kv1::try_load(fresh, kv1::detail::memory_source(lie), ids);
+            REQUIRE((loaded || loaded.code() == errc::bad_format || loaded.code() == errc::different_cache ||
+                     loaded.code() == errc::truncated || loaded.code() == errc::checksum_mismatch ||
+                     loaded.code() == errc::unsupported_version || loaded.code() == errc::capacity_exceeded ||
+                     loaded.code() == errc::shape_mismatch || loaded.code() == errc::out_of_memory));
+            fresh.validate(); // a lie may be possible, never harmful
+            if (loaded)
+                for (std::size_t i = 0; i < *loaded; ++i) {
+                    if (fresh.length(ids[i]) != 0)
+                        attention(fresh, ids[i]);
+                    append(fresh, ids[i], 1, 1);
+                    fresh.destroy_sequence(ids[i]);
+                }
+            refused += loaded ? 0u : 1u;
+            REQUIRE(fresh.statistics().pages_in_use == 0);
+        }
+    REQUIRE(refused > tables);
+}
+
+TEST_CASE("hostile sizes are refused before memory is taken for them", "[io]") {
+    const world w;
+    const bytes b = saved(w.cache, w.ids);
+    kv_cache fresh(described());
+    std::vector<sequence_id> ids(3);
+    for (const std::size_t at : {std::size_t{36}, std::size_t{44}}) // bytes of tables, of pages
+        for (const std::uint64_t size : {~std::uint64_t{0}, std::uint64_t{1} << 62, std::uint64_t{1} << 40}) {
+            bytes lie = b;
+            write_number(lie, at, size, 8);
+            write_number(lie, 60, kv1::detail::crc32c(0, std::span(lie).first(60)), 4);
+            const errc code = kv1::try_load(fresh, kv1::detail::memory_source(lie), ids).code();
+            REQUIRE(code == (at == 36 ? errc::truncated : errc::bad_format));
+        }
+}
+
+TEST_CASE("a cache of another shape is named by what differs and where", "[io]") {
+    const world w;
+    const bytes b = saved(w.cache, w.ids);
+    const auto refused = [&](const kv1::cache_description& d, std::int64_t layer) {
+        kv_cache other(d);
+        std::vector<sequence_id> ids(3);
+        const auto loaded = kv1::try_load(other, kv1::detail::memory_source(b), ids);
+        REQUIRE(loaded.code() == errc::different_cache);
+        INFO(loaded.reason().message());
+        REQUIRE(loaded.reason().where().layer == layer);
+        REQUIRE(other.statistics().pages_in_use == 0);
+    };
+    kv1::cache_description d = described();
+    d.layers[1].key_dim = 6;
+    refused(d, 1);
+    d = described();
+    d.layers[0].kv_heads = 1;
+    refused(d, 0);
+    d = described();
+    d.layers[2].key_format = kv_format::affine4;
+    refused(d, 2);
+    d = described();
+    d.layers[2].sliding_window = 31;
+    refused(d, 2);
+    d = described();
+    d.page_tokens = 32;
+    refused(d, -1);
+    d = described();
+    d.fp16_window = 10;
+    refused(d, -1);
+    d = described();
+    d.layers.pop_back();
+    refused(d, -1);
+}
+
+TEST_CASE("stored numbers that are none are refused, though the checksums are right", "[io]") {
+    kv_cache cache(kv1::uniform_cache(1, {1, 16, 16}, 64, 16));
+    const sequence_id id = cache.create_sequence();
+    append(cache, id, 16, 1);
+    const bytes b = saved(cache, {&id, 1});
+    const std::size_t page = b.size() - 4 - cache.layout(0).bytes();
+    const kv1::page_layout& l = cache.layout(0);
+    for (const std::size_t offset : {l.keys().scale_offset, l.keys().minimum_offset, l.values().scale_offset,
+                                     l.values().minimum_offset}) {
+        bytes lie = b;
+        write_number(lie, page + offset + 6, 0x7c01, 2); // a NaN
+        reseal(lie);
+        sequence_id out;
+        REQUIRE(kv1::try_load(cache, kv1::detail::memory_source(lie), {&out, 1}).code() == errc::non_finite);
+        REQUIRE(cache.statistics().pages_in_use == 1);
+    }
+}
+
+TEST_CASE("a load that finds no room leaves the cache as it was", "[io]") {
+    const world w;
+    const bytes b = saved(w.cache, w.ids);
+    kv1::cache_description d = described();
+    d.capacity_tokens = 96;
+    kv_cache small(d);
+    const sequence_id there = small.create_sequence();
+    append(small, there, 40, 1);
+    const std::vector<float> before = attention(small, there);
+    std::vector<sequence_id> ids(3);
+    REQUIRE(kv1::try_load(small, kv1::detail::memory_source(b), ids).code() == errc::capacity_exceeded);
+    REQUIRE(kv1::try_load(small, kv1::detail::memory_source(b), std::span(ids).first(2)).code() ==
+            errc::shape_mismatch);
+    REQUIRE(kv1_test::same_bits(attention(small, there), before));
+    REQUIRE(small.statistics().sequences == 1);
+    small.validate();
+}
+
+TEST_CASE("operator new that fails anywhere in saving and loading leaves no trace", "[io]") {
+    world w;
+    const bytes b = saved(w.cache, w.ids);
+    std::vector<sequence_id> ids(3);
+    std::size_t failures = 0;
+    for (std::size_t allowed = 0;; ++allowed) {
+        kv_cache fresh(described());
+        errc code{};
+        bool failed = false;
+        {
+            const kv1_test::failing_new failing(allowed);
+            code = kv1::try_load(fresh, kv1::detail::memory_source(b), ids).code();
+            failed = failing.failed();
+        }
+        fresh.validate();
+        REQUIRE(code == (failed ? errc::out_of_memory : errc::ok));
+        REQUIRE(fresh.statistics().sequences == (failed ? 0u : 3u));
+        REQUIRE((failed ? fresh.statistics().pages_in_use == 0 : fresh.statistics().pages_in_use != 0));
+        if (!failed)
+            break;
+        ++failures;
+    }
+    REQUIRE(failures >= 10);
+    bytes memory(b.size());
+    failures = 0;
+    for (std::size_t allowed = 0;; ++allowed) {
+        errc code{};
+        bool failed = false;
+        {
+            const kv1_test::failing_new failing(allowed);
+            code = kv1::try_swap_out(w.cache, w.ids[0], memory).code();
+            failed = failing.failed();
+        }
+        if (!failed) {
+            REQUIRE(code == errc::ok);
+            break;
+        }
+        REQUIRE(code == errc::out_of_memory);
+        REQUIRE(w.cache.contains(w.ids[0]));
+        ++failures;
+    }
+    REQUIRE(failures >= 4);
+}
+
+TEST_CASE("a file is replaced whole, and nothing is left beside it", "[io]") {
+    const kv1_test::temporary_folder folder;
+    const std::filesystem::path path = folder.write("session.kv1", "something old");
+    world w;
+    kv1::save_file(w.cache, w.ids, path);
+    const auto files = [&] {
+        return std::distance(std::filesystem::directory_iterator(folder.path()),
+                             std::filesystem::directory_iterator());
+    };
+    REQUIRE(files() == 1);
+    REQUIRE(std::filesystem::file_size(path) == kv1::saved_bytes(w.cache, w.ids));
+    kv_cache fresh(described());
+    std::vector<sequence_id> ids(3);
+    REQUIRE(kv1::load_file(fresh, path, ids) == 3);
+    REQUIRE(saved(fresh, ids) == saved(w.cache, w.ids));
+
+    // a save that fails leaves the old file
+    const sequence_id stale = w.cache.create_sequence();
+    w.cache.destroy_sequence(stale);
+    REQUIRE(kv1::try_save_file(w.cache, {&stale, 1}, path).code() == errc::invalid_sequence);
+    REQUIRE(files() == 1);
+    kv_cache again(described());
+    REQUIRE(kv1::load_file(again, path, ids) == 3);
+    REQUIRE(kv1::try_save_file(w.cache, w.ids, folder.path() / "missing" / "session.kv1").code() ==
+            errc::io_error);
+    REQUIRE(kv1::try_load_file(again, folder.path() / "missing", ids).code() == errc::io_error);
+    REQUIRE(kv1::try_load_file(again, folder.write("empty", ""), ids).code() == errc::truncated);
+    REQUIRE(kv1::try_load_file(again, folder.write("other", std::string(200, 'x')), ids).code() ==
+            errc::bad_format);
+    std::filesystem::create_directory(folder.path() / "taken"); // can not be replaced by a file
+    REQUIRE(kv1::try_save_file(w.cache, w.ids, folder.path() / "taken").code() == errc::io_error);
+    REQUIRE(files() == 4);
+}
