@@ -6,6 +6,7 @@
 //
 //   codes [flush]    flush: denormal numbers are taken for zero, in operands and results
 #include <kv1/convert.hpp>
+#include <kv1/kv_cache.hpp>
 #include <kv1/row.hpp>
 
 #include <array>
@@ -147,6 +148,45 @@ void encode(const char* name, kv1::target t) {
     }
 }
 
+// What a cache stores of tokens that are appended many at once.
+void append(kv1::target t) {
+    for (const kind k : kinds) {
+        generator g{static_cast<std::uint64_t>(k) + 77};
+        digest d;
+        std::size_t refused = 0;
+        for (const std::size_t dim : {std::size_t{20}, std::size_t{64}, std::size_t{128}}) {
+            constexpr std::size_t tokens = 150, heads = 2;
+            auto cache = kv1::kv2_cache::create(kv1::uniform_cache(1, {heads, dim, dim}, 2 * tokens));
+            const auto sequence = cache->try_create_sequence();
+            std::vector<float> x(tokens * heads * dim);
+            for (std::size_t i = 0; i < tokens * heads; ++i)
+                fill(k, g, std::span(x).subspan(i * dim, dim));
+            const kv1::tensor_view view(x.data(), tokens, heads, dim);
+            const kv1::status s = cache->try_append(*sequence, 0, view, view);
+            d.add(s.code());
+            d.add(s.where().token);
+            refused += s ? 0u : 1u;
+            if (!s)
+                continue;
+            std::vector<std::byte> packed(tokens * dim / 4);
+            std::vector<kv1::float16> scales(tokens, kv1::float16(0.0f)), minima(scales);
+            for (const kv1::kv_side side : {kv1::kv_side::key, kv1::kv_side::value})
+                for (std::size_t head = 0; head < heads; ++head) {
+                    static_cast<void>(cache->try_export_rows(*sequence, 0, side, head, 0, tokens,
+                                                             {packed, scales, minima}));
+                    for (const std::byte b : packed)
+                        d.add(b);
+                    for (std::size_t i = 0; i < tokens; ++i) {
+                        d.add(scales[i].bits());
+                        d.add(minima[i].bits());
+                    }
+                }
+        }
+        std::printf("%s append %s: %016llx, %zu refused\n", to_string(t).data(),
+                    kind_names[static_cast<int>(k)], static_cast<unsigned long long>(d.value()), refused);
+    }
+}
+
 template <class T>
 void convert(const char* name, kv1::target t) {
     digest narrowed, widened, scalars;
@@ -193,6 +233,7 @@ int main(int argc, char** argv) {
         encode<kv1::affine<8>>("affine", t);
         encode<kv1::scaled_binary>("scaled_binary", t);
         encode<kv1::binary>("binary", t);
+        append(t);
         convert<kv1::float16>("float16", t);
         convert<kv1::bfloat16>("bfloat16", t);
     }
