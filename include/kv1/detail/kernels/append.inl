@@ -16,6 +16,8 @@
 // Cost per 16 values on 16 lanes: 7 operations for the range, a subtraction and 3 comparisons, and for K the
 // interleaving of three 16-bit masks, for V two or-s under a mask.
 
+#include <kv1/detail/precise_math_begin.inl>
+
 KV1_INLINE u32 next_float(f32 x, std::uint32_t step) { return xs::bitwise_cast<std::uint32_t>(x) + u32(step); }
 
 // Thresholds of up to 16 rows.
@@ -175,3 +177,5 @@ inline encode_result append_affine2(const append_row* rows, std::size_t count, s
     }
     return {};
 }
+
+#include <kv1/detail/precise_math_end.inl>
