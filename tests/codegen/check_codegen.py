@@ -14,7 +14,7 @@ import sys
 
 TARGET = re.compile(r"\bkv1::v\w+::detail::(avx512_vnni|avx512|avx_vnni|avx2|sse41)::|\bkv1_xsimd_(avx512|avx2)::")
 FUNCTION = re.compile(r"^[0-9a-f]+ <(.*)>:$")
-INSTRUCTION = re.compile(r"^\s*[0-9a-f]+:\s+(?:(?:lock|rep|repz|repnz|bnd|notrack|data16|cs|\{e?vex[23]?\})\s+)*(\S+)(.*)$")
+INSTRUCTION = re.compile(r"^\s*[0-9a-f]+:\s+(?:(?:lock|rep|repz|repnz|bnd|notrack|data16|cs|\{\w+\})\s+)*(\S+)(.*)$")
 # every VEX or EVEX instruction begins with v, but for the opmask moves and the BMI ones
 NOT_VEX = {"verr", "verw"}
 OPMASK = re.compile(r"^k(mov|and|andn|or|orn|ortest|not|xor|xnor|add|shift[lr]|test|unpck\w*)[bwdq]+$")
