@@ -63,6 +63,7 @@
 #include <kv1/quantizers/affine.hpp>
 #include <kv1/quantizers/binary.hpp>
 #include <kv1/quantizers/scaled_binary.hpp>
+#include <kv1/sequence_id.hpp>
 #include <kv1/status.hpp>
 #include <kv1/tensor.hpp>
 
