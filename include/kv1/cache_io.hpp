@@ -31,12 +31,18 @@
 #include <kv1/kv_cache.hpp>
 #include <kv1/version.hpp>
 
+#include <algorithm>
 #include <array>
+#include <bit>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
 #include <span>
+#include <utility>
 
 namespace kv1::inline KV1_ABI {
 
