@@ -168,7 +168,7 @@ void save_or_load(benchmark::State& state, bool load) {
     kv1::kv_cache cache(kv1::uniform_cache(4, {8, 128, 128}, 2 * 4096));
     const kv1::sequence_id id = bench::fill(cache, 4096);
     std::vector<std::byte> memory(kv1::saved_bytes(cache, {&id, 1}));
-    const auto save = [&] { kv1::save(cache, {&id, 1}, kv1::detail::memory_sink(memory)); };
+    const auto save = [&] { kv1::save(cache, {&id, 1}, kv1::memory_sink(memory)); };
     save();
     for (auto _ : state) {
         if (load)

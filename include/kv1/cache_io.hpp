@@ -31,25 +31,69 @@
 #include <kv1/kv_cache.hpp>
 #include <kv1/version.hpp>
 
+#include <algorithm>
 #include <array>
+#include <bit>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
 #include <span>
+#include <utility>
 
 namespace kv1::inline KV1_ABI {
 
-/// sink(bytes): takes them all, or says false.
+/// sink(bytes): takes them all, or says false. Does not throw.
 template <class S>
 concept byte_sink = requires(S& sink, std::span<const std::byte> bytes) {
     { sink(bytes) } -> std::convertible_to<bool>;
 };
-/// source(bytes): fills them all, or says false. source.rewind(), where there is one, goes back to where
-/// reading began, or says false.
+/// source(bytes): fills them all, or says false. Does not throw. source.rewind(), where there is one, goes
+/// back to where reading began, or says false.
 template <class S>
 concept byte_source = requires(S& source, std::span<std::byte> bytes) {
     { source(bytes) } -> std::convertible_to<bool>;
+};
+
+/// Caller memory as a source.
+class memory_source {
+public:
+    explicit memory_source(std::span<const std::byte> bytes) noexcept : all_(bytes), left_(bytes) {}
+    bool operator()(std::span<std::byte> out) noexcept {
+        if (out.size() > left_.size())
+            return false;
+        if (!out.empty())
+            std::memcpy(out.data(), left_.data(), out.size());
+        left_ = left_.subspan(out.size());
+        return true;
+    }
+    bool rewind() noexcept {
+        left_ = all_;
+        return true;
+    }
+
+private:
+    std::span<const std::byte> all_, left_;
+};
+
+/// Caller memory as a sink; one that is too small refuses.
+class memory_sink {
+public:
+    explicit memory_sink(std::span<std::byte> bytes) noexcept : left_(bytes) {}
+    bool operator()(std::span<const std::byte> in) noexcept {
+        if (in.size() > left_.size())
+            return false;
+        if (!in.empty())
+            std::memcpy(left_.data(), in.data(), in.size());
+        left_ = left_.subspan(in.size());
+        return true;
+    }
+
+private:
+    std::span<std::byte> left_;
 };
 
 namespace detail {
@@ -676,43 +720,6 @@ struct cache_access {
     }
 };
 
-// Caller memory as source and sink.
-class memory_source {
-public:
-    explicit memory_source(std::span<const std::byte> bytes) noexcept : all_(bytes), left_(bytes) {}
-    bool operator()(std::span<std::byte> out) noexcept {
-        if (out.size() > left_.size())
-            return false;
-        if (!out.empty())
-            std::memcpy(out.data(), left_.data(), out.size());
-        left_ = left_.subspan(out.size());
-        return true;
-    }
-    bool rewind() noexcept {
-        left_ = all_;
-        return true;
-    }
-
-private:
-    std::span<const std::byte> all_, left_;
-};
-
-class memory_sink {
-public:
-    explicit memory_sink(std::span<std::byte> bytes) noexcept : left_(bytes) {}
-    bool operator()(std::span<const std::byte> in) noexcept {
-        if (in.size() > left_.size())
-            return false;
-        if (!in.empty())
-            std::memcpy(left_.data(), in.data(), in.size());
-        left_ = left_.subspan(in.size());
-        return true;
-    }
-
-private:
-    std::span<std::byte> left_;
-};
-
 } // namespace detail
 
 /// Bytes that saving these sequences takes. O(pages). Errors: invalid_sequence, layers_disagree,
@@ -753,7 +760,7 @@ status try_swap_out(basic_kv_cache<F, A>& cache, sequence_id id, std::span<std::
         return bytes.reason();
     if (*bytes > memory.size())
         return {errc::shape_mismatch, "the memory is smaller than the saved sequence"};
-    if (const status s = try_save(cache, {&id, 1}, detail::memory_sink(memory)); !s)
+    if (const status s = try_save(cache, {&id, 1}, memory_sink(memory)); !s)
         return s;
     return cache.try_destroy_sequence(id);
 }
@@ -762,7 +769,7 @@ template <class F, class A>
 [[nodiscard]] result<sequence_id> try_swap_in(basic_kv_cache<F, A>& cache,
                                               std::span<const std::byte> memory) noexcept {
     sequence_id id;
-    const result<std::size_t> n = try_load(cache, detail::memory_source(memory), {&id, 1});
+    const result<std::size_t> n = try_load(cache, memory_source(memory), {&id, 1});
     if (!n)
         return n.reason();
     if (*n != 1)

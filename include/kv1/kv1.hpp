@@ -3,6 +3,8 @@
 // Everything.
 #pragma once
 
+#include <kv1/cache_file.hpp>
+#include <kv1/cache_io.hpp>
 #include <kv1/convert.hpp>
 #include <kv1/kv_cache.hpp>
 #include <kv1/packed_vector.hpp>

@@ -48,8 +48,8 @@
 // Threads. Const calls may run at once from any threads, and beside calls that change other sequences.
 // Calls that change a sequence (append, truncate, drop, commit, rollback, destroy) need that sequence for
 // themselves; fork and store_prefix read theirs. create, fork, destroy and the prefix calls may run at once
-// from any threads. statistics() of the whole cache, then, need not be of one instant. try_grow(),
-// validate(), loading, moving and destroying the cache need it for themselves.
+// from any threads, and so may loading. statistics() of the whole cache, then, need not be of one instant.
+// try_grow(), validate(), moving and destroying the cache need it for themselves.
 #pragma once
 
 #include <kv1/attention.hpp>
@@ -63,6 +63,7 @@
 #include <kv1/quantizers/affine.hpp>
 #include <kv1/quantizers/binary.hpp>
 #include <kv1/quantizers/scaled_binary.hpp>
+#include <kv1/sequence_id.hpp>
 #include <kv1/status.hpp>
 #include <kv1/tensor.hpp>
 
@@ -75,14 +76,17 @@
 #include <kv1/detail/visible_parts.hpp>
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <new>
+#include <optional>
 #include <span>
-#include <string>
 #include <utility>
 #include <vector>
 
@@ -107,9 +111,8 @@ struct const_row_buffers {
     std::span<const float16> minima = {};
 };
 
-/// Block tables as FlashInfer and vLLM have them. Sequence i owns indices[indptr[i]] ... indices[indptr[i +
-/// 1]
-/// - 1], of which the last holds last_page_tokens[i] tokens (0 where there is none).
+/// Block tables as FlashInfer and vLLM have them. Sequence i owns indices indptr[i] ... indptr[i + 1] - 1;
+/// its last page holds last_page_tokens[i] tokens (0 where there is none).
 struct block_tables {
     std::span<std::int32_t> indptr;           ///< sequences + 1
     std::span<std::int32_t> indices;          ///< as many as needed, or more

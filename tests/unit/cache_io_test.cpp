@@ -147,7 +147,7 @@ TEST_CASE("what is loaded is what was saved, sharing included, from memory and f
         kv_cache fresh(described());
         std::vector<sequence_id> ids(3);
         if (rewinds)
-            REQUIRE(kv1::load(fresh, kv1::detail::memory_source(b), ids) == 3);
+            REQUIRE(kv1::load(fresh, kv1::memory_source(b), ids) == 3);
         else
             REQUIRE(kv1::load(fresh, one_way{b}, ids) == 3);
         fresh.validate();
@@ -221,7 +221,7 @@ TEST_CASE("every cut of the bytes is found, and leaves the cache as it was", "[i
     kv_cache fresh(described());
     std::vector<sequence_id> ids(3);
     for (std::size_t n = 0; n < b.size(); n += n < 1500 ? 1 : 97) {
-        REQUIRE(kv1::try_load(fresh, kv1::detail::memory_source(std::span(b).first(n)), ids).code() ==
+        REQUIRE(kv1::try_load(fresh, kv1::memory_source(std::span(b).first(n)), ids).code() ==
                 errc::truncated);
         REQUIRE(kv1::try_load(fresh, one_way{std::span(b).first(n)}, ids).code() == errc::truncated);
         REQUIRE(fresh.statistics().pages_in_use == 0);
@@ -239,7 +239,7 @@ TEST_CASE("every flipped bit is found, and leaves the cache as it was", "[io]") 
     for (std::size_t i = 0; i < b.size(); i += i < 1200 ? 1 : 61) {
         const std::byte bit = std::byte{1} << i % 8;
         b[i] ^= bit;
-        const errc code = kv1::try_load(fresh, kv1::detail::memory_source(b), ids).code();
+        const errc code = kv1::try_load(fresh, kv1::memory_source(b), ids).code();
         const errc expected = i < 8    ? errc::bad_format
                               : i < 12 ? errc::unsupported_version
                                        : errc::checksum_mismatch;
@@ -250,7 +250,7 @@ TEST_CASE("every flipped bit is found, and leaves the cache as it was", "[io]") 
     KV1_REQUIRE_CLEAN(t);
     REQUIRE(fresh.statistics().pages_in_use == 0);
     fresh.validate();
-    REQUIRE(kv1::load(fresh, kv1::detail::memory_source(b), ids) == 3);
+    REQUIRE(kv1::load(fresh, kv1::memory_source(b), ids) == 3);
 }
 
 TEST_CASE("tables that lie under right checksums are refused, whatever they say", "[io]") {
@@ -272,7 +272,7 @@ TEST_CASE("tables that lie under right checksums are refused, whatever they say"
                 reseal(lie);
             else
                 write_number(lie, 60, kv1::detail::crc32c(0, std::span(lie).first(60)), 4);
-            const auto loaded = kv1::try_load(fresh, kv1::detail::memory_source(lie), ids);
+            const auto loaded = kv1::try_load(fresh, kv1::memory_source(lie), ids);
             REQUIRE((loaded || loaded.code() == errc::bad_format || loaded.code() == errc::different_cache ||
                      loaded.code() == errc::truncated || loaded.code() == errc::checksum_mismatch ||
                      loaded.code() == errc::unsupported_version || loaded.code() == errc::capacity_exceeded ||
@@ -301,7 +301,7 @@ TEST_CASE("hostile sizes are refused before memory is taken for them", "[io]") {
             bytes lie = b;
             write_number(lie, at, size, 8);
             write_number(lie, 60, kv1::detail::crc32c(0, std::span(lie).first(60)), 4);
-            const errc code = kv1::try_load(fresh, kv1::detail::memory_source(lie), ids).code();
+            const errc code = kv1::try_load(fresh, kv1::memory_source(lie), ids).code();
             REQUIRE(code == (at == 36 ? errc::truncated : errc::bad_format));
         }
 }
@@ -312,7 +312,7 @@ TEST_CASE("a cache of another shape is named by what differs and where", "[io]")
     const auto refused = [&](const kv1::cache_description& d, std::int64_t layer) {
         kv_cache other(d);
         std::vector<sequence_id> ids(3);
-        const auto loaded = kv1::try_load(other, kv1::detail::memory_source(b), ids);
+        const auto loaded = kv1::try_load(other, kv1::memory_source(b), ids);
         REQUIRE(loaded.code() == errc::different_cache);
         INFO(loaded.reason().message());
         REQUIRE(loaded.reason().where().layer == layer);
@@ -354,7 +354,7 @@ TEST_CASE("stored numbers that are none are refused, though the checksums are ri
         write_number(lie, page + offset + 6, 0x7c01, 2); // a NaN
         reseal(lie);
         sequence_id out;
-        REQUIRE(kv1::try_load(cache, kv1::detail::memory_source(lie), {&out, 1}).code() == errc::non_finite);
+        REQUIRE(kv1::try_load(cache, kv1::memory_source(lie), {&out, 1}).code() == errc::non_finite);
         REQUIRE(cache.statistics().pages_in_use == 1);
     }
 }
@@ -369,8 +369,8 @@ TEST_CASE("a load that finds no room leaves the cache as it was", "[io]") {
     append(small, there, 40, 1);
     const std::vector<float> before = attention(small, there);
     std::vector<sequence_id> ids(3);
-    REQUIRE(kv1::try_load(small, kv1::detail::memory_source(b), ids).code() == errc::capacity_exceeded);
-    REQUIRE(kv1::try_load(small, kv1::detail::memory_source(b), std::span(ids).first(2)).code() ==
+    REQUIRE(kv1::try_load(small, kv1::memory_source(b), ids).code() == errc::capacity_exceeded);
+    REQUIRE(kv1::try_load(small, kv1::memory_source(b), std::span(ids).first(2)).code() ==
             errc::shape_mismatch);
     REQUIRE(kv1_test::same_bits(attention(small, there), before));
     REQUIRE(small.statistics().sequences == 1);
@@ -388,7 +388,7 @@ TEST_CASE("operator new that fails anywhere in saving and loading leaves no trac
         bool failed = false;
         {
             const kv1_test::failing_new failing(allowed);
-            code = kv1::try_load(fresh, kv1::detail::memory_source(b), ids).code();
+            code = kv1::try_load(fresh, kv1::memory_source(b), ids).code();
             failed = failing.failed();
         }
         fresh.validate();

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <kv1/detail/buffer.hpp>
+#include <kv1/sequence_id.hpp>
 
 #include <array>
 #include <atomic>
@@ -19,16 +20,7 @@
 #include <optional>
 #include <utility>
 
-namespace kv1::inline KV1_ABI {
-
-/// Names a living sequence of one cache. A handle of a destroyed sequence is recognized as stale.
-struct sequence_id {
-    std::uint32_t slot = std::numeric_limits<std::uint32_t>::max();
-    std::uint32_t generation = 0;
-    friend bool operator==(sequence_id, sequence_id) = default;
-};
-
-namespace detail {
+namespace kv1::inline KV1_ABI::detail {
 
 // T is default-constructed once a slot and used again by later objects.
 template <class T>
@@ -148,6 +140,4 @@ private:
     buffer<std::uint32_t> free_;
 };
 
-} // namespace detail
-
-} // namespace kv1::inline KV1_ABI
+} // namespace kv1::inline KV1_ABI::detail
