@@ -368,7 +368,7 @@ command_test() {
 }
 
 command_bench() {
-    provide xsimd benchmark
+    provide xsimd benchmark cblas
     pick_generator
     say "configuring"
     configure build/benchmarks -DKV1_BUILD_BENCH=ON
