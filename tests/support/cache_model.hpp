@@ -227,9 +227,12 @@ public:
                 append(v.values, copy ? x.values16 : x.values, kv_head, l.value_dim);
                 places.push_back(places.size());
             }
+            std::vector<std::size_t> starts; // blocks of a page or more: more of them bound more roundings
+            for (std::size_t t = 0; t < places.size(); t += description_.page_tokens)
+                starts.push_back(t);
             // twice: a lower end may cut the run into what is masked and what is not
             parts.push_back(expect_row(query, 1.0f / std::sqrt(static_cast<float>(l.key_dim)), k, v, places,
-                                       description_.page_tokens, kv1::precision::exact)
+                                       starts, kv1::precision::exact)
                                 .truth);
             bounded_row& p = parts.back();
             for (double& b : p.out_bound)
