@@ -1520,7 +1520,7 @@ private:
     }
 
     static constexpr std::size_t queries_in_step = 64; // attended to together where parts are needed
-    static constexpr std::size_t most_tokens = std::size_t{1} << 36;
+    static constexpr std::size_t most_tokens = std::size_t{1} << 35; // page numbers fit 32 bits
 
     std::unique_ptr<state> state_;
 };
