@@ -51,7 +51,7 @@ TEST_CASE("support agrees with what the compiler's own processor test says", "[t
                         __builtin_cpu_supports("avx512bw") != 0;
     const bool vnni = __builtin_cpu_supports("avx512vnni") != 0;
     REQUIRE(kv1::is_supported(target::sse41) == sse41); // and SSE3, which SSSE3 came after
-    REQUIRE(kv1::is_supported(target::avx2) == avx2); // F16C came with AVX, before any AVX2
+    REQUIRE(kv1::is_supported(target::avx2) == avx2);   // F16C came with AVX, before any AVX2
     REQUIRE(kv1::is_supported(target::avx512) == (avx2 && avx512));
     REQUIRE(kv1::is_supported(target::avx512_vnni) == (avx2 && avx512 && vnni));
 }

@@ -11,8 +11,9 @@
 //
 // xsimd is parsed once for the baseline (its real namespace, which users share), once for AVX2, once for
 // AVX-512: its include guards and settings are forgotten in between. The SSE4.1 target shares the baseline's
-// xsimd, the AVX-VNNI target that of AVX2, the AVX-512 VNNI target that of AVX-512; each has its own region. g++ and clang attach a region's target to the functions and
-// templates that are defined in it; tests/codegen checks the outcome on object files.
+// xsimd, the AVX-VNNI target that of AVX2, the AVX-512 VNNI target that of AVX-512; each has its own region.
+// g++ and clang attach a region's target to the functions and templates that are defined in it; tests/codegen
+// checks the outcome on object files.
 #pragma once
 
 #include <kv1/detail/kernels/interface.hpp>
@@ -211,7 +212,9 @@ using arch = xs::fma3<xs::avx2>;
 
 // ---- AVX2 with AVX-VNNI, on the same xsimd
 #if defined(__clang__)
-#pragma clang attribute push(                                                                                    __attribute__((target("sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,fma,f16c,bmi,bmi2,avxvnni"))),               apply_to = function)
+#pragma clang attribute push(                                                                                \
+    __attribute__((target("sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,fma,f16c,bmi,bmi2,avxvnni"))),           \
+    apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,fma,f16c,bmi,bmi2,avxvnni")
