@@ -97,6 +97,12 @@ struct model_sequence {
     }
 };
 
+/// What options ask of one query row, beside the cache's own rules: only tokens first ... end - 1.
+struct row_request {
+    std::size_t first = 0, end = std::numeric_limits<std::size_t>::max();
+    row_options options = {};
+};
+
 /// The rules of a cache over model sequences.
 class cache_model {
 public:
@@ -190,11 +196,12 @@ public:
     struct seen {
         std::vector<std::size_t> sinks, quantized, window;
     };
-    [[nodiscard]] seen visible(const model_sequence& s, std::size_t layer, std::size_t last) const {
+    [[nodiscard]] seen visible(const model_sequence& s, std::size_t layer, std::size_t last,
+                               const row_request& asked = {}) const {
         const std::size_t w = description_.layers[layer].sliding_window, page = description_.page_tokens;
         seen out;
         for (std::size_t t = w != 0 && last > w ? last - w : 0; t < last; ++t) {
-            if (s.dropped.contains(t / page) || t < s.given_up[layer])
+            if (s.dropped.contains(t / page) || t < s.given_up[layer] || t < asked.first || t >= asked.end)
                 continue;
             const bool recent = t + description_.fp16_window >= last && t >= s.fp16_from;
             if (has_copies(layer) && t < description_.fp16_sinks)
@@ -209,9 +216,10 @@ public:
 
     /// The exact result of a query row over those tokens, and how far off it may be.
     [[nodiscard]] bounded_row attend(const model_sequence& s, std::size_t layer, std::size_t kv_head,
-                                     std::span<const float> query, std::size_t last) const {
+                                     std::span<const float> query, std::size_t last,
+                                     const row_request& asked = {}) const {
         const kv1::layer_description& l = description_.layers[layer];
-        const seen tokens = visible(s, layer, last);
+        const seen tokens = visible(s, layer, last, asked);
         std::vector<bounded_row> parts;
         for (const auto& [list, copy] : {std::pair(&tokens.sinks, true), std::pair(&tokens.quantized, false),
                                          std::pair(&tokens.window, true)}) {
@@ -230,14 +238,18 @@ public:
             std::vector<std::size_t> starts; // blocks of a page or more: more of them bound more roundings
             for (std::size_t t = 0; t < places.size(); t += description_.page_tokens)
                 starts.push_back(t);
-            // twice: a lower end may cut the run into what is masked and what is not
+            row_options own = asked.options; // places count from the first token of the part
+            own.position -= static_cast<double>(list->front());
+            own.sink.reset();
             parts.push_back(expect_row(query, 1.0f / std::sqrt(static_cast<float>(l.key_dim)), k, v, places,
-                                       starts, kv1::precision::exact)
+                                       starts, kv1::precision::exact, own)
                                 .truth);
-            bounded_row& p = parts.back();
-            for (double& b : p.out_bound)
-                b *= 2;
-            p.lse_bound *= 2;
+        }
+        if (asked.options.sink) { // a token of its own, whose value is zero
+            bounded_row& sink = parts.emplace_back();
+            sink.out.assign(l.value_dim, 0.0);
+            sink.out_bound.assign(l.value_dim, 0.0);
+            sink.lse = *asked.options.sink;
         }
         return merged(parts, l.value_dim);
     }
@@ -250,7 +262,7 @@ private:
     }
 
     // Parts joined by their log-sum-exp. A part's weight exp(lse - total) is as wrong as its lse: by its own
-    // bound, the roundings of the differences and of exp and log; each of at most six joins adds a few.
+    // bound, the roundings of the differences and of exp and log; each of at most four joins adds a few.
     static bounded_row merged(const std::vector<bounded_row>& parts, std::size_t channels) {
         bounded_row r;
         r.out.assign(channels, 0.0);
@@ -268,8 +280,8 @@ private:
             weight.push_back(std::exp(p.lse - r.lse));
             const double step =
                 2 * unit_roundoff * (std::fabs(p.lse) + std::fabs(r.lse) + 2.0) + 2 * exp_error;
-            wrong.push_back(std::expm1(2 * p.lse_bound + 6 * step));
-            r.lse_bound = std::max(r.lse_bound, p.lse_bound + 6 * step);
+            wrong.push_back(std::expm1(2 * p.lse_bound + 4 * step));
+            r.lse_bound = std::max(r.lse_bound, p.lse_bound + 4 * step);
         }
         for (std::size_t c = 0; c < channels; ++c) {
             for (std::size_t i = 0; i < parts.size(); ++i)

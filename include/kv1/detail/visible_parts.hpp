@@ -4,9 +4,6 @@
 // pages amid the queries, fp16 sinks and windows beside a quantized body. Per query and part it is a run of
 // tokens; queries whose runs move in step are attended to together, a part at a time, and parts are joined by
 // their log-sum-exp.
-//
-// A run's lower end is not known to the kernels: the pages that it cuts are masked, the rest begins at a
-// whole page.
 #pragma once
 
 #include <kv1/attention.hpp>
@@ -47,6 +44,14 @@ struct row_results {
     buffer<float> outputs, log_sum_exp;
     [[nodiscard]] bool resize(std::size_t rows, std::size_t channels) noexcept {
         return outputs.resize(rows * channels) && log_sum_exp.resize(rows);
+    }
+    // A logit without a value joins row r's softmax.
+    void add_sink(std::size_t r, std::size_t channels, float sink) noexcept {
+        const float top = std::max(log_sum_exp[r], sink);
+        const float own = std::exp(log_sum_exp[r] - top), sum = own + std::exp(sink - top);
+        for (std::size_t c = 0; c < channels; ++c)
+            outputs[r * channels + c] *= own / sum;
+        log_sum_exp[r] = top + std::log(sum);
     }
 };
 
@@ -117,43 +122,18 @@ private:
 
     status attend_part(attention_job job, visible_run from, std::size_t first_step, std::size_t last_step,
                        const tensor_view& queries, row_results& total) noexcept {
-        const std::size_t moved = queries.tokens() - 1;
         const std::size_t skipped = from.first / page_; // pages that no query sees
         job.block_table += skipped;
         from.first -= skipped * page_;
         from.last -= skipped * page_;
-        const std::size_t lowest = from.first, highest = from.first + moved * first_step;
-        const std::size_t end = from.last + moved * last_step;
-        // where the tokens begin that every query sees as far as its upper end lets it
-        std::size_t whole = round_up(highest, page_);
-        if (whole >= from.last)
-            whole = end; // an upper end lies among the lower ones: masks decide all
-        if (lowest == 0 && highest == 0)
-            whole = 0;
-        if (whole != 0) {
-            if (!mask_.resize(whole * queries.tokens()))
-                return no_memory();
-            for (std::size_t i = 0; i < queries.tokens(); ++i)
-                for (std::size_t t = 0; t < whole; ++t)
-                    mask_[i * whole + t] = t >= from.first + i * first_step ? 1 : 0;
-            attention_job part = job;
-            part.last_token = whole;
-            part.visible_base = from.last;
-            part.visible_step = last_step;
-            part.mask = mask_.data();
-            part.mask_first = 0;
-            part.mask_stride = whole;
-            if (const status s = attend(part, queries, total); !s)
-                return s;
-        }
-        if (whole < end) {
-            job.block_table += whole / page_;
-            job.last_token = end - whole;
-            job.visible_base = from.last - whole;
-            job.visible_step = last_step;
-            return attend(job, queries, total);
-        }
-        return {};
+        job.last_token = from.last + (queries.tokens() - 1) * last_step;
+        job.visible_base = from.last;
+        job.visible_step = last_step;
+        job.first_visible = from.first;
+        // a lower end that moves is a window of one token at a position that moves
+        job.first_position = static_cast<std::ptrdiff_t>(from.first);
+        job.window = first_step;
+        return attend(job, queries, total);
     }
 
     status attend(const attention_job& job, const tensor_view& queries, row_results& total) noexcept {
@@ -176,7 +156,6 @@ private:
     std::size_t kv_heads_, page_;
     E& run_;
     row_results part_;
-    buffer<std::uint8_t> mask_;
 };
 
 } // namespace kv1::inline KV1_ABI::detail

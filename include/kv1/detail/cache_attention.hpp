@@ -1,0 +1,272 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Attention over one layer of a sequence: what each query sees, in terms of the kernels' jobs. Where that is
+// one run of tokens in one table, one job serves all queries; sliding windows and pages dropped before the
+// queries' windows are of that kind too. Else it is joined from parts (visible_parts.hpp).
+#pragma once
+
+#include <kv1/attention.hpp>
+#include <kv1/detail/cache_state.hpp>
+#include <kv1/detail/kernels/registry.hpp>
+#include <kv1/detail/schedule.hpp>
+#include <kv1/detail/visible_parts.hpp>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <limits>
+#include <span>
+
+namespace kv1::inline KV1_ABI::detail {
+
+template <class Formats, class Allocator>
+class sequence_attention {
+public:
+    // The layer exists.
+    sequence_attention(const cache_state<Allocator>& cache, const sequence_state& q, std::size_t layer,
+                       const attention_options& options) noexcept
+        : cache_(cache), q_(q), layer_(layer), options_(options), shape_(cache.planes_of(layer).shape),
+          body_(cache.body_of(layer)), table_(q.pages[body_.group].table), length_(q.length(layer)),
+          copied_(cache.planes_of(layer).copy != no_plane) {}
+
+    template <executor E>
+    status operator()(const tensor_view& queries, const mutable_tensor_view& outputs, E& run) const noexcept {
+        if (const status s = check(queries, outputs); !s)
+            return s;
+        if (queries.tokens() == 0)
+            return {};
+        const query_sight sight(*this, queries.tokens());
+        const std::size_t dropped = length_ - table_.kept_before(length_, page());
+        const std::size_t holes_end = table_.holes().empty() ? 0 : table_.holes().back().last * page();
+        // tokens that are seen lie side by side where no hole is among them; places are as far apart as
+        // positions where none lies before an end that moves
+        const bool whole = !copied_ && sight.in_step();
+        const bool past_holes = dropped == 0 || (sight.lower(0) >= holes_end && sight.limit(0) >= holes_end);
+        const bool ends_past_holes = past_holes || (sight.limit(0) >= holes_end && sight.window() == 0);
+        const attention_mask& mask = options_.mask;
+        if (!mask.visible().empty() && !(whole && ends_past_holes && shape_.sliding_window == 0 &&
+                                         length_ - mask.explicit_keys() >= holes_end))
+            return refused("windows or dropped pages part the mask's tokens");
+        if (!options_.alibi_slopes.empty() && !(whole && past_holes))
+            return refused("windows or dropped pages part the tokens of ALiBi's slopes");
+        if (!(whole && ends_past_holes))
+            return attend_parts(sight, queries, outputs, run);
+
+        attention_job job = job_for(body_, queries.heads());
+        job.last_token = table_.kept_before(std::min(length_, options_.range.last), page());
+        job.first_visible = std::min(table_.kept_before(sight.fixed_lower(), page()), job.last_token);
+        job.visible_base = sight.base() - dropped;
+        job.visible_step = sight.step();
+        job.first_position = sight.first_position() - static_cast<std::ptrdiff_t>(dropped);
+        job.window = sight.window();
+        if (!mask.visible().empty()) {
+            job.mask = mask.visible().data();
+            job.mask_first = length_ - dropped - mask.explicit_keys();
+            job.mask_stride = mask.explicit_keys();
+        }
+        const auto optional = [](std::span<const float> x) { return x.empty() ? nullptr : x.data(); };
+        return attend_heads(job, shape_.kv_heads, queries, outputs,
+                            {optional(options_.alibi_slopes), optional(options_.sinks)}, options_.log_sum_exp,
+                            run);
+    }
+
+private:
+    static constexpr std::size_t queries_in_step = 64; // attended to together where parts are needed
+
+    // Which positions query i sees: those from lower(i) to limit(i) - 1 that are there.
+    class query_sight {
+    public:
+        query_sight(const sequence_attention& a, std::size_t queries) noexcept
+            : length_(a.length_), range_(a.options_.range), sliding_(a.shape_.sliding_window),
+              asked_(bounded(a.options_.window)) {
+            const attention_mask& mask = a.options_.mask;
+            first_position_ = mask.first_position() ? static_cast<std::ptrdiff_t>(*mask.first_position())
+                                                    : static_cast<std::ptrdiff_t>(length_) -
+                                                          static_cast<std::ptrdiff_t>(queries);
+            step_ = mask.is_causal() ? 1 : 0;
+            base_ = mask.is_causal() ? static_cast<std::size_t>(first_position_ + 1) : length_;
+            in_step_ = sliding_ == 0 || step_ == 0 || base_ + queries - 1 <= length_;
+        }
+
+        [[nodiscard]] std::size_t base() const noexcept { return base_; }
+        [[nodiscard]] std::size_t step() const noexcept { return step_; }
+        [[nodiscard]] std::ptrdiff_t first_position() const noexcept { return first_position_; }
+        [[nodiscard]] std::size_t limit(std::size_t i) const noexcept {
+            return std::min(base_ + i * step_, length_);
+        }
+        // Whether all lower ends stand still or move with the queries' positions.
+        [[nodiscard]] bool in_step() const noexcept { return in_step_; }
+        // Of the lower ends that move with the positions, the nearest, as a window; 0: none.
+        [[nodiscard]] std::size_t window() const noexcept {
+            const std::size_t own = step_ != 0 ? bounded(sliding_) : 0;
+            return own == 0 || asked_ == 0 ? own + asked_ : std::min(own, asked_);
+        }
+        // The lower end that all queries share.
+        [[nodiscard]] std::size_t fixed_lower() const noexcept {
+            const std::size_t first = std::min(length_, range_.first);
+            return step_ != 0 ? first : std::max(first, behind(length_, sliding_));
+        }
+        [[nodiscard]] std::size_t lower(std::size_t i) const noexcept {
+            const std::ptrdiff_t asked = asked_ == 0 ? 0
+                                                     : first_position_ + static_cast<std::ptrdiff_t>(i) + 1 -
+                                                           static_cast<std::ptrdiff_t>(asked_);
+            return std::max({std::min(length_, range_.first), behind(limit(i), sliding_),
+                             asked > 0 ? static_cast<std::size_t>(asked) : 0});
+        }
+        // limit(), as far as the range goes.
+        [[nodiscard]] std::size_t upper(std::size_t i) const noexcept {
+            return std::min(limit(i), range_.last);
+        }
+
+    private:
+        // No window is wider than positions are large.
+        static std::size_t bounded(std::size_t window) noexcept {
+            return window < std::numeric_limits<std::size_t>::max() / 4 ? window : 0;
+        }
+        static std::size_t behind(std::size_t end, std::size_t window) noexcept {
+            return window != 0 && end > window ? end - window : 0;
+        }
+
+        std::size_t length_;
+        token_range range_;
+        std::size_t sliding_, asked_;
+        std::ptrdiff_t first_position_ = 0;
+        std::size_t step_ = 0, base_ = 0;
+        bool in_step_ = true;
+    };
+
+    [[nodiscard]] std::size_t page() const noexcept { return cache_.page_tokens(); }
+    [[nodiscard]] status refused(const char* rule) const noexcept {
+        return placed({errc::invalid_argument, rule}, layer_);
+    }
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push // at -O3 g++ 12 sees the payload of an empty optional and not the test before it
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+    [[nodiscard]] float scale() const noexcept {
+        return options_.scale ? *options_.scale : 1.0f / std::sqrt(static_cast<float>(shape_.key_dim));
+    }
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+
+    [[nodiscard]] status check(const tensor_view& queries,
+                               const mutable_tensor_view& outputs) const noexcept {
+        const error_location where{.layer = static_cast<std::int64_t>(layer_)};
+        if (queries.heads() == 0 || queries.heads() % shape_.kv_heads != 0)
+            return {errc::shape_mismatch, "query heads are a multiple of the KV heads", where};
+        if (queries.channels() != shape_.key_dim || outputs.channels() != shape_.value_dim)
+            return {errc::shape_mismatch, "queries and outputs have the layer's head dims", where};
+        if (outputs.tokens() != queries.tokens() || outputs.heads() != queries.heads())
+            return {errc::shape_mismatch, "one output row per query row", where};
+        if (queries.tokens() != 0 && (queries.data() == nullptr || outputs.data() == nullptr))
+            return {errc::invalid_argument, "queries and outputs are not null", where};
+        if (!is_finite(scale()))
+            return {errc::invalid_argument, "the softmax scale is finite", where};
+        if (!options_.log_sum_exp.empty() &&
+            options_.log_sum_exp.size() != queries.tokens() * queries.heads())
+            return {errc::shape_mismatch, "one log-sum-exp per query row", where};
+        if (!(options_.soft_cap >= 0.0f) || !is_finite(options_.soft_cap))
+            return {errc::invalid_argument, "the soft cap is finite and not negative", where};
+        for (const std::span<const float> per_head : {options_.alibi_slopes, options_.sinks}) {
+            if (!per_head.empty() && per_head.size() != queries.heads())
+                return {errc::shape_mismatch, "one slope, and one sink logit, per query head", where};
+            if (!std::all_of(per_head.begin(), per_head.end(), [](float x) { return is_finite(x); }))
+                return {errc::invalid_argument, "slopes and sink logits are finite", where};
+        }
+        const attention_mask& mask = options_.mask;
+        if (mask.is_causal() && !mask.first_position() && queries.tokens() > length_)
+            return {errc::shape_mismatch, "causal queries are among the cached tokens", where};
+        if (mask.is_causal() &&
+            mask.first_position().value_or(0) > std::numeric_limits<std::size_t>::max() / 4)
+            return {errc::out_of_range, "the first position overflows", where};
+        if (!mask.is_causal() && (mask.explicit_keys() > length_ ||
+                                  mask.visible().size() != mask.explicit_keys() * queries.tokens()))
+            return {errc::shape_mismatch, "the mask covers queries times its keys, all of them cached",
+                    where};
+        return {};
+    }
+
+    [[nodiscard]] attention_job job_for(const plane<Allocator>& p, std::size_t query_heads) const noexcept {
+        const target t = current_target();
+        attention_job job{};
+        job.target = &common_registry<>::at(t);
+        job.key_kernels = format_registry<Formats>::find(t, p.layout.keys().format);
+        job.value_kernels = format_registry<Formats>::find(t, p.layout.values().format);
+        job.mode = options_.mode;
+        job.layout = &p.layout;
+        job.pages = p.arena.data();
+        job.block_stride = p.block_bytes;
+        job.block_table = q_.pages[p.group].table.blocks().data();
+        job.group = query_heads / shape_.kv_heads;
+        job.scale = scale();
+        job.soft_cap = options_.soft_cap;
+        return job;
+    }
+
+    // fp16 sinks, the quantized body, the fp16 window; each a run in its table.
+    template <executor E>
+    status attend_parts(const query_sight& sight, const tensor_view& queries,
+                        const mutable_tensor_view& outputs, E& run) const noexcept {
+        enum part : std::size_t { sinks, quantized, window };
+        std::array<part_source, max_parts> parts;
+        parts[quantized] = {job_for(body_, queries.heads()), true};
+        if (copied_) {
+            parts[sinks] = {job_for(cache_.copy_of(layer_), queries.heads()), true};
+            parts[window] = parts[sinks];
+        }
+        const block_table& copies = copied_ ? q_.pages[cache_.copy_of(layer_).group].table : table_;
+        const auto placed_in = [&](const block_table& t, std::size_t first, std::size_t last) -> visible_run {
+            if (first >= last)
+                return {};
+            const visible_run in{t.kept_before(first, page()), t.kept_before(last, page())};
+            return in.empty() ? visible_run{} : in;
+        };
+        const cache_description& d = cache_.storage.description();
+        const auto runs = [&](std::size_t i) -> visible_runs {
+            const std::size_t last = sight.upper(i), first = sight.lower(i), seen = sight.limit(i);
+            if (!copied_)
+                return {visible_run{}, placed_in(table_, first, last), visible_run{}};
+            const std::size_t s = std::min(d.fp16_sinks, last), r = d.fp16_window;
+            // tokens that the window or a truncation left behind are there in quantized form only
+            const std::size_t from =
+                r == 0 ? last : std::min(last, std::max({s, seen > r ? seen - r : 0, q_.fp16_from}));
+            return {placed_in(copies, first, s), placed_in(table_, std::max(s, first), from),
+                    placed_in(copies, std::max(from, first), last)};
+        };
+
+        part_attention<E> attend(shape_.kv_heads, page(), run);
+        row_results total;
+        const std::size_t heads = queries.heads(), channels = shape_.value_dim;
+        for (std::size_t i = 0; i < queries.tokens();) {
+            const query_run some = next_query_run(i, queries.tokens(), queries_in_step, runs);
+            if (const status s = attend(parts, some, queries, total); !s)
+                return s;
+            for (std::size_t r = 0; r < some.count * heads; ++r) {
+                if (!options_.sinks.empty())
+                    total.add_sink(r, channels, options_.sinks[r % heads]);
+                parts[quantized].job.target->store_floats(outputs.type(), total.outputs.data() + r * channels,
+                                                          channels, outputs.at(i + r / heads, r % heads));
+            }
+            if (!options_.log_sum_exp.empty())
+                std::copy(total.log_sum_exp.begin(), total.log_sum_exp.end(),
+                          options_.log_sum_exp.begin() + static_cast<std::ptrdiff_t>(i * heads));
+            i += some.count;
+        }
+        return {};
+    }
+
+    const cache_state<Allocator>& cache_;
+    const sequence_state& q_;
+    std::size_t layer_;
+    const attention_options& options_;
+    const layer_description& shape_;
+    const plane<Allocator>& body_;
+    const block_table& table_;
+    std::size_t length_;
+    bool copied_;
+};
+
+} // namespace kv1::inline KV1_ABI::detail
