@@ -98,7 +98,8 @@ private:
 
 /// Tokens first ... last - 1 of a sequence, clipped to those that are cached.
 struct token_range {
-    std::size_t first = 0;
+    std::size_t first = 0; ///< the first position
+    /// One past the last position.
     std::size_t last = std::numeric_limits<std::size_t>::max();
 };
 
@@ -180,6 +181,7 @@ inline status try_merge_attention(std::span<const attention_part> parts, std::si
     return {};
 }
 #if KV1_EXCEPTIONS
+/// As try_merge_attention; throws kv1::error.
 inline void merge_attention(std::span<const attention_part> parts, std::size_t channels,
                             std::span<float> outputs, std::span<float> log_sum_exp = {}) {
     detail::throw_if_error(try_merge_attention(parts, channels, outputs, log_sum_exp));

@@ -20,11 +20,13 @@ namespace kv1::inline KV1_ABI {
 
 /// Pages first ... last - 1 are dropped.
 struct page_hole {
-    std::uint32_t first = 0;
-    std::uint32_t last = 0;
+    std::uint32_t first = 0; ///< page
+    std::uint32_t last = 0;  ///< one past the last page
+    /// Whether both ends are the same.
     friend bool operator==(page_hole, page_hole) = default;
 };
 
+/// Blocks by page, with holes. Not synchronized.
 class block_table {
 public:
     /// Blocks of the pages that are left, in order of position.
@@ -33,6 +35,7 @@ public:
     [[nodiscard]] std::span<const page_hole> holes() const noexcept { return holes_.view(); }
     /// Pages, dropped ones included.
     [[nodiscard]] std::size_t pages() const noexcept { return blocks_.size() + dropped_; }
+    /// Pages in holes.
     [[nodiscard]] std::size_t dropped() const noexcept { return dropped_; }
 
     /// Where in blocks() a page lies; nothing for a dropped one and past the end. O(holes).
@@ -71,7 +74,8 @@ public:
         return kept;
     }
 
-    /// Room for more blocks and a hole. False: no memory, nothing changed.
+    /// Room for more blocks, or holes. False: no memory, nothing changed.
+    /// @{
     [[nodiscard]] bool reserve(std::size_t more_blocks) noexcept {
         return blocks_.reserve(blocks_.size() + more_blocks);
     }
@@ -79,6 +83,7 @@ public:
     [[nodiscard]] bool reserve_holes(std::size_t more) noexcept {
         return holes_.reserve(holes_.size() + more);
     }
+    /// @}
 
     /// The block of the next page. Precondition: room is reserved.
     void push_back(std::uint32_t block) noexcept { blocks_.push_back(block); }
@@ -140,6 +145,7 @@ public:
         return true;
     }
 
+    /// Forgets all pages.
     void clear() noexcept {
         blocks_.clear();
         holes_.clear();

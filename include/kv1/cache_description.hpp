@@ -14,33 +14,38 @@ namespace kv1::inline KV1_ABI {
 
 /// One layer: how many KV heads, how wide, how stored. K and V are independent of each other.
 struct layer_description {
-    std::size_t kv_heads = 0;
-    std::size_t key_dim = 0;   ///< head_dim of keys and queries
-    std::size_t value_dim = 0; ///< head_dim of values and outputs
-    kv_format key_format = kv_format::affine2;
-    kv_format value_format = kv_format::affine2;
+    std::size_t kv_heads = 0;                    ///< of K and of V
+    std::size_t key_dim = 0;                     ///< head_dim of keys and queries
+    std::size_t value_dim = 0;                   ///< head_dim of values and outputs
+    kv_format key_format = kv_format::affine2;   ///< how K is stored
+    kv_format value_format = kv_format::affine2; ///< how V is stored
     /// A query sees this many tokens, itself included; 0: all. Pages that no later query can see are freed
     /// when the sequence is committed.
     std::size_t sliding_window = 0;
+    /// Whether all fields are the same.
     friend bool operator==(const layer_description&, const layer_description&) = default;
 };
 
 /// A whole cache: its layers, and room for how many tokens.
 struct cache_description {
-    std::vector<layer_description> layers;
-    std::size_t capacity_tokens = 0; ///< in whole pages, over all sequences
-    std::size_t page_tokens = 64;    ///< a multiple of tile_tokens
+    std::vector<layer_description> layers; ///< in the model's order
+    std::size_t capacity_tokens = 0;       ///< in whole pages, over all sequences
+    std::size_t page_tokens = 64;          ///< a multiple of tile_tokens
 
     /// The first fp16_sinks tokens of a sequence and a query's last fp16_window tokens, itself included, are
     /// attended to in fp16 and the tokens between them in the layer's formats: kv_cache.hpp says how. Layers
     /// with a sliding window, and those that store K and V plain, are left as they are.
+    /// @{
     std::size_t fp16_sinks = 0;
     std::size_t fp16_window = 0;
+    /// @}
 
     /// Capacity of the layers with a sliding window, and of the fp16 copies; 0: capacity_tokens. Memory that
     /// is never used is reserved only, so smaller numbers matter where address space or overcommitment does.
+    /// @{
     std::size_t window_capacity_tokens = 0;
     std::size_t fp16_capacity_tokens = 0;
+    /// @}
 
     /// Asks the system to back the arenas with large pages (Linux; elsewhere nothing).
     bool huge_pages = false;
@@ -77,11 +82,11 @@ struct cache_description {
 /// Sizes in bytes unless said otherwise. Tokens and what follows from them count each sequence as if it were
 /// alone; pages and bytes in use count a page that sequences share once.
 struct cache_statistics {
-    std::size_t sequences = 0;
+    std::size_t sequences = 0; ///< how many
     std::size_t tokens = 0; ///< length (of the layer that holds most, per sequence), dropped tokens included
-    std::size_t layers = 0;
-    std::size_t pages_in_use = 0; ///< each page_tokens tokens of every layer of its group
-    std::size_t pages_total = 0;
+    std::size_t layers = 0; ///< of the cache
+    std::size_t pages_in_use = 0;      ///< each page_tokens tokens of every layer of its group
+    std::size_t pages_total = 0;       ///< that the pools have
     std::size_t bytes_reserved = 0;    ///< arenas of all layers
     std::size_t bytes_in_use = 0;      ///< pages in use, padding and unfilled tokens included
     std::size_t bytes_stored = 0;      ///< row-format bytes of the tokens held: values and metadata

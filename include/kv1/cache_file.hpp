@@ -122,6 +122,8 @@ result<std::size_t> try_load_file(basic_kv_cache<F, A>& cache, const std::filesy
 }
 
 #if KV1_EXCEPTIONS
+/// As the try_ forms; throw kv1::error.
+/// @{
 template <class F, class A>
 void save_file(const basic_kv_cache<F, A>& cache, std::span<const sequence_id> ids,
                const std::filesystem::path& path) {
@@ -132,6 +134,7 @@ std::size_t load_file(basic_kv_cache<F, A>& cache, const std::filesystem::path& 
                       std::span<sequence_id> out) {
     return try_load_file(cache, path, out).value();
 }
+/// @}
 #endif
 
 } // namespace kv1::inline KV1_ABI

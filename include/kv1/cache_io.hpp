@@ -52,7 +52,9 @@ concept byte_source = requires(S& source, std::span<std::byte> bytes) {
 /// Caller memory as a source.
 class memory_source {
 public:
+    /// The bytes are read while the source is used.
     explicit memory_source(std::span<const std::byte> bytes) noexcept : all_(bytes), left_(bytes) {}
+    /// The next bytes; false, and none, where fewer are left.
     bool operator()(std::span<std::byte> out) noexcept {
         if (out.size() > left_.size())
             return false;
@@ -61,6 +63,7 @@ public:
         left_ = left_.subspan(out.size());
         return true;
     }
+    /// Back to the first byte.
     bool rewind() noexcept {
         left_ = all_;
         return true;
@@ -73,7 +76,9 @@ private:
 /// Caller memory as a sink; one that is too small refuses.
 class memory_sink {
 public:
+    /// The bytes are written while the sink is used.
     explicit memory_sink(std::span<std::byte> bytes) noexcept : left_(bytes) {}
+    /// Takes bytes; false, and none, where there is no room.
     bool operator()(std::span<const std::byte> in) noexcept {
         if (in.size() > left_.size())
             return false;
@@ -159,6 +164,8 @@ template <class F, class A>
 }
 
 #if KV1_EXCEPTIONS
+/// As the try_ forms; throw kv1::error.
+/// @{
 template <class F, class A>
 [[nodiscard]] std::size_t saved_bytes(const basic_kv_cache<F, A>& cache, std::span<const sequence_id> ids) {
     return try_saved_bytes(cache, ids).value();
@@ -179,6 +186,7 @@ template <class F, class A>
 [[nodiscard]] sequence_id swap_in(basic_kv_cache<F, A>& cache, std::span<const std::byte> memory) {
     return try_swap_in(cache, memory).value();
 }
+/// @}
 #endif
 
 } // namespace kv1::inline KV1_ABI

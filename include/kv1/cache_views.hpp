@@ -27,9 +27,9 @@ struct row_buffers {
 
 /// The same to read from.
 struct const_row_buffers {
-    std::span<const std::byte> packed;
-    std::span<const float16> scales = {};
-    std::span<const float16> minima = {};
+    std::span<const std::byte> packed;    ///< rows * packed_bytes(format, head_dim)
+    std::span<const float16> scales = {}; ///< one a row, where the format has scales
+    std::span<const float16> minima = {}; ///< one a row, where the format has minima
 };
 
 /// Block tables as FlashInfer and vLLM have them. Sequence i owns indices indptr[i] ... indptr[i + 1] - 1;
@@ -42,7 +42,7 @@ struct block_tables {
 
 /// A sequence that begins with known tokens.
 struct prefix_match {
-    sequence_id sequence;
+    sequence_id sequence;   ///< the new one
     std::size_t tokens = 0; ///< that it already holds
 };
 

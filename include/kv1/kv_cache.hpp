@@ -554,8 +554,10 @@ public:
     }
 
     /// The index itself: pins, events, eviction.
+    /// @{
     [[nodiscard]] prefix_index& prefixes() noexcept { return state_->index; }
     [[nodiscard]] const prefix_index& prefixes() const noexcept { return state_->index; }
+    /// @}
 
     // ---- statistics
 

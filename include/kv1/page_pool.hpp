@@ -39,11 +39,14 @@ public:
     /// The same; throws kv1::error (without exceptions: aborts).
     explicit page_pool(std::uint32_t capacity) { detail::throw_if_error(try_grow(capacity)); }
 
+    /// Moving needs both pools for itself; the source is left without blocks.
+    /// @{
     page_pool(page_pool&& other) noexcept { take(other); }
     page_pool& operator=(page_pool&& other) noexcept {
         take(other);
         return *this;
     }
+    /// @}
 
     /// Raises the capacity; a smaller one changes nothing. O(capacity). Errors: out_of_memory, which leaves
     /// the pool as it was.

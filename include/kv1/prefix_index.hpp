@@ -35,14 +35,18 @@ using token_id = std::int32_t;
 
 /// Tells apart prompts of equal tokens whose pages differ.
 struct prefix_salt {
-    std::uint64_t high = 0, low = 0;
+    std::uint64_t high = 0; ///< any bits: an adapter, a tenant
+    std::uint64_t low = 0;  ///< any bits: an image's hash
+    /// Whether both halves are the same.
     friend bool operator==(prefix_salt, prefix_salt) = default;
 };
 
+/// What happened to a block.
 enum class prefix_event_kind : std::uint8_t { stored, evicted };
 
+/// A block of tokens came into the index or left it, for routers that mirror it.
 struct prefix_event {
-    prefix_event_kind kind{};
+    prefix_event_kind kind{};   ///< which
     std::uint32_t tokens = 0;   ///< of this block
     std::uint64_t hash = 0;     ///< of all tokens up to the block's end, salt included
     std::uint64_t previous = 0; ///< the hash before the block
@@ -50,9 +54,9 @@ struct prefix_event {
 
 /// Keeps a prefix from being evicted until it is given back.
 struct prefix_pin {
-    std::uint32_t node = std::numeric_limits<std::uint32_t>::max();
-    std::uint32_t stamp = 0;
-    std::size_t tokens = 0; ///< that are pinned
+    std::uint32_t node = std::numeric_limits<std::uint32_t>::max(); ///< the index's own
+    std::uint32_t stamp = 0;                                        ///< the index's own
+    std::size_t tokens = 0;                                         ///< that are pinned
 };
 
 /// Hash of a block's tokens after those that `previous` stands for.
@@ -66,8 +70,10 @@ struct prefix_pin {
     return h;
 }
 
+/// hash_tokens(), or another function of the same form.
 using token_hash = std::uint64_t (*)(std::uint64_t previous, std::span<const token_id> tokens) noexcept;
 
+/// Which pages hold a known beginning: a tree of token blocks. Thread-safe but for moving and initialize().
 class prefix_index {
 public:
     /// A group whose page a node does not hold.
