@@ -74,13 +74,20 @@ CLI::Validator between(double low, double high, std::string name) {
         std::move(name));
 }
 
+// In the source tree, or where it was installed.
+std::filesystem::path default_model() {
+    const std::filesystem::path built = KV1_LM_DEFAULT_MODEL_DIR;
+    std::error_code unreadable;
+    return std::filesystem::exists(built, unreadable) ? built : KV1_LM_INSTALLED_MODEL_DIR;
+}
+
 int run_or_throw(int argc, const char* const* argv, std::istream& in, std::ostream& out, std::ostream& err) {
     CLI::App app("A small language model whose attention runs on kv1's packed KV cache.", "kv1-lm");
     app.require_subcommand(1);
 
     generate_options g;
     kld_options k;
-    std::filesystem::path info_model = KV1_LM_DEFAULT_MODEL_DIR;
+    std::filesystem::path info_model = default_model();
     g.model = k.model = info_model;
     k.threads = std::max(1u, std::thread::hardware_concurrency());
     texts generate_texts, kld_texts;
