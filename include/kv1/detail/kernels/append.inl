@@ -148,24 +148,6 @@ inline encode_result first_failure(const append_row* rows, std::size_t count, st
     return {};
 }
 
-#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__)
-// With g++ 12 thresholds of 4-lane targets are not what they should be under -ffast-math, in the precise region too
-// (tests/flags): vectors go one by one there, as other formats do.
-inline encode_result append_affine2(const append_row* rows, std::size_t count, std::size_t& failed) noexcept {
-    alignas(64) std::uint8_t codes[max_head_dim];
-    for (failed = 0; failed < count; ++failed) {
-        const append_row& row = rows[failed];
-        const section_layout& s = *row.section;
-        std::memset(codes, 0, round_up(s.channels, 32));
-        const encode_result r = encode_affine(row.x, s.channels, 2, codes);
-        if (r.code != errc::ok)
-            return r;
-        insert_codes(s, row.page, row.token, codes);
-        store_metadata(s, row.page, row.token, r.metadata);
-    }
-    return {};
-}
-#else
 inline encode_result append_affine2(const append_row* rows, std::size_t count, std::size_t& failed) noexcept {
     alignas(64) float high[tile_tokens] = {};
     alignas(64) std::uint16_t scales[tile_tokens], minima[tile_tokens];
@@ -195,6 +177,5 @@ inline encode_result append_affine2(const append_row* rows, std::size_t count, s
     }
     return {};
 }
-#endif
 
 #include <kv1/detail/precise_math_end.inl>

@@ -26,6 +26,16 @@ KV1_INLINE f32 quotient_of(f32 a, f32 b) {
 #endif
     return f32(f32::register_type(a) / divisor);
 }
+#elif defined(__GNUC__) && !defined(__clang__) && defined(__SSE2__) &&                                       \
+    (defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__))
+// A function whose only floats are batches takes over the flags of the first of xsimd's that g++ inlines into it, until
+// it is inlined itself: there (1.5 s) / s became 1.5.
+KV1_INLINE f32 sum_of(f32 a, f32 b) { return a + b; }
+KV1_INLINE f32 quotient_of(f32 a, f32 b) {
+    f32::register_type divisor = b;
+    __asm__("" : "+x"(divisor));
+    return f32(f32::register_type(a) / divisor);
+}
 #elif defined(_M_ARM64)
 KV1_INLINE f32 sum_of(f32 a, f32 b) { return a + b; }
 KV1_INLINE f32 quotient_of(f32 a, f32 b) { return f32(vdivq_f32(a, b)); }
