@@ -1,0 +1,460 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Fake quantization: what a cache gives back of a vector, in floating point and with a gradient, for training
+// a model under the cache that it will run with. No framework: spans in, spans out; an autograd function
+// wraps the two calls.
+//
+//   forward   y = restore(Q(transform(x)))    Q: quantize and dequantize; the transforms are options
+//   backward  dx from dy, by one of two rules:
+//     straight_through  dx = dy: rounding, clamping and metadata count as the identity. What one trains with;
+//                       the reference does. With min/max it is the exact derivative of the forward pass
+//                       without the rounding, since lo + (x - lo) / s * s = x whatever lo and s do.
+//     fixed_codes       the derivative of the forward pass itself, codes being piecewise constant: what
+//                       reaches x through minimum, scale, mean magnitude. Defined wherever no code, minimum
+//                       or maximum is about to change; rounding to fp16 counts as the identity.
+//
+// With round_metadata the forward pass equals what a cache of that format gives back, bit for bit. Without,
+// scale and minimum stay in fp32, as the KV1 reference trains.
+//
+// Everything here works on rows of `channels` values, one vector each, in O(values) (least squares: times its
+// rounds, 48 at the most; Hadamard: times log channels), allocates nothing, and is thread-safe. An error
+// names the row as `token`; rows before it are then written.
+#pragma once
+
+#include <kv1/format.hpp>
+#include <kv1/quantizer.hpp>
+#include <kv1/quantizers/affine.hpp>
+#include <kv1/quantizers/binary.hpp>
+#include <kv1/quantizers/scaled_binary.hpp>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+namespace kv1::inline KV1_ABI {
+
+/// How vectors are quantized, and what the gradient is.
+struct fake_quantize_options {
+    /// How an affine format chooses scale and minimum. Codes and bytes are of the same kind either way.
+    enum class encoder_policy : std::uint8_t {
+        min_max,       ///< the ends of the vector's range: the reference's
+        least_squares, ///< rounding and refitting in turns: the least squared error within reach
+    };
+    /// See the head of this file.
+    enum class gradient_rule : std::uint8_t { straight_through, fixed_codes };
+
+    encoder_policy encoder = encoder_policy::min_max;         ///< affine formats alone have a choice
+    gradient_rule gradient = gradient_rule::straight_through; ///< of the backward pass
+    bool round_metadata = true;                               ///< to fp16, as a cache stores it
+    /// Quantize in the basis of an orthonormal Hadamard matrix, over blocks of the largest power of two that
+    /// divides the number of channels.
+    bool hadamard = false;
+    /// Taken off before and added after, one value a channel; empty is none. A constant to the gradient.
+    std::span<const float> centre{};
+};
+
+/// Longest vector that fake quantization takes.
+inline constexpr std::size_t max_fake_quantize_channels = 4096;
+
+namespace detail {
+
+// Scale and minimum as they multiply codes: rounded to fp16 or not.
+struct real_metadata {
+    float scale = 1.0f;
+    float minimum = 0.0f;
+    bool refitted = false; // by least squares, from the codes that go with it
+};
+
+constexpr float through_fp16(float x) noexcept { return static_cast<float>(float16(x)); }
+
+inline status check_metadata(float scale, float minimum) noexcept {
+    if (!is_finite(float16(scale)) || !is_finite(float16(minimum)))
+        return {errc::not_representable, rule_fp16_metadata};
+    return {};
+}
+
+#include <kv1/detail/precise_math_begin.inl>
+
+// The nearest level of every channel; x - lo may round, so the quotient is clamped.
+inline void round_to_levels(std::span<const float> x, float scale, float minimum, int max_code,
+                            std::span<std::uint8_t> codes) noexcept {
+    for (std::size_t i = 0; i < x.size(); ++i) {
+        const float level = std::nearbyint((x[i] - minimum) / as_written(scale));
+        codes[i] = static_cast<std::uint8_t>(std::clamp(level, 0.0f, static_cast<float>(max_code)));
+    }
+}
+
+inline double squared_error(std::span<const float> x, std::span<const std::uint8_t> codes,
+                            real_metadata m) noexcept {
+    double sum = 0.0;
+    for (std::size_t i = 0; i < x.size(); ++i) {
+        const double e = static_cast<double>(static_cast<float>(codes[i]) * m.scale + m.minimum) - x[i];
+        sum += e * e;
+    }
+    return sum;
+}
+
+// Moments of codes and values that a refit and its derivative need.
+struct code_moments {
+    double n = 0.0, c = 0.0, cc = 0.0, x = 0.0, cx = 0.0;
+
+    code_moments(std::span<const float> values, std::span<const std::uint8_t> codes) noexcept
+        : n(static_cast<double>(values.size())) {
+        for (std::size_t i = 0; i < values.size(); ++i) {
+            const double code = codes[i];
+            c += code;
+            cc += code * code;
+            x += values[i];
+            cx += code * values[i];
+        }
+    }
+    // zero where all codes are one; exact, since codes and counts are small integers
+    [[nodiscard]] double determinant() const noexcept { return n * cc - c * c; }
+};
+
+inline real_metadata min_max(std::span<const float> x, int max_code) noexcept {
+    const auto [lo, hi] = std::minmax_element(x.begin(), x.end(), less_with_signed_zero);
+    return {std::max((*hi - *lo) / as_written(static_cast<float>(max_code)), smallest_scale), *lo, false};
+}
+
+// Lloyd's iteration on an affine grid: round to the nearest levels, refit the levels to what was rounded to
+// them. Every step lowers the squared error; the range's ends lie too far out for all but the flattest
+// vectors, so it also starts from narrower ranges. The best of all, min/max among them, is taken.
+inline real_metadata least_squares(std::span<const float> x, int max_code, bool round_metadata,
+                                   std::span<std::uint8_t> codes) noexcept {
+    constexpr std::array starts{1.0f, 0.8f, 0.6f};
+    constexpr int most_rounds = 16;
+
+    const auto stored = [&](real_metadata m) {
+        if (round_metadata)
+            m = {through_fp16(m.scale), through_fp16(m.minimum), m.refitted};
+        return m;
+    };
+    const real_metadata ends = min_max(x, max_code);
+    round_to_levels(x, ends.scale, ends.minimum, max_code, codes);
+    real_metadata best = stored(ends);
+    double best_error = squared_error(x, codes, best);
+
+    std::array<std::uint8_t, max_fake_quantize_channels> buffer;
+    const std::span<std::uint8_t> trial(buffer.data(), x.size());
+    std::array<std::uint8_t, max_fake_quantize_channels> earlier;
+    for (const float share : starts) {
+        const float width = static_cast<float>(max_code) * ends.scale;
+        real_metadata fit{ends.scale * share, ends.minimum + 0.5f * (1.0f - share) * width, true};
+        for (int round = 0; round < most_rounds; ++round) {
+            round_to_levels(x, fit.scale, fit.minimum, max_code, trial);
+            if (round != 0 && std::equal(trial.begin(), trial.end(), earlier.begin()))
+                break;
+            const code_moments sums(x, trial);
+            const double determinant = sums.determinant();
+            if (determinant == 0.0)
+                break;
+            const double slope = (sums.n * sums.cx - sums.c * sums.x) / determinant;
+            if (!(slope > smallest_scale))
+                break;
+            fit = {static_cast<float>(slope), static_cast<float>((sums.x - slope * sums.c) / sums.n), true};
+            std::copy(trial.begin(), trial.end(), earlier.begin());
+            const real_metadata kept = stored(fit);
+            if (const double error = squared_error(x, trial, kept);
+                error < best_error && is_finite(float16(kept.scale)) && is_finite(float16(kept.minimum))) {
+                best = kept;
+                best_error = error;
+                std::copy(trial.begin(), trial.end(), codes.begin());
+            }
+        }
+    }
+    return best;
+}
+
+inline float mean_magnitude(std::span<const float> x) noexcept {
+    std::array<float, 16> sums{};
+    for (std::size_t i = 0; i < x.size(); ++i)
+        sums[i % 16] = as_written(sums[i % 16] + std::fabs(x[i]));
+    return std::max(add_pairwise(sums) / static_cast<float>(x.size()), smallest_scale);
+}
+
+// Orthonormal, symmetric, its own inverse: the forward map, its inverse and its gradient are this.
+inline void rotate_hadamard(std::span<float> x) noexcept {
+    const std::size_t block = x.size() & (~x.size() + 1); // the largest power of two that divides it
+    for (std::size_t width = 1; width < block; width *= 2)
+        for (std::size_t at = 0; at < x.size(); at += 2 * width)
+            for (std::size_t i = at; i < at + width; ++i) {
+                const float a = x[i], b = x[i + width];
+                x[i] = a + b;
+                x[i + width] = a - b;
+            }
+    const float factor = 1.0f / std::sqrt(static_cast<float>(block));
+    for (float& v : x)
+        v *= factor;
+}
+
+// Codes and metadata of one vector; x is finite and not empty.
+template <quantizer Q>
+status quantize_for_training(std::span<const float> x, const fake_quantize_options& o,
+                             std::span<std::uint8_t> codes, real_metadata& m) noexcept {
+    if constexpr (std::same_as<typename Q::metadata, affine_metadata>) {
+        if (o.encoder == fake_quantize_options::encoder_policy::least_squares) {
+            m = least_squares(x, Q::max_code, o.round_metadata, codes);
+        } else if (o.round_metadata) {
+            affine_metadata stored;
+            if (const status s = Q::quantize(x, codes, stored); !s)
+                return s;
+            m = {stored.scale, stored.minimum, false};
+        } else {
+            m = min_max(x, Q::max_code);
+            round_to_levels(x, m.scale, m.minimum, Q::max_code, codes);
+        }
+        return check_metadata(m.scale, m.minimum);
+    } else {
+        typename Q::metadata stored{};
+        if (const status s = Q::quantize(x, codes, stored); !s)
+            return s;
+        if constexpr (std::same_as<typename Q::metadata, scale_metadata>)
+            m.scale = o.round_metadata ? static_cast<float>(stored.scale) : mean_magnitude(x);
+        return {};
+    }
+}
+
+template <quantizer Q>
+constexpr float restore(std::uint8_t code, real_metadata m) noexcept {
+    if constexpr (std::same_as<typename Q::metadata, affine_metadata>)
+        return static_cast<float>(code) * m.scale + m.minimum;
+    else if constexpr (std::same_as<typename Q::metadata, scale_metadata>)
+        return code != 0 ? m.scale : -m.scale;
+    else
+        return static_cast<float>(code);
+}
+
+// dx = J^T dy of one vector for fixed codes, in the basis that is quantized in. In place.
+template <quantizer Q>
+void fixed_codes_gradient(std::span<const float> x, std::span<const std::uint8_t> codes, real_metadata m,
+                          std::span<float> g) noexcept {
+    const auto n = static_cast<double>(x.size());
+    if constexpr (std::same_as<typename Q::metadata, affine_metadata>) {
+        double to_scale = 0.0, to_minimum = 0.0; // dL/dscale, dL/dminimum
+        for (std::size_t i = 0; i < x.size(); ++i) {
+            to_scale += static_cast<double>(g[i]) * codes[i];
+            to_minimum += g[i];
+        }
+        if (m.refitted) {
+            const code_moments sums(x, codes);
+            for (std::size_t i = 0; i < x.size(); ++i) {
+                const double scale_by_x = (n * codes[i] - sums.c) / sums.determinant();
+                const double minimum_by_x = (1.0 - sums.c * scale_by_x) / n;
+                g[i] = static_cast<float>(to_scale * scale_by_x + to_minimum * minimum_by_x);
+            }
+            return;
+        }
+        const auto [lo, hi] = std::minmax_element(x.begin(), x.end(), less_with_signed_zero);
+        const auto lowest = static_cast<std::size_t>(lo - x.begin());
+        const auto highest = static_cast<std::size_t>(hi - x.begin());
+        const bool floored = (*hi - *lo) / static_cast<float>(Q::max_code) < smallest_scale;
+        const double to_range = floored ? 0.0 : to_scale / Q::max_code;
+        std::fill(g.begin(), g.end(), 0.0f);
+        g[lowest] += static_cast<float>(to_minimum - to_range);
+        g[highest] += static_cast<float>(to_range);
+    } else if constexpr (std::same_as<typename Q::metadata, scale_metadata>) {
+        double to_scale = 0.0, magnitudes = 0.0;
+        for (std::size_t i = 0; i < x.size(); ++i) {
+            to_scale += codes[i] != 0 ? g[i] : -g[i];
+            magnitudes += std::fabs(static_cast<double>(x[i]));
+        }
+        const double each = magnitudes / n < smallest_scale ? 0.0 : to_scale / n;
+        for (std::size_t i = 0; i < x.size(); ++i)
+            g[i] = static_cast<float>(codes[i] != 0 ? each : -each);
+    } else {
+        std::fill(g.begin(), g.end(), 0.0f);
+    }
+}
+
+// What is quantized: the vector without its centre, rotated.
+inline void transform(std::span<const float> x, const fake_quantize_options& o,
+                      std::span<float> out) noexcept {
+    for (std::size_t i = 0; i < x.size(); ++i)
+        out[i] = o.centre.empty() ? x[i] : x[i] - o.centre[i];
+    if (o.hadamard)
+        rotate_hadamard(out);
+}
+
+#include <kv1/detail/precise_math_end.inl>
+
+inline status check_rows(std::size_t channels, std::size_t x, std::size_t out,
+                         const fake_quantize_options& o) noexcept {
+    if (channels == 0 || channels > max_fake_quantize_channels)
+        return {errc::out_of_range, "a vector has 1 to 4096 channels"};
+    if (x % channels != 0 || out != x)
+        return {errc::shape_mismatch, "values in and out are the same number of whole vectors"};
+    if (!o.centre.empty() && o.centre.size() != channels)
+        return {errc::shape_mismatch, "the centre has one value per channel"};
+    return {};
+}
+
+inline status in_row(const status& s, std::size_t row) noexcept {
+    return {s.code(), s.rule(), {.token = static_cast<std::int64_t>(row), .channel = s.where().channel}};
+}
+
+inline status check_finite(std::span<const float> x) noexcept {
+    if (const std::size_t bad = first_non_finite(x); bad != x.size())
+        return {errc::non_finite, rule_finite, {.channel = static_cast<std::int64_t>(bad)}};
+    return {};
+}
+
+} // namespace detail
+
+/// y = what a cache gives back of x, row by row. y may be x. Errors: out_of_range (channels), shape_mismatch,
+/// non_finite, not_representable (metadata overflows fp16, which is asked whether it is rounded or not).
+template <quantizer Q>
+status try_fake_quantize(std::size_t channels, std::span<const float> x, std::span<float> y,
+                         const fake_quantize_options& options = {}) noexcept {
+    if (const status s = detail::check_rows(channels, x.size(), y.size(), options); !s)
+        return s;
+    std::array<float, max_fake_quantize_channels> values;
+    std::array<std::uint8_t, max_fake_quantize_channels> code_values;
+    const std::span<float> moved(values.data(), channels);
+    const std::span<std::uint8_t> codes(code_values.data(), channels);
+    for (std::size_t at = 0; at < x.size(); at += channels) {
+        const auto in = x.subspan(at, channels);
+        if (const status s = detail::check_finite(in); !s)
+            return detail::in_row(s, at / channels);
+        detail::transform(in, options, moved);
+        detail::real_metadata m;
+        if (const status s = detail::quantize_for_training<Q>(moved, options, codes, m); !s)
+            return detail::in_row(s, at / channels);
+        for (std::size_t i = 0; i < channels; ++i)
+            moved[i] = detail::restore<Q>(codes[i], m);
+        if (options.hadamard)
+            detail::rotate_hadamard(moved);
+        for (std::size_t i = 0; i < channels; ++i)
+            y[at + i] = options.centre.empty() ? moved[i] : moved[i] + options.centre[i];
+    }
+    return {};
+}
+
+/// dx = the gradient at x of a loss whose gradient at y is dy. dx may be dy. Errors as for the forward pass;
+/// the straight-through rule does not look at x.
+template <quantizer Q>
+status try_fake_quantize_gradient(std::size_t channels, std::span<const float> x, std::span<const float> dy,
+                                  std::span<float> dx, const fake_quantize_options& options = {}) noexcept {
+    if (const status s = detail::check_rows(channels, x.size(), dx.size(), options); !s)
+        return s;
+    if (dy.size() != dx.size())
+        return {errc::shape_mismatch, "the two gradients have the same size"};
+    if (options.gradient == fake_quantize_options::gradient_rule::straight_through) {
+        if (dx.data() != dy.data())
+            std::copy(dy.begin(), dy.end(), dx.begin());
+        return {};
+    }
+    std::array<float, max_fake_quantize_channels> values;
+    std::array<std::uint8_t, max_fake_quantize_channels> code_values;
+    const std::span<float> moved(values.data(), channels);
+    const std::span<std::uint8_t> codes(code_values.data(), channels);
+    for (std::size_t at = 0; at < x.size(); at += channels) {
+        const auto in = x.subspan(at, channels);
+        if (const status s = detail::check_finite(in); !s)
+            return detail::in_row(s, at / channels);
+        detail::transform(in, options, moved);
+        detail::real_metadata m;
+        if (const status s = detail::quantize_for_training<Q>(moved, options, codes, m); !s)
+            return detail::in_row(s, at / channels);
+        const auto g = dx.subspan(at, channels);
+        if (dx.data() != dy.data())
+            std::copy_n(dy.begin() + static_cast<std::ptrdiff_t>(at), channels, g.begin());
+        if (options.hadamard)
+            detail::rotate_hadamard(g);
+        detail::fixed_codes_gradient<Q>(moved, codes, m, g);
+        if (options.hadamard)
+            detail::rotate_hadamard(g);
+    }
+    return {};
+}
+
+namespace detail {
+
+// Calls f with the quantizer of a coded format.
+template <class F>
+status with_quantizer(kv_format format, F&& f) noexcept {
+    switch (format) {
+    case kv_format::affine8:
+        return f.template operator()<affine<8>>();
+    case kv_format::affine4:
+        return f.template operator()<affine<4>>();
+    case kv_format::affine3:
+        return f.template operator()<affine<3>>();
+    case kv_format::affine2:
+        return f.template operator()<affine<2>>();
+    case kv_format::scaled_binary:
+        return f.template operator()<scaled_binary>();
+    case kv_format::binary:
+        return f.template operator()<binary>();
+    default:
+        return {errc::unsupported_format, "not a coded format"};
+    }
+}
+
+} // namespace detail
+
+/// The same for a format chosen at run time. Plain formats keep x, rounded to what they store; transforms,
+/// encoder and metadata do not matter to them.
+/// @{
+inline status try_fake_quantize(kv_format format, std::size_t channels, std::span<const float> x,
+                                std::span<float> y, const fake_quantize_options& options = {}) noexcept {
+    if (format != kv_format::fp32 && format != kv_format::fp16)
+        return detail::with_quantizer(
+            format, [&]<class Q>() noexcept { return try_fake_quantize<Q>(channels, x, y, options); });
+    if (const status s = detail::check_rows(channels, x.size(), y.size(), options); !s)
+        return s;
+    for (std::size_t i = 0; i < x.size(); ++i) {
+        const error_location where{.token = static_cast<std::int64_t>(i / channels),
+                                   .channel = static_cast<std::int64_t>(i % channels)};
+        if (!detail::is_finite(x[i]))
+            return {errc::non_finite, detail::rule_finite, where};
+        y[i] = format == kv_format::fp32 ? x[i] : detail::through_fp16(x[i]);
+        if (!detail::is_finite(y[i]))
+            return {errc::not_representable, detail::rule_fp16_value, where};
+    }
+    return {};
+}
+
+inline status try_fake_quantize_gradient(kv_format format, std::size_t channels, std::span<const float> x,
+                                         std::span<const float> dy, std::span<float> dx,
+                                         const fake_quantize_options& options = {}) noexcept {
+    if (format != kv_format::fp32 && format != kv_format::fp16)
+        return detail::with_quantizer(format, [&]<class Q>() noexcept {
+            return try_fake_quantize_gradient<Q>(channels, x, dy, dx, options);
+        });
+    fake_quantize_options plain = options;
+    plain.gradient = fake_quantize_options::gradient_rule::straight_through;
+    return try_fake_quantize_gradient<binary>(channels, x, dy, dx, plain);
+}
+/// @}
+
+#if KV1_EXCEPTIONS
+/// As the try_ forms; throw kv1::error.
+/// @{
+template <quantizer Q>
+void fake_quantize(std::size_t channels, std::span<const float> x, std::span<float> y,
+                   const fake_quantize_options& options = {}) {
+    detail::throw_if_error(try_fake_quantize<Q>(channels, x, y, options));
+}
+inline void fake_quantize(kv_format format, std::size_t channels, std::span<const float> x,
+                          std::span<float> y, const fake_quantize_options& options = {}) {
+    detail::throw_if_error(try_fake_quantize(format, channels, x, y, options));
+}
+template <quantizer Q>
+void fake_quantize_gradient(std::size_t channels, std::span<const float> x, std::span<const float> dy,
+                            std::span<float> dx, const fake_quantize_options& options = {}) {
+    detail::throw_if_error(try_fake_quantize_gradient<Q>(channels, x, dy, dx, options));
+}
+inline void fake_quantize_gradient(kv_format format, std::size_t channels, std::span<const float> x,
+                                   std::span<const float> dy, std::span<float> dx,
+                                   const fake_quantize_options& options = {}) {
+    detail::throw_if_error(try_fake_quantize_gradient(format, channels, x, dy, dx, options));
+}
+/// @}
+#endif
+
+} // namespace kv1::inline KV1_ABI

@@ -1,0 +1,350 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Fake quantization against what it stands for: the packed path bit for bit, the formulas without rounding,
+// the best possible grid, and finite differences.
+#include "compare.hpp"
+#include "random.hpp"
+
+#include <catch2/catch_template_test_macros.hpp>
+
+#include <kv1/fake_quantize.hpp>
+#include <kv1/row.hpp>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <limits>
+#include <span>
+#include <vector>
+
+using kv1::affine;
+using kv1::errc;
+using kv1::kv_format;
+using options = kv1::fake_quantize_options;
+using kv1_test::tally;
+
+namespace {
+
+constexpr std::array coded{kv_format::affine8, kv_format::affine4,       kv_format::affine3,
+                           kv_format::affine2, kv_format::scaled_binary, kv_format::binary};
+
+// Ordinary, shifted, with outliers, constant, tiny, with zeros of both signs.
+std::vector<float> awkward_vector(kv1_test::generator& g, std::size_t n, std::size_t kind) {
+    std::vector<float> x = kv1_test::normal_values(g, n);
+    switch (kind % 6) {
+    case 1:
+        for (float& v : x)
+            v = 40.0f + 0.5f * v;
+        break;
+    case 2:
+        x[g.below(n)] = 90.0f;
+        x[g.below(n)] = -70.0f;
+        break;
+    case 3:
+        std::fill(x.begin(), x.end(), x[0]);
+        break;
+    case 4:
+        for (float& v : x)
+            v *= 1e-7f;
+        break;
+    case 5:
+        for (std::size_t i = 0; i < n; i += 2)
+            x[i] = g.chance(0.5) ? 0.0f : -0.0f;
+        break;
+    default:
+        break;
+    }
+    return x;
+}
+
+double squared_error(std::span<const float> x, std::span<const float> y) {
+    double sum = 0.0;
+    for (std::size_t i = 0; i < x.size(); ++i)
+        sum += (static_cast<double>(y[i]) - x[i]) * (static_cast<double>(y[i]) - x[i]);
+    return sum;
+}
+
+std::vector<float> quantized(kv_format f, std::span<const float> x, const options& o = {}) {
+    std::vector<float> y(x.size());
+    kv1::fake_quantize(f, x.size(), x, y, o);
+    return y;
+}
+
+// The least squared error of any split of the sorted values into at most `levels` runs, consecutive runs on
+// consecutive or further levels, with the best affine grid for the split: every assignment of codes that the
+// nearest level of some grid can make.
+double least_error(std::vector<float> x, int levels) {
+    std::sort(x.begin(), x.end());
+    std::vector<int> code(x.size(), 0);
+    double best = std::numeric_limits<double>::infinity();
+    const auto n = static_cast<double>(x.size());
+    const auto visit = [&](const auto& self, std::size_t i, int lowest) -> void {
+        if (i == x.size()) {
+            double c = 0, cc = 0, sx = 0, cx = 0, xx = 0;
+            for (std::size_t j = 0; j < x.size(); ++j) {
+                c += code[j];
+                cc += code[j] * code[j];
+                sx += x[j];
+                cx += static_cast<double>(code[j]) * x[j];
+                xx += static_cast<double>(x[j]) * x[j];
+            }
+            const double variance = cc - c * c / n, covariance = cx - c * sx / n;
+            const double spread = xx - sx * sx / n;
+            best = std::min(best, variance > 0 ? spread - covariance * covariance / variance : spread);
+            return;
+        }
+        for (code[i] = lowest; code[i] < levels; ++code[i])
+            self(self, i + 1, code[i]);
+    };
+    visit(visit, 0, 0);
+    return best;
+}
+
+} // namespace
+
+TEMPLATE_TEST_CASE("With rounded metadata training sees what the packed row gives back, bit for bit",
+                   "[fake_quantize]", affine<1>, affine<2>, affine<3>, affine<4>, affine<8>,
+                   kv1::scaled_binary, kv1::binary) {
+    using Q = TestType;
+    kv1_test::generator g(11);
+    tally t;
+    for (std::size_t n = 1; n <= 256; n += n < 70 ? 1 : 31)
+        for (std::size_t kind = 0; kind < 6; ++kind) {
+            const std::vector<float> x = awkward_vector(g, n, kind);
+            std::vector<std::byte> packed(kv1::packed_size<Q::bits>(n));
+            typename Q::metadata m{};
+            kv1::encode_row<Q>(x, packed, m);
+            std::vector<float> expected(n), y(n);
+            kv1::decode_row<Q>(packed, m, expected);
+            kv1::fake_quantize<Q>(n, x, y);
+            t.expect(kv1_test::same_bits(y, expected), "channels", n, "kind", kind);
+        }
+    KV1_REQUIRE_CLEAN(t);
+}
+
+TEST_CASE("Without rounding scale and minimum stay in fp32, as the reference trains", "[fake_quantize]") {
+    kv1_test::generator g(12);
+    tally t;
+    for (std::size_t n = 1; n <= 128; ++n)
+        for (std::size_t kind = 0; kind < 6; ++kind) {
+            const std::vector<float> x = awkward_vector(g, n, kind);
+            const float lo = *std::min_element(x.begin(), x.end());
+            const float hi = *std::max_element(x.begin(), x.end());
+            const float scale = std::max((hi - lo) / 3.0f, 1e-6f);
+            const std::vector<float> y = quantized(kv_format::affine2, x, {.round_metadata = false});
+            for (std::size_t i = 0; i < n; ++i) {
+                const float code = std::clamp(std::nearbyint((x[i] - lo) / scale), 0.0f, 3.0f);
+                t.expect(y[i] == code * scale + lo, "channels", n, "kind", kind, "at", i);
+            }
+        }
+    KV1_REQUIRE_CLEAN(t);
+}
+
+TEST_CASE("Rows are vectors of their own, and the output may be the input", "[fake_quantize]") {
+    kv1_test::generator g(13);
+    std::vector<float> x = kv1_test::normal_values(g, 5 * 24), rows(x.size());
+    for (const kv_format f : coded) {
+        kv1::fake_quantize(f, 24, x, rows);
+        for (std::size_t r = 0; r < 5; ++r) {
+            const auto row = std::span<const float>(x).subspan(24 * r, 24);
+            REQUIRE(kv1_test::same_bits(quantized(f, row), std::span(rows).subspan(24 * r, 24)));
+        }
+        std::vector<float> in_place = x;
+        kv1::fake_quantize(f, 24, in_place, in_place);
+        REQUIRE(kv1_test::same_bits(in_place, rows));
+    }
+}
+
+TEST_CASE("Least squares is never worse than the ends of the range", "[fake_quantize]") {
+    kv1_test::generator g(14);
+    tally t;
+    for (const kv_format f : {kv_format::affine2, kv_format::affine3, kv_format::affine4})
+        for (const bool rounded : {true, false})
+            for (std::size_t n = 1; n <= 256; n += n < 40 ? 1 : 27)
+                for (std::size_t kind = 0; kind < 6; ++kind) {
+                    const std::vector<float> x = awkward_vector(g, n, kind);
+                    options o{.round_metadata = rounded};
+                    const double ends = squared_error(x, quantized(f, x, o));
+                    o.encoder = options::encoder_policy::least_squares;
+                    const double fitted = squared_error(x, quantized(f, x, o));
+                    t.expect(fitted <= ends, to_string(f), n, kind, fitted, ends);
+                }
+    KV1_REQUIRE_CLEAN(t);
+}
+
+TEST_CASE("Least squares comes near the best of all grids", "[fake_quantize]") {
+    kv1_test::generator g(15);
+    double found = 0.0, best = 0.0;
+    tally t;
+    for (int i = 0; i < 300; ++i) {
+        const std::vector<float> x = kv1_test::normal_values(g, 9);
+        const double least = least_error(x, 4);
+        const double error = squared_error(
+            x, quantized(kv_format::affine2, x,
+                         {.encoder = options::encoder_policy::least_squares, .round_metadata = false}));
+        // values of the size of 1 to 4, computed in fp32
+        t.expect(error >= least - 9 * 16 * 1e-6, error, least);
+        found += error;
+        best += least;
+    }
+    KV1_REQUIRE_CLEAN(t);
+    INFO("error over the least possible: " << found / best);
+    REQUIRE(found < 1.1 * best);
+}
+
+TEST_CASE("A Hadamard rotation is undone, and spreads an outlier", "[fake_quantize]") {
+    kv1_test::generator g(16);
+    for (const std::size_t n : {1u, 2u, 3u, 12u, 32u, 40u, 128u}) {
+        std::vector<float> x = kv1_test::normal_values(g, n);
+        const std::vector<float> before = x;
+        kv1::detail::rotate_hadamard(x);
+        if (n == 32) {
+            double energy = 0.0, expected = 0.0;
+            for (std::size_t i = 0; i < n; ++i) {
+                energy += static_cast<double>(x[i]) * x[i];
+                expected += static_cast<double>(before[i]) * before[i];
+            }
+            REQUIRE(kv1_test::relative_error(energy, expected) < 1e-5);
+        }
+        kv1::detail::rotate_hadamard(x);
+        for (std::size_t i = 0; i < n; ++i)
+            REQUIRE(std::fabs(x[i] - before[i]) < 2e-5); // 2 log2(128) + 2 roundings of numbers below 50
+    }
+    options plain{.encoder = options::encoder_policy::least_squares}, rotated = plain;
+    rotated.hadamard = true;
+    double with = 0.0, without = 0.0;
+    for (int i = 0; i < 100; ++i) {
+        std::vector<float> x = kv1_test::normal_values(g, 32);
+        x[g.below(16)] = 8.0f;
+        x[16 + g.below(16)] = -6.0f;
+        without += squared_error(x, quantized(kv_format::affine2, x, plain));
+        with += squared_error(x, quantized(kv_format::affine2, x, rotated));
+    }
+    REQUIRE(with < 0.75 * without);
+}
+
+TEST_CASE("A centre is taken off before and added after", "[fake_quantize]") {
+    kv1_test::generator g(17);
+    const std::vector<float> x = kv1_test::normal_values(g, 32), centre = kv1_test::normal_values(g, 32);
+    std::vector<float> moved(32);
+    for (std::size_t i = 0; i < 32; ++i)
+        moved[i] = x[i] - centre[i];
+    std::vector<float> expected = quantized(kv_format::affine2, moved);
+    for (std::size_t i = 0; i < 32; ++i)
+        expected[i] += centre[i];
+    REQUIRE(kv1_test::same_bits(quantized(kv_format::affine2, x, {.centre = centre}), expected));
+}
+
+TEST_CASE("Straight through, the gradient passes as it is", "[fake_quantize]") {
+    kv1_test::generator g(18);
+    const std::vector<float> x = kv1_test::normal_values(g, 64), dy = kv1_test::normal_values(g, 64);
+    for (const kv_format f : kv1::all_kv_formats) {
+        std::vector<float> dx(64);
+        kv1::fake_quantize_gradient(f, 32, x, dy, dx, {.hadamard = true});
+        REQUIRE(kv1_test::same_bits(dx, dy));
+    }
+}
+
+// The derivative along a random direction, of a random linear loss. The forward pass is piecewise linear in
+// x, so a difference is exact up to rounding where all of the way lies on one piece: points on it are then
+// collinear.
+TEST_CASE("With fixed codes the gradient is the forward pass's, by finite differences", "[fake_quantize]") {
+    using policy = options::encoder_policy;
+    kv1_test::generator g(19);
+    tally t;
+    std::size_t skipped = 0;
+    for (const kv_format f : coded)
+        for (const policy encoder : {policy::min_max, policy::least_squares})
+            for (const bool hadamard : {false, true})
+                for (int repeat = 0; repeat < 40; ++repeat) {
+                    const std::size_t n = g.between(2, 64);
+                    const std::vector<float> x = kv1_test::normal_values(g, n),
+                                             dy = kv1_test::normal_values(g, n),
+                                             way = kv1_test::normal_values(g, n),
+                                             centre = kv1_test::normal_values(g, n, 0.3f);
+                    const options o{.encoder = encoder,
+                                    .gradient = options::gradient_rule::fixed_codes,
+                                    .round_metadata = false,
+                                    .hadamard = hadamard,
+                                    .centre = centre};
+                    const auto loss = [&](double step) {
+                        std::vector<float> moved(n);
+                        for (std::size_t i = 0; i < n; ++i)
+                            moved[i] = static_cast<float>(x[i] + step * way[i]);
+                        const std::vector<float> y = quantized(f, moved, o);
+                        double sum = 0.0;
+                        for (std::size_t i = 0; i < n; ++i)
+                            sum += static_cast<double>(y[i]) * dy[i];
+                        return sum;
+                    };
+                    constexpr double h = 0x1p-12;
+                    std::array<double, 9> losses;
+                    for (std::size_t i = 0; i < losses.size(); ++i)
+                        losses[i] = loss(h * (static_cast<double>(i) - 4.0));
+                    const double slope = (losses[8] - losses[0]) / (8 * h);
+                    std::vector<float> dx(n);
+                    kv1::fake_quantize_gradient(f, n, x, dy, dx, o);
+                    double expected = 0.0, size = 0.0;
+                    for (std::size_t i = 0; i < n; ++i) {
+                        expected += static_cast<double>(dx[i]) * way[i];
+                        size += 6.0 * std::fabs(static_cast<double>(dy[i])); // |y| is below 6
+                    }
+                    // each y is some 12 roundings (2 log2 64 of them the rotations') of a number below 6
+                    // each y is some 12 roundings (2 log2 64 of them the rotations') of a number below 6
+                    const double noise = 12 * kv1_test::unit_roundoff * size;
+                    bool one_piece = true;
+                    for (std::size_t i = 1; i < 8; ++i)
+                        one_piece &= std::fabs(losses[i - 1] - 2 * losses[i] + losses[i + 1]) <= 4 * noise;
+                    if (!one_piece) {
+                        ++skipped;
+                        continue;
+                    }
+                    t.expect(std::fabs(expected - slope) <= 2 * noise / (8 * h), to_string(f),
+                             static_cast<int>(encoder), hadamard, n, expected, slope);
+                }
+    KV1_REQUIRE_CLEAN(t);
+    REQUIRE(skipped < t.seen());
+}
+
+TEST_CASE("Constant vectors have a gradient too", "[fake_quantize]") {
+    const std::vector<float> x(8, 2.5f), dy{1, 2, 3, 4, 5, 6, 7, 8};
+    for (const auto encoder : {options::encoder_policy::min_max, options::encoder_policy::least_squares}) {
+        const options o{.encoder = encoder, .gradient = options::gradient_rule::fixed_codes};
+        REQUIRE(quantized(kv_format::affine2, x, o) == x);
+        std::vector<float> dx(8);
+        kv1::fake_quantize_gradient(kv_format::affine2, 8, x, dy, dx, o);
+        double sum = 0.0;
+        for (const float v : dx)
+            sum += v;
+        REQUIRE(sum == 36.0); // moved together, values follow
+    }
+}
+
+TEST_CASE("Fake quantization refuses what a cache refuses, and says which row", "[fake_quantize]") {
+    std::vector<float> x(3 * 8, 1.0f), y(x.size());
+    const auto refusal = [&](kv_format f) { return kv1::try_fake_quantize(f, 8, x, y); };
+
+    x[2 * 8 + 5] = std::numeric_limits<float>::quiet_NaN();
+    for (const kv_format f : kv1::all_kv_formats) {
+        const kv1::status s = refusal(f);
+        REQUIRE(s.code() == errc::non_finite);
+        REQUIRE(s.where().token == 2);
+        REQUIRE(s.where().channel == 5);
+    }
+    x[2 * 8 + 5] = 1e6f;
+    REQUIRE(refusal(kv_format::affine2).code() == errc::not_representable);
+    REQUIRE(kv1::try_fake_quantize(kv_format::affine2, 8, x, y, {.round_metadata = false}).code() ==
+            errc::not_representable);
+    REQUIRE(refusal(kv_format::fp16).code() == errc::not_representable);
+    REQUIRE(refusal(kv_format::fp32));
+
+    REQUIRE(kv1::try_fake_quantize(kv_format::affine2, 0, x, y).code() == errc::out_of_range);
+    REQUIRE(kv1::try_fake_quantize(kv_format::affine2, 4097, x, y).code() == errc::out_of_range);
+    REQUIRE(kv1::try_fake_quantize(kv_format::affine2, 7, x, y).code() == errc::shape_mismatch);
+    const std::vector<float> centre(7);
+    REQUIRE(kv1::try_fake_quantize(kv_format::affine2, 8, x, y, {.centre = centre}).code() ==
+            errc::shape_mismatch);
+    REQUIRE(kv1::try_fake_quantize_gradient(kv_format::affine2, 8, x, std::span(y).first(8), y).code() ==
+            errc::shape_mismatch);
+}
