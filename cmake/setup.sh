@@ -196,12 +196,13 @@ write_sources() {
         END { end() }' >"$parts/kv1.sources"
 }
 
-# unpack_from <suite> <codename> <package>...: unpacks header packages of another suite under build/deps; fails
-# when that suite has no first package that fits.
+# unpack_from <suite> <codename> <package>...: unpacks packages of another suite under build/deps; fails when that
+# suite has no first package that fits. Packages of $foreign, where set, go to build/deps-$foreign.
+foreign=""
 unpack_from() {
     local suite=$1 codename=$2 package version
     shift 2
-    local dir=$tmp/$suite
+    local dir=$tmp/$suite$foreign deps=$deps${foreign:+-$foreign}
     if [ ! -d "$dir" ]; then
         mkdir -p "$dir"/{parts,preferences,lists/partial,cache/archives/partial,deb}
         write_sources "$suite" "$dir/parts" "$codename"
@@ -210,6 +211,11 @@ unpack_from() {
         -o Dir::Etc::preferences=/dev/null -o Dir::Etc::preferencesparts="$dir/preferences"
         -o Dir::State::lists="$dir/lists" -o Dir::Cache="$dir/cache" -o Dir::Cache::pkgcache=
         -o Dir::Cache::srcpkgcache= -o APT::Default-Release= -o Acquire::Languages=none)
+    if [ -n "$foreign" ]; then
+        # No package is installed, as far as apt can see: those that are have another architecture.
+        : >"$dir/status"
+        apt+=(-o APT::Architecture="$foreign" -o APT::Architectures::="$foreign" -o Dir::State::status="$dir/status")
+    fi
     # apt downloads as its own user, who must be able to write here.
     if [ "$(id -u)" -eq 0 ] && getent passwd _apt >/dev/null; then
         chown _apt "$dir/deb" "$dir/lists/partial" "$dir/cache/archives/partial"
@@ -218,7 +224,7 @@ unpack_from() {
     apt-get -q "${apt[@]}" update >>"$log" 2>&1 </dev/null || true
     version=$(candidate "$1" "${apt[@]}" || true)
     fits "$1" "$version" || return 1
-    say "unpacking $1 $version of $suite under build/deps"
+    say "unpacking $1 $version of $suite under ${deps#"$source_dir"/}"
     for package in "$@"; do
         [ -n "$(candidate "$package" "${apt[@]}" || true)" ] || continue
         rm -f "$dir/deb"/*.deb
@@ -445,6 +451,45 @@ whole_text() {
     done
 }
 
+# Catch2 for another processor, from Debian; what else the tests need is headers.
+provide_arm64() {
+    local codename suite foreign=arm64
+    # shellcheck source=/dev/null
+    codename=$(. /etc/os-release && echo "${VERSION_CODENAME-}")
+    [ ! -e "$deps-arm64/usr/lib/cmake/Catch2" ] || return 0
+    for suite in "$codename" "$codename-backports"; do
+        ! unpack_from "$suite" "$codename" libcatch2-dev || return 0
+    done
+    return 1
+}
+
+# on_arm64 <name> <flag>...: the library's tests, cross-compiled and emulated
+on_arm64() {
+    local dir=build/extended/$1
+    configure "$dir" -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+        -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-g1 -O1 ${*:2}" \
+        "-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu" \
+        -DCMAKE_PREFIX_PATH="$deps-arm64/usr;$deps/usr" -DKV1_BUILD_TESTS=ON -DKV1_WERROR=ON
+    build "$dir" --target kv1_tests
+    qemu-aarch64 -L /usr/aarch64-linux-gnu "$dir/tests/kv1_tests" '~[.]'
+}
+
+# AVX-VNNI's kernels on a processor that has its instruction in AVX-512's encoding only: the assembler is told to take
+# that one.
+avx_vnni_encoded_evex() {
+    local dir=build/extended/avx-vnni source name objects=()
+    mkdir -p "$dir"
+    for source in tests/target/{attention,bounds,merge_attention}_test.cpp tests/support/failing_new.cpp; do
+        name=$dir/$(basename "$source" .cpp)
+        g++ -std=c++20 -O1 -march=haswell -mavxvnni -DKV1_STATIC_DISPATCH -Iinclude -Itests/support \
+            -isystem "$deps/usr/include" -S "$source" -o "$name.s" || return 1
+        sed -i 's/{vex} vpdpbusd/vpdpbusd/' "$name.s"
+        g++ -c "$name.s" -o "$name.o" || return 1
+        objects+=("$name.o")
+    done
+    g++ -o "$dir/tests" "${objects[@]}" -L"$deps/usr/lib" -lCatch2Main -lCatch2 && "$dir/tests" '~[.]'
+}
+
 build_fuzzers() {
     configure build/extended/fuzz -DCMAKE_CXX_COMPILER=clang++ -DKV1_BUILD_TESTS=ON \
         -DKV1_BUILD_EXAMPLES=ON -DKV1_FUZZ=ON
@@ -467,7 +512,7 @@ fuzz() {
 command_extended() {
     local name program cpu
     tools=(clang++:clang :libclang-rt-dev g++:g++ make:make pkg-config:pkg-config doxygen:doxygen)
-    [ "$(uname -m)" != x86_64 ] || tools+=(qemu-x86_64:qemu-user)
+    [ "$(uname -m)" != x86_64 ] || tools+=(qemu-x86_64:qemu-user :g++-aarch64-linux-gnu)
     tools+=(python3:python3 :python3-venv)
     provide xsimd catch2 json cli11 pcre2 cblas benchmark
     pick_generator
@@ -491,6 +536,15 @@ command_extended() {
                 stage "$name on $cpu" qemu-x86_64 -cpu "$cpu" "build/extended/$name/tests/kv1_tests" '~[.]'
             done
         done
+        if grep -q avx512_vnni /proc/cpuinfo && grep -q avx512vl /proc/cpuinfo; then
+            stage "AVX-VNNI's kernels" avx_vnni_encoded_evex
+        fi
+        if have aarch64-linux-gnu-g++ && provide_arm64; then
+            stage "NEON without dot products" on_arm64 neon
+            stage "NEON with dot products" on_arm64 neon-dotprod -march=armv8.2-a+dotprod
+        else
+            say "left out: NEON, for want of g++-aarch64-linux-gnu or of Debian's Catch2 for it"
+        fi
     fi
     stage "building the fuzzers" build_fuzzers
     for program in build/extended/fuzz/tests/fuzz_*; do

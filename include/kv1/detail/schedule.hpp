@@ -127,6 +127,7 @@ status attend_heads(const attention_job& common, std::size_t kv_heads, const ten
         if (split.ranges > 1) {
             job.first_token = split.first_token + range * split.range_tokens;
             job.last_token = std::min(common.last_token, job.first_token + split.range_tokens);
+            job.fetch_token = reach;
             job.partials =
                 partials.get() + ((kv_head * rows + job.first_row) * split.ranges + range) * stride;
             job.partial_stride = split.ranges * stride;

@@ -202,9 +202,13 @@ inline void attend_rows(const attention_job& job) noexcept {
         const block_tiles& block = lists[now];
         block_tiles& after = lists[1 - now];
         const std::size_t after_last = last < any.last ? block_end(page_tokens, granule, last, any.last) : last;
+        // past the range's end begins what the next task is likely to walk
+        const std::size_t fetched = last == job.last_token && last % page_tokens == 0 && last < job.fetch_token
+                                        ? block_end(page_tokens, granule, last, job.fetch_token)
+                                        : after_last;
         after.count = 0;
-        if (last < after_last)
-            list_tiles(job, granule, last, after_last, after);
+        if (last < fetched)
+            list_tiles(job, granule, last, fetched, after);
         const std::size_t slots = block.count * tile_tokens;
         job.key_kernels->key_scores[mode](
             {&keys, block.tiles, block.count, &values, block.tiles, block.count, value_share}, q, scores, tops);

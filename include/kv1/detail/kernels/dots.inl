@@ -13,9 +13,10 @@
 // that the dot products alone set the pace. Masking in place instead of shifting saves nothing here, and would
 // need accumulators of their own for every plane.
 
+// Into the second-level cache: two sections of a block and their scores do not fit the first.
 KV1_INLINE void prefetch(const void* p) {
 #if defined(__GNUC__)
-    __builtin_prefetch(p);
+    __builtin_prefetch(p, 0, 2);
 #else
     static_cast<void>(p);
 #endif
@@ -42,46 +43,61 @@ struct value_walk {
     KV1_INLINE const std::byte* ahead(std::size_t l, std::size_t n) const { return next[l] + next_offset[n]; }
 };
 
-// Unsigned: the rows' 8-bit numbers are 0 ... 255, as weights of codes below 128 may be.
+// Lines first ... last - 1 into running sums. Unsigned: the rows' 8-bit numbers are 0 ... 255, as weights of codes below
+// 128 may be.
+template <int Bits, bool Unsigned, std::size_t R, std::size_t N, class Walk, class Sum>
+KV1_INLINE void run_dots(const Walk& walk, std::size_t first, std::size_t last, const std::int8_t* rows,
+                         Sum (&sum)[R][N]) {
+    constexpr std::size_t planes = 8 / Bits;
+    constexpr int max_code = (1 << Bits) - 1;
+    const u32 mask(static_cast<std::uint32_t>(max_code) * 0x01010101u);
+    for (std::size_t l = first; l < last; ++l) {
+        u32 packed[N];
+        KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
+            packed[n] = u32::load_aligned(walk.line(l, n));
+            if (n % pieces == 0)
+                prefetch(walk.ahead(l, n));
+        }
+        KV1_UNROLL for (std::size_t f = 0; f < planes; ++f) {
+            u32 codes[N];
+            KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
+                codes[n] = f == 0 ? packed[n] : packed[n] >> (Bits * static_cast<int>(f));
+                if (Bits != 8)
+                    codes[n] = codes[n] & mask;
+            }
+            KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
+                std::int32_t four;
+                std::memcpy(&four, rows + ((l * R + r) * planes + f) * 4, 4);
+                const dot_row broadcast = dot_broadcast<Unsigned>(four);
+                KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
+                    sum[r][n] = dot_add<max_code, Unsigned>(sum[r][n], codes[n], broadcast);
+            }
+        }
+    }
+}
+
 template <int Bits, int Shift, bool Unsigned, std::size_t R, std::size_t N, class Walk>
 KV1_INLINE void add_dots(const Walk& walk, std::size_t line_count, const std::int8_t* rows, i32 (&total)[R][N]) {
     constexpr std::size_t planes = 8 / Bits;
     constexpr int max_code = (1 << Bits) - 1;
-    constexpr std::size_t run = dot_limit<max_code, Unsigned> / planes; // lines between finishes
-    const u32 mask(static_cast<std::uint32_t>(max_code) * 0x01010101u);
-    for (std::size_t first = 0; first < line_count;) {
-        const std::size_t last = line_count - first < run ? line_count : first + run;
-        dot_sum sum[R][N];
-        KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
-            KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
-                sum[r][n] = dot_start();
-        for (std::size_t l = first; l < last; ++l) {
-            u32 packed[N];
-            KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
-                packed[n] = u32::load_aligned(walk.line(l, n));
-                if (n % pieces == 0)
-                    prefetch(walk.ahead(l, n));
-            }
-            KV1_UNROLL for (std::size_t f = 0; f < planes; ++f) {
-                u32 codes[N];
-                KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
-                    codes[n] = f == 0 ? packed[n] : packed[n] >> (Bits * static_cast<int>(f));
-                    if (Bits != 8)
-                        codes[n] = codes[n] & mask;
-                }
-                KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
-                    std::int32_t four;
-                    std::memcpy(&four, rows + ((l * R + r) * planes + f) * 4, 4);
-                    const dot_row broadcast = dot_broadcast<Unsigned>(four);
-                    KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
-                        sum[r][n] = dot_add<max_code, Unsigned>(sum[r][n], codes[n], broadcast);
-                }
-            }
+    constexpr std::size_t limit = dot_limit<max_code, Unsigned>;
+    if constexpr (dot_sums_are_totals && Shift == 0) {
+        // not both: they would not fit the registers
+        run_dots<Bits, Unsigned>(walk, 0, line_count, rows, total);
+    } else {
+        constexpr std::size_t run = limit / planes; // lines between finishes
+        for (std::size_t first = 0; first < line_count;) {
+            const std::size_t last = line_count - first < run ? line_count : first + run;
+            dot_sum sum[R][N];
+            KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
+                KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
+                    sum[r][n] = dot_start();
+            run_dots<Bits, Unsigned>(walk, first, last, rows, sum);
+            KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
+                KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
+                    total[r][n] = total[r][n] + (dot_finish<max_code, Unsigned>(sum[r][n]) << Shift);
+            first = last;
         }
-        KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
-            KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
-                total[r][n] = total[r][n] + (dot_finish<max_code, Unsigned>(sum[r][n]) << Shift);
-        first = last;
     }
 }
 
@@ -89,4 +105,12 @@ KV1_INLINE void add_dots(const Walk& walk, std::size_t line_count, const std::in
 KV1_INLINE const std::byte* share_of(const block_view& view, std::size_t k) {
     const tile_ref& t = view.next_tiles[k];
     return t.page + view.next_layout->offset + t.token / tile_tokens * view.next_share;
+}
+// And its metadata, on the way: half a line of each array.
+KV1_INLINE void prefetch_metadata(const block_view& view, std::size_t k) {
+    if (k >= view.next_count)
+        return;
+    const tile_ref& t = view.next_tiles[k];
+    prefetch(t.page + view.next_layout->scale_offset + t.token * sizeof(std::uint16_t));
+    prefetch(t.page + view.next_layout->minimum_offset + t.token * sizeof(std::uint16_t));
 }

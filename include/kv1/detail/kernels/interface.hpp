@@ -153,6 +153,7 @@ struct attention_job {
     std::size_t first_token;          // range of tokens, first_token a multiple of page_tokens
     std::size_t last_token;
     std::size_t first_visible; // no row sees an earlier token
+    std::size_t fetch_token;   // what is stored up to here is likely to be attended next
 
     // queries [token][head][channel] of the group of heads that share this KV head
     const void* queries;

@@ -42,13 +42,19 @@ KV1_INLINE void load_affine(const section_layout& s, const std::byte* page, std:
 template <std::size_t R>
 inline constexpr std::size_t registers_at_once = many_registers ? 4 : R >= 3 ? 2 : 4;
 
+// What the scores of R rows need, where storing scores can not change it.
+template <std::size_t R>
+struct score_rows {
+    const std::int8_t* codes[2];
+    float scale[R], offset[R], sum[R];
+};
+
 // Scores of R rows for N registers, from register `at` of the block on (`pieces` registers a tile).
 template <class Format, std::size_t R, std::size_t N>
-KV1_INLINE void fast_score_step(const block_view& view, const query_rows& q, std::size_t row, std::size_t at,
-                                float* scores, f32 (&top)[R]) {
+KV1_INLINE void fast_score_step(const block_view& view, const section_layout& s, const score_rows<R>& q,
+                                std::size_t at, float* scores, f32 (&top)[R]) {
     constexpr format_traits t = traits_of(kv_format_of<Format>);
     constexpr auto max_code = static_cast<float>((1 << t.code_bits) - 1);
-    const section_layout& s = *view.layout;
     key_walk<N> walk;
     KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
         const std::size_t tile = (at + n) / pieces;
@@ -62,39 +68,49 @@ KV1_INLINE void fast_score_step(const block_view& view, const query_rows& q, std
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
             total[r][n] = i32(0);
-    add_dots<t.parts[0].bits, t.parts[0].shift, false>(walk, s.part_lines(0), q.codes[0] + row * q.stride, total);
+    add_dots<t.parts[0].bits, t.parts[0].shift, false>(walk, s.part_lines(0), q.codes[0], total);
     if constexpr (t.part_count() == 2) {
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
             walk.first[n] += s.part_lines(0) * line_lanes;
-        add_dots<t.parts[1].bits, t.parts[1].shift, false>(walk, s.part_lines(1), q.codes[1] + row * q.stride, total);
+        add_dots<t.parts[1].bits, t.parts[1].shift, false>(walk, s.part_lines(1), q.codes[1], total);
     }
     KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
+        if ((at + n) % pieces == 0)
+            prefetch_metadata(view, (at + n) / pieces);
         f32 slope, base;
         const tile_ref& ref = view.tiles[(at + n) / pieces];
         load_affine<Format>(s, ref.page, ref.token + (at + n) % pieces * lanes, slope, base);
         const f32 centre = xs::fma(slope, f32(0.5f * max_code), base);
         KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
-            const f32 dot =
-                xs::fma(xs::to_float(total[r][n]), f32(q.code_scales[row + r]), f32(q.code_offsets[row + r]));
-            const f32 score = xs::fma(slope, dot, centre * f32(q.sums[row + r]));
-            score.store_aligned(scores + (row + r) * score_stride + (at + n) * lanes);
+            const f32 dot = xs::fma(xs::to_float(total[r][n]), f32(q.scale[r]), f32(q.offset[r]));
+            const f32 score = xs::fma(slope, dot, centre * f32(q.sum[r]));
+            score.store_aligned(scores + r * score_stride + (at + n) * lanes);
             top[r] = xs::max(top[r], score);
         }
     }
 }
 
 template <class Format, std::size_t R>
-inline void fast_scores(const block_view& view, const query_rows& q, std::size_t row, float* scores, float* tops) {
+inline void fast_scores(const block_view& block, const query_rows& q, std::size_t row, float* scores, float* tops) {
     constexpr std::size_t at_once = registers_at_once<R>;
+    const block_view view = block;
+    const section_layout layout = *block.layout;
+    score_rows<R> rows{{q.codes[0] + row * q.stride, q.codes[1] + row * q.stride}, {}, {}, {}};
+    KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
+        rows.scale[r] = q.code_scales[row + r];
+        rows.offset[r] = q.code_offsets[row + r];
+        rows.sum[r] = q.sums[row + r];
+    }
+    scores += row * score_stride;
     f32 top[R];
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
         top[r] = f32(lowest_score);
     const std::size_t end = view.count * pieces;
     std::size_t at = 0;
     for (; at + at_once <= end; at += at_once)
-        fast_score_step<Format, R, at_once>(view, q, row, at, scores, top);
+        fast_score_step<Format, R, at_once>(view, layout, rows, at, scores, top);
     for (; at < end; ++at)
-        fast_score_step<Format, R, 1>(view, q, row, at, scores, top);
+        fast_score_step<Format, R, 1>(view, layout, rows, at, scores, top);
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
         tops[row + r] = xs::reduce_max(top[r]);
 }
@@ -168,6 +184,8 @@ KV1_INLINE void exact_score_step(const block_view& view, const query_rows& q, st
         next[n] = tile < view.next_count ? share_of(view, tile)
                                          : reinterpret_cast<const std::byte*>(first[n]);
         load_affine<Format>(s, ref.page, ref.token + (at + n) % pieces * lanes, slope[n], base[n]);
+        if ((at + n) % pieces == 0)
+            prefetch_metadata(view, tile);
         KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
             sum[r][n] = f32(0.0f);
     }

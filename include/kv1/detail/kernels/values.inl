@@ -69,6 +69,7 @@ KV1_INLINE void round_weights(const block_view& view, const softmax_rows& w, std
     float* scores = w.scores + row * score_stride;
     for (std::size_t k = 0; k < view.count; ++k) {
         const tile_ref& ref = view.tiles[k];
+        prefetch_metadata(view, k);
         KV1_UNROLL for (std::size_t i = 0; i < pieces; ++i) {
             f32 slope, base;
             load_affine<Format>(*view.layout, ref.page, ref.token + i * lanes, slope, base);
@@ -301,13 +302,15 @@ inline void value_sums_exact(const block_view& view, const softmax_rows& w, floa
                              std::size_t stride) noexcept {
     affine_slots affine;
     if constexpr (traits_of(kv_format_of<Format>).metadata != metadata_kind::none)
-        for (std::size_t k = 0; k < view.count; ++k)
+        for (std::size_t k = 0; k < view.count; ++k) {
+            prefetch_metadata(view, k);
             for (std::size_t i = 0; i < tile_tokens; i += lanes) {
                 f32 slope, base;
                 load_affine<Format>(*view.layout, view.tiles[k].page, view.tiles[k].token + i, slope, base);
                 slope.store_aligned(affine.slopes + k * tile_tokens + i);
                 base.store_aligned(affine.bases + k * tile_tokens + i);
             }
+        }
     const auto some = [&](auto size, std::size_t row) {
         exact_sums<Format, size()>(view, affine, w, row, sums, stride);
     };

@@ -19,6 +19,7 @@ KV1_INLINE dot_row dot_broadcast(std::int32_t four) {
 #if KV1_ISA_VNNI
 // A running sum of dot4 products, in 32 bits: one vpdpbusd each. See the other branch for the interface.
 using dot_sum = i32;
+inline constexpr bool dot_sums_are_totals = true;
 template <int MaxCode, bool Unsigned>
 inline constexpr std::size_t dot_limit = ~std::size_t{0};
 KV1_INLINE dot_sum dot_start() { return i32(0); }
@@ -36,6 +37,7 @@ KV1_INLINE i32 dot_finish(dot_sum sum) {
 // codes up to MaxCode may be added before finishing: pairs of products are summed in 16 bits, which take
 // 32767 / (2 * 127 * MaxCode) of them, half as many for unsigned rows. Codes above 15 would saturate at once; they go nibble by nibble, in 32 bits.
 using dot_sum = __m512i;
+inline constexpr bool dot_sums_are_totals = false;
 template <int MaxCode, bool Unsigned>
 inline constexpr std::size_t dot_limit = MaxCode > 15 ? ~std::size_t{0} : 32767 / (2 * (Unsigned ? 255 : 127) * MaxCode);
 KV1_INLINE dot_sum dot_start() { return _mm512_setzero_si512(); }

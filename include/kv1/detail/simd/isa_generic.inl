@@ -35,6 +35,7 @@ KV1_INLINE i32 dot4(i32 acc, u32 a, i32 row) {
 // A running sum of dot4 products: add, then finish to lanes of 32 bits. dot_limit is how many products of
 // codes up to MaxCode may be added before finishing. Any code of 8 bits is allowed on every target.
 using dot_sum = i32;
+inline constexpr bool dot_sums_are_totals = true;
 template <int MaxCode, bool Unsigned>
 inline constexpr std::size_t dot_limit = ~std::size_t{0};
 KV1_INLINE dot_sum dot_start() { return i32(0); }

@@ -32,6 +32,7 @@ KV1_INLINE int32x4_t dot4(int32x4_t sum, int8x16_t a, dot_row b) {
 template <int MaxCode, bool Unsigned>
 inline constexpr std::size_t dot_limit =
     KV1_ISA_DOTPROD || MaxCode > 15 ? ~std::size_t{0} : 32767 / ((Unsigned ? 255 : 127) * MaxCode);
+inline constexpr bool dot_sums_are_totals = false;
 struct dot_sum {
     int32x4_t wide;
     int16x8_t low, high;

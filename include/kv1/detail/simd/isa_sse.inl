@@ -18,6 +18,7 @@ KV1_INLINE dot_row dot_broadcast(std::int32_t four) {
     return i32(four);
 }
 using dot_sum = __m128i;
+inline constexpr bool dot_sums_are_totals = false;
 template <int MaxCode, bool Unsigned>
 inline constexpr std::size_t dot_limit = MaxCode > 15 ? ~std::size_t{0} : 32767 / (2 * (Unsigned ? 255 : 127) * MaxCode);
 KV1_INLINE dot_sum dot_start() { return _mm_setzero_si128(); }
@@ -57,6 +58,7 @@ KV1_INLINE dot_row dot_broadcast(std::int32_t four) {
         return {_mm_srai_epi16(_mm_slli_epi16(b, 8), 8), _mm_srai_epi16(b, 8)};
 }
 using dot_sum = i32;
+inline constexpr bool dot_sums_are_totals = true;
 template <int MaxCode, bool Unsigned>
 inline constexpr std::size_t dot_limit = ~std::size_t{0};
 KV1_INLINE dot_sum dot_start() { return i32(0); }
