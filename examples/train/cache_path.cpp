@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cache_path.hpp"
+
+#ifdef KV1_TRAIN_CUDA
+#include "device_path.hpp"
+
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+#include <kv1/fake_quantize.hpp>
+
+#include <torch/autograd.h>
+
+#include <ATen/Parallel.h>
+
+#include <cmath>
+#include <span>
+#include <stdexcept>
+#include <vector>
+
+namespace kv1_train {
+
+namespace {
+
+using torch::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::tensor_list;
+
+kv1::fake_quantize_options options_of(const kv_policy& p) {
+    kv1::fake_quantize_options o;
+    if (p.least_squares)
+        o.encoder = kv1::fake_quantize_options::encoder_policy::least_squares;
+    o.hadamard = p.hadamard;
+    o.round_metadata = p.round_metadata;
+    return o;
+}
+
+Tensor turn(const Tensor& x, const rotary_table& table, bool inverse) {
+    const std::int64_t positions = x.size(1), half = x.size(3) / 2;
+    const auto angles = [&](const Tensor& t) {
+        return t.narrow(0, 0, positions).view({1, positions, 1, half});
+    };
+    const Tensor cosines = angles(table.cosines);
+    const Tensor sines = inverse ? -angles(table.sines) : angles(table.sines);
+    const Tensor pairs = x.to(torch::kFloat32).view({x.size(0), positions, x.size(2), half, 2});
+    const Tensor a = pairs.select(-1, 0), b = pairs.select(-1, 1);
+    return torch::stack({a * cosines - b * sines, a * sines + b * cosines}, -1).view(x.sizes());
+}
+
+Tensor quantize_on_cpu(const Tensor& x, kv1::kv_format format, const kv_policy& policy) {
+    const Tensor in = x.to(torch::kFloat32).contiguous();
+    Tensor out = torch::empty_like(in);
+    const auto channels = static_cast<std::size_t>(in.size(-1));
+    const float* from = in.data_ptr<float>();
+    float* to = out.data_ptr<float>();
+    const std::int64_t rows = in.numel() / in.size(-1);
+    at::parallel_for(0, rows, 256, [&](std::int64_t begin, std::int64_t end) {
+        const std::size_t at = static_cast<std::size_t>(begin) * channels;
+        const std::size_t n = static_cast<std::size_t>(end - begin) * channels;
+        kv1::fake_quantize(format, channels, {from + at, n}, {to + at, n}, options_of(policy));
+    });
+    return out;
+}
+
+#ifdef KV1_TRAIN_CUDA
+cuda::cache_path_job job_for(const Tensor& x, Tensor& y) {
+    if (x.size(-1) % 32 != 0 || x.size(-1) > 256)
+        throw std::invalid_argument("on CUDA head_dim is a multiple of 32, 256 at the most");
+    cuda::cache_path_job job;
+    job.x = x.data_ptr();
+    job.y = y.data_ptr();
+    job.rows = x.numel() / x.size(-1);
+    job.positions = x.size(1);
+    job.heads = x.size(2);
+    job.channels = static_cast<std::int32_t>(x.size(-1));
+    job.bf16 = x.scalar_type() == torch::kBFloat16;
+    return job;
+}
+
+void set_format(cuda::cache_path_job& job, kv1::kv_format format, const kv_policy& policy) {
+    using kv1::kv_format;
+    const int bits = kv1::detail::traits_of(format).code_bits;
+    job.format = is_plain(format)                     ? cuda::scheme::plain
+                 : format == kv_format::binary        ? cuda::scheme::binary
+                 : format == kv_format::scaled_binary ? cuda::scheme::scaled_binary
+                                                      : cuda::scheme::affine;
+    job.max_code = (1 << bits) - 1;
+    job.least_squares = policy.least_squares;
+    job.hadamard = policy.hadamard;
+    job.round_metadata = policy.round_metadata;
+}
+
+Tensor run_on_cuda(const Tensor& x, const rotary_table* table, bool inverse, kv1::kv_format format,
+                   const kv_policy& policy) {
+    const Tensor in = x.contiguous();
+    Tensor out = torch::empty_like(in);
+    cuda::cache_path_job job = job_for(in, out);
+    if (table != nullptr) {
+        job.cosines = table->cosines.data_ptr<float>();
+        job.sines = table->sines.data_ptr<float>();
+        job.inverse = inverse;
+    }
+    set_format(job, format, policy);
+    cuda::run(job, c10::cuda::getCurrentCUDAStream().stream());
+    return out;
+}
+#else
+Tensor run_on_cuda(const Tensor&, const rotary_table*, bool, kv1::kv_format, const kv_policy&) {
+    throw std::runtime_error("this kv1-train was built without CUDA");
+}
+#endif
+
+Tensor forward_pass(const Tensor& x, const rotary_table* table, kv1::kv_format format,
+                    const kv_policy& policy) {
+    if (x.is_cuda())
+        return run_on_cuda(x, table, false, format, policy);
+    const Tensor turned = table != nullptr ? turn(x, *table, false) : x;
+    const Tensor y = is_plain(format) ? turned : quantize_on_cpu(turned, format, policy);
+    return y.to(x.scalar_type());
+}
+
+Tensor backward_pass(const Tensor& dy, const rotary_table* table) {
+    if (table == nullptr)
+        return dy;
+    if (dy.is_cuda())
+        return run_on_cuda(dy, table, true, kv1::kv_format::fp32, plain_kv);
+    return turn(dy.contiguous(), *table, true).to(dy.scalar_type());
+}
+
+// A custom Function takes tensors and scalars alone: a missing table is an empty one, the policy is flags.
+struct cache_path_function : torch::autograd::Function<cache_path_function> {
+    static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& cosines,
+                          const Tensor& sines, std::int64_t format, std::int64_t flags) {
+        context->saved_data["cosines"] = cosines;
+        context->saved_data["sines"] = sines;
+        const rotary_table table{cosines, sines};
+        const kv_policy policy{{}, (flags & 1) != 0, (flags & 2) != 0, (flags & 4) != 0};
+        return forward_pass(x, cosines.numel() != 0 ? &table : nullptr, static_cast<kv1::kv_format>(format),
+                            policy);
+    }
+    static tensor_list backward(AutogradContext* context, tensor_list dy) {
+        const rotary_table table{context->saved_data["cosines"].toTensor(),
+                                 context->saved_data["sines"].toTensor()};
+        return {backward_pass(dy[0], table.cosines.numel() != 0 ? &table : nullptr), Tensor(), Tensor(),
+                Tensor(), Tensor()};
+    }
+};
+
+Tensor apply(const Tensor& x, const rotary_table& table, kv1::kv_format format, const kv_policy& policy) {
+    const std::int64_t flags =
+        (policy.least_squares ? 1 : 0) | (policy.hadamard ? 2 : 0) | (policy.round_metadata ? 4 : 0);
+    return cache_path_function::apply(x, table.cosines, table.sines, static_cast<std::int64_t>(format),
+                                      flags);
+}
+
+} // namespace
+
+rotary_table rotary_table::make(std::int64_t positions, std::int64_t head_dim, float theta,
+                                torch::Device device) {
+    // Angles in fp32, as the reference computes them.
+    std::vector<float> cosines, sines;
+    for (std::int64_t position = 0; position < positions; ++position)
+        for (std::int64_t i = 0; i < head_dim / 2; ++i) {
+            const float exponent = static_cast<float>(2 * i) / static_cast<float>(head_dim);
+            const float angle = static_cast<float>(position) * (1.0f / std::pow(theta, exponent));
+            cosines.push_back(std::cos(angle));
+            sines.push_back(std::sin(angle));
+        }
+    const auto tensor = [&](const std::vector<float>& values) {
+        return torch::tensor(values).view({positions, head_dim / 2}).to(device);
+    };
+    return {tensor(cosines), tensor(sines)};
+}
+
+torch::Tensor rotate(const torch::Tensor& x, const rotary_table& table) {
+    return apply(x, table, kv1::kv_format::fp32, plain_kv);
+}
+
+torch::Tensor through_cache(const torch::Tensor& x, kv1::kv_format format, const kv_policy& policy) {
+    if (is_plain(format))
+        return x;
+    const torch::Tensor none = torch::empty({0});
+    return apply(x, {none, none}, format, policy);
+}
+
+torch::Tensor rotate_through_cache(const torch::Tensor& x, const rotary_table& table, kv1::kv_format format,
+                                   const kv_policy& policy) {
+    return apply(x, table, format, policy);
+}
+
+} // namespace kv1_train

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The differentiable way of a vector into the cache and out again: rotary positions, then fake quantization
+// with the straight-through gradient. On the CPU through kv1/fake_quantize.hpp, on CUDA through one kernel
+// of the same arithmetic (device_path.cu).
+#pragma once
+
+#include "kv_policy.hpp"
+
+#include <torch/types.h>
+
+namespace kv1_train {
+
+/// Cosines and sines, [positions][head_dim / 2] each, fp32.
+struct rotary_table {
+    torch::Tensor cosines, sines;
+    [[nodiscard]] static rotary_table make(std::int64_t positions, std::int64_t head_dim, float theta,
+                                           torch::Device device);
+};
+
+/// Turns interleaved pairs of channels by their position; x is [batch][positions][heads][head_dim].
+[[nodiscard]] torch::Tensor rotate(const torch::Tensor& x, const rotary_table& table);
+
+/// What a cache of this format gives back of x, [batch][positions][heads][head_dim], in x's type; computed in
+/// fp32. Straight-through gradient. Throws kv1::error for what no cache can hold (on the CPU; on CUDA NaN
+/// stays NaN).
+[[nodiscard]] torch::Tensor through_cache(const torch::Tensor& x, kv1::kv_format format,
+                                          const kv_policy& policy);
+
+/// rotate() and then through_cache(), without rounding to x's type in between.
+[[nodiscard]] torch::Tensor rotate_through_cache(const torch::Tensor& x, const rotary_table& table,
+                                                 kv1::kv_format format, const kv_policy& policy);
+
+} // namespace kv1_train

@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "checkpoint.hpp"
+
+#include "durable.hpp"
+#include "error.hpp"
+#include "file.hpp"
+#include "json_file.hpp"
+#include "safetensors.hpp"
+#include "safetensors_writer.hpp"
+
+#include <torch/utils.h>
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <cstdio>
+#include <string>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+namespace kv1_train {
+
+namespace {
+
+using kv1_lm::input_error;
+using nlohmann::json;
+
+constexpr std::string_view prefix = "step-";
+constexpr const char* state_file = "trainer_state.safetensors";
+
+std::optional<std::int64_t> step_of(const std::filesystem::path& folder) {
+    const std::string name = folder.filename().string();
+    std::int64_t step = 0;
+    if (!name.starts_with(prefix))
+        return std::nullopt;
+    const char* end = name.data() + name.size();
+    const auto [at, error] = std::from_chars(name.data() + prefix.size(), end, step);
+    return error == std::errc() && at == end ? std::optional(step) : std::nullopt;
+}
+
+std::vector<std::pair<std::int64_t, std::filesystem::path>> checkpoints(const std::filesystem::path& root) {
+    std::vector<std::pair<std::int64_t, std::filesystem::path>> found;
+    std::error_code error;
+    for (const auto& entry : std::filesystem::directory_iterator(root, error))
+        if (const auto step = step_of(entry.path()))
+            found.emplace_back(*step, entry.path());
+    std::ranges::sort(found);
+    return found;
+}
+
+json describe(const kv_policy& p) {
+    return {{"key_format", to_string(p.formats.key)},
+            {"value_format", to_string(p.formats.value)},
+            {"encoder", p.least_squares ? "least_squares" : "min_max"},
+            {"hadamard", p.hadamard},
+            {"round_metadata", p.round_metadata}};
+}
+
+json bits_of(const kv_policy& p) {
+    // the reference's key: 0 is an unquantized cache
+    if (is_plain(p.formats.key) && is_plain(p.formats.value))
+        return 0;
+    const std::string text = kv1_lm::to_string(p.formats);
+    return text.find(',') == std::string::npos ? json::parse(text) : json(text);
+}
+
+} // namespace
+
+std::filesystem::path save_checkpoint(const std::filesystem::path& root, std::int64_t step,
+                                      const language_model& model, adamw& optimizer,
+                                      const checkpoint_source& source, std::size_t keep) {
+    std::array<char, 32> name{};
+    std::snprintf(name.data(), name.size(), "step-%08lld", static_cast<long long>(step));
+    const std::filesystem::path target = root / name.data();
+    durable_folder folder(target);
+
+    json config = kv1_lm::read_json_file(source.model_folder / "config.json").value;
+    config["dtype"] = "float16";
+    config["kv_cache_bits"] = bits_of(source.kv);
+    config["kv1"] = describe(source.kv);
+    const std::string text = config.dump(2) + "\n";
+    folder.write("config.json", std::as_bytes(std::span(text)));
+    for (const char* file : {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}) {
+        std::error_code error;
+        if (std::filesystem::exists(source.model_folder / file, error))
+            folder.write(file, kv1_lm::read_binary_file(source.model_folder / file));
+    }
+
+    std::vector<std::pair<std::string, torch::Tensor>> halves;
+    for (const parameter& p : model.parameters())
+        halves.emplace_back(p.name, p.value.detach().to(torch::kFloat16));
+    folder.write("model.safetensors", to_safetensors(halves, {{"format", "pt"}}));
+    folder.write(state_file,
+                 to_safetensors({{"weights", model.weights()},
+                                 {"first_moments", optimizer.first()},
+                                 {"second_moments", optimizer.second()}},
+                                {{"step", std::to_string(step)}, {"options", source.options.dump()}}));
+    folder.commit();
+
+    auto all = checkpoints(root);
+    for (std::size_t i = 0; i + keep < all.size(); ++i) {
+        std::error_code ignored;
+        std::filesystem::remove_all(all[i].second, ignored);
+    }
+    return target;
+}
+
+std::optional<std::filesystem::path> last_checkpoint(const std::filesystem::path& root) {
+    auto all = checkpoints(root);
+    return all.empty() ? std::nullopt : std::optional(std::move(all.back().second));
+}
+
+std::int64_t load_checkpoint(const std::filesystem::path& folder, language_model& model, adamw& optimizer,
+                             const json& options) {
+    const torch::NoGradGuard no_gradient;
+    const auto file = kv1_lm::safetensors::read(folder / state_file);
+    const auto metadata = [&](const char* key) -> const std::string& {
+        const auto found = file.metadata().find(key);
+        if (found == file.metadata().end())
+            throw input_error(file.origin(), "names no " + std::string(key));
+        return found->second;
+    };
+    const json saved = kv1_lm::parse_json(metadata("options"), file.origin() + ": options");
+    for (const auto& [key, value] : options.items())
+        if (!saved.contains(key) || saved[key] != value)
+            throw input_error(file.origin(), "this run had another " + key + ": " +
+                                                 (saved.contains(key) ? saved[key].dump() : "none") +
+                                                 ", not " + value.dump());
+    const auto restore = [&](const char* name, torch::Tensor& into) {
+        const kv1_lm::tensor* found = file.find(name);
+        if (found == nullptr ||
+            found->shape != std::vector<std::size_t>{static_cast<std::size_t>(into.numel())})
+            throw input_error(file.origin(), "holds no " + std::string(name) + " of this model");
+        into.copy_(torch::tensor(kv1_lm::to_floats(*found)));
+    };
+    restore("weights", model.weights());
+    restore("first_moments", optimizer.first());
+    restore("second_moments", optimizer.second());
+    std::int64_t step = 0;
+    const std::string& text = metadata("step");
+    if (std::from_chars(text.data(), text.data() + text.size(), step).ec != std::errc())
+        throw input_error(file.origin(), "names no step");
+    return step;
+}
+
+} // namespace kv1_train

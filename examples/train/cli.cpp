@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cli.hpp"
+
+#include "error.hpp"
+#include "pack.hpp"
+#include "train.hpp"
+
+#include <CLI/CLI.hpp>
+
+#include <algorithm>
+#include <exception>
+#include <new>
+#include <ostream>
+#include <string>
+#include <thread>
+
+#include <unistd.h>
+
+namespace kv1_train {
+
+namespace {
+
+// CLI11 wraps negative numbers into unsigned ones.
+void add_count(CLI::App& command, const char* name, auto& value, const char* description) {
+    command.add_option(name, value, description)->check(CLI::NonNegativeNumber)->capture_default_str();
+}
+
+void add_share(CLI::App& command, const char* name, double& value, const char* description) {
+    command.add_option(name, value, description)->check(CLI::Range(0.0, 1.0))->capture_default_str();
+}
+
+int run_or_throw(int argc, const char* const* argv, std::ostream& out, std::ostream& err) {
+    CLI::App app("Trains small language models under kv1's packed KV cache.", "kv1-train");
+    app.require_subcommand(1);
+
+    pack_options p;
+    p.threads = std::max(1u, std::thread::hardware_concurrency());
+    p.show_progress = isatty(STDERR_FILENO) == 1;
+    CLI::App* pack_command = app.add_subcommand("pack", "Turn text into token ids to train on");
+    pack_command->add_option("--text", p.texts, "UTF-8 texts")->required();
+    pack_command->add_option("--tokenizer", p.tokenizer, "Folder with tokenizer.json")->required();
+    pack_command->add_option("--out", p.out, "Folder to make")->required();
+    pack_command->add_option("--document-end", p.document_end, "Token that ends a document")
+        ->capture_default_str();
+    pack_command->add_option("--shard-tokens", p.shard_tokens, "Tokens of a file at the most")
+        ->check(CLI::Range(std::size_t{1}, std::size_t{1} << 40))
+        ->capture_default_str();
+    pack_command->add_option("--threads", p.threads, "Threads")
+        ->check(CLI::Range(1, 1024))
+        ->capture_default_str();
+
+    train_options t;
+    t.show_progress = p.show_progress;
+    std::string kv = "16", encoder = "min_max";
+    CLI::App* train_command = app.add_subcommand("train", "Train a model");
+    train_command->add_option("--data", t.data, "Folder that pack made")->required();
+    train_command
+        ->add_option("--model", t.model, "Model folder: config.json gives the shape, the tokenizer is kept")
+        ->required();
+    train_command->add_flag("--init", t.init, "Start from the model's weights, not from random ones");
+    train_command->add_option("--out", t.out, "Folder of the run: log.csv and checkpoints")->required();
+    train_command->add_flag("--resume", t.resume, "Go on from the last checkpoint in --out, if there is one");
+    train_command
+        ->add_option("--kv", kv, "Bits of the cache to train under: 1, 1.5, 2, 3, 4, 8, 16, 32, or K,V")
+        ->capture_default_str();
+    train_command->add_option("--encoder", encoder, "How affine formats choose scale and minimum")
+        ->check(CLI::IsMember({"min_max", "least_squares"}))
+        ->capture_default_str();
+    train_command->add_flag("--hadamard", t.kv.hadamard, "Quantize in a rotated basis");
+    train_command->add_flag("--round-metadata", t.kv.round_metadata, "Scale and minimum through fp16");
+    train_command->add_option("--teacher", t.teacher,
+                              "Model folder to learn from, which keeps its keys and values as they are");
+    add_share(*train_command, "--teacher-weight", t.teacher_weight,
+              "Of KL(teacher || model) in the loss; cross entropy has the rest");
+
+    add_count(*train_command, "--steps", t.steps, "Steps");
+    add_count(*train_command, "--batch", t.batch, "Sequences of a step, over all ranks");
+    add_count(*train_command, "--micro-batch", t.micro_batch, "Sequences at a time; 0 is all of a rank's");
+    add_count(*train_command, "--length", t.length, "Tokens of a sequence");
+    add_count(*train_command, "--lr", t.learning_rate, "Learning rate after the warm-up");
+    add_count(*train_command, "--last-lr", t.last_learning_rate, "Learning rate at the end");
+    add_count(*train_command, "--warmup", t.warmup, "Steps of the warm-up");
+    add_count(*train_command, "--weight-decay", t.optimizer.weight_decay, "Of matrices");
+    add_share(*train_command, "--beta1", t.optimizer.beta1, "AdamW's");
+    add_share(*train_command, "--beta2", t.optimizer.beta2, "AdamW's");
+    add_count(*train_command, "--clip", t.clip, "Largest norm of the gradient; 0 is none");
+    add_count(*train_command, "--seed", t.seed, "Of the weights and of the data's order");
+
+    train_command->add_option("--device", t.device, "Where to train")
+        ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
+        ->capture_default_str();
+    train_command->add_option("--type", t.type, "Of matrix products and attention; auto is bf16 on CUDA")
+        ->check(CLI::IsMember({"auto", "fp32", "bf16"}))
+        ->capture_default_str();
+    add_count(*train_command, "--held-out", t.held_out,
+              "Tokens at the data's end to validate on; 0 is a hundredth");
+    add_count(*train_command, "--validation-batches", t.validation_batches, "Micro-batches to validate on");
+    add_count(*train_command, "--validate-every", t.validate_every, "Steps; 0 is at the end");
+    add_count(*train_command, "--save-every", t.save_every, "Steps; 0 is at the end");
+    add_count(*train_command, "--log-every", t.log_every, "Steps; 0 is at the end");
+    add_count(*train_command, "--max-seconds", t.most_seconds, "Then save and stop; 0 is no limit");
+    train_command->add_option("--keep", t.keep, "Checkpoints to keep")
+        ->check(CLI::Range(1, 1000000))
+        ->capture_default_str();
+
+    try {
+        app.parse(argc, argv);
+    } catch (const CLI::Success& e) { // --help
+        return app.exit(e, out, err);
+    } catch (const CLI::ParseError& e) {
+        throw kv1_lm::input_error(std::string(e.what()) + " (see kv1-train --help)");
+    }
+    if (*pack_command) {
+        pack(p, out, err);
+    } else {
+        t.kv.formats = kv1_lm::parse_kv(kv, "--kv");
+        t.kv.least_squares = encoder == "least_squares";
+        train(t, out, err);
+    }
+    return 0;
+}
+
+} // namespace
+
+int run(int argc, const char* const* argv, std::ostream& out, std::ostream& err) {
+    const auto report = [&](const char* what) {
+        // LibTorch's messages go on with a stack trace
+        const std::string text(what);
+        err << "kv1-train: " << text.substr(0, text.find('\n')) << '\n';
+    };
+    try {
+        return run_or_throw(argc, argv, out, err);
+    } catch (const kv1_lm::input_error& e) {
+        report(e.what());
+        return 2;
+    } catch (const std::bad_alloc&) {
+        report("out of memory");
+    } catch (const std::exception& e) {
+        report(e.what());
+    }
+    return 1;
+}
+
+} // namespace kv1_train

@@ -1,0 +1,378 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The CUDA side of cache_path.hpp and loss.hpp.
+#include "device_path.hpp"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace kv1_train::cuda {
+
+namespace {
+
+constexpr unsigned all_lanes = 0xffffffffu;
+constexpr float smallest_scale = 1e-6f;
+
+__device__ float load(const float* x, std::int64_t i) { return x[i]; }
+__device__ float load(const __nv_bfloat16* x, std::int64_t i) { return __bfloat162float(x[i]); }
+__device__ void store(float* y, std::int64_t i, float v) { y[i] = v; }
+__device__ void store(__nv_bfloat16* y, std::int64_t i, float v) { y[i] = __float2bfloat16_rn(v); }
+
+__device__ float through_fp16(float x) { return __half2float(__float2half_rn(x)); }
+
+template <class F>
+__device__ float reduce(float v, F f) {
+    for (int step = 16; step != 0; step /= 2)
+        v = f(v, __shfl_xor_sync(all_lanes, v, step));
+    return v;
+}
+__device__ float warp_sum(float v) {
+    return reduce(v, [](float a, float b) { return a + b; });
+}
+__device__ float warp_min(float v) {
+    return reduce(v, [](float a, float b) { return fminf(a, b); });
+}
+__device__ float warp_max(float v) {
+    return reduce(v, [](float a, float b) { return fmaxf(a, b); });
+}
+
+// One vector in a warp's registers: channel lane + 32 j in v[j] of a lane. Reductions end in every lane.
+template <int N>
+struct vector {
+    float v[N];
+};
+
+template <int N>
+__device__ void turn(vector<N>& x, const float* cosines, const float* sines, std::int64_t position, int lane,
+                     bool inverse) {
+    const float side = ((lane & 1) != 0) != inverse ? 1.0f : -1.0f; // odd channels add, even ones take off
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+        const std::int64_t at = position * (16 * N) + (lane + 32 * j) / 2;
+        const float other = __shfl_xor_sync(all_lanes, x.v[j], 1);
+        x.v[j] = x.v[j] * cosines[at] + side * (other * sines[at]);
+    }
+}
+
+// Orthonormal; as detail::rotate_hadamard for channels whose largest power-of-two divisor is all of them, or
+// 32 * (the power of two in N) of them.
+template <int N>
+__device__ void rotate_hadamard(vector<N>& x, int lane) {
+    for (int step = 1; step < 32; step *= 2)
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            const float other = __shfl_xor_sync(all_lanes, x.v[j], step);
+            x.v[j] = (lane & step) != 0 ? other - x.v[j] : x.v[j] + other;
+        }
+    constexpr int blocks = N & -N;
+#pragma unroll
+    for (int step = 1; step < blocks; step *= 2)
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+            if ((j & step) == 0) {
+                const float a = x.v[j], b = x.v[j + step];
+                x.v[j] = a + b;
+                x.v[j + step] = a - b;
+            }
+    const float factor = rsqrtf(32.0f * blocks);
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+        x.v[j] *= factor;
+}
+
+template <int N>
+__device__ float level(const vector<N>& x, int j, float scale, float minimum, float max_code) {
+    return fminf(fmaxf(rintf((x.v[j] - minimum) / scale), 0.0f), max_code);
+}
+
+// As kv1::affine: codes of the unrounded metadata, valued with the stored.
+template <int N>
+__device__ void affine(vector<N>& x, const cache_path_job& job) {
+    const auto max_code = static_cast<float>(job.max_code);
+    float lo = x.v[0], hi = x.v[0];
+#pragma unroll
+    for (int j = 1; j < N; ++j) {
+        lo = fminf(lo, x.v[j]);
+        hi = fmaxf(hi, x.v[j]);
+    }
+    lo = warp_min(lo);
+    hi = warp_max(hi);
+    const float scale = fmaxf((hi - lo) / max_code, smallest_scale);
+    const auto kept = [&](float m) { return job.round_metadata ? through_fp16(m) : m; };
+
+    float codes[N];
+    float best_scale = kept(scale), best_minimum = kept(lo);
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+        codes[j] = level(x, j, scale, lo, max_code);
+
+    if (job.least_squares) {
+        // as kv1::detail::least_squares, in fp32 about the middle of the range
+        const auto error_of = [&](const float(&c)[N], float s, float m) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int j = 0; j < N; ++j) {
+                const float e = c[j] * s + m - x.v[j];
+                sum += e * e;
+            }
+            return warp_sum(sum);
+        };
+        constexpr float n = 32.0f * N;
+        float mean = 0.0f;
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+            mean += x.v[j];
+        mean = warp_sum(mean) / n;
+        float best_error = error_of(codes, best_scale, best_minimum);
+        for (int start = 0; start < 3; ++start) {
+            const float share = start == 0 ? 1.0f : start == 1 ? 0.8f : 0.6f;
+            float s = scale * share, m = lo + 0.5f * (1.0f - share) * max_code * scale;
+            float earlier[N];
+            for (int round = 0; round < 16; ++round) {
+                float trial[N];
+                float c = 0.0f, cc = 0.0f, cx = 0.0f;
+                bool changed = round == 0;
+#pragma unroll
+                for (int j = 0; j < N; ++j) {
+                    trial[j] = level(x, j, s, m, max_code);
+                    changed |= round != 0 && trial[j] != earlier[j];
+                    earlier[j] = trial[j];
+                    c += trial[j];
+                    cc += trial[j] * trial[j];
+                    cx += trial[j] * (x.v[j] - mean);
+                }
+                if (__any_sync(all_lanes, changed) == 0)
+                    break;
+                c = warp_sum(c);
+                cc = warp_sum(cc);
+                cx = warp_sum(cx);
+                const float determinant = n * cc - c * c;
+                const float slope = n * cx / determinant;
+                if (!(determinant > 0.0f && slope > smallest_scale))
+                    break;
+                s = slope;
+                m = mean - slope * c / n;
+                const float error = error_of(trial, kept(s), kept(m));
+                if (error < best_error) {
+                    best_error = error;
+                    best_scale = kept(s);
+                    best_minimum = kept(m);
+#pragma unroll
+                    for (int j = 0; j < N; ++j)
+                        codes[j] = trial[j];
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+        x.v[j] = codes[j] * best_scale + best_minimum;
+}
+
+template <int N>
+__device__ void scaled_binary(vector<N>& x, const cache_path_job& job) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+        sum += fabsf(x.v[j]);
+    float scale = fmaxf(warp_sum(sum) / (32.0f * N), smallest_scale);
+    if (job.round_metadata)
+        scale = through_fp16(scale);
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+        x.v[j] = x.v[j] >= 0.0f ? scale : -scale;
+}
+
+// A warp takes a vector.
+template <int N, class T>
+__global__ void cache_path_kernel(cache_path_job job) {
+    const std::int64_t row = (static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    if (row >= job.rows)
+        return;
+    const auto* in = static_cast<const T*>(job.x) + row * (32 * N);
+    auto* out = static_cast<T*>(job.y) + row * (32 * N);
+    vector<N> x;
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+        x.v[j] = load(in, lane + 32 * j);
+    if (job.cosines != nullptr)
+        turn(x, job.cosines, job.sines, row / job.heads % job.positions, lane, job.inverse);
+    if (job.format != scheme::plain) {
+        if (job.hadamard)
+            rotate_hadamard(x, lane);
+        if (job.format == scheme::affine) {
+            affine(x, job);
+        } else if (job.format == scheme::scaled_binary) {
+            scaled_binary(x, job);
+        } else {
+#pragma unroll
+            for (int j = 0; j < N; ++j)
+                x.v[j] = x.v[j] >= 0.0f ? 1.0f : 0.0f;
+        }
+        if (job.hadamard)
+            rotate_hadamard(x, lane);
+    }
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+        store(out, lane + 32 * j, x.v[j]);
+}
+
+void check(const char* what) {
+    if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess)
+        throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+template <int N>
+void launch(const cache_path_job& job, cudaStream_t stream) {
+    constexpr int warps = 8;
+    const auto blocks = static_cast<unsigned>((job.rows + warps - 1) / warps);
+    if (job.bf16)
+        cache_path_kernel<N, __nv_bfloat16><<<blocks, 32 * warps, 0, stream>>>(job);
+    else
+        cache_path_kernel<N, float><<<blocks, 32 * warps, 0, stream>>>(job);
+}
+
+// A block takes a row of logits, eight words of a thread at a time.
+constexpr int loss_threads = 256;
+
+template <class F>
+__device__ float block_reduce(float v, F f, float* shared) {
+    v = reduce(v, f);
+    if (threadIdx.x % 32 == 0)
+        shared[threadIdx.x / 32] = v;
+    __syncthreads();
+    v = shared[threadIdx.x % (loss_threads / 32)];
+    for (int step = loss_threads / 64; step != 0; step /= 2)
+        v = f(v, __shfl_xor_sync(all_lanes, v, step));
+    __syncthreads();
+    return v;
+}
+
+template <class T>
+struct alignas(16) eight {
+    T v[8];
+};
+
+// max and sum of exp(x - max) of a row
+template <class T>
+__device__ float2 softmax_sums(const T* row, int words, float* shared) {
+    float largest = -INFINITY, sum = 0.0f;
+    for (int at = static_cast<int>(threadIdx.x) * 8; at < words; at += loss_threads * 8) {
+        const auto part = *reinterpret_cast<const eight<T>*>(row + at);
+        float part_largest = largest;
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            part_largest = fmaxf(part_largest, load(part.v, i));
+        sum *= __expf(largest - part_largest);
+        largest = part_largest;
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            sum += __expf(load(part.v, i) - largest);
+    }
+    const float all = block_reduce(
+        largest, [](float a, float b) { return fmaxf(a, b); }, shared);
+    sum = largest == -INFINITY ? 0.0f : sum * __expf(largest - all);
+    sum = block_reduce(
+        sum, [](float a, float b) { return a + b; }, shared);
+    return {all, sum};
+}
+
+template <class T>
+__global__ void token_loss_kernel(token_loss_job job) {
+    __shared__ float shared[loss_threads / 32];
+    const std::int64_t row = blockIdx.x;
+    T* logits = static_cast<T*>(job.logits) + row * job.words;
+    const T* teacher =
+        job.teacher != nullptr ? static_cast<const T*>(job.teacher) + row * job.words : nullptr;
+    const auto target = static_cast<int>(job.targets[row]);
+
+    const float2 model = softmax_sums(logits, job.words, shared);
+    const float log_sum = model.x + __logf(model.y);
+    float teacher_log_sum = 0.0f;
+    if (teacher != nullptr) {
+        const float2 sums = softmax_sums(teacher, job.words, shared);
+        teacher_log_sum = sums.x + __logf(sums.y);
+    }
+    if (threadIdx.x == 0)
+        job.cross_entropy[row] = log_sum - load(logits, target);
+    __syncthreads(); // the target's logit is read before it is replaced
+
+    const float weight = job.label_weight + job.teacher_weight;
+    float divergence = 0.0f;
+    for (int at = static_cast<int>(threadIdx.x) * 8; at < job.words; at += loss_threads * 8) {
+        auto part = *reinterpret_cast<const eight<T>*>(logits + at);
+        eight<T> teacher_part;
+        if (teacher != nullptr)
+            teacher_part = *reinterpret_cast<const eight<T>*>(teacher + at);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const float log_p = load(part.v, i) - log_sum;
+            float gradient = weight * __expf(log_p);
+            if (at + i == target)
+                gradient -= job.label_weight;
+            if (teacher != nullptr) {
+                const float log_t = load(teacher_part.v, i) - teacher_log_sum;
+                const float t = __expf(log_t);
+                divergence += t * (log_t - log_p);
+                gradient -= job.teacher_weight * t;
+            }
+            store(part.v, i, gradient);
+        }
+        *reinterpret_cast<eight<T>*>(logits + at) = part;
+    }
+    if (teacher != nullptr) {
+        divergence = block_reduce(
+            divergence, [](float a, float b) { return a + b; }, shared);
+        if (threadIdx.x == 0)
+            job.divergence[row] = divergence;
+    }
+}
+
+} // namespace
+
+void run(const cache_path_job& job, void* stream) {
+    if (job.rows == 0)
+        return;
+    const auto on = static_cast<cudaStream_t>(stream);
+    switch (job.channels / 32) {
+    case 1:
+        launch<1>(job, on);
+        break;
+    case 2:
+        launch<2>(job, on);
+        break;
+    case 3:
+        launch<3>(job, on);
+        break;
+    case 4:
+        launch<4>(job, on);
+        break;
+    case 6:
+        launch<6>(job, on);
+        break;
+    case 8:
+        launch<8>(job, on);
+        break;
+    default:
+        throw std::invalid_argument("head_dim is none of 32, 64, 96, 128, 192, 256");
+    }
+    check("cache_path_kernel");
+}
+
+void run(const token_loss_job& job, void* stream) {
+    if (job.rows == 0)
+        return;
+    const auto on = static_cast<cudaStream_t>(stream);
+    const auto rows = static_cast<unsigned>(job.rows);
+    if (job.bf16)
+        token_loss_kernel<__nv_bfloat16><<<rows, loss_threads, 0, on>>>(job);
+    else
+        token_loss_kernel<float><<<rows, loss_threads, 0, on>>>(job);
+    check("token_loss_kernel");
+}
+
+} // namespace kv1_train::cuda

@@ -1,0 +1,34 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Folders that appear whole or not at all, also where the machine stops half-way: everything is written under
+// a temporary name, synced, and renamed.
+#pragma once
+
+#include <cstddef>
+#include <filesystem>
+#include <span>
+#include <string_view>
+
+namespace kv1_train {
+
+class durable_folder {
+public:
+    /// Throws input_error where `target` exists already, or its temporary neighbour cannot be made. What an
+    /// earlier, interrupted attempt left is removed.
+    explicit durable_folder(std::filesystem::path target);
+    durable_folder(const durable_folder&) = delete;
+    durable_folder& operator=(const durable_folder&) = delete;
+    /// Without commit(): nothing is left.
+    ~durable_folder();
+
+    /// Writes and syncs a file. Throws input_error.
+    void write(std::string_view name, std::span<const std::byte> contents) const;
+    /// Gives the folder its name.
+    void commit();
+
+private:
+    std::filesystem::path target_, temporary_;
+    bool committed_ = false;
+};
+
+} // namespace kv1_train

@@ -1,0 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cli.hpp"
+
+#include <iostream>
+
+int main(int argc, char** argv) { return kv1_train::run(argc, argv, std::cout, std::cerr); }

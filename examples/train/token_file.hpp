@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A text as a trainer wants it: a folder of token ids, two bytes each, cut into shards.
+//
+//   corpus.json          {"vocab_size": .., "shards": [{"file": "tokens-00000.bin", "tokens": ..}, ..]}
+//   tokens-00000.bin     uint16, little-endian, nothing else
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <span>
+#include <vector>
+
+namespace kv1_train {
+
+/// Writes a folder; it is there only once finish() has been called.
+class token_writer {
+public:
+    /// Throws input_error where the folder exists already or cannot be made.
+    token_writer(std::filesystem::path folder, std::size_t vocab_size, std::size_t shard_tokens);
+    token_writer(const token_writer&) = delete;
+    token_writer& operator=(const token_writer&) = delete;
+    ~token_writer();
+
+    /// Throws input_error for an id that is not in the vocabulary or does not fit two bytes.
+    void append(std::span<const std::int32_t> ids);
+    void finish();
+    [[nodiscard]] std::size_t tokens() const noexcept;
+
+private:
+    struct state;
+    std::unique_ptr<state> state_;
+};
+
+/// A folder, mapped: opening one costs nothing, and ranks on one machine share its memory.
+class token_file {
+public:
+    /// Throws input_error for what is missing, too short, or not as corpus.json says.
+    [[nodiscard]] static token_file open(const std::filesystem::path& folder);
+
+    [[nodiscard]] std::size_t size() const noexcept { return size_; }
+    [[nodiscard]] std::size_t vocab_size() const noexcept { return vocab_size_; }
+    /// Copies the ids from `first` on, as if the shards were one. Precondition: they are there.
+    void read(std::size_t first, std::span<std::int64_t> out) const;
+
+private:
+    struct shard {
+        std::shared_ptr<const void> mapping;
+        std::span<const std::uint16_t> tokens;
+    };
+    std::vector<shard> shards_;
+    std::size_t size_ = 0, vocab_size_ = 0;
+};
+
+} // namespace kv1_train
