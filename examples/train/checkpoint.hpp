@@ -9,7 +9,7 @@
 #pragma once
 
 #include "kv_policy.hpp"
-#include "model.hpp"
+#include "language_model.hpp"
 #include "optimizer.hpp"
 
 #include <nlohmann/json.hpp>

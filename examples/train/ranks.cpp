@@ -3,9 +3,25 @@
 
 #include "error.hpp"
 
+// LibTorch has what its package says in its definitions, but may come without the headers of what it uses.
+#if defined(USE_C10D_GLOO) && __has_include(<gloo/context.h>)
+#define KV1_TRAIN_GLOO
+#include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
+#endif
+#if defined(KV1_TRAIN_CUDA) && defined(USE_C10D_NCCL) && __has_include(<nccl.h>)
+#define KV1_TRAIN_NCCL
+#include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
+#endif
+#if defined(KV1_TRAIN_GLOO) || defined(KV1_TRAIN_NCCL)
+#include <torch/csrc/distributed/c10d/TCPStore.hpp>
+#endif
+
 #include <charconv>
 #include <cstdlib>
+#include <functional>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace kv1_train {
 
@@ -23,20 +39,80 @@ std::int64_t number_from(const char* variable, std::int64_t otherwise) {
     return number;
 }
 
+using summation = std::function<void(torch::Tensor&)>;
+
+#if defined(KV1_TRAIN_GLOO) || defined(KV1_TRAIN_NCCL)
+template <class Group>
+summation sum_with(c10::intrusive_ptr<Group> group) {
+    return [group = std::move(group)](torch::Tensor& x) {
+        std::vector<torch::Tensor> list{x};
+        group->allreduce(list)->wait();
+    };
+}
+
+c10::intrusive_ptr<c10d::Store> meet(std::int64_t rank, std::int64_t size) {
+    const char* address = std::getenv("MASTER_ADDR");
+    c10d::TCPStoreOptions options;
+    options.port = static_cast<std::uint16_t>(number_from("MASTER_PORT", options.port));
+    options.isServer = rank == 0;
+    options.numWorkers = static_cast<std::size_t>(size);
+    return c10::make_intrusive<c10d::TCPStore>(address != nullptr ? address : "127.0.0.1", options);
+}
+#endif
+
+summation join([[maybe_unused]] std::int64_t rank, [[maybe_unused]] std::int64_t size, torch::Device device) {
+    if (device.is_cuda()) {
+#ifdef KV1_TRAIN_NCCL
+        return sum_with(c10::make_intrusive<c10d::ProcessGroupNCCL>(meet(rank, size), static_cast<int>(rank),
+                                                                    static_cast<int>(size)));
+#else
+        throw kv1_lm::input_error("WORLD_SIZE: this kv1-train was built without NCCL");
+#endif
+    }
+#ifdef KV1_TRAIN_GLOO
+    const auto options = c10d::ProcessGroupGloo::Options::create();
+    const char* interface = std::getenv("GLOO_SOCKET_IFNAME");
+    options->devices.push_back(interface != nullptr
+                                   ? c10d::ProcessGroupGloo::createDeviceForInterface(interface)
+                                   : c10d::ProcessGroupGloo::createDefaultDevice());
+    return sum_with(c10::make_intrusive<c10d::ProcessGroupGloo>(meet(rank, size), static_cast<int>(rank),
+                                                                static_cast<int>(size), options));
+#else
+    throw kv1_lm::input_error("WORLD_SIZE: this kv1-train was built without Gloo");
+#endif
+}
+
 } // namespace
 
-struct ranks::group {};
+struct ranks::group {
+    summation sum;
+};
 
-ranks ranks::from_environment(torch::Device) {
-    if (number_from("WORLD_SIZE", 1) > 1)
-        throw kv1_lm::input_error("WORLD_SIZE: this kv1-train trains in one process");
-    return {};
+ranks ranks::from_environment(torch::Device device) {
+    ranks r;
+    r.size_ = number_from("WORLD_SIZE", 1);
+    r.rank_ = number_from("RANK", 0);
+    if (r.rank_ >= r.size_)
+        throw kv1_lm::input_error("RANK " + std::to_string(r.rank_) + " is not below WORLD_SIZE " +
+                                  std::to_string(r.size_));
+    if (r.size_ > 1)
+        r.group_ = std::make_shared<group>(group{join(r.rank_, r.size_, device)});
+    return r;
 }
 
 std::int64_t ranks::local_rank() { return number_from("LOCAL_RANK", 0); }
 
-void ranks::sum(torch::Tensor&) const {}
+void ranks::sum(torch::Tensor& x) const {
+    if (group_)
+        group_->sum(x);
+}
 
-bool ranks::any(bool here, torch::Device) const { return here; }
+bool ranks::any(bool here, torch::Device device) const {
+    if (!group_)
+        return here;
+    torch::Tensor votes = torch::full({1}, here ? 1.0f : 0.0f, torch::dtype(torch::kFloat32).device(device));
+    group_->sum(votes);
+    return votes.item<float>() > 0.0f;
+}
 
 } // namespace kv1_train

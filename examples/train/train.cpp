@@ -4,7 +4,7 @@
 #include "checkpoint.hpp"
 #include "error.hpp"
 #include "loss.hpp"
-#include "model.hpp"
+#include "language_model.hpp"
 #include "progress.hpp"
 #include "ranks.hpp"
 #include "safetensors.hpp"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cli.hpp"
+#include "train_cli.hpp"
 
 #include "error.hpp"
 #include "pack.hpp"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "model.hpp"
+#include "language_model.hpp"
 
 #include "error.hpp"
 #include "safetensors.hpp"
