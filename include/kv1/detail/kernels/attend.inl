@@ -11,6 +11,15 @@ KV1_INLINE float maximum_of(const float* scores, std::size_t slots, float start)
     return xs::reduce_max(largest);
 }
 
+// Channels in the order of a lane's bytes and their planes, into the runs of one of `rows` rows.
+template <std::size_t Planes>
+KV1_INLINE void scatter_query(const std::int8_t* plain, std::size_t padded, std::int8_t* out, std::size_t rows) {
+    for (std::size_t first = 0; first < padded; first += 4 * Planes, out += rows * 4 * Planes)
+        KV1_UNROLL for (std::size_t f = 0; f < Planes; ++f)
+            KV1_UNROLL for (std::size_t j = 0; j < 4; ++j)
+                out[f * 4 + j] = plain[first + j * Planes + f];
+}
+
 // The 8-bit query of the fast path, reordered so that four consecutive bytes meet the four bytes of a lane.
 // codes: by part, of the row's tile; row r of R rows in it.
 inline void round_query(const float* query, std::size_t padded, const format_traits& t,
@@ -30,14 +39,21 @@ inline void round_query(const float* query, std::size_t padded, const format_tra
         store_u8(xs::bitwise_cast<std::uint32_t>(code), reinterpret_cast<std::uint8_t*>(plain) + i);
     }
     sum = xs::reduce_add(total);
-    for (int p = 0; p < t.part_count(); ++p) {
-        const auto planes = static_cast<std::size_t>(8 / t.field_bits(p));
-        std::int8_t* out = codes[p] + r * 4 * planes;
-        for (std::size_t first = 0; first < padded; first += 4 * planes, out += rows * 4 * planes)
-            for (std::size_t f = 0; f < planes; ++f)
-                for (std::size_t j = 0; j < 4; ++j)
-                    out[f * 4 + j] = plain[first + j * planes + f];
-    }
+    for (int p = 0; p < t.part_count(); ++p)
+        switch (t.field_bits(p)) {
+        case 1:
+            scatter_query<8>(plain, padded, codes[p] + r * 32, rows);
+            break;
+        case 2:
+            scatter_query<4>(plain, padded, codes[p] + r * 16, rows);
+            break;
+        case 4:
+            scatter_query<2>(plain, padded, codes[p] + r * 8, rows);
+            break;
+        default:
+            scatter_query<1>(plain, padded, codes[p] + r * 4, rows);
+            break;
+        }
 }
 
 // Tiles of the tokens first ... last - 1 with what fills up their granules; token[k] is the first of tile k, or

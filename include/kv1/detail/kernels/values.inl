@@ -99,11 +99,12 @@ KV1_INLINE void round_weights(const block_view& view, const softmax_rows& w, std
         KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
             alignas(16) std::uint8_t codes[tile_tokens];
             const float* at = scores + r * score_stride + k * tile_tokens;
+            i32 code[pieces];
             KV1_UNROLL for (std::size_t i = 0; i < pieces; ++i) {
-                const i32 code = round_to_int(f32::load_aligned(at + i * lanes) * inverse[r]);
-                code_sum[r] = code_sum[r] + code;
-                store_u8(xs::bitwise_cast<std::uint32_t>(code), codes + i * lanes);
+                code[i] = round_to_int(f32::load_aligned(at + i * lanes) * inverse[r]);
+                code_sum[r] = code_sum[r] + code[i];
             }
+            store_line_u8(code, codes);
             store_weight_codes<t.parts[0].bits, R>(codes, k, r, out.codes[0]);
             if constexpr (t.part_count() == 2)
                 store_weight_codes<t.parts[1].bits, R>(codes, k, r, out.codes[1]);

@@ -87,6 +87,13 @@ KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
         _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), joined);
 }
+// Sixteen numbers 0 ... 255 to bytes, in one store: they are read again at once, in other pieces.
+KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) {
+    const __m256i words = _mm256_packs_epi32(__m256i(x[0]), __m256i(x[1])); // by halves of both
+    const __m256i bytes = _mm256_packus_epi16(words, words);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
+}
 // To the nearest integer, ties to even.
 KV1_INLINE f32 nearest(f32 x) { return xs::nearbyint(x); }
 KV1_INLINE i32 round_to_int(f32 x) { return i32(_mm256_cvtps_epi32(__m256(x))); }

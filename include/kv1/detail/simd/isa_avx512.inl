@@ -78,6 +78,10 @@ KV1_INLINE u32 load_u8(const std::uint8_t* p) {
 KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(__m512i(x)));
 }
+// Sixteen numbers 0 ... 255 to bytes, in one store: they are read again at once, in other pieces.
+KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) {
+    store_u8(xs::bitwise_cast<std::uint32_t>(x[0]), p);
+}
 // To the nearest integer, ties to even.
 KV1_INLINE f32 nearest(f32 x) { return xs::nearbyint(x); }
 KV1_INLINE i32 round_to_int(f32 x) { return i32(_mm512_cvtps_epi32(__m512(x))); }

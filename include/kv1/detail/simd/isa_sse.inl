@@ -110,6 +110,11 @@ KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
     const std::int32_t four = _mm_cvtsi128_si32(_mm_packus_epi16(words, words));
     std::memcpy(p, &four, sizeof four);
 }
+// Sixteen numbers 0 ... 255 to bytes, in one store: they are read again at once, in other pieces.
+KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) {
+    const __m128i low = _mm_packs_epi32(__m128i(x[0]), __m128i(x[1])), high = _mm_packs_epi32(__m128i(x[2]), __m128i(x[3]));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(low, high));
+}
 // To the nearest integer, ties to even.
 KV1_INLINE i32 round_to_int(f32 x) { return i32(_mm_cvtps_epi32(__m128(x))); }
 // x * 2^n for integral n >= exp2_zero_from, which gives zero.
