@@ -56,12 +56,15 @@
 #include <kv1/block_table.hpp>
 #include <kv1/cache_description.hpp>
 #include <kv1/detail/kernels/registry.hpp>
+#include <kv1/encoding.hpp>
 #include <kv1/executor.hpp>
 #include <kv1/layout.hpp>
 #include <kv1/page_pool.hpp>
 #include <kv1/prefix_index.hpp>
 #include <kv1/quantizers/affine.hpp>
 #include <kv1/quantizers/binary.hpp>
+#include <kv1/quantizers/compact.hpp>
+#include <kv1/quantizers/least_squares.hpp>
 #include <kv1/quantizers/scaled_binary.hpp>
 #include <kv1/sequence_id.hpp>
 #include <kv1/status.hpp>
@@ -523,7 +526,8 @@ public:
 
     // ---- rows and pages
 
-    /// Copies cached vectors out in row format, bit for bit what the quantizer made of them.
+    /// Copies cached vectors out in row format, bit for bit what the quantizer made of them: of encoded ones
+    /// (encoding.hpp) as they were rotated and less their means. Compact metadata go as scales, 16 bits each.
     /// Errors: invalid_sequence, out_of_range, dropped_tokens, shape_mismatch (a buffer's size).
     status try_export_rows(sequence_id id, std::size_t layer, kv_side side, std::size_t kv_head,
                            std::size_t first, std::size_t count, row_buffers out) const noexcept {
@@ -554,12 +558,15 @@ public:
         return {};
     }
 
-    /// Decodes cached vectors: out is [count][channels]. Errors as try_export_rows.
+    /// Decodes cached vectors, rotated back and with their means: out is [count][channels]. Errors as
+    /// try_export_rows.
     status try_read(sequence_id id, std::size_t layer, kv_side side, std::size_t kv_head, std::size_t first,
                     std::size_t count, std::span<float> out) const noexcept {
         if (const status s = check_rows(id, layer, kv_head, first, count); !s)
             return s;
         const section_layout& section = section_of(layer, side);
+        const detail::vector_codec& codec =
+            side == kv_side::key ? planes_of(layer).keys : planes_of(layer).values;
         if (out.size() != count * section.channels)
             return {errc::shape_mismatch, "the buffer does not fit the rows"};
         for (std::size_t i = 0; i < count; ++i) {
@@ -569,6 +576,12 @@ public:
             for (std::size_t c = 0; c < section.channels; ++c)
                 out[i * section.channels + c] =
                     detail::decode_value(section.format, detail::load_code(section, page, token, c), m);
+            const std::span<float> row = out.subspan(i * section.channels, section.channels);
+            if (codec.recipe.hadamard != 0)
+                hadamard_transform(row, codec.recipe.hadamard);
+            if (const float* mean = codec.mean(kv_head))
+                for (std::size_t c = 0; c < section.channels; ++c)
+                    row[c] += mean[c];
         }
         return {};
     }
@@ -1136,7 +1149,10 @@ private:
                 table.blocks().data(),
                 table.kept_before(length, page_tokens()),
                 keys,
-                values};
+                values,
+                false,
+                nullptr,
+                nullptr};
     }
 
     // The new tokens of one layer, to pages that are open: the fp16 copies first, since what they refuse is
@@ -1153,6 +1169,8 @@ private:
                 return s;
         detail::append_job job = append_job_for(q, body_of(layer), q.length(layer), keys, values);
         job.through_fp16 = copied;
+        job.key_codec = &planes_of(layer).keys;
+        job.value_codec = &planes_of(layer).values;
         return detail::append_heads(job, body_of(layer).kv_heads, run);
     }
     status store_head(const sequence& q, std::size_t layer, std::size_t head, const tensor_view& keys,
@@ -1165,6 +1183,8 @@ private:
                 return s;
         detail::append_job job = append_job_for(q, body_of(layer), q.length(layer), keys, values);
         job.through_fp16 = copied;
+        job.key_codec = &planes_of(layer).keys;
+        job.value_codec = &planes_of(layer).values;
         return detail::append_head(job, head);
     }
 
@@ -1286,6 +1306,12 @@ private:
         job.group = query_heads / l.kv_heads;
         job.scale = scale_of(options, l.key_dim);
         job.soft_cap = options.soft_cap;
+        if (&p == &body_of(layer)) { // fp16 copies are as they were given
+            job.key_hadamard = planes_of(layer).keys.recipe.hadamard;
+            job.value_hadamard = planes_of(layer).values.recipe.hadamard;
+            job.key_means = planes_of(layer).keys.mean(0);
+            job.value_means = planes_of(layer).values.mean(0);
+        }
         return job;
     }
 
