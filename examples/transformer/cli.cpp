@@ -5,6 +5,7 @@
 #include "generate.hpp"
 #include "info.hpp"
 #include "kld.hpp"
+#include "sweep.hpp"
 
 #include <CLI/CLI.hpp>
 
@@ -134,6 +135,35 @@ int run_or_throw(int argc, const char* const* argv, std::istream& in, std::ostre
                           "Count the last position of each chunk too");
     kld_command->add_option("--json", k.json, "File to write the result to");
 
+    sweep_options s;
+    texts sweep_texts;
+    s.threads = k.threads;
+    CLI::App* sweep_command =
+        app.add_subcommand("sweep", "Measure many cache policies at once: bytes, errors, KLD, perplexity");
+    sweep_command->add_option("--model", s.models, "Model folders")->expected(1, -1);
+    sweep_command->add_option("--text", s.text, "UTF-8 text to measure on")->required();
+    sweep_command->add_option(
+        "--calibrate", s.calibration_text,
+        "UTF-8 text that means and query moments are taken from; not the one measured on");
+    add_count(*sweep_command, "--calibration-tokens", s.calibration_tokens, "Tokens of it to use");
+    sweep_command
+        ->add_option(
+            "--policy", s.policies,
+            "KEYS,VALUES such as c3+ls+had+mean+ew,c2+ls+had+mean: a width (c: compact), least squares, "
+            "Hadamard rotation, centring, error weights; /LAYER:KEYS,VALUES for one layer, @SINKS:WINDOW "
+            "for fp16 tokens. Several may be given; none: those of README's table")
+        ->expected(1, -1);
+    add_count(*sweep_command, "--chunks", s.chunks, "The first so many chunks; 0 is all");
+    add_count(*sweep_command, "--seq-len", s.seq_len, "Tokens of a chunk");
+    sweep_command->add_option("--attention", sweep_texts.attention, "exact or fast; see kld")
+        ->check(CLI::IsMember({"exact", "fast"}))
+        ->capture_default_str();
+    sweep_command->add_option("--threads", s.threads, "Threads")
+        ->check(CLI::Range(1, 1024))
+        ->capture_default_str();
+    sweep_command->add_option("--json", s.json, "File of results; one that is there is continued");
+    sweep_command->add_option("--csv", s.csv, "File to write the table to");
+
     CLI::App* info_command = app.add_subcommand("info", "Show a model's shape and what its cache costs");
     add_common(*info_command, info_model);
 
@@ -157,6 +187,12 @@ int run_or_throw(int argc, const char* const* argv, std::istream& in, std::ostre
         k.precision = parse_attention(kld_texts.attention);
         k.show_progress = error_output_is_a_terminal();
         kld(k, out, err);
+    } else if (*sweep_command) {
+        if (s.models.empty())
+            s.models.push_back(info_model);
+        s.precision = parse_attention(sweep_texts.attention);
+        s.show_progress = error_output_is_a_terminal();
+        sweep(s, out, err);
     } else if (*info_command) {
         info(info_model, out);
     }

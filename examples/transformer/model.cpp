@@ -115,6 +115,12 @@ kv1::cache_description model::cache_shape(const kv_formats& formats, std::size_t
 std::vector<float> model::forward(std::span<const std::int32_t> tokens, kv1::kv_cache& cache,
                                   kv1::sequence_id sequence, kv1::precision precision,
                                   thread_pool& pool) const {
+    return forward(tokens, cache, sequence, precision, pool, {});
+}
+
+std::vector<float> model::forward(std::span<const std::int32_t> tokens, kv1::kv_cache& cache,
+                                  kv1::sequence_id sequence, kv1::precision precision, thread_pool& pool,
+                                  const observer& watch) const {
     const model_config& c = config_;
     const std::size_t n = tokens.size(), first = cache.length(sequence);
     if (n > c.max_positions || first > c.max_positions - n)
@@ -144,6 +150,10 @@ std::vector<float> model::forward(std::span<const std::int32_t> tokens, kv1::kv_
         rotate(q, c.heads, first);
         rotate(k, c.kv_heads, first);
 
+        if (watch)
+            watch(i, {q.data(), n, c.heads, c.head_dim}, {k.data(), n, c.kv_heads, c.head_dim},
+                  {v.data(), n, c.kv_heads, c.head_dim});
+
         // all that there is to kv1: quantize and store what is new, attend to what is stored
         cache.append(sequence, i, {k.data(), n, c.kv_heads, c.head_dim},
                      {v.data(), n, c.kv_heads, c.head_dim}, pool);
@@ -162,6 +172,19 @@ std::vector<float> model::forward(std::span<const std::int32_t> tokens, kv1::kv_
     }
     normalize(x, final_norm_, normed);
     return normed;
+}
+
+std::vector<float> model::value_weights(std::size_t index) const {
+    const std::size_t d = config_.head_dim, group = config_.heads / config_.kv_heads;
+    std::vector<float> sums(config_.kv_heads * d * d);
+    for (std::size_t o = 0; o < config_.hidden_size; ++o) {
+        const std::span<const float> row = layers_[index].output.row(o);
+        for (std::size_t h = 0; h < config_.heads; ++h)
+            for (std::size_t i = 0; i < d; ++i)
+                for (std::size_t j = 0; j < d; ++j)
+                    sums[(h / group * d + i) * d + j] += row[h * d + i] * row[h * d + j];
+    }
+    return sums;
 }
 
 void model::logits(std::span<const float> hidden, std::span<float> out, thread_pool& pool) const {

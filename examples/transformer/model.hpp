@@ -15,6 +15,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <span>
 #include <vector>
 
@@ -39,6 +40,16 @@ public:
     [[nodiscard]] std::vector<float> forward(std::span<const std::int32_t> tokens, kv1::kv_cache& cache,
                                              kv1::sequence_id sequence, kv1::precision precision,
                                              thread_pool& pool) const;
+    /// Sees queries, keys (both after RoPE) and values of each layer before they go to the cache.
+    using observer = std::function<void(std::size_t layer, kv1::tensor_view queries, kv1::tensor_view keys,
+                                        kv1::tensor_view values)>;
+    /// As above, watched. What `watch` throws ends the run.
+    [[nodiscard]] std::vector<float> forward(std::span<const std::int32_t> tokens, kv1::kv_cache& cache,
+                                             kv1::sequence_id sequence, kv1::precision precision,
+                                             thread_pool& pool, const observer& watch) const;
+    /// What errors in values cost: sums of W_o^T W_o over the query heads of each KV head,
+    /// [kv_heads][head_dim][head_dim]. Precondition: a layer of the model.
+    [[nodiscard]] std::vector<float> value_weights(std::size_t index) const;
     /// Logits [rows][vocab_size] of hidden states [rows][hidden_size].
     void logits(std::span<const float> hidden, std::span<float> out, thread_pool& pool) const;
 

@@ -3,6 +3,7 @@
 // The shape of a cache, and what it costs. Plain data; checked when a cache is made from it.
 #pragma once
 
+#include <kv1/encoding.hpp>
 #include <kv1/format.hpp>
 #include <kv1/layout.hpp>
 
@@ -22,6 +23,11 @@ struct layer_description {
     /// A query sees this many tokens, itself included; 0: all. Pages that no later query can see are freed
     /// when the sequence is committed.
     std::size_t sliding_window = 0;
+    /// What happens to vectors before they are stored, and how their levels are chosen; encoding.hpp.
+    /// @{
+    vector_encoding key_encoding = {};
+    vector_encoding value_encoding = {};
+    /// @}
     /// Whether all fields are the same.
     friend bool operator==(const layer_description&, const layer_description&) = default;
 };

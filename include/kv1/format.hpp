@@ -7,6 +7,7 @@
 //
 //   format           code bits  metadata (fp16)   bytes per vector of D channels     value
 //   affine<b>        b          scale, minimum    ceil(D*b/8) + 4                    scale*code + minimum
+//   compact<b>       b          16-bit pair       ceil(D*b/8) + 2                      scale*(code + offset)
 //   scaled_binary    1          scale             ceil(D/8) + 2                      +-scale
 //   binary           1          none              ceil(D/8)                          0 or 1
 //   plain<float16>   -          none              2 D                                the value
@@ -31,6 +32,10 @@ namespace kv1::inline KV1_ABI {
 /// 2^Bits levels from the minimum to the maximum of a vector; see kv1/quantizers/affine.hpp.
 template <int Bits>
 struct affine;
+/// The same with scale and offset in 16 bits, for centred vectors; see kv1/quantizers/compact.hpp. Bits is 2
+/// to 4.
+template <int Bits>
+struct compact;
 /// Signs alone; see kv1/quantizers/binary.hpp.
 struct binary;
 /// Signs and a mean magnitude; see kv1/quantizers/scaled_binary.hpp.
@@ -45,12 +50,25 @@ struct plain {
 };
 
 /// The formats a cache can store, K and V independently, layer by layer.
-enum class kv_format : std::uint8_t { fp32, fp16, affine8, affine4, affine3, affine2, scaled_binary, binary };
+enum class kv_format : std::uint8_t {
+    fp32,
+    fp16,
+    affine8,
+    affine4,
+    affine3,
+    affine2,
+    scaled_binary,
+    binary,
+    compact4,
+    compact3,
+    compact2
+};
 
-/// Every format, widest first.
+/// Every format, in the enumeration's order.
 inline constexpr std::array all_kv_formats{kv_format::fp32,          kv_format::fp16,    kv_format::affine8,
                                            kv_format::affine4,       kv_format::affine3, kv_format::affine2,
-                                           kv_format::scaled_binary, kv_format::binary};
+                                           kv_format::scaled_binary, kv_format::binary,  kv_format::compact4,
+                                           kv_format::compact3,      kv_format::compact2};
 
 /// The enumerator's name.
 [[nodiscard]] constexpr std::string_view to_string(kv_format f) noexcept {
@@ -71,13 +89,19 @@ inline constexpr std::array all_kv_formats{kv_format::fp32,          kv_format::
         return "scaled_binary";
     case kv_format::binary:
         return "binary";
+    case kv_format::compact4:
+        return "compact4";
+    case kv_format::compact3:
+        return "compact3";
+    case kv_format::compact2:
+        return "compact2";
     }
     return "unknown";
 }
 
 namespace detail {
 
-enum class metadata_kind : std::uint8_t { none, scale, scale_and_minimum };
+enum class metadata_kind : std::uint8_t { none, scale, scale_and_minimum, compact };
 
 // A code is stored as one or two bit fields, each in lines of its own: a 3-bit code is its two low bits and
 // its high bit, so that every field divides a 32-bit lane.
@@ -105,7 +129,7 @@ struct format_traits {
         return static_cast<std::size_t>(32 / narrowest);
     }
     [[nodiscard]] constexpr std::size_t metadata_bytes() const noexcept {
-        return metadata == metadata_kind::none ? 0u : metadata == metadata_kind::scale ? 2u : 4u;
+        return metadata == metadata_kind::none ? 0u : metadata == metadata_kind::scale_and_minimum ? 4u : 2u;
     }
 };
 
@@ -133,6 +157,12 @@ constexpr format_traits traits_of(kv_format f) noexcept {
         return coded(f, 1, metadata_kind::scale);
     case kv_format::binary:
         return coded(f, 1, metadata_kind::none);
+    case kv_format::compact4:
+        return coded(f, 4, metadata_kind::compact);
+    case kv_format::compact3:
+        return coded(f, 3, metadata_kind::compact);
+    case kv_format::compact2:
+        return coded(f, 2, metadata_kind::compact);
     }
     return {};
 }
@@ -155,6 +185,12 @@ template <>
 struct format_id<scaled_binary> : std::integral_constant<kv_format, kv_format::scaled_binary> {};
 template <>
 struct format_id<binary> : std::integral_constant<kv_format, kv_format::binary> {};
+template <>
+struct format_id<compact<4>> : std::integral_constant<kv_format, kv_format::compact4> {};
+template <>
+struct format_id<compact<3>> : std::integral_constant<kv_format, kv_format::compact3> {};
+template <>
+struct format_id<compact<2>> : std::integral_constant<kv_format, kv_format::compact2> {};
 
 } // namespace detail
 
@@ -189,7 +225,7 @@ struct formats {
 };
 
 /// Every format there is.
-using all_formats =
-    formats<plain<float>, plain<float16>, affine<8>, affine<4>, affine<3>, affine<2>, scaled_binary, binary>;
+using all_formats = formats<plain<float>, plain<float16>, affine<8>, affine<4>, affine<3>, affine<2>,
+                            scaled_binary, binary, compact<4>, compact<3>, compact<2>>;
 
 } // namespace kv1::inline KV1_ABI

@@ -56,12 +56,15 @@
 #include <kv1/block_table.hpp>
 #include <kv1/cache_description.hpp>
 #include <kv1/cache_views.hpp>
+#include <kv1/encoding.hpp>
 #include <kv1/executor.hpp>
 #include <kv1/layout.hpp>
 #include <kv1/page_pool.hpp>
 #include <kv1/prefix_index.hpp>
 #include <kv1/quantizers/affine.hpp>
 #include <kv1/quantizers/binary.hpp>
+#include <kv1/quantizers/compact.hpp>
+#include <kv1/quantizers/least_squares.hpp>
 #include <kv1/quantizers/scaled_binary.hpp>
 #include <kv1/sequence_id.hpp>
 #include <kv1/status.hpp>
@@ -436,7 +439,8 @@ public:
 
     // ---- rows and pages
 
-    /// Copies cached vectors out in row format, bit for bit what the quantizer made of them.
+    /// Copies cached vectors out in row format, bit for bit what the quantizer made of them: of encoded ones
+    /// (encoding.hpp) as they were rotated and less their means. Compact metadata go as scales, 16 bits each.
     /// Errors: invalid_sequence, out_of_range, dropped_tokens, shape_mismatch (a buffer's size).
     status try_export_rows(sequence_id id, std::size_t layer, kv_side side, std::size_t kv_head,
                            std::size_t first, std::size_t count, row_buffers out) const noexcept {
@@ -451,7 +455,8 @@ public:
         return {};
     }
 
-    /// Decodes cached vectors: out is [count][channels]. Errors as try_export_rows.
+    /// Decodes cached vectors, rotated back and with their means: out is [count][channels]. Errors as
+    /// try_export_rows.
     status try_read(sequence_id id, std::size_t layer, kv_side side, std::size_t kv_head, std::size_t first,
                     std::size_t count, std::span<float> out) const noexcept {
         if (const status s = check_rows(id, layer, kv_head, first, count); !s)
@@ -459,10 +464,14 @@ public:
         const section_layout& section = section_of(layer, side);
         if (out.size() != count * section.channels)
             return {errc::shape_mismatch, "the buffer does not fit the rows"};
-        for (std::size_t i = 0; i < count; ++i)
+        const detail::layer_planes& planes = state_->planes_of(layer);
+        const detail::vector_codec& codec = side == kv_side::key ? planes.keys : planes.values;
+        for (std::size_t i = 0; i < count; ++i) {
+            const std::span<float> row = out.subspan(i * section.channels, section.channels);
             detail::decode_row(section, page_of(*state_->find(id), layer, kv_head, first + i),
-                               (first + i) % state_->page_tokens(),
-                               out.subspan(i * section.channels, section.channels));
+                               (first + i) % state_->page_tokens(), row);
+            codec.restore(row, kv_head);
+        }
         return {};
     }
 
@@ -687,7 +696,10 @@ private:
                 table.blocks().data(),
                 table.kept_before(length, state_->page_tokens()),
                 keys,
-                values};
+                values,
+                false,
+                nullptr,
+                nullptr};
     }
 
     // The new tokens of one layer, to pages that are open: the fp16 copies first, since what they refuse is
@@ -704,6 +716,8 @@ private:
                 return s;
         detail::append_job job = append_job_for(q, state_->body_of(layer), q.length(layer), keys, values);
         job.through_fp16 = copied;
+        job.key_codec = &state_->planes_of(layer).keys;
+        job.value_codec = &state_->planes_of(layer).values;
         return detail::append_heads(job, state_->body_of(layer).kv_heads, run);
     }
     status store_head(const detail::sequence_state& q, std::size_t layer, std::size_t head,
@@ -716,6 +730,8 @@ private:
                 return s;
         detail::append_job job = append_job_for(q, state_->body_of(layer), q.length(layer), keys, values);
         job.through_fp16 = copied;
+        job.key_codec = &state_->planes_of(layer).keys;
+        job.value_codec = &state_->planes_of(layer).values;
         return detail::append_head(job, head);
     }
 

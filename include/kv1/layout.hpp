@@ -15,7 +15,8 @@
 // 3-bit codes are a 2-bit part and a 1-bit part in lines of their own. A page is
 //
 //   [K lines: by tile of 16 tokens, part, channel group] [V lines: by group of 16 channels, part, token line]
-//   [k_scale] [k_minimum] [v_scale] [v_minimum]   fp16 arrays of page_tokens, where the format has them
+//   [k_scale] [k_minimum] [v_scale] [v_minimum]   fp16 arrays of page_tokens, where the format has them; the
+//                                                 16-bit pairs of compact formats lie in place of scales
 //
 // padded to whole lines. K channels are padded to whole lanes, V channels to 16; padding is counted in
 // page_layout::bytes(). Bytes past the stored tokens of an open page hold finite garbage or zero and carry no
@@ -229,6 +230,28 @@ inline void store_metadata(const section_layout& s, std::byte* page, std::size_t
         std::memcpy(page + s.minimum_offset + token * 2, &m.minimum, 2);
 }
 
+// Metadata of compact formats: an fp16 number whose sign and six lowest bits are lent to the offset.
+//
+//   bit 15  14..10    9..6          5..0
+//   sign of exponent  mantissa of   magnitude of
+//   offset  of scale  scale         offset
+//
+// With L = 2^bits - 1 and w the offset, -63 ... 63: value = scale * (code + L * (w - 64) / 128), so that the
+// levels of w = 0 lie about zero. Nothing in it is rounded: codes, offset and scale have 16 bits together.
+struct compact_pair {
+    static constexpr std::uint16_t scale_mask = 0x7fc0u, smallest_scale = 0x0040u;
+    static constexpr int largest_offset = 63;
+
+    static constexpr float scale(std::uint16_t pair) noexcept {
+        return half_to_float(static_cast<std::uint16_t>(pair & scale_mask));
+    }
+    // in steps
+    static constexpr float offset(std::uint16_t pair, int max_code) noexcept {
+        const int magnitude = pair & largest_offset, w = (pair & 0x8000u) != 0 ? -magnitude : magnitude;
+        return static_cast<float>(max_code * (w - 64)) * (1.0f / 128.0f);
+    }
+};
+
 // Every coded format's value is slope * code + base; this is the pair, in fp32.
 struct affine_pair {
     float slope;
@@ -236,11 +259,16 @@ struct affine_pair {
 };
 
 constexpr affine_pair decode_metadata(kv_format f, row_metadata m) noexcept {
-    switch (traits_of(f).metadata) {
+    const format_traits t = traits_of(f);
+    switch (t.metadata) {
     case metadata_kind::scale_and_minimum:
         return {half_to_float(m.scale), half_to_float(m.minimum)};
     case metadata_kind::scale:
         return {2.0f * half_to_float(m.scale), -half_to_float(m.scale)};
+    case metadata_kind::compact: {
+        const float slope = compact_pair::scale(m.scale);
+        return {slope, slope * compact_pair::offset(m.scale, (1 << t.code_bits) - 1)};
+    }
     case metadata_kind::none:
         break;
     }

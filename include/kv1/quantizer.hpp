@@ -80,12 +80,51 @@ constexpr float as_written(float x) noexcept {
 constexpr float as_written(float x) noexcept { return x; }
 #endif
 
+// a * b, rounded: what follows cannot fuse with it, so that sums are the same bits on every processor.
+inline float product_of(float a, float b) noexcept {
+    float product = a * b;
+#if (defined(__GNUC__) || defined(__clang__)) && defined(__SSE2__)
+    __asm__("" : "+x"(product));
+#elif (defined(__GNUC__) || defined(__clang__)) && defined(__ARM_NEON)
+    __asm__("" : "+w"(product));
+#elif defined(__GNUC__) || defined(__clang__)
+    __asm__("" : "+m"(product));
+#endif
+    return product;
+}
+
+// The longest vector that the fitting quantizers take.
+inline constexpr std::size_t max_vector_length = 4096;
+
+struct value_extremes {
+    float low, high;
+};
+// Of a vector with channels, all finite; -0 counts as +0.
+inline value_extremes plain_range(std::span<const float> x) noexcept {
+    value_extremes r{x[0] + 0.0f, x[0] + 0.0f};
+    for (const float value : x) {
+        const float v = value + 0.0f;
+        r.low = v < r.low ? v : r.low;
+        r.high = v > r.high ? v : r.high;
+    }
+    return r;
+}
+
 // Index of the first NaN or infinity; n where there is none.
 inline std::size_t first_non_finite(std::span<const float> x) noexcept {
     std::size_t i = 0;
     while (i < x.size() && is_finite(x[i]))
         ++i;
     return i;
+}
+
+inline constexpr float largest_half = 65504.0f;
+
+inline status check_fp16_range(std::span<const float> x) noexcept {
+    for (std::size_t i = 0; i < x.size(); ++i)
+        if (!(std::fabs(x[i]) <= largest_half))
+            return {errc::not_representable, rule_fp16_value, {.channel = static_cast<std::int64_t>(i)}};
+    return {};
 }
 
 inline status check_vector(std::span<const float> x, std::span<std::uint8_t> codes) noexcept {

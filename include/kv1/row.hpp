@@ -10,6 +10,8 @@
 #include <kv1/quantizer.hpp>
 #include <kv1/quantizers/affine.hpp>
 #include <kv1/quantizers/binary.hpp>
+#include <kv1/quantizers/compact.hpp>
+#include <kv1/quantizers/least_squares.hpp>
 #include <kv1/quantizers/scaled_binary.hpp>
 
 #include <array>
@@ -30,14 +32,34 @@ inline constexpr int affine_bits<affine<Bits>> = Bits;
 inline status as_status(const encode_result& r) noexcept {
     if (r.code == errc::ok)
         return {};
-    return {
-        r.code, r.rule, {.channel = r.code == errc::non_finite ? static_cast<std::int64_t>(r.channel) : -1}};
+    return {r.code,
+            r.rule,
+            {.channel = r.code == errc::non_finite || r.rule == rule_fp16_value
+                            ? static_cast<std::int64_t>(r.channel)
+                            : -1}};
 }
+
+template <class Q>
+inline constexpr encode_recipe recipe_of{};
+template <int Bits>
+inline constexpr encode_recipe recipe_of<compact<Bits>>{kv_format_of<compact<Bits>>, false, 0, 0};
+template <storage_format Q>
+inline constexpr encode_recipe recipe_of<least_squares<Q>>{kv_format_of<Q>, true, 0, 0};
 
 // Codes of a vector on the current target; `codes` holds round_up(n, 32) bytes.
 template <quantizer Q>
 encode_result encode_codes(const float* x, std::size_t n, std::uint8_t* codes) noexcept {
-    if constexpr (affine_bits<Q> != 0)
+    if constexpr (recipe_of<Q>.format != kv_format{}) {
+        encode_recipe recipe = recipe_of<Q>;
+        recipe.channels = n;
+        const encode_row row{x, nullptr, nullptr};
+        std::size_t failed = 0;
+        row_metadata metadata;
+        encode_result r =
+            common_kernels().encode_rows(recipe, &row, 1, codes, max_head_dim, &metadata, failed);
+        r.metadata = metadata;
+        return r;
+    } else if constexpr (affine_bits<Q> != 0)
         return common_kernels().encode_affine(x, n, affine_bits<Q>, codes);
     else if constexpr (std::same_as<Q, scaled_binary>)
         return common_kernels().encode_scaled_binary(x, n, codes);
@@ -46,8 +68,8 @@ encode_result encode_codes(const float* x, std::size_t n, std::uint8_t* codes) n
 }
 
 template <quantizer Q>
-inline constexpr bool library_quantizer =
-    affine_bits<Q> != 0 || std::same_as<Q, scaled_binary> || std::same_as<Q, binary>;
+inline constexpr bool library_quantizer = recipe_of<Q>.format != kv_format{} || affine_bits<Q> != 0 ||
+                                          std::same_as<Q, scaled_binary> || std::same_as<Q, binary>;
 
 } // namespace detail
 

@@ -74,7 +74,11 @@ struct cached_side {
         off_centre.resize(n * dim);
         for (std::size_t t = 0; t < n; ++t) {
             double s = 1.0, base = 0.0;
-            if (metadata == 4) {
+            if (kv1::detail::traits_of(f).metadata == kv1::detail::metadata_kind::compact) {
+                const kv1::detail::affine_pair p = kv1::detail::decode_metadata(f, {scales[t].bits(), 0});
+                s = p.slope;
+                base = p.base;
+            } else if (metadata == 4) {
                 s = static_cast<float>(scales[t]);
                 base = static_cast<float>(minima[t]);
             } else if (metadata == 2) {

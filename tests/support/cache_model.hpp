@@ -53,6 +53,12 @@ inline std::vector<float> through_format(kv1::kv_format f, const std::vector<flo
         return quantized(kv1::scaled_binary{});
     case kv1::kv_format::binary:
         return quantized(kv1::binary{});
+    case kv1::kv_format::compact4:
+        return quantized(kv1::compact<4>{});
+    case kv1::kv_format::compact3:
+        return quantized(kv1::compact<3>{});
+    case kv1::kv_format::compact2:
+        return quantized(kv1::compact<2>{});
     }
     return y;
 }

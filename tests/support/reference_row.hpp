@@ -73,6 +73,12 @@ inline reference_row make_reference_row(kv1::kv_format f, std::span<const float>
         return quantized_row<kv1::scaled_binary>(x);
     case kv1::kv_format::binary:
         return quantized_row<kv1::binary>(x);
+    case kv1::kv_format::compact4:
+        return quantized_row<kv1::compact<4>>(x);
+    case kv1::kv_format::compact3:
+        return quantized_row<kv1::compact<3>>(x);
+    case kv1::kv_format::compact2:
+        return quantized_row<kv1::compact<2>>(x);
     }
     throw std::runtime_error("unknown format");
 }

@@ -321,8 +321,8 @@ TEST_CASE("any number of tokens is attended, whatever the page size", "[attentio
                .group = 2,
                .tokens = n,
                .page_tokens = pages[(n + 2) % 6],
-               .key_format = kv1::all_kv_formats[n % 8],
-               .value_format = kv1::all_kv_formats[n / 8 % 8]},
+               .key_format = kv1::all_kv_formats[n % kv1::all_kv_formats.size()],
+               .value_format = kv1::all_kv_formats[n / 8 % kv1::all_kv_formats.size()]},
               600 + n, t);
     }
     KV1_REQUIRE_CLEAN(t);

@@ -40,10 +40,13 @@ std::size_t bits_of_value(kv_format f) {
     case kv_format::affine8:
         return 8;
     case kv_format::affine4:
+    case kv_format::compact4:
         return 4;
     case kv_format::affine3:
+    case kv_format::compact3:
         return 3;
     case kv_format::affine2:
+    case kv_format::compact2:
         return 2;
     case kv_format::scaled_binary:
     case kv_format::binary:
@@ -329,7 +332,7 @@ TEST_CASE("row sizes are those of the format table", "[layout]") {
     for (const kv_format f : kv1::all_kv_formats)
         for (const std::size_t d : dims()) {
             const std::size_t metadata = !is_coded(f) || f == kv_format::binary ? 0u
-                                         : f == kv_format::scaled_binary        ? 2u
+                                         : f == kv_format::scaled_binary || f >= kv_format::compact4 ? 2u
                                                                                 : 4u;
             REQUIRE(kv1::packed_bytes(f, d) == (d * bits_of_value(f) + 7) / 8);
             REQUIRE(kv1::row_bytes(f, d) == (d * bits_of_value(f) + 7) / 8 + metadata);

@@ -3,7 +3,9 @@
 // Quantizing and inserting new tokens: the loop over KV heads and tokens around the target's kernels.
 #pragma once
 
+#include <kv1/detail/encode_reference.hpp>
 #include <kv1/detail/kernels/interface.hpp>
+#include <kv1/detail/vector_codec.hpp>
 #include <kv1/executor.hpp>
 #include <kv1/quantizer.hpp>
 #include <kv1/tensor.hpp>
@@ -24,6 +26,17 @@ struct append_job {
     std::size_t first_token; // place of the first new token among those of the block table
     tensor_view keys, values;
     bool through_fp16 = false; // what is quantized is the vector rounded to fp16
+    // of the body's sections; null for fp16 copies
+    const vector_codec* key_codec = nullptr;
+    const vector_codec* value_codec = nullptr;
+
+    [[nodiscard]] const vector_codec* codec(const section_layout& s) const noexcept {
+        return s.keys ? key_codec : value_codec;
+    }
+    [[nodiscard]] bool is_plain(const section_layout& s) const noexcept { // nothing but the format's own rule
+        const vector_codec* c = codec(s);
+        return c == nullptr || !(c->by_recipe || c->prepares());
+    }
 };
 
 // The element of a plain section that holds (token, channel); T is its storage type.
@@ -88,6 +101,7 @@ inline encode_result insert_vector(const target_kernels& kernels, const section_
     case metadata_kind::scale:
         encoded = kernels.encode_scaled_binary(x, s.channels, codes);
         break;
+    case metadata_kind::compact: // by recipe, never here
     case metadata_kind::none:
         encoded = kernels.encode_binary(x, s.channels, codes);
         break;
@@ -168,10 +182,71 @@ private:
     alignas(64) float converted_[max_head_dim];
 };
 
+// Gathers vectors whose codes a recipe chooses.
+class recipe_batch {
+public:
+    recipe_batch(const append_job& job, const section_layout& s) noexcept
+        : job_(job), section_(s), codec_(*job.codec(s)), stride_(round_up(s.channels, 32)),
+          most_(std::min(tile_tokens, max_head_dim / stride_)) {
+        std::memset(codes_, 0, sizeof codes_);
+    }
+
+    status add(std::size_t head, std::size_t i) noexcept {
+        if (count_ == most_)
+            if (const status flushed = flush(); !flushed)
+                return flushed;
+        const tensor_view& source = section_.keys ? job_.keys : job_.values;
+        rows_[count_] = codec_.row(row_of(job_, source, i, head, converted_ + count_ * stride_), head);
+        heads_[count_] = head;
+        tokens_[count_++] = i;
+        return {};
+    }
+
+    status flush() noexcept {
+        const std::size_t count = count_;
+        count_ = 0;
+        if (count == 0)
+            return {};
+        std::size_t failed = 0;
+        row_metadata metadata[tile_tokens];
+        const encode_result r =
+            job_.kernels->encode_rows(codec_.recipe, rows_, count, codes_, stride_, metadata, failed);
+        if (r.code != errc::ok)
+            return append_error(r, heads_[failed], tokens_[failed]);
+        const std::size_t page_tokens = job_.layout->page_tokens();
+        for (std::size_t k = 0; k < count; ++k) {
+            const std::size_t token = job_.first_token + tokens_[k];
+            std::byte* page = page_of(job_, heads_[k], token / page_tokens);
+            job_.kernels->insert_codes(section_, page, token % page_tokens, codes_ + k * stride_);
+            store_metadata(section_, page, token % page_tokens, metadata[k]);
+        }
+        return {};
+    }
+
+private:
+    const append_job& job_;
+    const section_layout& section_;
+    const vector_codec& codec_;
+    std::size_t stride_, most_; // of codes; rows of a batch
+    encode_row rows_[tile_tokens];
+    std::size_t heads_[tile_tokens], tokens_[tile_tokens];
+    std::size_t count_ = 0;
+    alignas(64) float converted_[max_head_dim];
+    alignas(64) std::uint8_t codes_[max_head_dim]; // zero past the channels
+};
+
 // All new tokens of one KV head, of K or V; 2-bit codes in batches, others one by one.
 inline status append_section(const append_job& job, const section_layout& s, std::size_t head) noexcept {
     const tensor_view& source = s.keys ? job.keys : job.values;
-    if (s.format == kv_format::affine2) {
+    const vector_codec* codec = job.codec(s);
+    if (codec != nullptr && codec->by_recipe) {
+        recipe_batch batch(job, s);
+        for (std::size_t i = 0; i < source.tokens(); ++i)
+            if (const status added = batch.add(head, i); !added)
+                return added;
+        return batch.flush();
+    }
+    if (s.format == kv_format::affine2 && job.is_plain(s)) {
         affine2_batch batch(job);
         for (std::size_t i = 0; i < source.tokens(); ++i) {
             // batches are tiles, so that the lines of V are written once
@@ -183,13 +258,19 @@ inline status append_section(const append_job& job, const section_layout& s, std
         }
         return batch.flush();
     }
-    alignas(64) float converted[max_head_dim];
+    alignas(64) float converted[max_head_dim], prepared[max_head_dim];
     alignas(64) std::uint8_t
         codes[2 * max_head_dim]; // codes, zero past the channels; or the halves of a plain vector
     std::memset(codes, 0, round_up(s.channels, 32));
     for (std::size_t i = 0; i < source.tokens(); ++i) {
         const float* x = row_of(job, source, i, head, converted);
         const std::size_t token = job.first_token + i;
+        if (codec != nullptr && codec->prepares()) {
+            if (const std::size_t bad = first_non_finite({x, s.channels}); bad != s.channels)
+                return append_error({errc::non_finite, rule_finite, bad, {}}, head, i);
+            prepare_vector(codec->recipe, codec->row(x, head), prepared);
+            x = prepared;
+        }
         const encode_result r =
             insert_vector(*job.kernels, s, page_of(job, head, token / s.tokens), token % s.tokens, x, codes);
         if (r.code != errc::ok)
@@ -207,7 +288,25 @@ template <executor E>
 status append_heads(const append_job& job, std::size_t kv_heads, E& run) noexcept {
     const section_layout& keys = job.layout->keys();
     const section_layout& values = job.layout->values();
-    if (job.keys.tokens() == 1 && keys.format == kv_format::affine2 && values.format == kv_format::affine2) {
+    const auto recipe = [&](const section_layout& s) {
+        return job.codec(s) != nullptr && job.codec(s)->by_recipe;
+    };
+    if (job.keys.tokens() == 1 && recipe(keys) && recipe(values)) { // likewise
+        status s;
+        auto all = [&](std::size_t) {
+            for (const section_layout* each : {&keys, &values}) {
+                recipe_batch batch(job, *each);
+                for (std::size_t head = 0; s && head < kv_heads; ++head)
+                    s = batch.add(head, 0);
+                if (s)
+                    s = batch.flush();
+            }
+        };
+        run(1, task_view(all));
+        return s;
+    }
+    if (job.keys.tokens() == 1 && keys.format == kv_format::affine2 && values.format == kv_format::affine2 &&
+        job.is_plain(keys) && job.is_plain(values)) {
         // one token of decoding: less work than a thread's wake-up, and cheapest over all heads at once
         status s;
         auto all = [&](std::size_t) {

@@ -203,6 +203,13 @@ private:
         job.group = query_heads / shape_.kv_heads;
         job.scale = scale();
         job.soft_cap = options_.soft_cap;
+        if (&p == &body_) { // fp16 copies are as they were given
+            const layer_planes& planes = cache_.planes_of(layer_);
+            job.key_hadamard = planes.keys.recipe.hadamard;
+            job.value_hadamard = planes.values.recipe.hadamard;
+            job.key_means = planes.keys.mean(0);
+            job.value_means = planes.values.mean(0);
+        }
         return job;
     }
 

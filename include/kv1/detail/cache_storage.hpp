@@ -11,6 +11,7 @@
 #include <kv1/cache_description.hpp>
 #include <kv1/detail/arena.hpp>
 #include <kv1/detail/kernels/interface.hpp>
+#include <kv1/detail/vector_codec.hpp>
 #include <kv1/page_pool.hpp>
 #include <kv1/status.hpp>
 
@@ -54,6 +55,7 @@ struct layer_planes {
     layer_description shape;
     std::size_t body = no_plane;
     std::size_t copy = no_plane; // fp16, where the layer has one
+    vector_codec keys, values;   // of the body
 };
 
 template <class Allocator>
@@ -194,7 +196,16 @@ private:
         const page_layout layout(l.key_format, l.key_dim, l.value_format, l.value_dim, page_tokens());
         if (const status s = add_plane(i, group, layout, allocator); !s)
             return s;
-        layers_.push_back({l, planes_.size() - 1, no_plane});
+        layer_planes planes;
+        if (status s = make_codec(l.key_format, l.key_encoding, l.kv_heads, l.key_dim, planes.keys); !s)
+            return {s.code(), s.rule(), at_layer(i)};
+        if (status s = make_codec(l.value_format, l.value_encoding, l.kv_heads, l.value_dim, planes.values);
+            !s)
+            return {s.code(), s.rule(), at_layer(i)};
+        planes.body = planes_.size() - 1;
+        if (const status s = guarded([&] { planes.shape = l; }); !s)
+            return s;
+        layers_.push_back(std::move(planes)); // within the reserved capacity
         return {};
     }
 

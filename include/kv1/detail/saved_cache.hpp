@@ -29,7 +29,7 @@
 namespace kv1::inline KV1_ABI::detail {
 
 inline constexpr std::array<char, 8> saved_magic{'K', 'V', '1', 'C', 'A', 'C', 'H', 'E'};
-inline constexpr std::uint32_t saved_version = 1;
+inline constexpr std::uint32_t saved_version = 2;  // 2: rotations and means
 inline constexpr std::uint32_t layout_version = 1; // of layout.hpp
 inline constexpr std::size_t saved_fixed_bytes = 64;
 // the form's own numbers of formats and the like do not move when an enumeration does
@@ -51,6 +51,12 @@ constexpr std::uint8_t saved_format(kv_format f) noexcept {
         return 7;
     case kv_format::binary:
         return 8;
+    case kv_format::compact4:
+        return 9;
+    case kv_format::compact3:
+        return 10;
+    case kv_format::compact2:
+        return 11;
     }
     return 0;
 }
@@ -262,6 +268,8 @@ struct saved_cache {
                        w.number(static_cast<std::uint8_t>(t.code_bits != 0 ? t.code_bits : t.plain_bits)) &&
                        w.number(std::uint8_t{0}) && w.number(static_cast<std::uint8_t>(t.metadata));
             }
+            for (const vector_codec* c : {&s.cache.planes_of(i).keys, &s.cache.planes_of(i).values})
+                fine = fine && w.number(u32(c->recipe.hadamard)) && w.number(c->means_checksum());
         }
         for (std::size_t g = 0; fine && g < s.cache.groups().size(); ++g)
             fine = w.number(u32(s.pages[g].blocks.size())) &&
@@ -376,6 +384,11 @@ struct saved_cache {
                     bits != (t.code_bits != 0 ? t.code_bits : t.plain_bits) ||
                     metadata != static_cast<std::uint8_t>(t.metadata))
                     return differs("another format", i);
+            }
+            for (const vector_codec* c : {&cache.planes_of(i).keys, &cache.planes_of(i).values}) {
+                const auto hadamard = r.number<std::uint32_t>(), means = r.number<std::uint32_t>();
+                if (hadamard != c->recipe.hadamard || means != c->means_checksum())
+                    return differs("another rotation, or other means", i);
             }
         }
         if (sizes.groups != cache.groups().size())

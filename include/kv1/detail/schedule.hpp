@@ -7,6 +7,7 @@
 
 #include <kv1/detail/arena.hpp>
 #include <kv1/detail/kernels/interface.hpp>
+#include <kv1/detail/kernels/restore.hpp>
 #include <kv1/detail/kernels/softmax.hpp>
 #include <kv1/executor.hpp>
 #include <kv1/tensor.hpp>
@@ -112,6 +113,10 @@ status attend_heads(const attention_job& common, std::size_t kv_heads, const ten
         job.alibi_slopes =
             heads.alibi_slopes == nullptr ? nullptr : heads.alibi_slopes + head_offset(kv_head);
         job.sinks = heads.sinks == nullptr ? nullptr : heads.sinks + head_offset(kv_head);
+        if (common.key_means != nullptr)
+            job.key_means = common.key_means + kv_head * layout.keys().channels;
+        if (common.value_means != nullptr)
+            job.value_means = common.value_means + kv_head * channels;
         return job;
     };
     // [tokens][query heads], from the rows of one KV head
@@ -148,9 +153,19 @@ status attend_heads(const attention_job& common, std::size_t kv_heads, const ten
         merge_partials(partial, split.ranges, stride, channels);
         const std::size_t head = head_offset(kv_head) + row % common.group;
         softmax_state state{partial[0], partial[1]};
+        const attention_job job = job_for(kv_head, 0);
+        if (job.key_means != nullptr) {
+            float query[max_head_dim];
+            common.target->load_floats(queries.type(), queries.at(row / common.group, head),
+                                       layout.keys().channels, query);
+            shift_maximum(job, key_shift(job, query), state);
+        }
+        const float seen_weights = state.denominator;
         const float factor = heads.sinks == nullptr ? 1.0f : add_sink(state, heads.sinks[head]);
         for (std::size_t c = 0; c < channels; ++c)
             partial[2 + c] = state.denominator > 0.0f ? partial[2 + c] * factor / state.denominator : 0.0f;
+        restore_output(job, state.denominator > 0.0f ? factor * seen_weights / state.denominator : 0.0f,
+                       partial + 2, common.target->rotate);
         common.target->store_floats(outputs.type(), partial + 2, channels,
                                     outputs.at(row / common.group, head));
         if (!log_sum_exp.empty())

@@ -7,6 +7,7 @@
 #include <kv1/detail/kernels/quantize.inl>
 #include <kv1/detail/kernels/pack.inl>
 #include <kv1/detail/kernels/append.inl>
+#include <kv1/detail/kernels/encode.inl>
 #include <kv1/detail/kernels/dots.inl>
 #include <kv1/detail/kernels/scores.inl>
 #include <kv1/detail/kernels/values.inl>

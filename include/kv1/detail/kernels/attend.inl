@@ -104,12 +104,12 @@ inline row_view view_of(const attention_job& job, std::size_t row) noexcept {
 
 // Soft cap and position bias of a row's scores; then lowest_score wherever the row does not see.
 inline void adjust_scores(const attention_job& job, std::size_t row, const row_view& seen,
-                          const block_tiles& block, float* scores) noexcept {
+                          const block_tiles& block, float shift, float* scores) noexcept {
     const std::size_t token = (job.first_row + row) / job.group, head = (job.first_row + row) % job.group;
     if (job.soft_cap > 0.0f) {
         const f32 cap(job.soft_cap), inverse(1.0f / job.soft_cap);
         for (std::size_t i = 0; i < block.count * tile_tokens; i += lanes)
-            (cap * xs::tanh(f32::load_aligned(scores + i) * inverse)).store_aligned(scores + i);
+            (cap * xs::tanh((f32::load_aligned(scores + i) + f32(shift)) * inverse)).store_aligned(scores + i);
     }
     if (job.alibi_slopes != nullptr) {
         alignas(64) float steps[tile_tokens];
@@ -156,6 +156,7 @@ inline void attend_rows(const attention_job& job) noexcept {
     alignas(64) std::int8_t codes[2][scratch_floats];
     float query_sums[max_rows], code_scales[max_rows], code_offsets[max_rows], tops[max_rows], maxima[max_rows],
         denominators[max_rows], rescale[max_rows];
+    float shifts[max_rows]; // of scores, for the mean that keys were stored without
     row_view seen[max_rows];
 
     const float half_code = 0.5f * static_cast<float>((1 << keys.traits().code_bits) - 1);
@@ -171,6 +172,9 @@ inline void attend_rows(const attention_job& job) noexcept {
         const std::ptrdiff_t size = job.query_type == scalar_type::fp32 ? 4 : 2;
         load_floats(job.query_type, static_cast<const std::byte*>(job.queries) + at * size, keys.channels,
                     row);
+        shifts[r] = key_shift(job, row);
+        if (job.key_hadamard != 0)
+            rotate(row, keys.channels, job.key_hadamard);
         for (std::size_t i = keys.channels; i < key_stride; ++i)
             row[i] = 0.0f;
         f32 sum(0.0f);
@@ -233,7 +237,7 @@ inline void attend_rows(const attention_job& job) noexcept {
         for (std::size_t r = 0; r < job.rows; ++r) {
             float* row = scores + r * score_stride;
             if (!whole) {
-                adjust_scores(job, r, seen[r], block, row);
+                adjust_scores(job, r, seen[r], block, shifts[r], row);
                 tops[r] = maximum_of(row, slots, lowest_score);
             }
             const float largest = tops[r];
@@ -261,12 +265,15 @@ inline void attend_rows(const attention_job& job) noexcept {
             std::memcpy(partial + 2, row, values.channels * sizeof(float));
             continue;
         }
+        shift_maximum(job, shifts[r], state);
         float factor = 1.0f;
+        const float seen_weights = state.denominator;
         if (job.sinks != nullptr)
             factor = add_sink(state, job.sinks[head]);
         const f32 inverse(state.denominator > 0.0f ? factor / state.denominator : 0.0f);
         for (std::size_t i = 0; i < value_stride; i += lanes)
             (f32::load_aligned(row + i) * inverse).store_aligned(row + i);
+        restore_output(job, state.denominator > 0.0f ? factor * seen_weights / state.denominator : 0.0f, row, rotate);
         const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(token) * job.output_token_stride +
                                   static_cast<std::ptrdiff_t>(head) * job.output_head_stride;
         const std::ptrdiff_t size = job.output_type == scalar_type::fp32 ? 4 : 2;

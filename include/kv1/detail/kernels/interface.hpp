@@ -131,6 +131,20 @@ struct encode_result {
     row_metadata metadata{};
 };
 
+// How vectors become codes, where that is more than their format's own rule (detail/encode_reference.hpp).
+struct encode_recipe {
+    kv_format format; // affine or compact
+    bool fit;         // levels by least squares
+    std::size_t channels;
+    std::size_t hadamard; // channels of a block; 0: no rotation
+};
+
+struct encode_row {
+    const float* x;
+    const float* mean;     // null: none
+    const float* feedback; // null, or [channels][channels] of factors; see encode_reference.hpp
+};
+
 // A vector and where it goes.
 struct append_row {
     const section_layout* section;
@@ -177,12 +191,16 @@ struct attention_job {
     const float* alibi_slopes; // [group] or null: score += slope * (t - position)
     const float* sinks;        // [group] or null: logits that the softmax sees and no value belongs to
 
+    // What was done to keys and values before they were stored, which attention undoes.
+    std::size_t key_hadamard, value_hadamard; // channels of a block; 0: not rotated
+    const float *key_means, *value_means;     // [channels] of this KV head, or null
+
     // Either outputs [token][head][channel], or, where partials is set, per row: {max, sum, weighted sums},
     // the maximum in units of log2 (softmax.hpp), sinks left out.
     void* outputs;
     scalar_type output_type;
     std::ptrdiff_t output_token_stride, output_head_stride;
-    float* partials;
+    float* partials; // of values and scores as stored: what attention undoes is left to who merges
     std::size_t partial_stride;
     float* log_sum_exp; // may be null: [row] natural log of the softmax denominator
 };
@@ -208,6 +226,14 @@ struct target_kernels {
     // up to tile_tokens vectors of 2-bit sections, metadata included; fastest where rows of one tile follow
     // each other. On failure nothing is inserted, and failed is the first offending row
     encode_result (*append_affine2)(const append_row* rows, std::size_t count, std::size_t& failed) noexcept;
+
+    // Up to tile_tokens vectors: codes [count][stride] and metadata. Outputs are unspecified on failure, and
+    // failed is the first offending row
+    encode_result (*encode_rows)(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
+                                 std::uint8_t* codes, std::size_t stride, row_metadata* metadata,
+                                 std::size_t& failed) noexcept;
+    // hadamard_transform() of n channels
+    void (*rotate)(float* x, std::size_t n, std::size_t block) noexcept;
 
     void (*attend_rows)(const attention_job& job) noexcept;
 };

@@ -4,7 +4,9 @@
 // and not from the vectorized sources, so that it can serve as their oracle. Slow on purpose.
 #pragma once
 
+#include <kv1/detail/encode_reference.hpp>
 #include <kv1/detail/kernels/interface.hpp>
+#include <kv1/detail/kernels/restore.hpp>
 #include <kv1/detail/kernels/softmax.hpp>
 #include <kv1/quantizers/affine.hpp>
 #include <kv1/quantizers/binary.hpp>
@@ -119,6 +121,20 @@ inline encode_result append_affine2(const append_row* rows, std::size_t count, s
         }
     return {};
 }
+
+inline encode_result encode_rows(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
+                                 std::uint8_t* codes, std::size_t stride, row_metadata* metadata,
+                                 std::size_t& failed) noexcept {
+    for (failed = 0; failed < count; ++failed) {
+        const encode_result r = encode_reference(recipe, rows[failed], codes + failed * stride);
+        if (r.code != errc::ok)
+            return r;
+        metadata[failed] = r.metadata;
+    }
+    return {};
+}
+
+inline void rotate(float* x, std::size_t n, std::size_t block) noexcept { hadamard_transform({x, n}, block); }
 
 // Slot i of a block.
 struct slot_place {
@@ -272,6 +288,9 @@ inline void attend_rows(const attention_job& job) noexcept {
                          static_cast<std::ptrdiff_t>(head) * job.query_head_stride) *
                             query_size,
                     keys.channels, query);
+        const float shift = key_shift(job, query);
+        if (job.key_hadamard != 0)
+            rotate(query, keys.channels, job.key_hadamard);
         float query_sum = 0.0f, top = 0.0f;
         for (std::size_t c = 0; c < keys.channels; ++c) {
             query[c] *= job.scale;
@@ -305,7 +324,7 @@ inline void attend_rows(const attention_job& job) noexcept {
                     continue;
                 }
                 if (job.soft_cap > 0.0f)
-                    s = job.soft_cap * std::tanh(s / job.soft_cap);
+                    s = job.soft_cap * std::tanh((s + shift) / job.soft_cap);
                 if (job.alibi_slopes != nullptr)
                     s += job.alibi_slopes[head] *
                          static_cast<float>(static_cast<std::ptrdiff_t>(t) - job.first_position -
@@ -328,9 +347,13 @@ inline void attend_rows(const attention_job& job) noexcept {
             std::copy_n(sums, values.channels, partial + 2);
             continue;
         }
+        shift_maximum(job, shift, state);
+        const float seen_weights = state.denominator;
         const float factor = job.sinks != nullptr ? add_sink(state, job.sinks[head]) : 1.0f;
         for (std::size_t c = 0; c < values.channels; ++c)
             sums[c] = state.denominator > 0.0f ? sums[c] * factor / state.denominator : 0.0f;
+        restore_output(job, state.denominator > 0.0f ? factor * seen_weights / state.denominator : 0.0f, sums,
+                       rotate);
         const std::ptrdiff_t output_size = job.output_type == scalar_type::fp32 ? 4 : 2;
         store_floats(job.output_type, sums, values.channels,
                      static_cast<std::byte*>(job.outputs) +
@@ -345,7 +368,7 @@ inline void attend_rows(const attention_job& job) noexcept {
 inline const target_kernels& kernels() noexcept {
     static constexpr target_kernels table{load_floats,    store_floats, encode_affine, encode<scaled_binary>,
                                           encode<binary>, pack,         unpack,        insert_codes,
-                                          append_affine2, attend_rows};
+                                          append_affine2, encode_rows,  rotate,        attend_rows};
     return table;
 }
 

@@ -28,11 +28,19 @@ KV1_INLINE void load_affine(const section_layout& s, const std::byte* page, std:
         slope = f32(1.0f);
         base = f32(0.0f);
     } else {
-        slope = load_half(reinterpret_cast<const std::uint16_t*>(page + s.scale_offset) + token);
-        if constexpr (kind == metadata_kind::scale) {
+        if constexpr (kind == metadata_kind::compact) {
+            constexpr auto steps = static_cast<float>((1 << traits_of(kv_format_of<Format>).code_bits) - 1) / 128.0f;
+            const u32 pair = load_u16(reinterpret_cast<const std::uint16_t*>(page + s.scale_offset) + token);
+            slope = half_to_float(pair & u32(compact_pair::scale_mask));
+            const i32 magnitude = xs::bitwise_cast<std::int32_t>(pair & u32(compact_pair::largest_offset));
+            const i32 sign = i32(0) - xs::bitwise_cast<std::int32_t>(pair >> 15);
+            base = slope * (xs::to_float(((magnitude ^ sign) - sign) - i32(64)) * f32(steps));
+        } else if constexpr (kind == metadata_kind::scale) {
+            slope = load_half(reinterpret_cast<const std::uint16_t*>(page + s.scale_offset) + token);
             base = f32(0.0f) - slope;
             slope = slope + slope;
         } else {
+            slope = load_half(reinterpret_cast<const std::uint16_t*>(page + s.scale_offset) + token);
             base = load_half(reinterpret_cast<const std::uint16_t*>(page + s.minimum_offset) + token);
         }
     }

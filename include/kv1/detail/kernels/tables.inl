@@ -5,7 +5,7 @@
 inline const target_kernels& kernels() noexcept {
     static constexpr target_kernels table{load_floats,   store_floats, encode_affine, encode_scaled_binary,
                                           encode_binary, pack,         unpack,        insert_codes,
-                                          append_affine2, attend_rows};
+                                          append_affine2, encode_rows,  rotate,        attend_rows};
     return table;
 }
 

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cache_policy.hpp"
+
+#include "error.hpp"
+#include "kv_option.hpp"
+#include "model.hpp"
+
+#include <kv1/encoding.hpp>
+#include <kv1/hadamard.hpp>
+#include <kv1/kv_cache.hpp>
+
+#include <algorithm>
+#include <charconv>
+
+namespace kv1_lm {
+
+namespace {
+
+[[noreturn]] void refuse(std::string_view text, const std::string& why) {
+    throw input_error(std::string("policy '").append(text).append("'"), why);
+}
+
+// Cuts what comes before the first `mark` off the front of `text`.
+std::string_view take_until(std::string_view& text, char mark) {
+    const std::size_t at = std::min(text.find(mark), text.size());
+    const std::string_view part = text.substr(0, at);
+    text.remove_prefix(std::min(at + 1, text.size()));
+    return part;
+}
+
+std::size_t parse_count(std::string_view text, std::string_view whole) {
+    std::size_t n = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), n);
+    if (error != std::errc() || end != text.data() + text.size())
+        refuse(whole, quote(text) + " is not a number");
+    return n;
+}
+
+side_policy parse_side(std::string_view text, std::string_view whole) {
+    side_policy p;
+    const std::string_view format = take_until(text, '+');
+    if (format == "c2" || format == "c3" || format == "c4")
+        p.format = format == "c2"   ? kv1::kv_format::compact2
+                   : format == "c3" ? kv1::kv_format::compact3
+                                    : kv1::kv_format::compact4;
+    else
+        p.format = parse_kv(format, std::string("policy '").append(whole).append("'")).key;
+    while (!text.empty()) {
+        const std::string_view option = take_until(text, '+');
+        bool* flag = option == "ls"     ? &p.least_squares
+                     : option == "had"  ? &p.hadamard
+                     : option == "mean" ? &p.means
+                     : option == "ew"   ? &p.error_weights
+                                        : nullptr;
+        if (flag == nullptr)
+            refuse(whole, quote(option) + " is none of ls, had, mean, ew");
+        *flag = true;
+    }
+    return p;
+}
+
+layer_policy parse_layer(std::string_view text, std::string_view whole) {
+    const std::string_view key = take_until(text, ',');
+    if (text.empty())
+        refuse(whole, "keys and values are parted by a comma");
+    return {parse_side(key, whole), parse_side(text, whole)};
+}
+
+} // namespace
+
+bool cache_policy::calibrated() const noexcept {
+    const auto needs = [](const layer_policy& l) {
+        return l.key.means || l.value.means || l.key.error_weights;
+    };
+    return needs(common) ||
+           std::any_of(layers.begin(), layers.end(), [&](const auto& l) { return needs(l.second); });
+}
+
+cache_policy parse_policy(std::string_view text) {
+    cache_policy p;
+    p.text = text;
+    std::string_view rest = text;
+    std::string_view layers = take_until(rest, '@');
+    if (!rest.empty()) {
+        p.fp16_sinks = parse_count(take_until(rest, ':'), text);
+        p.fp16_window = parse_count(rest, text);
+    }
+    p.common = parse_layer(take_until(layers, '/'), text);
+    while (!layers.empty()) {
+        std::string_view one = take_until(layers, '/');
+        const std::size_t layer = parse_count(take_until(one, ':'), text);
+        p.layers[layer] = parse_layer(one, text);
+    }
+    return p;
+}
+
+calibration calibrate(const model& m, std::vector<std::int32_t> tokens, std::size_t chunk) {
+    const model_config& c = m.config();
+    std::vector<kv1::mean_estimator> keys(c.layers, kv1::mean_estimator(c.kv_heads, c.head_dim)),
+        values = keys;
+    std::vector<kv1::moment_estimator> queries(c.layers, kv1::moment_estimator(c.kv_heads, c.head_dim));
+    kv1::kv_cache cache(m.cache_shape({kv1::kv_format::fp32, kv1::kv_format::fp32}, chunk));
+    thread_pool pool(1);
+    for (std::size_t at = 0; at < tokens.size(); at += chunk) {
+        const kv1::sequence_id sequence = cache.create_sequence();
+        static_cast<void>(
+            m.forward(std::span(tokens).subspan(at, std::min(chunk, tokens.size() - at)), cache, sequence,
+                      kv1::precision::exact, pool,
+                      [&](std::size_t layer, kv1::tensor_view q, kv1::tensor_view k, kv1::tensor_view v) {
+                          queries[layer].add(q);
+                          keys[layer].add(k);
+                          values[layer].add(v);
+                      }));
+        cache.destroy_sequence(sequence);
+    }
+    calibration result;
+    for (std::size_t i = 0; i < c.layers; ++i) {
+        result.key_means.push_back(keys[i].means());
+        result.value_means.push_back(values[i].means());
+        result.query_moments.push_back(queries[i].moments());
+    }
+    return result;
+}
+
+kv1::cache_description describe(const model& m, const cache_policy& policy, const calibration& c,
+                                std::size_t tokens) {
+    kv1::cache_description d = m.cache_shape({}, tokens);
+    d.fp16_sinks = policy.fp16_sinks;
+    d.fp16_window = policy.fp16_window;
+    if (!policy.layers.empty() && policy.layers.rbegin()->first >= d.layers.size())
+        refuse(policy.text, "the model has " + std::to_string(d.layers.size()) + " layers");
+    for (std::size_t i = 0; i < d.layers.size(); ++i) {
+        kv1::layer_description& l = d.layers[i];
+        const auto own = policy.layers.find(i);
+        const layer_policy& p = own == policy.layers.end() ? policy.common : own->second;
+        const auto encoding = [&](const side_policy& side, std::size_t dim, const auto& means,
+                                  const auto& weights) {
+            kv1::vector_encoding e;
+            if (side.least_squares)
+                e.levels = kv1::level_choice::least_squares;
+            e.hadamard = side.hadamard ? kv1::hadamard_block(dim) : 0;
+            if (side.means)
+                e.means = means();
+            if (side.error_weights)
+                e.error_weights = weights();
+            return e;
+        };
+        l.key_format = p.key.format;
+        l.value_format = p.value.format;
+        l.key_encoding = encoding(
+            p.key, l.key_dim, [&] { return c.key_means.at(i); }, [&] { return c.query_moments.at(i); });
+        l.value_encoding = encoding(
+            p.value, l.value_dim, [&] { return c.value_means.at(i); }, [&] { return m.value_weights(i); });
+    }
+    return d;
+}
+
+double bytes_per_vector(const kv1::cache_description& d, std::size_t tokens) {
+    double bytes = 0.0, vectors = 0.0;
+    const auto n = static_cast<double>(tokens);
+    for (const kv1::layer_description& l : d.layers) {
+        const kv1::page_layout page(l.key_format, l.key_dim, l.value_format, l.value_dim, d.page_tokens);
+        const auto heads = static_cast<double>(l.kv_heads);
+        const auto half = static_cast<double>(2 * (l.key_dim + l.value_dim));
+        vectors += 2.0 * heads * n;
+        bytes += heads * n * static_cast<double>(page.bytes()) / static_cast<double>(d.page_tokens);
+        bytes += 2.0 * static_cast<double>(l.key_encoding.means.size() + l.value_encoding.means.size());
+        bytes += heads * half * std::min(n, static_cast<double>(d.fp16_sinks + d.fp16_window));
+    }
+    return bytes / vectors;
+}
+
+} // namespace kv1_lm

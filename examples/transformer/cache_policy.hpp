@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A cache policy: formats, encodings and fp16 tokens, written as text.
+//
+//   policy   KEYS,VALUES[/LAYER:KEYS,VALUES]...[@SINKS:WINDOW]
+//   KEYS     FORMAT[+ls][+had][+mean][+ew]
+//   FORMAT   1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4 (compact)
+//
+// ls: least squares, had: Hadamard rotation, mean: less calibrated means, ew: error weights. A slash gives
+// one layer something else, @ the fp16 sinks and window.
+#pragma once
+
+#include <kv1/cache_description.hpp>
+
+#include <cstddef>
+#include <map>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace kv1_lm {
+
+class model;
+
+struct side_policy {
+    kv1::kv_format format = kv1::kv_format::fp32;
+    bool least_squares = false, hadamard = false, means = false, error_weights = false;
+};
+
+struct layer_policy {
+    side_policy key, value;
+};
+
+struct cache_policy {
+    std::string text;
+    layer_policy common;
+    std::map<std::size_t, layer_policy> layers; ///< those that differ
+    std::size_t fp16_sinks = 0, fp16_window = 0;
+
+    [[nodiscard]] bool calibrated() const noexcept;
+};
+
+/// Throws input_error.
+[[nodiscard]] cache_policy parse_policy(std::string_view text);
+
+/// Means and moments of a model, by layer, as encodings want them.
+struct calibration {
+    std::vector<std::vector<float>> key_means, value_means, query_moments;
+};
+
+/// From a run over these tokens in chunks of `chunk`. Throws input_error.
+[[nodiscard]] calibration calibrate(const model& m, std::vector<std::int32_t> tokens, std::size_t chunk);
+
+/// The cache of a policy. Throws input_error for a layer the model does not have.
+[[nodiscard]] kv1::cache_description describe(const model& m, const cache_policy& policy,
+                                              const calibration& c, std::size_t tokens);
+
+/// Bytes that a vector takes, averaged over K and V, layers and the tokens of a sequence of `tokens`: pages
+/// with their metadata, fp16 copies, and the means in fp16 as if they were each sequence's own.
+[[nodiscard]] double bytes_per_vector(const kv1::cache_description& d, std::size_t tokens);
+
+} // namespace kv1_lm

@@ -1,0 +1,500 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "sweep.hpp"
+
+#include "divergence.hpp"
+#include "error.hpp"
+#include "file.hpp"
+#include "linear.hpp"
+#include "model.hpp"
+#include "output_file.hpp"
+#include "progress.hpp"
+#include "tokenizer.hpp"
+
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <condition_variable>
+#include <exception>
+#include <iomanip>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <ostream>
+#include <span>
+#include <sstream>
+#include <thread>
+
+namespace kv1_lm {
+
+namespace {
+
+constexpr std::size_t rows_at_once = 128; // logits of so many positions are held for a policy
+constexpr auto save_every = std::chrono::seconds(20);
+
+// Sums over the positions of a chunk.
+struct chunk_sums {
+    std::size_t positions = 0, agreed = 0;
+    double kld = 0.0, reference_nll = 0.0, nll = 0.0;
+};
+
+// By policy and chunk; empty where not measured yet.
+using policy_chunks = std::vector<std::optional<chunk_sums>>;
+
+nlohmann::ordered_json to_json(const policy_chunks& chunks) {
+    nlohmann::ordered_json list = nlohmann::ordered_json::array();
+    for (std::size_t i = 0; i < chunks.size(); ++i)
+        if (const auto& c = chunks[i])
+            list.push_back({i, c->positions, c->agreed, c->kld, c->reference_nll, c->nll});
+    return list;
+}
+
+struct norms {
+    std::vector<double> log_sums;
+    std::vector<std::size_t> likeliest;
+};
+
+// Everything of one model.
+class model_sweep {
+public:
+    model_sweep(const sweep_options& options, const std::filesystem::path& folder,
+                const std::vector<cache_policy>& policies)
+        : options_(options), name_(folder.filename().empty() ? folder.parent_path().filename().string()
+                                                             : folder.filename().string()),
+          policies_(policies), model_(model::read(folder)) {
+        if (options.seq_len < 2 || options.seq_len > model_.config().max_positions)
+            throw input_error("--seq-len " + std::to_string(options.seq_len) + ": the model takes 2 to " +
+                              std::to_string(model_.config().max_positions) + " tokens");
+        const tokenizer words = tokenizer::read(folder / "tokenizer.json");
+        tokens_ = words.encode(read_text_file(options.text));
+        for (std::size_t at = 0; at + 1 < tokens_.size(); at += options.seq_len)
+            chunks_.push_back(std::span<const std::int32_t>(tokens_).subspan(
+                at, std::min(options.seq_len, tokens_.size() - at)));
+        wanted_ = options.chunks == 0 ? chunks_.size() : std::min(options.chunks, chunks_.size());
+        if (chunks_.empty())
+            throw input_error(options.text.string() + ": fewer than two tokens, nothing to measure");
+        calibration calibrated;
+        if (std::any_of(policies.begin(), policies.end(), [](const auto& p) { return p.calibrated(); })) {
+            if (options.calibration_text.empty())
+                throw input_error("means and error weights of keys need --calibrate FILE");
+            std::vector<std::int32_t> sample = words.encode(read_text_file(options.calibration_text));
+            sample.resize(std::min(sample.size(), options.calibration_tokens));
+            if (sample.empty())
+                throw input_error(options.calibration_text.string() + ": no tokens to calibrate on");
+            calibrated = calibrate(model_, std::move(sample), options.seq_len);
+        }
+        for (const cache_policy& p : policies)
+            descriptions_.push_back(describe(model_, p, calibrated, options.seq_len));
+        done_.assign(policies.size(), policy_chunks(chunks_.size()));
+    }
+
+    [[nodiscard]] const std::string& name() const noexcept { return name_; }
+
+    // What tells results of this model and text from others'.
+    [[nodiscard]] nlohmann::ordered_json settings() const {
+        return {{"parameters", model_.parameters()},
+                {"tokens", tokens_.size()},
+                {"seq_len", options_.seq_len},
+                {"attention", options_.precision == kv1::precision::exact ? "exact" : "fast"},
+                {"calibration", options_.calibration_text.filename().string()},
+                {"calibration_tokens", options_.calibration_tokens}};
+    }
+
+    void restore(const nlohmann::ordered_json& results) {
+        for (std::size_t p = 0; p < policies_.size(); ++p)
+            for (const auto& r : results)
+                if (r.at("policy") == policies_[p].text)
+                    for (const auto& c : r.at("chunk_sums"))
+                        if (const auto i = c.at(0).get<std::size_t>(); i < chunks_.size())
+                            done_[p][i] = chunk_sums{c.at(1), c.at(2), c.at(3), c.at(4), c.at(5)};
+    }
+
+    [[nodiscard]] std::size_t total() const noexcept { return wanted_; }
+
+    // Chunk i for the policies that lack it. Thread-safe for different chunks.
+    void measure(std::size_t i, thread_pool& pool) {
+        std::vector<std::size_t> wanted;
+        {
+            const std::lock_guard lock(mutex_);
+            for (std::size_t p = 0; p < policies_.size(); ++p)
+                if (!done_[p][i])
+                    wanted.push_back(p);
+        }
+        if (wanted.empty())
+            return;
+        const std::span<const std::int32_t> tokens = chunks_[i];
+        const std::size_t rows = tokens.size() - 1, vocabulary = model_.config().vocab_size;
+        const auto run = [&](const kv1::cache_description& d) {
+            kv1::kv_cache cache(d);
+            return model_.forward(tokens, cache, cache.create_sequence(), options_.precision, pool);
+        };
+        std::vector<float> reference(rows * vocabulary);
+        {
+            const std::vector<float> states =
+                run(model_.cache_shape({kv1::kv_format::fp32, kv1::kv_format::fp32}, options_.seq_len));
+            model_.logits(std::span(states).first(rows * model_.config().hidden_size), reference, pool);
+        }
+        norms n;
+        for (std::size_t r = 0; r < rows; ++r) {
+            const auto row = std::span<const float>(reference).subspan(r * vocabulary, vocabulary);
+            n.log_sums.push_back(log_sum_exp(row));
+            n.likeliest.push_back(
+                static_cast<std::size_t>(std::max_element(row.begin(), row.end()) - row.begin()));
+        }
+        for (const std::size_t p : wanted) {
+            const chunk_sums sums = compare(tokens, reference, n, run(descriptions_[p]), pool);
+            const std::lock_guard lock(mutex_);
+            done_[p][i] = sums;
+        }
+    }
+
+    // Bytes, errors and speed, from the first chunk's keys and values.
+    void measure_vectors() {
+        const model_config& c = model_.config();
+        thread_pool pool(1);
+        kv1::kv_cache cache(
+            model_.cache_shape({kv1::kv_format::fp32, kv1::kv_format::fp32}, options_.seq_len));
+        std::vector<std::vector<float>> keys(c.layers), values(c.layers);
+        const std::size_t n = chunks_[0].size(), width = c.kv_heads * c.head_dim;
+        static_cast<void>(
+            model_.forward(chunks_[0], cache, cache.create_sequence(), options_.precision, pool,
+                           [&](std::size_t layer, kv1::tensor_view, kv1::tensor_view k, kv1::tensor_view v) {
+                               const auto* first = static_cast<const float*>(k.data());
+                               keys[layer].assign(first, first + n * width);
+                               first = static_cast<const float*>(v.data());
+                               values[layer].assign(first, first + n * width);
+                           }));
+        vectors_.clear();
+        for (const kv1::cache_description& d : descriptions_) {
+            kv1::kv_cache stored(d);
+            vector_costs costs;
+            std::array<double, 5> seconds{};
+            for (double& s : seconds) {
+                const kv1::sequence_id id = stored.create_sequence();
+                const auto start = std::chrono::steady_clock::now();
+                for (std::size_t i = 0; i < c.layers; ++i)
+                    stored.append(id, i, {keys[i].data(), n, c.kv_heads, c.head_dim},
+                                  {values[i].data(), n, c.kv_heads, c.head_dim});
+                s = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+                if (&s == &seconds.back())
+                    costs = errors(stored, id, keys, values);
+                stored.destroy_sequence(id);
+            }
+            std::nth_element(seconds.begin(), seconds.begin() + 2, seconds.end());
+            costs.encode_ns = seconds[2] * 1e9 / static_cast<double>(2 * c.layers * n * width);
+            vectors_.push_back(costs);
+        }
+    }
+
+    [[nodiscard]] std::vector<sweep_row> rows() const {
+        std::vector<sweep_row> all;
+        for (std::size_t p = 0; p < policies_.size(); ++p) {
+            sweep_row r;
+            r.model = name_;
+            r.policy = policies_[p].text;
+            r.bytes_per_vector = bytes_per_vector(descriptions_[p], options_.seq_len);
+            if (p < vectors_.size()) {
+                r.key_mse = vectors_[p].key_mse;
+                r.value_mse = vectors_[p].value_mse;
+                r.encode_ns = vectors_[p].encode_ns;
+            }
+            double reference_nll = 0.0, nll = 0.0;
+            std::size_t agreed = 0;
+            for (const auto& c : std::span(done_[p]).first(wanted_))
+                if (c) { // in order: sums do not depend on the threads
+                    r.positions += c->positions;
+                    agreed += c->agreed;
+                    r.kld += c->kld;
+                    reference_nll += c->reference_nll;
+                    nll += c->nll;
+                }
+            const auto n = static_cast<double>(std::max<std::size_t>(r.positions, 1));
+            r.kld /= n;
+            r.reference_perplexity = std::exp(reference_nll / n);
+            r.perplexity = std::exp(nll / n);
+            r.top1 = static_cast<double>(agreed) / n;
+            all.push_back(r);
+        }
+        return all;
+    }
+
+    [[nodiscard]] nlohmann::ordered_json report() {
+        const std::lock_guard lock(mutex_);
+        nlohmann::ordered_json results = nlohmann::ordered_json::array();
+        const std::vector<sweep_row> all = rows();
+        for (std::size_t p = 0; p < policies_.size(); ++p) {
+            const sweep_row& r = all[p];
+            results.push_back({{"policy", r.policy},
+                               {"bytes_per_vector", r.bytes_per_vector},
+                               {"key_mse", r.key_mse},
+                               {"value_mse", r.value_mse},
+                               {"encode_ns_per_value", r.encode_ns},
+                               {"positions", r.positions},
+                               {"kld", r.kld},
+                               {"ppl_reference", r.reference_perplexity},
+                               {"ppl", r.perplexity},
+                               {"top1_agreement", r.top1},
+                               {"chunk_sums", to_json(done_[p])}});
+        }
+        return {{"model", name_}, {"settings", settings()}, {"results", std::move(results)}};
+    }
+
+private:
+    struct vector_costs {
+        double key_mse = 0.0, value_mse = 0.0, encode_ns = 0.0;
+    };
+
+    chunk_sums compare(std::span<const std::int32_t> tokens, std::span<const float> reference, const norms& n,
+                       const std::vector<float>& states, thread_pool& pool) const {
+        const std::size_t vocabulary = model_.config().vocab_size, hidden = model_.config().hidden_size;
+        const std::size_t rows = tokens.size() - 1;
+        std::vector<float> logits(std::min(rows, rows_at_once) * vocabulary);
+        chunk_sums sums;
+        for (std::size_t first = 0; first < rows; first += rows_at_once) {
+            const std::size_t count = std::min(rows_at_once, rows - first);
+            model_.logits(std::span(states).subspan(first * hidden, count * hidden),
+                          std::span(logits).first(count * vocabulary), pool);
+            for (std::size_t i = 0; i < count; ++i) {
+                const auto p = reference.subspan((first + i) * vocabulary, vocabulary);
+                const auto q = std::span<const float>(logits).subspan(i * vocabulary, vocabulary);
+                const double p_norm = n.log_sums[first + i], q_norm = log_sum_exp(q);
+                const auto target = static_cast<std::size_t>(tokens[first + i + 1]);
+                sums.kld += divergence(p, p_norm, q, q_norm);
+                sums.reference_nll += p_norm - static_cast<double>(p[target]);
+                sums.nll += q_norm - static_cast<double>(q[target]);
+                const auto best = static_cast<std::size_t>(std::max_element(q.begin(), q.end()) - q.begin());
+                sums.agreed += best == n.likeliest[first + i] ? 1 : 0;
+                ++sums.positions;
+            }
+        }
+        return sums;
+    }
+
+    vector_costs errors(const kv1::kv_cache& cache, kv1::sequence_id id,
+                        const std::vector<std::vector<float>>& keys,
+                        const std::vector<std::vector<float>>& values) const {
+        const model_config& c = model_.config();
+        const std::size_t n = chunks_[0].size();
+        vector_costs costs;
+        std::vector<float> read(n * c.head_dim);
+        for (std::size_t layer = 0; layer < c.layers; ++layer)
+            for (std::size_t h = 0; h < c.kv_heads; ++h)
+                for (const bool key : {true, false}) {
+                    cache.read(id, layer, key ? kv1::kv_side::key : kv1::kv_side::value, h, 0, n, read);
+                    const std::vector<float>& given = (key ? keys : values)[layer];
+                    double sum = 0.0;
+                    for (std::size_t t = 0; t < n; ++t)
+                        for (std::size_t i = 0; i < c.head_dim; ++i) {
+                            const double e =
+                                static_cast<double>(given[(t * c.kv_heads + h) * c.head_dim + i]) -
+                                static_cast<double>(read[t * c.head_dim + i]);
+                            sum += e * e;
+                        }
+                    (key ? costs.key_mse : costs.value_mse) +=
+                        sum / static_cast<double>(n * c.head_dim * c.layers * c.kv_heads);
+                }
+        return costs;
+    }
+
+    const sweep_options& options_;
+    std::string name_;
+    const std::vector<cache_policy>& policies_;
+    model model_;
+    std::vector<std::int32_t> tokens_;
+    std::vector<std::span<const std::int32_t>> chunks_; // of the whole text
+    std::size_t wanted_ = 0;                            // of them are asked for
+    std::vector<kv1::cache_description> descriptions_;
+    std::vector<policy_chunks> done_;
+    std::vector<vector_costs> vectors_;
+    std::mutex mutex_;
+};
+
+// The results file, read when it is there and rewritten whole.
+class results_file {
+public:
+    explicit results_file(std::filesystem::path file) : file_(std::move(file)) {
+        if (file_.empty() || !std::filesystem::exists(file_))
+            return;
+        earlier_ = nlohmann::ordered_json::parse(read_text_file(file_), nullptr, false);
+        if (!earlier_.is_object() || !earlier_.contains("models"))
+            throw input_error(file_.string() + ": not a file that sweep wrote");
+    }
+
+    void restore(model_sweep& m) const {
+        if (earlier_.is_null())
+            return;
+        try {
+            for (const auto& e : earlier_.at("models")) {
+                if (e.at("model") != m.name())
+                    continue;
+                if (e.at("settings") != m.settings())
+                    throw input_error(file_.string() + ": holds results of other settings for " + m.name());
+                m.restore(e.at("results"));
+            }
+        } catch (const nlohmann::json::exception& e) {
+            throw input_error(file_.string() + ": not a file that sweep wrote (" + e.what() + ")");
+        }
+    }
+
+    // Results of models and policies that this run does not ask for are kept.
+    void save(const std::vector<std::unique_ptr<model_sweep>>& models) {
+        if (file_.empty())
+            return;
+        nlohmann::ordered_json all =
+            earlier_.is_null() ? nlohmann::ordered_json::array() : earlier_["models"];
+        for (const auto& m : models) {
+            nlohmann::ordered_json report = m->report();
+            const auto same = std::find_if(all.begin(), all.end(),
+                                           [&](const auto& e) { return e.at("model") == m->name(); });
+            if (same == all.end()) {
+                all.push_back(std::move(report));
+                continue;
+            }
+            for (const auto& r : same->at("results"))
+                if (std::none_of(report["results"].begin(), report["results"].end(),
+                                 [&](const auto& own) { return own.at("policy") == r.at("policy"); }))
+                    report["results"].push_back(r);
+            *same = std::move(report);
+        }
+        output_file(file_).commit(nlohmann::ordered_json{{"models", std::move(all)}}.dump() + "\n");
+    }
+
+private:
+    std::filesystem::path file_;
+    nlohmann::ordered_json earlier_;
+};
+
+std::string csv_of(const std::vector<sweep_row>& rows) {
+    std::ostringstream out;
+    out.precision(8);
+    out << "model,policy,bytes_per_vector,key_mse,value_mse,encode_ns_per_value,positions,kld,ppl_reference,"
+           "ppl,"
+           "top1_agreement\n";
+    for (const sweep_row& r : rows)
+        out << r.model << ",\"" << r.policy << "\"," << r.bytes_per_vector << ',' << r.key_mse << ','
+            << r.value_mse << ',' << r.encode_ns << ',' << r.positions << ',' << r.kld << ','
+            << r.reference_perplexity << ',' << r.perplexity << ',' << r.top1 << '\n';
+    return out.str();
+}
+
+} // namespace
+
+std::vector<std::string> default_policies() {
+    return {"2,2",
+            "2+ls,2+ls",
+            "2+ls+had,2+ls+had",
+            "2+ls+mean,2+ls+mean",
+            "2+ls+had+mean,2+ls+had+mean",
+            "c2+ls+had+mean,c2+ls+had+mean",
+            "c2+ls+had+mean+ew,c2+ls+had+mean+ew",
+            "c3+ls+had+mean,c2+ls+had+mean",
+            "c3+ls+had+mean+ew,c2+ls+had+mean+ew",
+            "c3+ls+had+mean+ew,2",
+            "c4+ls+had+mean+ew,c2+ls+had+mean+ew",
+            "c3+ls+had+mean+ew,c3+ls+had+mean+ew",
+            "c4+ls+had+mean+ew,c4+ls+had+mean+ew",
+            "3,3",
+            "4,4",
+            "8,8"};
+}
+
+std::vector<sweep_row> measure_sweep(const sweep_options& options, std::ostream& log) {
+    std::vector<cache_policy> policies;
+    for (const std::string& text : options.policies.empty() ? default_policies() : options.policies)
+        policies.push_back(parse_policy(text));
+    results_file file(options.json);
+    std::vector<std::unique_ptr<model_sweep>> models;
+    std::size_t total = 0;
+    for (const std::filesystem::path& folder : options.models) {
+        models.push_back(std::make_unique<model_sweep>(options, folder, policies));
+        for (std::size_t i = 0; i + 1 < models.size(); ++i)
+            if (models[i]->name() == models.back()->name())
+                throw input_error("two models are called " + models.back()->name());
+        file.restore(*models.back());
+        models.back()->measure_vectors();
+        total += models.back()->total();
+    }
+
+    std::atomic<std::size_t> next{0}, done{0};
+    std::exception_ptr failure;
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::size_t running = std::min(options.threads, std::max<std::size_t>(total, 1));
+    std::vector<std::thread> threads;
+    const auto work = [&] {
+        try {
+            thread_pool pool(1); // chunks run side by side, each on one thread
+            for (std::size_t i = next.fetch_add(1); i < total; i = next.fetch_add(1)) {
+                std::size_t chunk = i, m = 0;
+                for (; chunk >= models[m]->total(); ++m)
+                    chunk -= models[m]->total();
+                models[m]->measure(chunk, pool);
+                done.fetch_add(1);
+            }
+        } catch (...) {
+            const std::lock_guard lock(mutex);
+            failure = std::current_exception();
+            next.store(total); // the others stop soon
+        }
+        const std::lock_guard lock(mutex);
+        --running;
+        changed.notify_one();
+    };
+    {
+        progress_bar bar(log, options.show_progress, "chunks", total);
+        for (std::size_t i = running; i > 0; --i)
+            threads.emplace_back(work);
+        auto saved = std::chrono::steady_clock::now();
+        std::unique_lock lock(mutex);
+        while (!changed.wait_for(lock, std::chrono::milliseconds(200), [&] { return running == 0; })) {
+            bar.show(done.load(), {});
+            if (std::chrono::steady_clock::now() - saved > save_every) {
+                lock.unlock();
+                file.save(models);
+                lock.lock();
+                saved = std::chrono::steady_clock::now();
+            }
+        }
+        bar.show(done.load(), {});
+    }
+    for (std::thread& thread : threads)
+        thread.join();
+    file.save(models);
+    if (failure)
+        std::rethrow_exception(failure);
+    std::vector<sweep_row> rows;
+    for (const auto& m : models)
+        for (sweep_row& r : m->rows())
+            rows.push_back(std::move(r));
+    return rows;
+}
+
+void sweep(const sweep_options& options, std::ostream& out, std::ostream& log) {
+    use_one_blas_thread();
+    std::optional<output_file> csv;
+    if (!options.csv.empty())
+        csv.emplace(options.csv);
+    const std::vector<sweep_row> rows = measure_sweep(options, log);
+    std::string model;
+    for (const sweep_row& r : rows) {
+        if (r.model != model) {
+            model = r.model;
+            out << model << ", " << r.positions << " positions, perplexity " << std::fixed
+                << std::setprecision(2) << r.reference_perplexity << " with an fp32 cache\n"
+                << "  bytes     KLD     ppl   top-1   K mse    V mse   ns/value  policy\n";
+        }
+        out << std::fixed << std::setw(7) << std::setprecision(2) << r.bytes_per_vector << std::setw(9)
+            << std::setprecision(5) << r.kld << std::setw(8) << std::setprecision(2) << r.perplexity
+            << std::setw(7) << std::setprecision(1) << 100.0 * r.top1 << '%' << std::setw(9)
+            << std::setprecision(5) << r.key_mse << std::setw(9) << r.value_mse << std::setw(8)
+            << std::setprecision(2) << r.encode_ns << "    " << r.policy << '\n';
+    }
+    out << std::flush;
+    if (csv)
+        csv->commit(csv_of(rows));
+}
+
+} // namespace kv1_lm

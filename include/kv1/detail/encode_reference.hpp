@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The definition of what recipes make of a vector: mean, rotation, levels, codes. Plain C++; targets' kernels
+// give the same bits.
+//
+// Codes under error weights. With errors e = x - value and weights W = R^T D R, R unit upper triangular and D
+// diagonal, what errors cost is e^T W e = sum_j D_j (e_j + sum_{i > j} R_ji e_i)^2. So channels go from the
+// last to the first, and each is quantized to where it makes up for the errors already made (Babai's nearest
+// plane; GPTQ for weights). `feedback` is the transpose of R's part above the diagonal.
+#pragma once
+
+#include <kv1/detail/kernels/interface.hpp>
+#include <kv1/hadamard.hpp>
+#include <kv1/quantizers/affine.hpp>
+#include <kv1/quantizers/compact.hpp>
+#include <kv1/quantizers/least_squares.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <span>
+
+namespace kv1::inline KV1_ABI::detail {
+
+#include <kv1/detail/precise_math_begin.inl>
+
+// feedback: [n][n], row i what the error of channel i asks of channels 0 ... i - 1.
+inline void codes_with_feedback(std::span<const float> x, const stored_levels& levels, float max_code,
+                                const float* feedback, std::uint8_t* codes) noexcept {
+    const std::size_t n = x.size();
+    const float inverse = 1.0f / as_written(levels.scale);
+    float wanted[max_vector_length];
+    std::copy(x.begin(), x.end(), wanted);
+    for (std::size_t i = n; i-- > 0;) {
+        const float code = std::nearbyint(std::clamp((wanted[i] - levels.base) * inverse, 0.0f, max_code));
+        const float error = x[i] - (code * levels.scale + levels.base);
+        for (std::size_t j = 0; j < i; ++j)
+            wanted[j] = as_written(wanted[j] + product_of(feedback[i * n + j], error));
+        codes[i] = static_cast<std::uint8_t>(code);
+    }
+}
+
+// Takes the mean off and rotates; `out` has the recipe's channels.
+inline void prepare_vector(const encode_recipe& recipe, const encode_row& row, float* out) noexcept {
+    for (std::size_t c = 0; c < recipe.channels; ++c)
+        out[c] = row.mean == nullptr ? row.x[c] : row.x[c] - row.mean[c];
+    if (recipe.hadamard != 0)
+        hadamard_transform({out, recipe.channels}, recipe.hadamard);
+}
+
+template <class Q>
+encode_result encode_reference(const encode_recipe& recipe, const encode_row& row,
+                               std::uint8_t* codes) noexcept {
+    const std::size_t n = recipe.channels;
+    if (const std::size_t bad = first_non_finite({row.x, n}); bad != n)
+        return {errc::non_finite, rule_finite, bad, {}};
+    for (std::size_t c = 0; c < n; ++c)
+        if (!(std::fabs(row.x[c]) <= largest_half))
+            return {errc::not_representable, rule_fp16_value, c, {}};
+    float x[max_vector_length];
+    prepare_vector(recipe, row, x);
+    const std::span<const float> prepared(x, n);
+    using format = level_format<Q>;
+    stored_levels levels;
+    if (recipe.fit) {
+        levels = fit_levels<Q>(prepared, codes);
+    } else {
+        const auto [lo, hi] = plain_range(prepared);
+        const float low = format::low(lo), high = format::high(hi);
+        levels = format::store(format::round_scale((high - low) / as_written(format::max_code)), low);
+        if (levels.fits)
+            nearest_codes(prepared, levels, format::max_code, codes);
+    }
+    if (!levels.fits)
+        return {errc::not_representable, rule_fp16_metadata, 0, {}};
+    if (row.feedback != nullptr)
+        codes_with_feedback(prepared, levels, format::max_code, row.feedback, codes);
+    return {errc::ok, "", 0, levels.bits};
+}
+
+#include <kv1/detail/precise_math_end.inl>
+
+// Precondition: a format whose levels recipes can choose.
+inline encode_result encode_reference(const encode_recipe& recipe, const encode_row& row,
+                                      std::uint8_t* codes) noexcept {
+    switch (recipe.format) {
+    case kv_format::affine8:
+        return encode_reference<affine<8>>(recipe, row, codes);
+    case kv_format::affine4:
+        return encode_reference<affine<4>>(recipe, row, codes);
+    case kv_format::affine3:
+        return encode_reference<affine<3>>(recipe, row, codes);
+    case kv_format::affine2:
+        return encode_reference<affine<2>>(recipe, row, codes);
+    case kv_format::compact4:
+        return encode_reference<compact<4>>(recipe, row, codes);
+    case kv_format::compact3:
+        return encode_reference<compact<3>>(recipe, row, codes);
+    default:
+        return encode_reference<compact<2>>(recipe, row, codes);
+    }
+}
+
+} // namespace kv1::inline KV1_ABI::detail

@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A layer's encodings (encoding.hpp), checked and made ready for kernels.
+#pragma once
+
+#include <kv1/cache_description.hpp>
+#include <kv1/detail/arena.hpp>
+#include <kv1/detail/crc32c.hpp>
+#include <kv1/detail/kernels/interface.hpp>
+#include <kv1/encoding.hpp>
+#include <kv1/hadamard.hpp>
+#include <kv1/quantizer.hpp>
+#include <kv1/status.hpp>
+
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <span>
+#include <utility>
+#include <vector>
+
+namespace kv1::inline KV1_ABI::detail {
+
+// One side of a layer. Kernels get pointers into it.
+struct vector_codec {
+    encode_recipe recipe{};
+    std::vector<float> means;    // [kv_heads][channels], or empty
+    std::vector<float> feedback; // [kv_heads][channels][channels], or empty
+    bool by_recipe = false;      // codes are chosen by encode_rows
+
+    [[nodiscard]] bool prepares() const noexcept { return recipe.hadamard != 0 || !means.empty(); }
+    [[nodiscard]] const float* mean(std::size_t head) const noexcept {
+        return means.empty() ? nullptr : means.data() + head * recipe.channels;
+    }
+    [[nodiscard]] encode_row row(const float* x, std::size_t head) const noexcept {
+        return {x, mean(head),
+                feedback.empty() ? nullptr : feedback.data() + head * recipe.channels * recipe.channels};
+    }
+    // What was done to a vector before it was stored, undone.
+    void restore(std::span<float> x, std::size_t head) const noexcept {
+        if (recipe.hadamard != 0)
+            hadamard_transform(x, recipe.hadamard);
+        if (const float* m = mean(head))
+            for (std::size_t c = 0; c < x.size(); ++c)
+                x[c] += m[c];
+    }
+    // What reading stored vectors needs to know, for those who save them.
+    [[nodiscard]] std::uint32_t means_checksum() const noexcept {
+        return means.empty() ? 0 : crc32c(0, std::as_bytes(std::span(means)));
+    }
+};
+
+// The transpose of R's part above the diagonal where W, rotated, is R^T D R: feedback of one head. W gets a
+// hundredth of its mean diagonal added, so that channels that cost nothing do not ask for the impossible.
+// False: W is not positive semidefinite.
+inline bool factor_weights(std::span<const float> weights, std::size_t n, std::size_t block,
+                           float* feedback) {
+    std::vector<double> w(weights.begin(), weights.end());
+    if (block != 0) { // rows, then columns
+        std::vector<float> line(n);
+        for (const bool columns : {false, true})
+            for (std::size_t i = 0; i < n; ++i) {
+                const std::size_t first = columns ? i : i * n, step = columns ? n : 1;
+                for (std::size_t k = 0; k < n; ++k)
+                    line[k] = static_cast<float>(w[first + k * step]);
+                hadamard_transform(line, block);
+                for (std::size_t k = 0; k < n; ++k)
+                    w[first + k * step] = line[k];
+            }
+    }
+    double trace = 0.0;
+    for (std::size_t i = 0; i < n; ++i)
+        trace += w[i * n + i];
+    if (!(trace >= 0.0))
+        return false;
+    const double ridge = trace == 0.0 ? 1.0 : 0.01 * trace / static_cast<double>(n);
+    for (std::size_t i = 0; i < n; ++i)
+        w[i * n + i] += ridge;
+    for (std::size_t j = 0; j < n; ++j) { // Cholesky, in the lower half
+        for (std::size_t k = 0; k < j; ++k)
+            w[j * n + j] -= w[j * n + k] * w[j * n + k];
+        if (!(w[j * n + j] > 0.0))
+            return false;
+        w[j * n + j] = std::sqrt(w[j * n + j]);
+        for (std::size_t i = j + 1; i < n; ++i) {
+            for (std::size_t k = 0; k < j; ++k)
+                w[i * n + j] -= w[i * n + k] * w[j * n + k];
+            w[i * n + j] /= w[j * n + j];
+        }
+    }
+    for (std::size_t j = 0; j < n; ++j)
+        for (std::size_t i = 0; i < n; ++i)
+            feedback[i * n + j] = i > j ? static_cast<float>(w[i * n + j] / w[j * n + j]) : 0.0f;
+    return true;
+}
+
+// Errors: invalid_argument, shape_mismatch, non_finite, out_of_memory.
+inline status make_codec(kv_format format, const vector_encoding& e, std::size_t heads, std::size_t channels,
+                         vector_codec& out) noexcept {
+    const format_traits t = traits_of(format);
+    const bool levels_differ =
+        t.metadata == metadata_kind::scale_and_minimum || t.metadata == metadata_kind::compact;
+    if (e == vector_encoding{} && t.metadata != metadata_kind::compact)
+        return {};
+    if (t.code_bits == 0)
+        return {errc::invalid_argument, "plain formats take no encoding"};
+    if (e.levels == level_choice::least_squares && !levels_differ)
+        return {errc::invalid_argument, "least squares fits affine and compact formats"};
+    if (e.hadamard != 0 && (!std::has_single_bit(e.hadamard) || channels % e.hadamard != 0))
+        return {errc::invalid_argument, "a Hadamard block is a power of two that divides the head dim"};
+    if (!e.means.empty() && e.means.size() != heads * channels)
+        return {errc::shape_mismatch, "means are one a channel of each KV head"};
+    if (!e.error_weights.empty() && e.error_weights.size() != heads * channels * channels)
+        return {errc::shape_mismatch, "error weights are a square matrix for each KV head"};
+    if (!e.error_weights.empty() && e.levels != level_choice::least_squares)
+        return {errc::invalid_argument, "error weights need least squares"};
+    for (const std::vector<float>* all : {&e.means, &e.error_weights})
+        if (first_non_finite(*all) != all->size())
+            return {errc::non_finite, "means and error weights are finite"};
+    out.recipe = {format, e.levels == level_choice::least_squares, channels, e.hadamard};
+    out.by_recipe = out.recipe.fit || t.metadata == metadata_kind::compact;
+    bool semidefinite = true;
+    const status s = guarded([&] {
+        out.means = e.means;
+        out.feedback.resize(e.error_weights.size());
+        for (std::size_t h = 0; h < heads && !out.feedback.empty() && semidefinite; ++h)
+            semidefinite = factor_weights(
+                std::span(e.error_weights).subspan(h * channels * channels, channels * channels), channels,
+                e.hadamard, out.feedback.data() + h * channels * channels);
+    });
+    if (s && !semidefinite)
+        return {errc::invalid_argument, "error weights are positive semidefinite"};
+    return s;
+}
+
+} // namespace kv1::inline KV1_ABI::detail

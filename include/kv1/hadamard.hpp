@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The orthonormal Walsh-Hadamard transform, in blocks: outliers of one channel spread over all, and a
+// vector's channels become alike, which evenly spaced levels want. It is its own inverse and keeps dot
+// products.
+#pragma once
+
+#include <kv1/detail/config.hpp>
+
+#include <bit>
+#include <cstddef>
+#include <span>
+
+namespace kv1::inline KV1_ABI {
+
+/// The widest block for vectors of n channels: the largest power of two that divides n; 0 for n = 0.
+[[nodiscard]] constexpr std::size_t hadamard_block(std::size_t n) noexcept { return n & (~n + 1); }
+
+/// 1 / sqrt(block), the factor that makes the transform orthonormal. Precondition: a power of two.
+[[nodiscard]] constexpr float hadamard_norm(std::size_t block) noexcept {
+    float norm = 1.0f;
+    for (; block >= 4; block /= 4)
+        norm *= 0.5f;
+    return block == 2 ? norm * 0.70710678f : norm;
+}
+
+/// Transforms each run of `block` channels in place. O(n log block). Preconditions: block is a power of two
+/// and divides the vector's length.
+constexpr void hadamard_transform(std::span<float> x, std::size_t block) noexcept {
+    for (std::size_t half = 1; half < block; half *= 2)
+        for (std::size_t at = 0; at < x.size(); at += 2 * half)
+            for (std::size_t i = at; i < at + half; ++i) {
+                const float a = x[i], b = x[i + half];
+                x[i] = a + b;
+                x[i + half] = a - b;
+            }
+    const float norm = hadamard_norm(block);
+    for (float& v : x)
+        v *= norm;
+}
+
+} // namespace kv1::inline KV1_ABI

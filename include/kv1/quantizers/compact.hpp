@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// compact<Bits>: 2^Bits evenly spaced levels whose scale and offset share 16 bits; 2 bytes less a vector than
+// affine<Bits>. With L = 2^Bits - 1 and w = -63 ... 63,
+//
+//   value = scale * (code + L * (w - 64) / 128)            scale: fp16 with 4 bits of mantissa
+//
+// The levels always have zero among them or next to them, so this suits vectors that lie about zero: centred
+// ones (encoding.hpp). quantize() takes the range of the vector, widened to include zero:
+//
+//   lo = min(min x, 0), hi = max(max x, 0)
+//   scale = (hi - lo) / L to fp16, half to even, then to 4 bits of mantissa, half up; at least 2^-18
+//   w = clamp(round_half_even(128 lo / (scale L) + 64), -63, 63)
+//   code = clamp(round_half_even((x - base) / scale), 0, L) with scale and base as stored
+//
+// least_squares<compact<Bits>> fits them better. O(n), no allocation.
+#pragma once
+
+#include <kv1/layout.hpp>
+#include <kv1/quantizer.hpp>
+
+#include <algorithm>
+
+namespace kv1::inline KV1_ABI {
+
+/// Scale and offset in 16 bits.
+struct compact_metadata {
+    /// As stored (layout.hpp's compact_pair): a finite fp16 number to those who only copy it.
+    float16 scale;
+};
+
+namespace detail {
+
+// Scale and base of evenly spaced levels as they are read back, and whether they could be stored.
+struct stored_levels {
+    row_metadata bits;
+    float scale = 0.0f, base = 0.0f;
+    bool fits = false;
+};
+
+// How a format keeps evenly spaced levels. All of a target's kernels do the same, in this order.
+template <class Q>
+struct level_format;
+
+#include <kv1/detail/precise_math_begin.inl>
+
+template <int Bits>
+struct level_format<compact<Bits>> {
+    static constexpr float max_code = static_cast<float>((1 << Bits) - 1);
+    static constexpr float low(float lo) noexcept { return lo < 0.0f ? lo : 0.0f; }
+    static constexpr float high(float hi) noexcept { return hi > 0.0f ? hi : 0.0f; }
+
+    static std::uint16_t round_scale(float scale) noexcept {
+        const int half = float_to_half(scale);
+        const int rounded = (half + 0x20) & compact_pair::scale_mask;
+        return static_cast<std::uint16_t>(std::max<int>(rounded, compact_pair::smallest_scale));
+    }
+    static float scale_of(std::uint16_t bits) noexcept { return half_to_float(bits); }
+    static stored_levels store(std::uint16_t scale_bits, float base) noexcept {
+        stored_levels s;
+        s.scale = scale_of(scale_bits);
+        s.fits = (scale_bits & 0x7c00u) != 0x7c00u;
+        const float steps = base / as_written(s.scale * max_code) * 128.0f + 64.0f; // the product is exact
+        const float nearest = std::nearbyint(std::clamp(steps, -63.0f, 63.0f));
+        const int w = static_cast<int>(nearest);
+        s.bits.scale = static_cast<std::uint16_t>(scale_bits | (w < 0 ? 0x8000 | -w : w));
+        s.base = s.scale * compact_pair::offset(s.bits.scale, (1 << Bits) - 1);
+        return s;
+    }
+};
+
+// Codes of the nearest levels; the sum of squared errors, channel by channel in order.
+inline float nearest_codes(std::span<const float> x, const stored_levels& levels, float max_code,
+                           std::uint8_t* codes) noexcept {
+    const float inverse = 1.0f / as_written(levels.scale);
+    float error = 0.0f;
+    for (std::size_t i = 0; i < x.size(); ++i) {
+        const float code = std::nearbyint(std::clamp((x[i] - levels.base) * inverse, 0.0f, max_code));
+        const float e =
+            x[i] - (code * levels.scale + levels.base); // codes and stored scales: an exact product
+        error = as_written(error + product_of(e, e));
+        codes[i] = static_cast<std::uint8_t>(code);
+    }
+    return error;
+}
+
+#include <kv1/detail/precise_math_end.inl>
+
+} // namespace detail
+
+/// The quantizer of 2^Bits evenly spaced levels about zero. Bits is 2 to 4.
+template <int Bits>
+struct compact {
+    static_assert(Bits >= 2 && Bits <= 4);
+    static constexpr int bits = Bits;                ///< of a code
+    static constexpr int max_code = (1 << Bits) - 1; ///< the largest code
+    using metadata = compact_metadata;               ///< what is kept beside the codes
+
+    /// One code per channel, and the metadata. Errors: shape_mismatch, invalid_argument (no channel),
+    /// non_finite, not_representable (a value beyond fp16); outputs are then untouched.
+    static status quantize(std::span<const float> x, std::span<std::uint8_t> codes, metadata& out) noexcept {
+        using format = detail::level_format<compact>;
+        if (const status s = detail::check_vector(x, codes); !s)
+            return s;
+        if (const status s = detail::check_fp16_range(x); !s)
+            return s;
+        const auto [lo, hi] = detail::plain_range(x);
+        const float low = format::low(lo), high = format::high(hi);
+        const detail::stored_levels levels =
+            format::store(format::round_scale((high - low) / detail::as_written(format::max_code)), low);
+        if (!levels.fits)
+            return {errc::not_representable, detail::rule_fp16_metadata};
+        detail::nearest_codes(x, levels, format::max_code, codes.data());
+        out.scale = float16::from_bits(levels.bits.scale);
+        return {};
+    }
+
+    /// The value that a code stands for; exact.
+    [[nodiscard]] static constexpr float dequantize(std::uint8_t code, metadata m) noexcept {
+        const float scale = detail::compact_pair::scale(m.scale.bits());
+        return static_cast<float>(code) * scale +
+               scale * detail::compact_pair::offset(m.scale.bits(), max_code);
+    }
+};
+
+static_assert(quantizer<compact<2>>);
+
+} // namespace kv1::inline KV1_ABI

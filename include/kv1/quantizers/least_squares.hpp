@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// least_squares<Q>: the format of Q, affine<b> or compact<b>, with scale and base fitted to the vector
+// instead of read off its extremes. Same bytes, same decoder, less error: at 2 bits about half the squared
+// error of min/max for Gaussian channels, a third with outliers.
+//
+// Levels begin evenly over the middle 80 % of the range. Three times over each channel is given its nearest
+// level, and scale and base become those that minimize the squared error for these codes:
+//
+//   scale = (n sum xc - sum x sum c) / (n sum cc - (sum c)^2), base = (sum x - scale sum c) / n
+//
+// with x taken from the middle of the range. The scale is then rounded as stored, the base computed once more
+// for it, and codes are the nearest of the stored levels. The range itself, as min/max would store it, is the
+// other candidate: the one with the smaller squared error is taken, so the result is never worse than
+// min/max. (Better starts and more rounds gain nothing on keys and values that were measured: README.)
+//
+// Sums run channel by channel, products are rounded before they are added: a vector's codes and metadata are
+// the same bits on every target. O(n), no allocation.
+#pragma once
+
+#include <kv1/quantizer.hpp>
+#include <kv1/quantizers/affine.hpp>
+#include <kv1/quantizers/compact.hpp>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+namespace kv1::inline KV1_ABI {
+
+namespace detail {
+
+inline constexpr int fit_rounds = 3;
+inline constexpr float fit_start = 0.8f;
+
+#include <kv1/detail/precise_math_begin.inl>
+
+template <int Bits>
+struct level_format<affine<Bits>> {
+    static constexpr float max_code = static_cast<float>((1 << Bits) - 1);
+    static constexpr float low(float lo) noexcept { return lo; }
+    static constexpr float high(float hi) noexcept { return hi; }
+    static std::uint16_t round_scale(float scale) noexcept {
+        return float_to_half(scale > smallest_scale ? scale : smallest_scale);
+    }
+    static float scale_of(std::uint16_t bits) noexcept { return half_to_float(bits); }
+    static stored_levels store(std::uint16_t scale_bits, float base) noexcept {
+        stored_levels s;
+        s.bits = {scale_bits, float_to_half(base)};
+        s.scale = half_to_float(s.bits.scale);
+        s.base = half_to_float(s.bits.minimum);
+        s.fits = (s.bits.scale & 0x7c00u) != 0x7c00u && (s.bits.minimum & 0x7c00u) != 0x7c00u;
+        return s;
+    }
+};
+
+// The candidate that alternating assignment and refit ends with. Precondition: lo and hi are x's, and finite.
+template <class Q>
+stored_levels refine_levels(std::span<const float> x, float lo, float hi) noexcept {
+    using format = level_format<Q>;
+    const auto n = static_cast<float>(x.size());
+    const float middle = 0.5f * lo + 0.5f * hi;
+    float scale = std::max(product_of(hi - lo, fit_start / format::max_code), smallest_scale);
+    float base = product_of(scale, -0.5f * format::max_code);
+    float sum_c = 0.0f, sum_x = 0.0f;
+    for (int round = 0; round < fit_rounds; ++round) {
+        const float inverse = 1.0f / as_written(scale);
+        float sum_cc = 0.0f, sum_xc = 0.0f;
+        sum_c = sum_x = 0.0f;
+        for (const float value : x) {
+            const float v = value - middle;
+            const float c = std::nearbyint(std::clamp((v - base) * inverse, 0.0f, format::max_code));
+            sum_x = as_written(sum_x + v);
+            sum_c = sum_c + c; // of integers below 2^24: exact
+            sum_cc = sum_cc + c * c;
+            sum_xc = as_written(sum_xc + product_of(v, c));
+        }
+        const float variance = product_of(n, sum_cc) - product_of(sum_c, sum_c);
+        const float covariance = product_of(n, sum_xc) - product_of(sum_x, sum_c);
+        if (variance > 0.0f)
+            scale = std::max(covariance / as_written(variance), smallest_scale);
+        base = (sum_x - product_of(scale, sum_c)) / as_written(n);
+    }
+    const std::uint16_t stored = format::round_scale(scale);
+    base = (sum_x - product_of(format::scale_of(stored), sum_c)) / as_written(n);
+    return format::store(stored, base + middle);
+}
+
+// Levels and codes of a vector whose channels are within fp16's range. fits is false where metadata overflow.
+template <class Q>
+stored_levels fit_levels(std::span<const float> x, std::uint8_t* codes) noexcept {
+    using format = level_format<Q>;
+    const auto [lo, hi] = plain_range(x);
+    const float low = format::low(lo), high = format::high(hi);
+    const stored_levels range =
+        format::store(format::round_scale((high - low) / as_written(format::max_code)), low);
+    if (!range.fits)
+        return range;
+    const float range_error = nearest_codes(x, range, format::max_code, codes);
+    const stored_levels refined = refine_levels<Q>(x, lo, hi);
+    std::array<std::uint8_t, max_vector_length> refined_codes;
+    if (!refined.fits || !(nearest_codes(x, refined, format::max_code, refined_codes.data()) < range_error))
+        return range;
+    std::memcpy(codes, refined_codes.data(), x.size());
+    return refined;
+}
+
+#include <kv1/detail/precise_math_end.inl>
+
+} // namespace detail
+
+/// Q's format, fitted by least squares. Q is affine<b> of 1 to 8 bits or compact<b>.
+template <class Q>
+struct least_squares {
+    static constexpr int bits = Q::bits;         ///< of a code
+    static constexpr int max_code = Q::max_code; ///< the largest code
+    using metadata = typename Q::metadata;       ///< what is kept beside the codes
+
+    /// One code per channel, and the metadata. Errors: shape_mismatch, invalid_argument (no channel, or more
+    /// than 4096), non_finite, not_representable (a value beyond fp16, or metadata); outputs are then
+    /// untouched.
+    static status quantize(std::span<const float> x, std::span<std::uint8_t> codes, metadata& out) noexcept {
+        if (const status s = detail::check_vector(x, codes); !s)
+            return s;
+        if (x.size() > detail::max_vector_length)
+            return {errc::invalid_argument, "a vector has at most 4096 channels"};
+        if (const status s = detail::check_fp16_range(x); !s)
+            return s;
+        std::array<std::uint8_t, detail::max_vector_length> found;
+        const detail::stored_levels levels = detail::fit_levels<Q>(x, found.data());
+        if (!levels.fits)
+            return {errc::not_representable, detail::rule_fp16_metadata};
+        std::memcpy(codes.data(), found.data(), x.size());
+        out.scale = float16::from_bits(levels.bits.scale);
+        if constexpr (requires { out.minimum; })
+            out.minimum = float16::from_bits(levels.bits.minimum);
+        return {};
+    }
+
+    /// The value that a code stands for.
+    [[nodiscard]] static constexpr float dequantize(std::uint8_t code, metadata m) noexcept {
+        return Q::dequantize(code, m);
+    }
+};
+
+static_assert(quantizer<least_squares<affine<2>>> && quantizer<least_squares<compact<2>>>);
+
+} // namespace kv1::inline KV1_ABI

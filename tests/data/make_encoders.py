@@ -1,0 +1,129 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Writes encoders.safetensors: compact and least-squares quantization and a page of compact formats, from their
+definitions (include/kv1/quantizers, layout.hpp) in numpy, independently of the library.
+
+usage: make_encoders.py OUTPUT       needs numpy and safetensors
+"""
+import sys
+
+import numpy as np
+from safetensors.numpy import save_file
+
+f32 = np.float32
+SMALLEST = f32(1e-6)
+
+
+def half_bits(x):
+    return np.asarray(x, np.float16).view(np.uint16)
+
+
+def from_bits(b):
+    return np.asarray(b, np.uint16).view(np.float16).astype(f32)
+
+
+def store(fmt, bits, scale, base):
+    """Metadata bits, and scale and base as they are read back."""
+    levels = 2**bits - 1
+    if fmt == "affine":
+        s = half_bits(max(f32(scale), SMALLEST))
+        return lambda b: ((s, half_bits(b)), from_bits(s), from_bits(half_bits(b)))
+    s = np.uint16(max((int(half_bits(scale)) + 0x20) & 0x7FC0, 0x40))
+
+    def with_base(b):
+        read = from_bits(s)
+        w = int(np.rint(np.clip(f32(b) / (read * f32(levels)) * f32(128) + f32(64), f32(-63), f32(63))))
+        pair = np.uint16(int(s) | (0x8000 | -w if w < 0 else w))
+        return (pair, np.uint16(0)), read, read * f32(levels * (w - 64)) / f32(128)
+
+    return with_base
+
+
+def nearest(x, scale, base, levels):
+    inverse = f32(1) / scale
+    codes = np.rint(np.clip((x - base) * inverse, f32(0), f32(levels)))
+    error = f32(0)
+    for v, c in zip(x, codes):
+        e = v - (c * scale + base)
+        error = f32(error + f32(e * e))
+    return codes.astype(np.uint8), error
+
+
+def quantize(x, fmt, bits, fit):
+    levels = 2**bits - 1
+    x = x.astype(f32)
+    n = f32(len(x))
+    lo, hi = x.min(), x.max()
+    low, high = (lo, hi) if fmt == "affine" else (min(lo, f32(0)), max(hi, f32(0)))
+    meta, scale, base = store(fmt, bits, (high - low) / f32(levels), None)(low)
+    codes, error = nearest(x, scale, base, levels)
+    if not fit:
+        return codes, meta
+    middle = f32(0.5) * lo + f32(0.5) * hi
+    v = x - middle
+    s = max(f32((hi - lo) * (f32(0.8) / f32(levels))), SMALLEST)
+    b = f32(s * f32(-0.5 * levels))
+    for _ in range(3):
+        c = np.rint(np.clip((v - b) * (f32(1) / s), f32(0), f32(levels)))
+        sx = sc = scc = sxc = f32(0)
+        for vi, ci in zip(v, c):
+            sx, sc, scc, sxc = f32(sx + vi), f32(sc + ci), f32(scc + ci * ci), f32(sxc + f32(vi * ci))
+        variance = f32(n * scc) - f32(sc * sc)
+        covariance = f32(n * sxc) - f32(sx * sc)
+        if variance > 0:
+            s = max(f32(covariance / variance), SMALLEST)
+        b = f32((sx - f32(s * sc)) / n)
+    with_base = store(fmt, bits, s, None)
+    read = with_base(f32(0))[1]
+    meta2, scale, base = with_base(f32(f32((sx - f32(read * sc)) / n) + middle))
+    codes2, error2 = nearest(x, scale, base, levels)
+    return (codes2, meta2) if error2 < error else (codes, meta)
+
+
+def page(keys, values):
+    """A page of 32 tokens, keys compact3, values compact2, 32 channels."""
+    tokens, channels = keys.shape
+    lanes_k, lanes_v = np.zeros((tokens // 16, 3, 16), np.uint32), np.zeros((channels // 16, tokens // 16, 16), np.uint32)
+    k_meta, v_meta = np.zeros(tokens, np.uint16), np.zeros(tokens, np.uint16)
+    for t in range(tokens):
+        codes, (k_meta[t], _) = quantize(keys[t], "compact", 3, True)
+        for c in range(channels):
+            lanes_k[t // 16, c // 16, t % 16] |= np.uint32((int(codes[c]) & 3) << (2 * (c % 16)))
+            lanes_k[t // 16, 2, t % 16] |= np.uint32((int(codes[c]) >> 2) << c)
+        codes, (v_meta[t], _) = quantize(values[t], "compact", 2, True)
+        for c in range(channels):
+            n = t % 16
+            lanes_v[c // 16, t // 16, c % 16] |= np.uint32(int(codes[c]) << (8 * (n % 4) + 2 * (n // 4)))
+    return np.frombuffer(lanes_k.tobytes() + lanes_v.tobytes() + k_meta.tobytes() + v_meta.tobytes(), np.uint8)
+
+
+def main():
+    rng = np.random.default_rng(5)
+    out = {}
+    for d in (1, 7, 32, 64, 128):
+        x = rng.standard_normal((12, d)).astype(f32)
+        x[3] *= 1000
+        x[4] = 2.5
+        x[5] = 0
+        x[6] += 3
+        x[7, 0] = 50
+        x[8] *= f32(1e-5)
+        out[f"d{d}.x"] = x
+        for fmt in ("affine", "compact"):
+            for bits in (2, 3, 4):
+                for fit in (False, True):
+                    if fmt == "affine" and not fit:
+                        continue  # quantizers.safetensors has the reference's
+                    results = [quantize(row, fmt, bits, fit) for row in x]
+                    name = f"d{d}.{fmt}{bits}{'.fit' if fit else ''}"
+                    out[name + ".codes"] = np.stack([r[0] for r in results])
+                    out[name + ".scale"] = np.array([r[1][0] for r in results], np.uint16)
+                    out[name + ".minimum"] = np.array([r[1][1] for r in results], np.uint16)
+    keys, values = rng.standard_normal((2, 32, 32)).astype(f32)
+    out["page.keys"], out["page.values"] = keys, values
+    out["page.bytes"] = page(keys, values).copy()
+    save_file(out, sys.argv[1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,372 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Fitted levels, rotations, means and error weights: what they promise of single vectors, on every target.
+#include "compare.hpp"
+#include "random.hpp"
+#include "targets.hpp"
+
+#include <catch2/catch_template_test_macros.hpp>
+
+#include <kv1/detail/encode_reference.hpp>
+#include <kv1/detail/vector_codec.hpp>
+#include <kv1/hadamard.hpp>
+#include <kv1/row.hpp>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+using kv1::affine;
+using kv1::compact;
+using kv1::least_squares;
+using kv1_test::generator;
+using kv1_test::tally;
+
+namespace {
+
+std::vector<float> vector_of_kind(generator& g, std::size_t kind, std::size_t n) {
+    std::vector<float> x(n);
+    const auto scale = static_cast<float>(std::pow(10.0, -7.0 + 11.0 * g.uniform()));
+    const float offset = g.chance(0.5) ? scale * 3.0f * g.normal() : 0.0f;
+    for (float& v : x)
+        switch (kind) {
+        case 0:
+            v = g.normal();
+            break;
+        case 1: // any magnitude that fp16 metadata can tell
+            v = std::clamp(scale * g.normal() + offset, -60000.0f, 60000.0f);
+            break;
+        case 2: // outliers
+            v = g.chance(0.05) ? 100.0f * g.normal() : g.normal();
+            break;
+        case 3: // constants
+            v = std::clamp(offset, -60000.0f, 60000.0f);
+            break;
+        case 4: // zeros of both signs
+            v = g.chance(0.5) ? 0.0f : -0.0f;
+            break;
+        case 5: // few distinct values
+            v = static_cast<float>(g.below(3));
+            break;
+        case 6: // heavy on one side
+            v = std::exp(2.0f * g.normal());
+            break;
+        default: // ties
+            v = static_cast<float>(g.below(15)) * 0.5f;
+        }
+    return x;
+}
+
+std::vector<std::vector<float>> vectors_of_every_kind(std::uint64_t seed, std::size_t each) {
+    generator g(seed);
+    std::vector<std::vector<float>> all;
+    for (std::size_t kind = 0; kind < 8; ++kind)
+        for (std::size_t i = 0; i < each; ++i)
+            all.push_back(vector_of_kind(g, kind, i < 40 ? i + 1 : g.between(1, 300)));
+    all.push_back(vector_of_kind(g, 0, 4096));
+    all.push_back(vector_of_kind(g, 2, 1025)); // past what goes through lanes
+    return all;
+}
+
+struct measured {
+    double error = 0.0;    // sum of squares
+    double rounding = 0.0; // by which fp32 may misjudge it
+};
+
+template <class Q>
+measured measure(const std::vector<float>& x) {
+    constexpr double u = kv1_test::unit_roundoff;
+    std::vector<std::uint8_t> codes(x.size());
+    typename Q::metadata m{};
+    REQUIRE(Q::quantize(x, codes, m));
+    const double step = static_cast<double>(Q::dequantize(1, m)) - static_cast<double>(Q::dequantize(0, m));
+    measured r;
+    for (std::size_t i = 0; i < x.size(); ++i) {
+        const double y = Q::dequantize(codes[i], m), e = static_cast<double>(x[i]) - y;
+        r.error += e * e;
+        // e is off by a rounding of y and one of itself; a code by a tie that three roundings may decide
+        r.rounding += 2 * std::fabs(e) * u * (std::fabs(y) + std::fabs(e)) +
+                      8 * u * Q::max_code * step * step +
+                      8 * u * std::fabs(step) * (std::fabs(y) + std::fabs(static_cast<double>(x[i])));
+    }
+    r.rounding += r.error * kv1_test::gamma(static_cast<double>(x.size()) + 4);
+    return r;
+}
+
+template <class Q>
+std::vector<float> decoded(const std::vector<float>& x) {
+    std::vector<std::uint8_t> codes(x.size());
+    typename Q::metadata m{};
+    REQUIRE(Q::quantize(x, codes, m));
+    std::vector<float> y;
+    for (const std::uint8_t c : codes)
+        y.push_back(Q::dequantize(c, m));
+    return y;
+}
+
+struct outcome {
+    kv1::errc code{};
+    std::int64_t channel = -1;
+    std::uint16_t scale = 0, minimum = 0;
+    std::vector<std::uint8_t> codes;
+    friend bool operator==(const outcome&, const outcome&) = default;
+};
+
+template <class Metadata>
+outcome outcome_of(const kv1::status& s, const Metadata& m, std::vector<std::uint8_t> codes) {
+    outcome o{s.code(), s.where().channel, m.scale.bits(), 0, std::move(codes)};
+    if constexpr (requires { m.minimum; })
+        o.minimum = m.minimum.bits();
+    return o;
+}
+
+} // namespace
+
+#define KV1_FITTED affine<2>, affine<3>, affine<4>, affine<8>, compact<2>, compact<3>, compact<4>
+
+TEMPLATE_TEST_CASE("least squares is no worse than min/max on any vector", "[encode]", KV1_FITTED) {
+    tally t;
+    for (const auto& x : vectors_of_every_kind(31, 200)) {
+        const measured fitted = measure<least_squares<TestType>>(x), plain = measure<TestType>(x);
+        t.expect(fitted.error <= plain.error + fitted.rounding + plain.rounding, x.size(), "channels",
+                 fitted.error, "against", plain.error);
+    }
+    KV1_REQUIRE_CLEAN(t);
+}
+
+TEST_CASE(
+    "at 2 bits least squares takes a third off the error of Gaussian channels, two thirds with outliers",
+    "[encode]") {
+    generator g(32);
+    double plain = 0.0, fitted = 0.0, plain_outliers = 0.0, fitted_outliers = 0.0;
+    for (int i = 0; i < 400; ++i) {
+        std::vector<float> x = kv1_test::normal_values(g, 128);
+        plain += measure<affine<2>>(x).error;
+        fitted += measure<least_squares<affine<2>>>(x).error;
+        x[g.below(128)] = 8.0f;
+        x[g.below(128)] = -8.0f;
+        plain_outliers += measure<affine<2>>(x).error;
+        fitted_outliers += measure<least_squares<affine<2>>>(x).error;
+    }
+    CAPTURE(plain, fitted, plain_outliers, fitted_outliers);
+    REQUIRE(fitted < 0.6667 * plain);
+    REQUIRE(fitted_outliers < 0.3333 * plain_outliers);
+}
+
+TEMPLATE_TEST_CASE("what was decoded is encoded to itself where the outer levels are in use", "[encode]",
+                   affine<2>, affine<3>, affine<4>, compact<2>, compact<3>, compact<4>) {
+    generator g(33);
+    tally t;
+    std::size_t seen = 0;
+    for (int i = 0; i < 400; ++i) {
+        const std::vector<float> once =
+            decoded<least_squares<TestType>>(kv1_test::normal_values(g, g.between(8, 200)));
+        const auto [lo, hi] = std::minmax_element(once.begin(), once.end());
+        std::vector<std::uint8_t> codes(once.size());
+        typename TestType::metadata m{};
+        REQUIRE(least_squares<TestType>::quantize(once, codes, m));
+        if (*std::min_element(codes.begin(), codes.end()) != 0 ||
+            *std::max_element(codes.begin(), codes.end()) != TestType::max_code)
+            continue;
+        ++seen;
+        // a step is a fp16 number; the smallest half step that may be confused is far above this
+        const std::vector<float> twice = decoded<least_squares<TestType>>(once);
+        const double allowed = 1e-3 * (static_cast<double>(*hi) - static_cast<double>(*lo));
+        for (std::size_t c = 0; c < once.size(); ++c)
+            t.expect(std::fabs(static_cast<double>(once[c]) - static_cast<double>(twice[c])) <= allowed, i, c,
+                     once[c], twice[c]);
+    }
+    KV1_REQUIRE_CLEAN(t);
+    REQUIRE(seen > 200);
+}
+
+TEST_CASE("decoding a compact code rounds nothing", "[encode]") {
+    tally t;
+    for (unsigned bits = 0; bits < 0x10000u; ++bits) {
+        if ((bits & 0x7c00u) == 0x7c00u || (bits & 0x7fc0u) == 0)
+            continue;
+        const kv1::compact_metadata m{kv1::float16::from_bits(static_cast<std::uint16_t>(bits))};
+        const double scale =
+            static_cast<float>(kv1::float16::from_bits(static_cast<std::uint16_t>(bits & 0x7fc0u)));
+        const double w =
+            (bits & 0x8000u) != 0 ? -static_cast<double>(bits & 63u) : static_cast<double>(bits & 63u);
+        for (const unsigned code : {0u, 1u, 7u})
+            t.expect(static_cast<double>(compact<3>::dequantize(static_cast<std::uint8_t>(code), m)) ==
+                         scale * (code + 7.0 * (w - 64.0) / 128.0),
+                     bits, code);
+    }
+    KV1_REQUIRE_CLEAN(t);
+}
+
+TEMPLATE_TEST_CASE("every target fits the same levels and codes, bit for bit", "[encode]",
+                   least_squares<affine<2>>, least_squares<affine<3>>, least_squares<affine<4>>,
+                   least_squares<affine<8>>, compact<2>, compact<3>, compact<4>, least_squares<compact<2>>,
+                   least_squares<compact<3>>, least_squares<compact<4>>) {
+    auto vectors = vectors_of_every_kind(34, 90);
+    generator g(35);
+    for (int i = 0; i < 60; ++i) { // what is refused
+        vectors.push_back(kv1_test::normal_values(g, g.between(1, 70)));
+        constexpr std::uint32_t bad[] = {0x7fc00000u, 0xff800000u, 0x477ff000u, 0xc7800000u, 0x7f7fffffu};
+        vectors.back()[g.below(vectors.back().size())] = std::bit_cast<float>(bad[g.below(5)]);
+    }
+    std::vector<outcome> expected;
+    for (const auto& x : vectors) {
+        std::vector<std::uint8_t> codes(x.size(), 0xee);
+        typename TestType::metadata m{};
+        const kv1::status s = TestType::quantize(x, codes, m);
+        expected.push_back(outcome_of(s, m, codes));
+    }
+    kv1_test::for_each_target([&](kv1::target) {
+        tally t;
+        for (std::size_t i = 0; i < vectors.size(); ++i) {
+            std::vector<std::uint8_t> codes(vectors[i].size(), 0xee);
+            typename TestType::metadata m{};
+            const kv1::status s = kv1::try_quantize<TestType>(vectors[i], codes, m);
+            t.expect(outcome_of(s, m, codes) == expected[i], "vector", i, "of", vectors[i].size(),
+                     "channels");
+        }
+        KV1_REQUIRE_CLEAN(t);
+    });
+}
+
+TEST_CASE("every target follows recipes with means, rotations and error weights, for any number of vectors",
+          "[encode]") {
+    using kv1::kv_format;
+    generator g(36);
+    for (const kv_format f :
+         {kv_format::affine2, kv_format::affine4, kv_format::compact2, kv_format::compact3})
+        for (const std::size_t n :
+             {std::size_t{1}, std::size_t{24}, std::size_t{32}, std::size_t{96}, std::size_t{128}}) {
+            const std::vector<float> mean = kv1_test::normal_values(g, n);
+            std::vector<float> feedback(n * n);
+            for (std::size_t j = 0; j < n; ++j)
+                for (std::size_t i = j + 1; i < n; ++i)
+                    feedback[i * n + j] = 0.2f * g.normal();
+            for (const bool rotated : {false, true})
+                for (const int weights : {0, 1, 2}) { // none, common to the vectors, of some vectors
+                    const kv1::detail::encode_recipe recipe{f, true, n, rotated ? kv1::hadamard_block(n) : 0};
+                    std::vector<std::vector<float>> x;
+                    std::vector<kv1::detail::encode_row> rows;
+                    for (std::size_t i = 0; i < 16; ++i)
+                        x.push_back(kv1_test::normal_values(g, n));
+                    for (std::size_t i = 0; i < 16; ++i)
+                        rows.push_back(
+                            {x[i].data(), i % 3 == 0 ? nullptr : mean.data(),
+                             weights == 1 || (weights == 2 && i % 2 == 0) ? feedback.data() : nullptr});
+                    const std::size_t stride = n + 3;
+                    std::vector<std::uint8_t> expected(16 * stride, 0xee);
+                    std::vector<kv1::detail::row_metadata> metadata(16);
+                    for (std::size_t i = 0; i < 16; ++i) {
+                        const auto r =
+                            kv1::detail::encode_reference(recipe, rows[i], expected.data() + i * stride);
+                        REQUIRE(r.code == kv1::errc::ok);
+                        metadata[i] = r.metadata;
+                    }
+                    kv1_test::for_each_target([&](kv1::target) {
+                        tally t;
+                        for (std::size_t count = 1; count <= 16; ++count) {
+                            std::vector<std::uint8_t> codes(16 * stride, 0xee);
+                            std::vector<kv1::detail::row_metadata> found(16);
+                            std::size_t failed = 0;
+                            const auto r = kv1::detail::common_kernels().encode_rows(
+                                recipe, rows.data(), count, codes.data(), stride, found.data(), failed);
+                            t.expect(r.code == kv1::errc::ok, "refused");
+                            for (std::size_t i = 0; i < count; ++i)
+                                t.expect(
+                                    found[i].scale == metadata[i].scale &&
+                                        found[i].minimum == metadata[i].minimum &&
+                                        std::equal(
+                                            codes.begin() + static_cast<std::ptrdiff_t>(i * stride),
+                                            codes.begin() + static_cast<std::ptrdiff_t>((i + 1) * stride),
+                                            expected.begin() + static_cast<std::ptrdiff_t>(i * stride)),
+                                    to_string(f), n, rotated, weights, count, i);
+                        }
+                        KV1_REQUIRE_CLEAN(t);
+                    });
+                }
+        }
+}
+
+TEST_CASE("the Hadamard transform keeps lengths, undoes itself and is the same on every target", "[encode]") {
+    generator g(37);
+    for (const std::size_t block : {1u, 2u, 4u, 8u, 16u, 32u, 64u, 128u}) {
+        const std::vector<float> x = kv1_test::normal_values(g, 3 * block);
+        std::vector<float> y = x;
+        kv1::hadamard_transform(y, block);
+        double length = 0.0, rotated = 0.0;
+        for (std::size_t i = 0; i < x.size(); ++i) {
+            length += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+            rotated += static_cast<double>(y[i]) * static_cast<double>(y[i]);
+        }
+        // log2(block) additions and the norm, itself rounded, on each of up to `block` terms
+        const double roundings = std::log2(static_cast<double>(block)) + 2;
+        REQUIRE(std::fabs(length - rotated) <=
+                2 * kv1_test::gamma(roundings) * length * std::sqrt(static_cast<double>(block)));
+        std::vector<float> back = y;
+        kv1::hadamard_transform(back, block);
+        double worst = 0.0, largest = 0.0;
+        for (std::size_t i = 0; i < x.size(); ++i) {
+            worst = std::max(worst, std::fabs(static_cast<double>(back[i]) - static_cast<double>(x[i])));
+            largest = std::max(largest, std::fabs(static_cast<double>(x[i])));
+        }
+        REQUIRE(worst <= 2 * kv1_test::gamma(2 * roundings) * largest * static_cast<double>(block));
+        kv1_test::for_each_target([&](kv1::target) {
+            std::vector<float> z = x;
+            kv1::detail::common_kernels().rotate(z.data(), z.size(), block);
+            REQUIRE(z == y);
+        });
+    }
+}
+
+TEST_CASE("error weights take cost off codes: less of it than nearest levels leave", "[encode]") {
+    constexpr std::size_t n = 32;
+    generator g(38);
+    // W = A^T A, far from a multiple of the identity
+    const std::vector<float> a = kv1_test::normal_values(g, 8 * n);
+    std::vector<float> w(n * n);
+    for (std::size_t i = 0; i < n; ++i)
+        for (std::size_t j = 0; j < n; ++j)
+            for (std::size_t k = 0; k < 8; ++k)
+                w[i * n + j] += a[k * n + i] * a[k * n + j];
+    for (const std::size_t block : {std::size_t{0}, n}) {
+        std::vector<float> feedback(n * n);
+        REQUIRE(kv1::detail::factor_weights(w, n, block, feedback.data()));
+        double nearest = 0.0, weighted = 0.0;
+        for (int i = 0; i < 100; ++i) {
+            const std::vector<float> x = kv1_test::normal_values(g, n);
+            for (const float* with :
+                 {static_cast<const float*>(nullptr), static_cast<const float*>(feedback.data())}) {
+                const kv1::detail::encode_recipe recipe{kv1::kv_format::compact3, true, n, block};
+                std::vector<std::uint8_t> codes(n);
+                const auto r = kv1::detail::encode_reference(recipe, {x.data(), nullptr, with}, codes.data());
+                REQUIRE(r.code == kv1::errc::ok);
+                std::vector<float> y(n);
+                for (std::size_t c = 0; c < n; ++c)
+                    y[c] = compact<3>::dequantize(codes[c], {kv1::float16::from_bits(r.metadata.scale)});
+                if (block != 0)
+                    kv1::hadamard_transform(y, block);
+                double cost = 0.0;
+                for (std::size_t p = 0; p < n; ++p)
+                    for (std::size_t q = 0; q < n; ++q)
+                        cost += static_cast<double>(w[p * n + q]) * static_cast<double>(x[p] - y[p]) *
+                                static_cast<double>(x[q] - y[q]);
+                (with == nullptr ? nearest : weighted) += cost;
+            }
+        }
+        CAPTURE(block, nearest, weighted);
+        REQUIRE(weighted < 0.5 * nearest);
+    }
+}
+
+TEST_CASE("weights that are not positive semidefinite are found out", "[encode]") {
+    std::vector<float> feedback(4);
+    REQUIRE(kv1::detail::factor_weights(std::vector<float>{2.0f, 0.0f, 0.0f, 0.0f}, 2, 0, feedback.data()));
+    REQUIRE(kv1::detail::factor_weights(std::vector<float>(4), 2, 2, feedback.data()));
+    REQUIRE_FALSE(
+        kv1::detail::factor_weights(std::vector<float>{1.0f, 2.0f, 2.0f, 1.0f}, 2, 0, feedback.data()));
+    REQUIRE_FALSE(
+        kv1::detail::factor_weights(std::vector<float>{-1.0f, 0.0f, 0.0f, -1.0f}, 2, 0, feedback.data()));
+}
