@@ -13,6 +13,7 @@
 #include <kv1/tensor.hpp>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <limits>
@@ -38,8 +39,10 @@ inline attention_split split_attention(const page_layout& layout, std::size_t ro
     const std::size_t tokens = last_token - s.first_token;
     const std::size_t tasks = kv_heads * s.row_blocks;
     const std::size_t wanted = tasks >= wanted_tasks ? 1 : (wanted_tasks + tasks - 1) / tasks;
-    const std::size_t even = (tokens + wanted - 1) / wanted;
-    s.range_tokens = round_up(std::max(even, smallest_range), layout.page_tokens());
+    // a power of two of equal ranges: they divide among 2, 4, 8 or 16 workers
+    const std::size_t ranges =
+        std::bit_floor(std::max<std::size_t>(1, std::min(wanted, tokens / smallest_range)));
+    s.range_tokens = round_up(std::max<std::size_t>(1, (tokens + ranges - 1) / ranges), layout.page_tokens());
     s.ranges = std::max<std::size_t>(1, (tokens + s.range_tokens - 1) / s.range_tokens);
     return s;
 }
