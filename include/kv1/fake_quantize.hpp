@@ -124,7 +124,7 @@ inline real_metadata min_max(std::span<const float> x, int max_code) noexcept {
 // Lloyd's iteration on an affine grid: round to the nearest levels, refit the levels to what was rounded to
 // them. Every step lowers the squared error; the range's ends lie too far out for all but the flattest
 // vectors, so it also starts from narrower ranges. The best of all, min/max among them, is taken.
-inline real_metadata least_squares(std::span<const float> x, int max_code, bool round_metadata,
+inline real_metadata fit_levels(std::span<const float> x, int max_code, bool round_metadata,
                                    std::span<std::uint8_t> codes) noexcept {
     constexpr std::array starts{1.0f, 0.8f, 0.6f};
     constexpr int most_rounds = 16;
@@ -198,7 +198,7 @@ status quantize_for_training(std::span<const float> x, const fake_quantize_optio
                              std::span<std::uint8_t> codes, real_metadata& m) noexcept {
     if constexpr (std::same_as<typename Q::metadata, affine_metadata>) {
         if (o.encoder == fake_quantize_options::encoder_policy::least_squares) {
-            m = least_squares(x, Q::max_code, o.round_metadata, codes);
+            m = fit_levels(x, Q::max_code, o.round_metadata, codes);
         } else if (o.round_metadata) {
             affine_metadata stored;
             if (const status s = Q::quantize(x, codes, stored); !s)
