@@ -47,17 +47,33 @@ Tensor turn(const Tensor& x, const rotary_table& table, bool inverse) {
     return torch::stack({a * cosines - b * sines, a * sines + b * cosines}, -1).view(x.sizes());
 }
 
-Tensor quantize_on_cpu(const Tensor& x, kv1::kv_format format, const kv_policy& policy) {
+// Everything about the way but x. `centre` and the table's tensors are empty where there is none.
+struct cache_path {
+    rotary_table table;
+    kv1::kv_format format;
+    kv_policy policy;
+    Tensor centre;
+    [[nodiscard]] bool turns() const { return table.cosines.numel() != 0; }
+    [[nodiscard]] bool centres() const { return policy.centre && centre.numel() != 0; }
+};
+
+Tensor quantize_on_cpu(const Tensor& x, const cache_path& path) {
     const Tensor in = x.to(torch::kFloat32).contiguous();
     Tensor out = torch::empty_like(in);
-    const auto channels = static_cast<std::size_t>(in.size(-1));
+    const auto channels = static_cast<std::size_t>(in.size(-1)),
+               heads = static_cast<std::size_t>(in.size(-2));
     const float* from = in.data_ptr<float>();
     float* to = out.data_ptr<float>();
-    const std::int64_t rows = in.numel() / in.size(-1);
-    at::parallel_for(0, rows, 256, [&](std::int64_t begin, std::int64_t end) {
-        const std::size_t at = static_cast<std::size_t>(begin) * channels;
-        const std::size_t n = static_cast<std::size_t>(end - begin) * channels;
-        kv1::fake_quantize(format, channels, {from + at, n}, {to + at, n}, options_of(policy));
+    const Tensor means = path.centres() ? path.centre.contiguous() : Tensor();
+    kv1::fake_quantize_options options = options_of(path.policy);
+    at::parallel_for(0, in.numel() / in.size(-1), 256, [&, options](std::int64_t begin, std::int64_t end) {
+        kv1::fake_quantize_options mine = options;
+        for (auto row = static_cast<std::size_t>(begin); row < static_cast<std::size_t>(end); ++row) {
+            if (means.defined())
+                mine.centre = {means.data_ptr<float>() + row % heads * channels, channels};
+            kv1::fake_quantize(path.format, channels, {from + row * channels, channels},
+                               {to + row * channels, channels}, mine);
+        }
     });
     return out;
 }
@@ -90,68 +106,73 @@ void set_format(cuda::cache_path_job& job, kv1::kv_format format, const kv_polic
     job.round_metadata = policy.round_metadata;
 }
 
-Tensor run_on_cuda(const Tensor& x, const rotary_table* table, bool inverse, kv1::kv_format format,
-                   const kv_policy& policy) {
+Tensor run_on_cuda(const Tensor& x, const cache_path& path, bool inverse) {
     const Tensor in = x.contiguous();
     Tensor out = torch::empty_like(in);
     cuda::cache_path_job job = job_for(in, out);
-    if (table != nullptr) {
-        job.cosines = table->cosines.data_ptr<float>();
-        job.sines = table->sines.data_ptr<float>();
+    if (path.turns()) {
+        job.cosines = path.table.cosines.data_ptr<float>();
+        job.sines = path.table.sines.data_ptr<float>();
         job.inverse = inverse;
     }
-    set_format(job, format, policy);
+    if (path.centres())
+        job.centre = path.centre.data_ptr<float>();
+    set_format(job, path.format, path.policy);
     cuda::run(job, c10::cuda::getCurrentCUDAStream().stream());
     return out;
 }
 #else
-Tensor run_on_cuda(const Tensor&, const rotary_table*, bool, kv1::kv_format, const kv_policy&) {
+Tensor run_on_cuda(const Tensor&, const cache_path&, bool) {
     throw std::runtime_error("this kv1-train was built without CUDA");
 }
 #endif
 
-Tensor forward_pass(const Tensor& x, const rotary_table* table, kv1::kv_format format,
-                    const kv_policy& policy) {
+Tensor forward_pass(const Tensor& x, const cache_path& path) {
     if (x.is_cuda())
-        return run_on_cuda(x, table, false, format, policy);
-    const Tensor turned = table != nullptr ? turn(x, *table, false) : x;
-    const Tensor y = is_plain(format) ? turned : quantize_on_cpu(turned, format, policy);
+        return run_on_cuda(x, path, false);
+    const Tensor turned = path.turns() ? turn(x, path.table, false) : x;
+    const Tensor y = is_plain(path.format) ? turned : quantize_on_cpu(turned, path);
     return y.to(x.scalar_type());
 }
 
-Tensor backward_pass(const Tensor& dy, const rotary_table* table) {
-    if (table == nullptr)
+Tensor backward_pass(const Tensor& dy, const rotary_table& table) {
+    const cache_path back{table, kv1::kv_format::fp32, plain_kv, table.cosines};
+    if (!back.turns())
         return dy;
-    if (dy.is_cuda())
-        return run_on_cuda(dy, table, true, kv1::kv_format::fp32, plain_kv);
-    return turn(dy.contiguous(), *table, true).to(dy.scalar_type());
+    return dy.is_cuda() ? run_on_cuda(dy, back, true)
+                        : turn(dy.contiguous(), table, true).to(dy.scalar_type());
 }
 
-// A custom Function takes tensors and scalars alone: a missing table is an empty one, the policy is flags.
+// A custom Function takes tensors and scalars alone: what is missing is an empty tensor, the policy is flags.
 struct cache_path_function : torch::autograd::Function<cache_path_function> {
     static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& cosines,
-                          const Tensor& sines, std::int64_t format, std::int64_t flags) {
+                          const Tensor& sines, const Tensor& centre, std::int64_t format,
+                          std::int64_t flags) {
         context->saved_data["cosines"] = cosines;
         context->saved_data["sines"] = sines;
-        const rotary_table table{cosines, sines};
-        const kv_policy policy{{}, (flags & 1) != 0, (flags & 2) != 0, (flags & 4) != 0};
-        return forward_pass(x, cosines.numel() != 0 ? &table : nullptr, static_cast<kv1::kv_format>(format),
-                            policy);
+        kv_policy policy;
+        policy.least_squares = (flags & 1) != 0;
+        policy.hadamard = (flags & 2) != 0;
+        policy.centre = (flags & 4) != 0;
+        policy.round_metadata = (flags & 8) != 0;
+        return forward_pass(x, {{cosines, sines}, static_cast<kv1::kv_format>(format), policy, centre});
     }
     static tensor_list backward(AutogradContext* context, tensor_list dy) {
         const rotary_table table{context->saved_data["cosines"].toTensor(),
                                  context->saved_data["sines"].toTensor()};
-        return {backward_pass(dy[0], table.cosines.numel() != 0 ? &table : nullptr), Tensor(), Tensor(),
-                Tensor(), Tensor()};
+        return {backward_pass(dy[0], table), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
     }
 };
 
-Tensor apply(const Tensor& x, const rotary_table& table, kv1::kv_format format, const kv_policy& policy) {
+Tensor apply(const Tensor& x, const cache_path& path) {
+    const kv_policy& p = path.policy;
     const std::int64_t flags =
-        (policy.least_squares ? 1 : 0) | (policy.hadamard ? 2 : 0) | (policy.round_metadata ? 4 : 0);
-    return cache_path_function::apply(x, table.cosines, table.sines, static_cast<std::int64_t>(format),
-                                      flags);
+        (p.least_squares ? 1 : 0) | (p.hadamard ? 2 : 0) | (p.centre ? 4 : 0) | (p.round_metadata ? 8 : 0);
+    return cache_path_function::apply(x, path.table.cosines, path.table.sines, path.centre,
+                                      static_cast<std::int64_t>(path.format), flags);
 }
+
+Tensor nothing() { return torch::empty({0}); }
 
 } // namespace
 
@@ -173,19 +194,17 @@ rotary_table rotary_table::make(std::int64_t positions, std::int64_t head_dim, f
 }
 
 torch::Tensor rotate(const torch::Tensor& x, const rotary_table& table) {
-    return apply(x, table, kv1::kv_format::fp32, plain_kv);
+    return apply(x, {table, kv1::kv_format::fp32, plain_kv, nothing()});
 }
 
-torch::Tensor through_cache(const torch::Tensor& x, kv1::kv_format format, const kv_policy& policy) {
-    if (is_plain(format))
-        return x;
-    const torch::Tensor none = torch::empty({0});
-    return apply(x, {none, none}, format, policy);
+torch::Tensor through_cache(const torch::Tensor& x, kv1::kv_format format, const kv_policy& policy,
+                            const torch::Tensor& centre) {
+    return is_plain(format) ? x : apply(x, {{nothing(), nothing()}, format, policy, centre});
 }
 
 torch::Tensor rotate_through_cache(const torch::Tensor& x, const rotary_table& table, kv1::kv_format format,
-                                   const kv_policy& policy) {
-    return apply(x, table, format, policy);
+                                   const kv_policy& policy, const torch::Tensor& centre) {
+    return apply(x, {table, format, policy, centre});
 }
 
 } // namespace kv1_train

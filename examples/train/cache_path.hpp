@@ -24,11 +24,14 @@ struct rotary_table {
 /// What a cache of this format gives back of x, [batch][positions][heads][head_dim], in x's type; computed in
 /// fp32. Straight-through gradient. Throws kv1::error for what no cache can hold (on the CPU; on CUDA NaN
 /// stays NaN).
+/// `centre`: means of x, [heads][head_dim], fp32, which a policy with `centre` takes off; a constant to the
+/// gradient.
 [[nodiscard]] torch::Tensor through_cache(const torch::Tensor& x, kv1::kv_format format,
-                                          const kv_policy& policy);
+                                          const kv_policy& policy, const torch::Tensor& centre);
 
 /// rotate() and then through_cache(), without rounding to x's type in between.
 [[nodiscard]] torch::Tensor rotate_through_cache(const torch::Tensor& x, const rotary_table& table,
-                                                 kv1::kv_format format, const kv_policy& policy);
+                                                 kv1::kv_format format, const kv_policy& policy,
+                                                 const torch::Tensor& centre);
 
 } // namespace kv1_train

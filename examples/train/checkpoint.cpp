@@ -28,6 +28,7 @@ using nlohmann::json;
 
 constexpr std::string_view prefix = "step-";
 constexpr const char* state_file = "trainer_state.safetensors";
+constexpr const char* means_file = "kv1_means.safetensors";
 
 std::optional<std::int64_t> step_of(const std::filesystem::path& folder) {
     const std::string name = folder.filename().string();
@@ -54,6 +55,7 @@ json describe(const kv_policy& p) {
             {"value_format", to_string(p.formats.value)},
             {"encoder", p.least_squares ? "least_squares" : "min_max"},
             {"hadamard", p.hadamard},
+            {"centre", p.centre},
             {"round_metadata", p.round_metadata}};
 }
 
@@ -63,6 +65,24 @@ json bits_of(const kv_policy& p) {
         return 0;
     const std::string text = kv1_lm::to_string(p.formats);
     return text.find(',') == std::string::npos ? json::parse(text) : json(text);
+}
+
+void load_means(const std::filesystem::path& folder, language_model& model) {
+    const torch::NoGradGuard no_gradient;
+    std::error_code error;
+    if (!std::filesystem::exists(folder / means_file, error))
+        return;
+    const auto file = kv1_lm::safetensors::read(folder / means_file);
+    for (std::int64_t i = 0; i < model.means().size(0); ++i)
+        for (const std::int64_t side : {0, 1}) {
+            const std::string name =
+                "layers." + std::to_string(i) + (side == 0 ? ".key_means" : ".value_means");
+            torch::Tensor into = model.means()[i][side];
+            const kv1_lm::tensor* found = file.find(name);
+            if (found == nullptr || found->bytes.size() != into.nbytes())
+                throw input_error(file.origin(), "holds no " + name + " of this model");
+            into.copy_(torch::tensor(kv1_lm::to_floats(*found)).view(into.sizes()));
+        }
 }
 
 } // namespace
@@ -91,10 +111,20 @@ std::filesystem::path save_checkpoint(const std::filesystem::path& root, std::in
     for (const parameter& p : model.parameters())
         halves.emplace_back(p.name, p.value.detach().to(torch::kFloat16));
     folder.write("model.safetensors", to_safetensors(halves, {{"format", "pt"}}));
+    if (source.kv.centre) {
+        std::vector<std::pair<std::string, torch::Tensor>> means;
+        for (std::int64_t i = 0; i < model.means().size(0); ++i)
+            for (const std::int64_t side : {0, 1})
+                means.emplace_back("layers." + std::to_string(i) +
+                                       (side == 0 ? ".key_means" : ".value_means"),
+                                   model.means()[i][side]);
+        folder.write(means_file, to_safetensors(means, {}));
+    }
     folder.write(state_file,
                  to_safetensors({{"weights", model.weights()},
                                  {"first_moments", optimizer.first()},
-                                 {"second_moments", optimizer.second()}},
+                                 {"second_moments", optimizer.second()},
+                                 {"means", model.means().flatten()}},
                                 {{"step", std::to_string(step)}, {"options", source.options.dump()}}));
     folder.commit();
 
@@ -104,6 +134,16 @@ std::filesystem::path save_checkpoint(const std::filesystem::path& root, std::in
         std::filesystem::remove_all(all[i].second, ignored);
     }
     return target;
+}
+
+std::unique_ptr<language_model> read_model(const std::filesystem::path& folder, torch::Device device,
+                                           bool weights) {
+    auto model = std::make_unique<language_model>(kv1_lm::model_config::read(folder / "config.json"), device);
+    if (weights) {
+        model->load(kv1_lm::safetensors::read(folder / "model.safetensors"));
+        load_means(folder, *model);
+    }
+    return model;
 }
 
 std::optional<std::filesystem::path> last_checkpoint(const std::filesystem::path& root) {
@@ -137,6 +177,8 @@ std::int64_t load_checkpoint(const std::filesystem::path& folder, language_model
     restore("weights", model.weights());
     restore("first_moments", optimizer.first());
     restore("second_moments", optimizer.second());
+    torch::Tensor means = model.means().view({-1});
+    restore("means", means);
     std::int64_t step = 0;
     const std::string& text = metadata("step");
     if (std::from_chars(text.data(), text.data() + text.size(), step).ec != std::errc())

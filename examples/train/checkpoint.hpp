@@ -4,6 +4,8 @@
 // exactly where it was (fp32 weights, moments, step) beside it.
 //
 //   step-00001000/  config.json  model.safetensors  tokenizer.json ..  trainer_state.safetensors
+//                   kv1_means.safetensors, where keys and values are centred: layers.N.key_means,
+//                   .value_means, fp32 [kv_heads][head_dim]
 //
 // The data's order is a function of seed and step, and nothing else is random: there is no other state.
 #pragma once
@@ -16,6 +18,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <memory>
 #include <optional>
 
 namespace kv1_train {
@@ -31,6 +34,10 @@ struct checkpoint_source {
 std::filesystem::path save_checkpoint(const std::filesystem::path& root, std::int64_t step,
                                       const language_model& model, adamw& optimizer,
                                       const checkpoint_source& source, std::size_t keep);
+
+/// A model folder, with its weights and the means beside them, or the shape alone. Throws input_error.
+[[nodiscard]] std::unique_ptr<language_model> read_model(const std::filesystem::path& folder,
+                                                         torch::Device device, bool weights);
 
 /// The last step-N folder of a run, if it has one.
 [[nodiscard]] std::optional<std::filesystem::path> last_checkpoint(const std::filesystem::path& root);

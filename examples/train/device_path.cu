@@ -202,6 +202,12 @@ __global__ void cache_path_kernel(cache_path_job job) {
     if (job.cosines != nullptr)
         turn(x, job.cosines, job.sines, row / job.heads % job.positions, lane, job.inverse);
     if (job.format != scheme::plain) {
+        const float* centre =
+            job.centre != nullptr ? job.centre + row % job.heads * (32 * N) + lane : nullptr;
+        if (centre != nullptr)
+#pragma unroll
+            for (int j = 0; j < N; ++j)
+                x.v[j] -= centre[32 * j];
         if (job.hadamard)
             rotate_hadamard(x, lane);
         if (job.format == scheme::affine) {
@@ -215,6 +221,10 @@ __global__ void cache_path_kernel(cache_path_job job) {
         }
         if (job.hadamard)
             rotate_hadamard(x, lane);
+        if (centre != nullptr)
+#pragma unroll
+            for (int j = 0; j < N; ++j)
+                x.v[j] += centre[32 * j];
     }
 #pragma unroll
     for (int j = 0; j < N; ++j)

@@ -14,8 +14,9 @@ struct cache_path_job {
     const void* x = nullptr; // [rows][channels], contiguous
     void* y = nullptr;       // alike; may be x
     const float* cosines = nullptr;
-    const float* sines = nullptr; // [positions][channels / 2]; null: no rotation
-    std::int64_t rows = 0;        // batch * positions * heads
+    const float* sines = nullptr;  // [positions][channels / 2]; null: no rotation
+    const float* centre = nullptr; // [heads][channels], or null
+    std::int64_t rows = 0;         // batch * positions * heads
     std::int64_t positions = 1;
     std::int64_t heads = 1;
     std::int32_t channels = 0; // a multiple of 32, 256 at the most

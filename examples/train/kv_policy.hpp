@@ -15,6 +15,7 @@ struct kv_policy {
     kv1_lm::kv_formats formats{kv1::kv_format::fp32, kv1::kv_format::fp32};
     bool least_squares = false;  ///< else minimum and maximum, as the reference
     bool hadamard = false;       ///< quantized in a rotated basis
+    bool centre = false;         ///< without the means of every layer and head, which are added again
     bool round_metadata = false; ///< scale and minimum through fp16, as a cache stores them
     friend bool operator==(const kv_policy&, const kv_policy&) = default;
 };
@@ -34,6 +35,8 @@ inline constexpr kv_policy plain_kv{};
         text += " least_squares";
     if (p.hadamard)
         text += " hadamard";
+    if (p.centre)
+        text += " centre";
     if (p.round_metadata)
         text += " round_metadata";
     return text;

@@ -108,6 +108,7 @@ language_model::language_model(kv1_lm::model_config config, torch::Device device
         }
     if (c.tied_embeddings)
         head_ = embeddings_;
+    means_ = torch::zeros({extent(c.layers), 2, extent(c.kv_heads), extent(c.head_dim)}, weights_.options());
     rotary_ = rotary_table::make(extent(c.max_positions), extent(c.head_dim), c.rope_theta, device);
 }
 
@@ -146,8 +147,8 @@ void language_model::load(const kv1_lm::safetensors& file) {
         throw kv1_lm::input_error(file.origin(), "has tensors that are not this model's");
 }
 
-torch::Tensor language_model::logits(const torch::Tensor& tokens, const kv_policy& kv,
-                                     torch::ScalarType type) const {
+torch::Tensor language_model::logits(const torch::Tensor& tokens, const kv_policy& kv, torch::ScalarType type,
+                                     torch::Tensor* seen) const {
     const kv1_lm::model_config& c = config_;
     const std::int64_t batch = tokens.size(0), length = tokens.size(1);
     const double epsilon = static_cast<double>(c.rms_norm_eps);
@@ -157,17 +158,28 @@ torch::Tensor language_model::logits(const torch::Tensor& tokens, const kv_polic
     const auto heads = [&](const Tensor& x) { return x.view({batch, length, -1, extent(c.head_dim)}); };
 
     Tensor x = torch::embedding(embeddings_, tokens);
-    for (const layer& l : layers_) {
+    std::vector<Tensor> observed;
+    for (std::size_t i = 0; i < layers_.size(); ++i) {
+        const layer& l = layers_[i];
+        const Tensor centres = means_[extent(i)];
         const Tensor h = normalize(x, l.attention_norm, epsilon).to(type);
         const Tensor q = rotate(heads(apply(h, l.query)), rotary_);
         // what attention sees of a key or value is what the cache gives back of it
-        const Tensor k = rotate_through_cache(heads(apply(h, l.key)), rotary_, kv.formats.key, kv);
-        const Tensor v = through_cache(heads(apply(h, l.value)), kv.formats.value, kv);
+        const Tensor new_k = heads(apply(h, l.key)), new_v = heads(apply(h, l.value));
+        const Tensor k = rotate_through_cache(new_k, rotary_, kv.formats.key, kv, centres[0]);
+        const Tensor v = through_cache(new_v, kv.formats.value, kv, centres[1]);
+        if (seen != nullptr) {
+            const torch::NoGradGuard no_gradient;
+            const auto mean = [](const Tensor& t) { return t.to(torch::kFloat32).flatten(0, 1).mean(0); };
+            observed.push_back(torch::stack({mean(rotate(new_k, rotary_)), mean(new_v)}));
+        }
         x = x + apply(attend(q, k, v), l.output);
 
         const Tensor m = normalize(x, l.mlp_norm, epsilon).to(type);
         x = x + apply(torch::silu(apply(m, l.gate)) * apply(m, l.up), l.down);
     }
+    if (seen != nullptr)
+        *seen = torch::stack(observed);
     return apply(normalize(x, final_norm_, epsilon).to(type), head_).flatten(0, 1);
 }
 

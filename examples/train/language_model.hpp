@@ -40,8 +40,15 @@ public:
 
     /// Logits [batch * length][words] of tokens [batch][length], int64, in `type`, which matrix products and
     /// attention are computed in; the residual stream and norms are fp32.
+    /// `seen`, where given, gets the means of the batch's keys (after rotation) and values, shaped as
+    /// means().
     [[nodiscard]] torch::Tensor logits(const torch::Tensor& tokens, const kv_policy& kv,
-                                       torch::ScalarType type) const;
+                                       torch::ScalarType type, torch::Tensor* seen = nullptr) const;
+
+    /// What a policy with `centre` takes off keys and values, fp32 [layers][2][kv_heads][head_dim]; zero at
+    /// first. No parameter: no gradient moves it.
+    [[nodiscard]] torch::Tensor& means() noexcept { return means_; }
+    [[nodiscard]] const torch::Tensor& means() const noexcept { return means_; }
 
     [[nodiscard]] const kv1_lm::model_config& config() const noexcept { return config_; }
     [[nodiscard]] torch::Device device() const { return weights_.device(); }
@@ -59,7 +66,7 @@ private:
 
     kv1_lm::model_config config_;
     std::vector<parameter> parameters_;
-    torch::Tensor weights_, gradients_;
+    torch::Tensor weights_, gradients_, means_;
     std::int64_t matrix_weights_ = 0;
     torch::Tensor embeddings_, head_, final_norm_; // head_ is embeddings_ where the two are tied
     std::vector<layer> layers_;

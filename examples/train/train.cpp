@@ -1,21 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "train.hpp"
 
+#include "batch_reader.hpp"
 #include "checkpoint.hpp"
-#include "error.hpp"
+#include "device.hpp"
 #include "loss.hpp"
 #include "language_model.hpp"
 #include "progress.hpp"
 #include "ranks.hpp"
-#include "safetensors.hpp"
 #include "sampler_order.hpp"
 #include "stop_signal.hpp"
 #include "token_file.hpp"
 #include "training_log.hpp"
 
 #include <torch/utils.h>
-
-#include <ATen/Context.h>
 
 #include <algorithm>
 #include <chrono>
@@ -37,32 +35,13 @@ using kv1_lm::input_error;
 using torch::Tensor;
 using clock = std::chrono::steady_clock;
 
-torch::Device device_of(const std::string& name) {
-    const bool cuda = name == "cuda" || (name == "auto" && at::hasCUDA());
-    if (cuda && !at::hasCUDA())
-        throw input_error("--device: this LibTorch finds no CUDA device");
-    return cuda ? torch::Device(torch::kCUDA, static_cast<c10::DeviceIndex>(ranks::local_rank()))
-                : torch::Device(torch::kCPU);
-}
-
-torch::ScalarType type_of(const std::string& name, torch::Device device) {
-    return name == "bf16" || (name == "auto" && device.is_cuda()) ? torch::kBFloat16 : torch::kFloat32;
-}
-
-std::unique_ptr<language_model> read_model(const std::filesystem::path& folder, torch::Device device,
-                                           bool weights) {
-    auto model = std::make_unique<language_model>(kv1_lm::model_config::read(folder / "config.json"), device);
-    if (weights)
-        model->load(kv1_lm::safetensors::read(folder / "model.safetensors"));
-    return model;
-}
-
 // What decides the outcome of a run. Ranks, micro-batches, device and saving do not.
 nlohmann::json fingerprint(const train_options& o) {
     return {{"model", o.model.filename().string()},
             {"init", o.init},
             {"teacher", o.teacher.filename().string()},
-            {"teacher_weight", o.teacher.empty() ? 0.0 : o.teacher_weight},
+            {"self_teacher", o.self_teacher},
+            {"teacher_weight", o.teacher.empty() && !o.self_teacher ? 0.0 : o.teacher_weight},
             {"kv", to_string(o.kv)},
             {"steps", o.steps},
             {"batch", o.batch},
@@ -76,34 +55,6 @@ nlohmann::json fingerprint(const train_options& o) {
             {"seed", o.seed},
             {"held_out", o.held_out}};
 }
-
-struct sequences {
-    Tensor inputs, targets; // [batch][length], [batch * length]; int64
-};
-
-// Windows of text on their way to a device.
-class batch_reader {
-public:
-    batch_reader(const token_file& text, std::int64_t length, torch::Device device)
-        : text_(text), length_(length), device_(device) {}
-
-    template <class StartOf>
-    [[nodiscard]] sequences read(std::int64_t count, StartOf&& start_of) const {
-        Tensor ids =
-            torch::empty({count, length_ + 1}, torch::dtype(torch::kInt64).pinned_memory(device_.is_cuda()));
-        const auto width = static_cast<std::size_t>(length_ + 1);
-        for (std::int64_t i = 0; i < count; ++i)
-            text_.read(start_of(i),
-                       {ids.data_ptr<std::int64_t>() + static_cast<std::size_t>(i) * width, width});
-        ids = ids.to(device_, /*non_blocking=*/true);
-        return {ids.narrow(1, 0, length_).contiguous(), ids.narrow(1, 1, length_).reshape({-1})};
-    }
-
-private:
-    const token_file& text_;
-    std::int64_t length_;
-    torch::Device device_;
-};
 
 class trainer {
 public:
@@ -172,7 +123,7 @@ public:
                 entry.tokens = step * tokens_of_a_step;
                 entry.learning_rate = rates.rate(step - 1);
                 entry.loss = result.losses[0].item<double>(); // waits for the device
-                if (teacher_)
+                if (teacher_ || o_.self_teacher)
                     entry.divergence = result.losses[1].item<double>();
                 entry.gradient_norm = result.norm.item<double>();
                 if (!std::isfinite(*entry.loss) || !std::isfinite(*entry.gradient_norm))
@@ -239,24 +190,41 @@ private:
             const std::int64_t first = step * o_.batch + ranks_.rank() * rows_ + part * micro_;
             const sequences s = reader_.read(
                 micro_, [&](std::int64_t i) { return order_.start(static_cast<std::uint64_t>(first + i)); });
+            const double share = 1.0 / static_cast<double>(parts * ranks_.size());
+            if (o_.kv.centre && part == 0)
+                observe(s.inputs, step);
             Tensor taught;
             if (teacher_) {
                 const torch::NoGradGuard no_gradient;
                 taught = teacher_->logits(s.inputs, plain_kv, type_);
+            } else if (o_.self_teacher) {
+                const Tensor plain = model_->logits(s.inputs, plain_kv, type_);
+                taught = plain.detach().clone(); // before its memory is taken for the gradient
+                plain.backward(loss_of(plain.detach(), s.targets, {}, 0.0, share).gradient);
             }
             const Tensor logits = model_->logits(s.inputs, o_.kv, type_);
-            const token_loss loss =
-                loss_of(logits.detach(), s.targets, taught, teacher_ ? o_.teacher_weight : 0.0,
-                        1.0 / static_cast<double>(parts * ranks_.size()));
+            const token_loss loss = loss_of(logits.detach(), s.targets, taught,
+                                            taught.defined() ? o_.teacher_weight : 0.0, share);
             logits.backward(loss.gradient);
-            losses.add_(torch::stack({loss.cross_entropy, loss.divergence}),
-                        1.0 / static_cast<double>(parts * ranks_.size()));
+            losses.add_(torch::stack({loss.cross_entropy, loss.divergence}), share);
         }
         ranks_.sum(model_->gradients());
         ranks_.sum(losses);
         Tensor norm = clip(model_->gradients(), o_.clip);
         optimizer_.update(model_->weights(), model_->gradients(), rate, step);
         return {losses, norm};
+    }
+
+    // Means follow the weights at a distance: a share of what a few sequences show, all of it at first.
+    void observe(const Tensor& inputs, std::int64_t step) {
+        constexpr std::int64_t sequences_seen = 4;
+        constexpr double share = 0.02;
+        const torch::NoGradGuard no_gradient;
+        Tensor seen;
+        const Tensor few = inputs.narrow(0, 0, std::min(inputs.size(0), sequences_seen));
+        (void)model_->logits(few, step == 0 ? plain_kv : o_.kv, type_, &seen);
+        ranks_.sum(seen);
+        model_->means().lerp_(seen.div_(static_cast<double>(ranks_.size())), step == 0 ? 1.0 : share);
     }
 
     // Both cache modes on the text held out, the same windows every time.

@@ -2,6 +2,7 @@
 #include "train_cli.hpp"
 
 #include "error.hpp"
+#include "evaluate.hpp"
 #include "pack.hpp"
 #include "train.hpp"
 
@@ -29,6 +30,42 @@ void add_share(CLI::App& command, const char* name, double& value, const char* d
     command.add_option(name, value, description)->check(CLI::Range(0.0, 1.0))->capture_default_str();
 }
 
+// Options of a cache, until they are known to be right.
+struct cache_texts {
+    std::string formats = "16", encoder = "min_max";
+    kv_policy rest;
+};
+
+void add_cache(CLI::App& command, cache_texts& t) {
+    command
+        .add_option("--kv", t.formats, "Bits of the cache: 1, 1.5, 2, 3, 4, 8, 16, 32, or K,V such as 4,2")
+        ->capture_default_str();
+    command.add_option("--encoder", t.encoder, "How affine formats choose scale and minimum")
+        ->check(CLI::IsMember({"min_max", "least_squares"}))
+        ->capture_default_str();
+    command.add_flag("--hadamard", t.rest.hadamard, "Quantize in a rotated basis");
+    command.add_flag(
+        "--centre", t.rest.centre,
+        "Quantize without the means of every layer and head; training has them follow the model");
+    command.add_flag("--round-metadata", t.rest.round_metadata, "Scale and minimum through fp16");
+}
+
+kv_policy parse(const cache_texts& t) {
+    kv_policy p = t.rest;
+    p.formats = kv1_lm::parse_kv(t.formats, "--kv");
+    p.least_squares = t.encoder == "least_squares";
+    return p;
+}
+
+void add_device(CLI::App& command, std::string& device, std::string& type) {
+    command.add_option("--device", device, "Where to compute")
+        ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
+        ->capture_default_str();
+    command.add_option("--type", type, "Of matrix products and attention; auto is bf16 on CUDA")
+        ->check(CLI::IsMember({"auto", "fp32", "bf16"}))
+        ->capture_default_str();
+}
+
 int run_or_throw(int argc, const char* const* argv, std::ostream& out, std::ostream& err) {
     CLI::App app("Trains small language models under kv1's packed KV cache.", "kv1-train");
     app.require_subcommand(1);
@@ -51,7 +88,7 @@ int run_or_throw(int argc, const char* const* argv, std::ostream& out, std::ostr
 
     train_options t;
     t.show_progress = p.show_progress;
-    std::string kv = "16", encoder = "min_max";
+    cache_texts train_cache, evaluate_cache;
     CLI::App* train_command = app.add_subcommand("train", "Train a model");
     train_command->add_option("--data", t.data, "Folder that pack made")->required();
     train_command
@@ -60,16 +97,13 @@ int run_or_throw(int argc, const char* const* argv, std::ostream& out, std::ostr
     train_command->add_flag("--init", t.init, "Start from the model's weights, not from random ones");
     train_command->add_option("--out", t.out, "Folder of the run: log.csv and checkpoints")->required();
     train_command->add_flag("--resume", t.resume, "Go on from the last checkpoint in --out, if there is one");
-    train_command
-        ->add_option("--kv", kv, "Bits of the cache to train under: 1, 1.5, 2, 3, 4, 8, 16, 32, or K,V")
-        ->capture_default_str();
-    train_command->add_option("--encoder", encoder, "How affine formats choose scale and minimum")
-        ->check(CLI::IsMember({"min_max", "least_squares"}))
-        ->capture_default_str();
-    train_command->add_flag("--hadamard", t.kv.hadamard, "Quantize in a rotated basis");
-    train_command->add_flag("--round-metadata", t.kv.round_metadata, "Scale and minimum through fp16");
+    add_cache(*train_command, train_cache);
     train_command->add_option("--teacher", t.teacher,
                               "Model folder to learn from, which keeps its keys and values as they are");
+    train_command
+        ->add_flag("--self-teacher", t.self_teacher,
+                   "Learn from the model itself with plain keys and values, trained at the same time")
+        ->excludes("--teacher");
     add_share(*train_command, "--teacher-weight", t.teacher_weight,
               "Of KL(teacher || model) in the loss; cross entropy has the rest");
 
@@ -86,12 +120,7 @@ int run_or_throw(int argc, const char* const* argv, std::ostream& out, std::ostr
     add_count(*train_command, "--clip", t.clip, "Largest norm of the gradient; 0 is none");
     add_count(*train_command, "--seed", t.seed, "Of the weights and of the data's order");
 
-    train_command->add_option("--device", t.device, "Where to train")
-        ->check(CLI::IsMember({"auto", "cpu", "cuda"}))
-        ->capture_default_str();
-    train_command->add_option("--type", t.type, "Of matrix products and attention; auto is bf16 on CUDA")
-        ->check(CLI::IsMember({"auto", "fp32", "bf16"}))
-        ->capture_default_str();
+    add_device(*train_command, t.device, t.type);
     add_count(*train_command, "--held-out", t.held_out,
               "Tokens at the data's end to validate on; 0 is a hundredth");
     add_count(*train_command, "--validation-batches", t.validation_batches, "Micro-batches to validate on");
@@ -103,18 +132,34 @@ int run_or_throw(int argc, const char* const* argv, std::ostream& out, std::ostr
         ->check(CLI::Range(1, 1000000))
         ->capture_default_str();
 
+    evaluate_options e;
+    CLI::App* evaluate_command =
+        app.add_subcommand("evaluate", "Measure what a cache format costs a model, as training sees it");
+    evaluate_command->add_option("--data", e.data, "Folder that pack made")->required();
+    evaluate_command->add_option("--model", e.model, "Model folder")->required();
+    add_cache(*evaluate_command, evaluate_cache);
+    evaluate_command->add_option("--length", e.length, "Tokens of a chunk")
+        ->check(CLI::PositiveNumber)
+        ->capture_default_str();
+    evaluate_command->add_option("--batch", e.batch, "Chunks at a time")
+        ->check(CLI::PositiveNumber)
+        ->capture_default_str();
+    add_device(*evaluate_command, e.device, e.type);
+
     try {
         app.parse(argc, argv);
-    } catch (const CLI::Success& e) { // --help
-        return app.exit(e, out, err);
-    } catch (const CLI::ParseError& e) {
-        throw kv1_lm::input_error(std::string(e.what()) + " (see kv1-train --help)");
+    } catch (const CLI::Success& success) { // --help
+        return app.exit(success, out, err);
+    } catch (const CLI::ParseError& failure) {
+        throw kv1_lm::input_error(std::string(failure.what()) + " (see kv1-train --help)");
     }
     if (*pack_command) {
         pack(p, out, err);
+    } else if (*evaluate_command) {
+        e.kv = parse(evaluate_cache);
+        evaluate(e, out);
     } else {
-        t.kv.formats = kv1_lm::parse_kv(kv, "--kv");
-        t.kv.least_squares = encoder == "least_squares";
+        t.kv = parse(train_cache);
         train(t, out, err);
     }
     return 0;

@@ -12,10 +12,10 @@
 TEST_CASE("A model that learnt a text under a 2-bit cache recites it from one", "[train]") {
     const kv1_test::training_fixture f;
     const auto trained = kv1_test::run_kv1_train(
-        f.train("run", {"--kv", "2", "--round-metadata", "--steps", "200", "--log-every", "50"}));
+        f.train("run", {"--kv", "2", "--round-metadata", "--steps", "500", "--log-every", "100"}));
     INFO(trained.out << trained.err);
     REQUIRE(trained.code == 0);
-    const std::string model = f.file("run/step-00000200");
+    const std::string model = f.file("run/step-00000500");
 
     const auto measured =
         kv1_test::run_kv1_lm({"kld", "--model", model, "--text", f.file("text.txt"), "--kv", "2", "--seq-len",

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// `kv1-train evaluate`: what a cache format costs a model, as training sees it. kv1-lm kld measures the same
+// on the cache itself; this is for machines with a GPU, and for formats under trial.
+#pragma once
+
+#include "kv_policy.hpp"
+
+#include <cstdint>
+#include <filesystem>
+#include <iosfwd>
+#include <string>
+
+namespace kv1_train {
+
+struct evaluate_options {
+    std::filesystem::path data;  ///< folder that `pack` made
+    std::filesystem::path model; ///< folder of the model
+    kv_policy kv;
+    std::int64_t length = 1024; ///< tokens of a chunk; its last has no target, as in kv1-lm kld
+    std::int64_t batch = 16;    ///< chunks at a time
+    std::string device = "auto", type = "fp32";
+};
+
+/// Prints perplexity with plain keys and values, perplexity through the cache, and KL(P_plain || P_kv), over
+/// the whole chunks of the text. Throws input_error.
+void evaluate(const evaluate_options& options, std::ostream& out);
+
+} // namespace kv1_train

@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The trainer's parts against what they are to be: the reference's logits, autograd, kv1's fake quantization,
+// the text.
+#include "batch_reader.hpp"
+#include "cache_path.hpp"
+#include "language_model.hpp"
+#include "loss.hpp"
+#include "optimizer.hpp"
+#include "safetensors.hpp"
+#include "safetensors_reader.hpp"
+#include "sampler_order.hpp"
+#include "shipped_model.hpp"
+#include "tokenizer.hpp"
+#include "training_fixture.hpp"
+
+#include "compare.hpp"
+
+#include <kv1/fake_quantize.hpp>
+
+#include <torch/autograd.h>
+#include <torch/utils.h>
+
+#include <algorithm>
+#include <set>
+
+using torch::Tensor;
+
+namespace {
+
+bool near(const Tensor& a, const Tensor& b, double tolerance) {
+    return (a - b).abs().max().item<double>() <= tolerance;
+}
+
+} // namespace
+
+TEST_CASE("The model's logits are the reference's, whatever its keys and values go through", "[train]") {
+    const torch::NoGradGuard no_gradient;
+    const std::filesystem::path folder = KV1_LM_MODEL_DIR;
+    kv1_train::language_model model(kv1_lm::model_config::read(folder / "config.json"), torch::kCPU);
+    model.load(kv1_lm::safetensors::read(folder / "model.safetensors"));
+    const kv1_test::safetensors_file file(KV1_TEST_DATA_DIR "/model.safetensors");
+
+    for (std::size_t which = 0; which < 2; ++which) {
+        const nlohmann::json& greedy = kv1_test::golden().at("greedy").at(which);
+        std::vector<std::int64_t> ids = greedy.at("ids");
+        ids.resize(greedy.at("prompt_tokens").get<std::size_t>());
+        for (const auto& [bits, text] : {std::pair{"0", "32"}, {"1", "1"}, {"1.5", "1.5"}, {"2", "2"}}) {
+            const std::string name = "prompt" + std::to_string(which) + ".bits" + bits + ".logits";
+            INFO(name);
+            kv1_train::kv_policy kv;
+            kv.formats = kv1_lm::parse_kv(text, "--kv");
+            kv.round_metadata = true;
+            const Tensor logits = model.logits(torch::tensor(ids).unsqueeze(0), kv, torch::kFloat32);
+            // as for kv1-lm: fp32 sums in another order
+            REQUIRE(near(logits, torch::tensor(file.values<float>(name)).view(logits.sizes()), 2e-3));
+        }
+    }
+}
+
+TEST_CASE("Rotation's gradient is its own inverse, and quantization lets it through", "[train]") {
+    torch::manual_seed(3);
+    const auto table = kv1_train::rotary_table::make(10, 8, 10000.0f, torch::kCPU);
+    const Tensor x = torch::randn({2, 10, 3, 8}).requires_grad_(true), dy = torch::randn({2, 10, 3, 8});
+    const Tensor turned = kv1_train::rotate(x, table);
+    turned.backward(dy);
+    // rotations keep lengths, and products with what is turned alike
+    REQUIRE(near(turned.square().sum(-1), x.square().sum(-1), 1e-5));
+    REQUIRE(near((turned * dy).sum(-1), (x * x.grad()).sum(-1), 1e-5));
+
+    const Tensor y = x.detach().clone().requires_grad_(true);
+    kv1_train::kv_policy kv;
+    kv.hadamard = true;
+    kv1_train::through_cache(y, kv1::kv_format::affine2, kv, torch::empty({0})).backward(dy);
+    REQUIRE(torch::equal(y.grad(), dy));
+}
+
+TEST_CASE("Tensors go through the cache as kv1's fake quantization says, head by head", "[train]") {
+    torch::manual_seed(4);
+    const Tensor x = torch::randn({2, 5, 3, 32}), centre = torch::randn({3, 32});
+    kv1_train::kv_policy kv;
+    kv.least_squares = kv.hadamard = kv.centre = kv.round_metadata = true;
+    const Tensor y = kv1_train::through_cache(x, kv1::kv_format::affine3, kv, centre);
+    for (std::int64_t row = 0; row < 30; ++row) {
+        const auto values = [](const Tensor& t, std::int64_t i) {
+            return std::span<const float>(t.data_ptr<float>() + 32 * i, 32);
+        };
+        std::vector<float> expected(32);
+        kv1::fake_quantize(kv1::kv_format::affine3, 32, values(x, row), expected,
+                           {.encoder = kv1::fake_quantize_options::encoder_policy::least_squares,
+                            .hadamard = true,
+                            .centre = values(centre, row % 3)});
+        REQUIRE(kv1_test::same_bits(values(y, row), expected));
+    }
+}
+
+TEST_CASE("The loss's gradient is the one that autograd finds", "[train]") {
+    torch::manual_seed(5);
+    const Tensor logits = torch::randn({6, 17}).requires_grad_(true), teacher = torch::randn({6, 17});
+    const Tensor targets = torch::randint(17, {6}, torch::kInt64);
+    const Tensor log_p = torch::log_softmax(logits, 1), log_t = torch::log_softmax(teacher, 1);
+    const Tensor cross_entropy = -log_p.gather(1, targets.unsqueeze(1)).mean();
+    const Tensor divergence = (log_t.exp() * (log_t - log_p)).sum(1).mean();
+    (3.0 * (0.75 * cross_entropy + 0.25 * divergence)).backward();
+
+    const auto loss = kv1_train::loss_of(logits.detach(), targets, teacher, 0.25, 3.0);
+    REQUIRE(near(loss.cross_entropy, cross_entropy.detach(), 1e-6));
+    REQUIRE(near(loss.divergence, divergence.detach(), 1e-6));
+    REQUIRE(near(loss.gradient, logits.grad(), 1e-6));
+}
+
+TEST_CASE("AdamW's first steps are what its formula says", "[train]") {
+    Tensor weights = torch::tensor({1.0f, 2.0f}), gradients = torch::tensor({0.5f, -0.25f});
+    kv1_train::adamw optimizer(weights, 1,
+                               {.beta1 = 0.9, .beta2 = 0.95, .epsilon = 0.0, .weight_decay = 0.1});
+    optimizer.update(weights, gradients, 0.01, 0);
+    // the first step goes a whole rate against the gradient's sign; one weight decays, the other does not
+    REQUIRE(near(weights, torch::tensor({1.0f - 0.001f - 0.01f, 2.0f + 0.01f}), 1e-6));
+    optimizer.update(weights, gradients, 0.01, 1);
+    REQUIRE(near(weights[1], torch::tensor(2.0f + 0.02f), 1e-6));
+}
+
+TEST_CASE("The rate climbs, and falls along a cosine", "[train]") {
+    const kv1_train::schedule s{.peak = 1.0, .last = 0.1, .warmup = 4, .steps = 104};
+    REQUIRE(s.rate(0) == 0.25);
+    REQUIRE(s.rate(3) == 1.0);
+    REQUIRE(s.rate(54) == 0.1 + 0.5 * 0.9);
+    REQUIRE(s.rate(104) == 0.1);
+}
+
+TEST_CASE("Every epoch reads each window once, in an order of its own", "[train]") {
+    constexpr kv1_train::sample_order order{.seed = 9, .tokens = 10007, .length = 100};
+    constexpr std::uint64_t windows = order.windows();
+    STATIC_REQUIRE(windows == 99);
+    std::vector<std::size_t> earlier;
+    for (std::uint64_t epoch = 0; epoch < 20; ++epoch) {
+        std::vector<std::size_t> starts;
+        for (std::uint64_t n = 0; n < windows; ++n)
+            starts.push_back(order.start(epoch * windows + n));
+        REQUIRE(starts != earlier);
+        earlier = starts;
+        std::ranges::sort(starts);
+        REQUIRE(starts.back() + order.length < order.tokens);
+        for (std::size_t i = 1; i < starts.size(); ++i)
+            REQUIRE(starts[i] - starts[i - 1] == order.length);
+    }
+    constexpr kv1_train::sample_order single{.seed = 9, .tokens = 150, .length = 100};
+    REQUIRE(single.windows() == 1);
+    for (std::uint64_t n = 0; n < 50; ++n)
+        REQUIRE(single.start(n) + 100 < 150);
+}
+
+TEST_CASE("Packed text is the tokenizer's ids, also across shards", "[train]") {
+    const kv1_test::training_fixture f;
+    const auto words = kv1_lm::tokenizer::read(f.path() / "model/tokenizer.json");
+    std::vector<std::int32_t> ids = words.encode(kv1_test::training_fixture::text());
+    ids.push_back(*words.id_of("<|end|>"));
+    const std::vector<std::int64_t> expected(ids.begin(), ids.end());
+
+    const auto packed = kv1_test::run_kv1_train({"pack", "--text", f.file("text.txt"), "--tokenizer",
+                                                 f.file("model"), "--out", f.file("shards"), "--document-end",
+                                                 "<|end|>", "--shard-tokens", "100"});
+    REQUIRE(packed.code == 0);
+    for (const char* folder : {"tokens", "shards"}) {
+        const auto text = kv1_train::token_file::open(f.path() / folder);
+        REQUIRE(text.size() == expected.size());
+        std::vector<std::int64_t> all(expected.size());
+        text.read(0, all);
+        REQUIRE(all == expected);
+        std::vector<std::int64_t> part(250);
+        text.read(95, part);
+        REQUIRE(std::equal(part.begin(), part.end(), expected.begin() + 95));
+    }
+}
+
+TEST_CASE("kv1-train says in a line what is wrong with its input", "[train]") {
+    const kv1_test::training_fixture f;
+    const auto refused = [&](std::vector<std::string> arguments, const std::string& why) {
+        const auto result = kv1_test::run_kv1_train(arguments);
+        INFO(result.err);
+        REQUIRE(result.code == 2);
+        REQUIRE(std::ranges::count(result.err, '\n') == 1);
+        REQUIRE(result.err.find(why) != std::string::npos);
+    };
+    refused({"train"}, "is required");
+    refused(f.train("run", {"--kv", "5"}), "--kv: '5' is none of");
+    refused(f.train("run", {"--micro-batch", "3"}), "does not divide");
+    refused(f.train("run", {"--init"}), "model.safetensors");
+    refused({"pack", "--text", f.file("text.txt"), "--tokenizer", f.file("model"), "--out", f.file("tokens"),
+             "--document-end", "<|end|>"},
+            "exists already");
+    refused({"pack", "--text", f.file("text.txt"), "--tokenizer", f.file("model"), "--out", f.file("more")},
+            "the tokenizer has no token");
+}
