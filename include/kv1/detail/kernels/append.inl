@@ -14,7 +14,7 @@
 // rows at a time.
 //
 // Cost per 16 values on 16 lanes: 7 operations for the range, a subtraction and 3 comparisons, and for K the
-// interleaving of three 16-bit masks, for V two or-s under a mask.
+// interleaving of three 16-bit masks, for V 3 selections and 3 others.
 
 #include <kv1/detail/precise_math_begin.inl>
 
@@ -101,39 +101,62 @@ KV1_INLINE void insert_keys(const append_row* rows, std::size_t count, std::size
         }
 }
 
-// The same into a V section: fields of 16 lanes are replaced.
-KV1_INLINE void insert_values(const append_row* rows, std::size_t count, std::size_t first, const tile_thresholds& t) {
+// Rows into N registers of channels of a V section, from channel `c` on: fields of their lanes are replaced. A row's
+// thresholds serve N registers.
+template <std::size_t N>
+KV1_INLINE void insert_value_step(const append_row* rows, std::size_t count, std::size_t first,
+                                  const tile_thresholds& t, const int* shifts, std::uint32_t kept, std::size_t c) {
     const section_layout& s = *rows[0].section;
-    const std::size_t n = s.channels, groups = round_up(n, line_lanes) / line_lanes;
+    const std::size_t n = s.channels;
     std::byte* const section = rows[0].page + s.offset + rows[0].token / tile_tokens * line_bytes;
+    const std::size_t unit = s.unit_lines() * line_bytes;
+    std::uint32_t* lane[N];
+    u32 word[N];
+    KV1_UNROLL for (std::size_t k = 0; k < N; ++k) {
+        const std::size_t at = c + k * lanes;
+        lane[k] = reinterpret_cast<std::uint32_t*>(section + at / line_lanes * unit) + at % line_lanes;
+        word[k] = u32::load_aligned(lane[k]) & u32(kept);
+    }
+    for (std::size_t i = 0; i < count; ++i) {
+        const f32 lo(t.low[first + i]), half(t.half[first + i]), three_halves(t.three_halves[first + i]),
+            five_halves(t.five_halves[first + i]);
+        const u32 zero(0u), low(1u << shifts[i]), both(3u << shifts[i]);
+        KV1_UNROLL for (std::size_t k = 0; k < N; ++k) {
+            const std::size_t at = c + k * lanes;
+            const f32 d = (N > 1 ? f32::load_unaligned(rows[i].x + at) : load_channels(rows[i].x, n, at)) - lo;
+            const auto one = xs::batch_bool_cast<std::uint32_t>(d > half);
+            const auto two = xs::batch_bool_cast<std::uint32_t>(d >= three_halves);
+            const auto three = xs::batch_bool_cast<std::uint32_t>(d > five_halves);
+            // 0, 1, 2, 3 from three nested comparisons: the low bit comes, goes for the high one, and comes again
+            word[k] = word[k] |
+                      (xs::select(one, low, zero) ^ xs::select(two, both, zero) ^ xs::select(three, low, zero));
+        }
+    }
+    if (N == 1 && c + lanes > n) { // lanes past the channels hold copies of the first: they stay zero
+        alignas(64) std::uint32_t keep[lanes];
+        for (std::size_t k = 0; k < lanes; ++k)
+            keep[k] = c + k < n ? ~0u : kept;
+        word[0] = word[0] & u32::load_aligned(keep);
+    }
+    KV1_UNROLL for (std::size_t k = 0; k < N; ++k)
+        word[k].store_aligned(lane[k]);
+}
+
+// Rows of one tile's tokens into a V section. Lanes past the channels were zero and remain it.
+KV1_INLINE void insert_values(const append_row* rows, std::size_t count, std::size_t first, const tile_thresholds& t) {
     std::uint32_t replaced = 0;
     int shifts[tile_tokens];
     for (std::size_t i = 0; i < count; ++i) {
         shifts[i] = value_field_shift(2, rows[i].token % tile_tokens);
         replaced |= 3u << shifts[i];
     }
-    for (std::size_t c = 0; c < groups * line_lanes; c += lanes) {
-        auto* lane =
-            reinterpret_cast<std::uint32_t*>(section + c / line_lanes * s.unit_lines() * line_bytes) + c % line_lanes;
-        u32 word = u32::load_aligned(lane) & u32(~replaced);
-        for (std::size_t i = 0; i < count && c < n; ++i) {
-            const passed p = passes(load_channels(rows[i].x, n, c), t, first + i);
-            const u32 zero(0u), low(1u << shifts[i]), both(3u << shifts[i]);
-            const auto one = xs::batch_bool_cast<std::uint32_t>(p.half);
-            const auto two = xs::batch_bool_cast<std::uint32_t>(p.three_halves);
-            const auto three = xs::batch_bool_cast<std::uint32_t>(p.five_halves);
-            // 0, 1, 2, 3 from three nested comparisons: the low bit comes, goes for the high one, and comes again
-            word = word |
-                   (xs::select(one, low, zero) ^ xs::select(two, both, zero) ^ xs::select(three, low, zero));
-        }
-        if (c + lanes > n && c < n) { // lanes past the channels hold copies of the first: they stay zero
-            alignas(64) std::uint32_t keep[lanes];
-            for (std::size_t k = 0; k < lanes; ++k)
-                keep[k] = c + k < n ? ~0u : ~replaced;
-            word = word & u32::load_aligned(keep);
-        }
-        word.store_aligned(lane);
-    }
+    constexpr std::size_t at_once = 4;
+    const std::size_t n = rows[0].section->channels;
+    std::size_t c = 0;
+    for (; c + at_once * lanes <= n; c += at_once * lanes)
+        insert_value_step<at_once>(rows, count, first, t, shifts, ~replaced, c);
+    for (; c < n; c += lanes)
+        insert_value_step<1>(rows, count, first, t, shifts, ~replaced, c);
 }
 
 // The first offending row, in the order in which single vectors would have been refused.
