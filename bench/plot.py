@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Plots what long_context printed: memory and attention time per token against context length.
+"""Plots what long_context printed: memory and attention time per token against context length; or what kv1-lm sweep
+wrote with --csv: what a policy costs against what it takes.
 
 usage: plot.py RESULT.json OUTPUT_FOLDER        writes context_memory.svg and context_time.svg
+       plot.py RESULT.csv OUTPUT_FOLDER         writes policies.svg
 """
+import csv
 import json
 import pathlib
 import sys
@@ -32,9 +35,43 @@ def draw(rows, field, factor, label, path):
     figure.savefig(path)
 
 
+def draw_policies(rows, path):
+    models = list(dict.fromkeys(r["model"] for r in rows))
+    figure, all_axes = plt.subplots(1, len(models), figsize=(4.8 * len(models), 4.2), layout="constrained", squeeze=False)
+    for axes, model in zip(all_axes[0], models):
+        points = sorted((float(r["bytes_per_vector"]), float(r["kld"]), r["policy"]) for r in rows if r["model"] == model)
+        best, front = float("inf"), []
+        for point in points:  # of equal bytes the better one comes first
+            if point[1] < best:
+                best = point[1]
+                front.append(point)
+        axes.plot([p[0] for p in front], [p[1] for p in front], color="#0b6e4f", zorder=1)
+        axes.scatter([p[0] for p in points], [p[1] for p in points], color="#6c757d", s=14, zorder=2)
+        axes.scatter([p[0] for p in front], [p[1] for p in front], color="#0b6e4f", s=26, zorder=3)
+        for size, kld, policy in front:
+            axes.annotate(policy.replace(",", ",\n"), (size, kld), xytext=(4, 4), textcoords="offset points", fontsize=6)
+        reference = [p for p in points if p[2] == "2,2"]
+        for size, kld, policy in reference:
+            axes.annotate("2,2 (min/max)", (size, kld), xytext=(4, 4), textcoords="offset points", fontsize=6)
+        axes.set_title(model)
+        axes.set_yscale("log")
+        axes.set_xlabel("bytes per vector of 32 channels (fp16: 64)")
+        axes.set_ylabel("KL divergence, nats per token")
+        axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main():
     if len(sys.argv) != 3:
         sys.exit(__doc__)
+    if sys.argv[1].endswith(".csv"):
+        with open(sys.argv[1], newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        folder = pathlib.Path(sys.argv[2])
+        folder.mkdir(parents=True, exist_ok=True)
+        matplotlib.rcParams.update({"svg.hashsalt": "kv1", "svg.fonttype": "none"})
+        draw_policies(rows, folder / "policies.svg")
+        return
     result = json.loads(pathlib.Path(sys.argv[1]).read_text(encoding="utf-8"))
     folder = pathlib.Path(sys.argv[2])
     folder.mkdir(parents=True, exist_ok=True)

@@ -143,7 +143,8 @@ TEST_CASE("a page takes the row format's bytes where dims and tokens fill lines"
         const std::size_t row = kv1::packed_bytes(s.format, s.channels);
         t.expect(s.bytes() >= s.tokens * row, describe(s), "too few");
         // channels of a K lane and tokens of a V lane: of the narrowest field that the format has
-        const std::size_t bits = s.format == kv_format::affine3 ? 1 : bits_of_value(s.format);
+        const std::size_t bits =
+            s.format == kv_format::affine3 || s.format == kv_format::compact3 ? 1 : bits_of_value(s.format);
         const std::size_t along = s.keys ? s.channels : s.tokens, across = s.keys ? s.tokens : s.channels;
         if (along % (32 / bits) == 0 && across % 16 == 0) {
             ++full;
@@ -331,9 +332,9 @@ TEST_CASE("a 3-bit section is a 2-bit and a 1-bit part in lines of their own", "
 TEST_CASE("row sizes are those of the format table", "[layout]") {
     for (const kv_format f : kv1::all_kv_formats)
         for (const std::size_t d : dims()) {
-            const std::size_t metadata = !is_coded(f) || f == kv_format::binary ? 0u
+            const std::size_t metadata = !is_coded(f) || f == kv_format::binary                      ? 0u
                                          : f == kv_format::scaled_binary || f >= kv_format::compact4 ? 2u
-                                                                                : 4u;
+                                                                                                     : 4u;
             REQUIRE(kv1::packed_bytes(f, d) == (d * bits_of_value(f) + 7) / 8);
             REQUIRE(kv1::row_bytes(f, d) == (d * bits_of_value(f) + 7) / 8 + metadata);
         }

@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// kv1-lm sweep and its policies, on pieces of text.
+#include "command_line.hpp"
+#include "error.hpp"
+#include "file.hpp"
+#include "kld.hpp"
+#include "shipped_model.hpp"
+#include "sweep.hpp"
+#include "temporary_folder.hpp"
+
+#include <catch2/catch_test_macros.hpp>
+#include <catch2/matchers/catch_matchers_string.hpp>
+
+#include <kv1/kv_cache.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <sstream>
+#include <string>
+#include <vector>
+
+using Catch::Matchers::ContainsSubstring;
+using kv1::kv_format;
+using kv1_lm::parse_policy;
+using kv1_test::run_kv1_lm;
+
+namespace {
+
+std::vector<kv1_lm::sweep_row> measure(kv1_lm::sweep_options options) {
+    options.models = {KV1_LM_MODEL_DIR};
+    options.text = KV1_LM_TEXT_FILE;
+    options.seq_len = 128;
+    std::ostringstream log;
+    return kv1_lm::measure_sweep(options, log);
+}
+
+// The end of the text, of which no test here measures anything.
+std::string calibration_text() {
+    const std::string text = kv1_lm::read_text_file(KV1_LM_TEXT_FILE);
+    return text.substr(text.size() - 20000);
+}
+
+} // namespace
+
+TEST_CASE("a policy says formats, encodings, exceptions by layer and fp16 tokens", "[sweep]") {
+    const kv1_lm::cache_policy p = parse_policy("c3+ls+had+mean+ew,2/7:c4+ls,1.5/0:16,32@4:32");
+    CHECK(p.common.key.format == kv_format::compact3);
+    CHECK((p.common.key.least_squares && p.common.key.hadamard && p.common.key.means &&
+           p.common.key.error_weights));
+    CHECK(p.common.value.format == kv_format::affine2);
+    CHECK_FALSE((p.common.value.least_squares || p.common.value.hadamard || p.common.value.means));
+    REQUIRE(p.layers.size() == 2);
+    CHECK(p.layers.at(7).key.format == kv_format::compact4);
+    CHECK(p.layers.at(7).value.format == kv_format::scaled_binary);
+    CHECK(p.layers.at(0).value.format == kv_format::fp32);
+    CHECK(p.fp16_sinks == 4);
+    CHECK(p.fp16_window == 32);
+    CHECK(p.calibrated());
+    CHECK_FALSE(parse_policy("2+ls+had,2+ls").calibrated());
+}
+
+TEST_CASE("what is no policy is refused with the place that is wrong", "[sweep]") {
+    for (const char* text :
+         {"", "2", "2,", "9,2", "2+lsq,2", "2,2@x:1", "2,2@1", "2,2/a:2,2", "2,2/3:2", "c5,2"}) {
+        INFO(text);
+        CHECK_THROWS_AS(parse_policy(text), kv1_lm::input_error);
+    }
+    for (const std::string& text : kv1_lm::default_policies())
+        CHECK(parse_policy(text).text == text);
+}
+
+TEST_CASE("bytes per vector count codes, metadata, means and fp16 tokens", "[sweep]") {
+    const kv1_lm::model& m = kv1_test::shipped_model();
+    const kv1_lm::calibration none{std::vector<std::vector<float>>(8, std::vector<float>(64)),
+                                   std::vector<std::vector<float>>(8, std::vector<float>(64)),
+                                   {}};
+    const auto bytes = [&](const char* text) {
+        return kv1_lm::bytes_per_vector(kv1_lm::describe(m, parse_policy(text), none, 1024), 1024);
+    };
+    CHECK(bytes("2,2") == 12.0);
+    CHECK(bytes("c2+ls,c2+ls") == 10.0);
+    CHECK(bytes("c3+ls,c2+ls") == 12.0);
+    CHECK(bytes("c4+ls,c2+ls") == 14.0);
+    CHECK(bytes("c3+ls,c2+ls/1:c2+ls,c2+ls") == 12.0 - 2.0 / 8.0);
+    CHECK(bytes("c2+ls+mean,c2+ls+mean") == 10.0 + 2.0 * 32.0 / 1024.0);
+    CHECK(bytes("2,2@8:24") == 12.0 + 32.0 * 64.0 / 1024.0);
+}
+
+TEST_CASE("a policy of a sweep costs what kld says of its formats", "[sweep]") {
+    const auto rows = measure({.policies = {"2,2", "4,2", "32,32"}, .chunks = 2});
+    REQUIRE(rows.size() == 3);
+    std::ostringstream log;
+    for (std::size_t i = 0; i < 2; ++i) {
+        const kv1_lm::kld_result r =
+            kv1_lm::measure_kld({.model = KV1_LM_MODEL_DIR,
+                                 .text = KV1_LM_TEXT_FILE,
+                                 .kv = kv1_lm::parse_kv(i == 0 ? "2" : "4,2", "--kv"),
+                                 .seq_len = 128,
+                                 .stride = 128,
+                                 .max_tokens = 256},
+                                log);
+        CHECK(rows[i].positions == r.positions);
+        CHECK(std::fabs(rows[i].kld - r.nats_per_token) < 1e-6);
+        CHECK(std::fabs(rows[i].perplexity - r.kv_perplexity) < 1e-4);
+        CHECK(std::fabs(rows[i].reference_perplexity - r.reference_perplexity) < 1e-4);
+        CHECK(rows[i].top1 > 0.5);
+        CHECK(rows[i].top1 < 1.0);
+        CHECK(rows[i].key_mse > 0.0);
+        CHECK(rows[i].encode_ns > 0.0);
+    }
+    CHECK(rows[1].key_mse < rows[0].key_mse);
+    CHECK(rows[1].value_mse == rows[0].value_mse);
+    CHECK(rows[2].kld < 1e-6);
+    CHECK(rows[2].top1 == 1.0);
+    CHECK(rows[2].key_mse == 0.0);
+}
+
+TEST_CASE("fitted, rotated and centred caches cost less at the same bytes or fewer", "[sweep]") {
+    const kv1_test::temporary_folder folder;
+    const auto text = folder.write("calibration.txt", calibration_text());
+    const auto rows =
+        measure({.calibration_text = text,
+                 .policies = {"2,2", "c2+ls+had+mean,c2+ls+had+mean", "c3+ls+had+mean+ew,c2+ls+had+mean+ew"},
+                 .chunks = 4});
+    CHECK(rows[1].bytes_per_vector < rows[0].bytes_per_vector);
+    CHECK(rows[1].kld < 0.9 * rows[0].kld);
+    CHECK(rows[2].kld < 0.6 * rows[0].kld);
+    CHECK(rows[2].perplexity < rows[0].perplexity);
+}
+
+TEST_CASE("a sweep goes on from its file: chunks and policies that are there are not measured again",
+          "[sweep]") {
+    const kv1_test::temporary_folder folder;
+    const auto file = folder.path() / "sweep.json";
+    const auto first = measure({.policies = {"2,2"}, .chunks = 1, .json = file});
+    const auto more = measure({.policies = {"2,2", "4,4"}, .chunks = 2, .json = file});
+    const auto alone = measure({.policies = {"2,2", "4,4"}, .chunks = 2, .threads = 2});
+    REQUIRE(more.size() == 2);
+    for (std::size_t i = 0; i < 2; ++i) {
+        CHECK(more[i].kld == alone[i].kld);
+        CHECK(more[i].perplexity == alone[i].perplexity);
+        CHECK(more[i].positions == 2 * 127);
+    }
+    // a number that was put into the file comes out again
+    std::string text = kv1_lm::read_text_file(file);
+    nlohmann::json document = nlohmann::json::parse(text);
+    document["models"][0]["results"][0]["chunk_sums"][0][3] = 1270.0;
+    folder.write("sweep.json", document.dump());
+    const auto edited = measure({.policies = {"2,2"}, .chunks = 1, .json = file});
+    CHECK(edited[0].kld == 10.0);
+    // and what this run does not ask for stays
+    CHECK(nlohmann::json::parse(kv1_lm::read_text_file(file))["models"][0]["results"].size() == 2);
+
+    kv1_lm::sweep_options other{
+        .policies = {"2,2"}, .chunks = 1, .precision = kv1::precision::fast, .json = file};
+    CHECK_THROWS_AS(measure(other), kv1_lm::input_error);
+    folder.write("sweep.json", "{}");
+    CHECK_THROWS_AS(measure({.policies = {"2,2"}, .chunks = 1, .json = file}), kv1_lm::input_error);
+}
+
+TEST_CASE("sweep prints a table and writes CSV; means without a calibration text are refused", "[sweep]") {
+    const kv1_test::temporary_folder folder;
+    const std::string csv = (folder.path() / "sweep.csv").string();
+    const auto r = run_kv1_lm({"sweep", "--text", KV1_LM_TEXT_FILE, "--seq-len", "64", "--chunks", "1",
+                               "--policy", "2,2", "2+ls+had,2+ls+had", "--csv", csv});
+    INFO(r.err);
+    CHECK(r.code == 0);
+    CHECK_THAT(r.out, ContainsSubstring("kv1-8m, 63 positions"));
+    CHECK_THAT(r.out, ContainsSubstring("2+ls+had,2+ls+had"));
+    const std::string table = kv1_lm::read_text_file(csv);
+    CHECK(std::count(table.begin(), table.end(), '\n') == 3);
+
+    const auto refused = run_kv1_lm(
+        {"sweep", "--text", KV1_LM_TEXT_FILE, "--seq-len", "64", "--chunks", "1", "--policy", "2+ls+mean,2"});
+    CHECK(refused.code == 2);
+    CHECK(refused.one_error_line());
+    CHECK_THAT(refused.err, ContainsSubstring("--calibrate"));
+}
