@@ -13,8 +13,10 @@
 //                       reaches x through minimum, scale, mean magnitude. Defined wherever no code, minimum
 //                       or maximum is about to change; rounding to fp16 counts as the identity.
 //
-// With round_metadata the forward pass equals what a cache of that format gives back, bit for bit. Without,
-// scale and minimum stay in fp32, as the KV1 reference trains.
+// With round_metadata and min/max the forward pass equals what a cache of that format gives back, bit for
+// bit. Without round_metadata scale and minimum stay in fp32, as the KV1 reference trains. The fit by least
+// squares is one of its own, which takes more rounds than the cache's encoder (quantizers/least_squares.hpp).
+// Compact formats are not supported.
 //
 // Everything here works on rows of `channels` values, one vector each, in O(values) (least squares: times its
 // rounds, 48 at the most; Hadamard: times log channels), allocates nothing, and is thread-safe. An error
@@ -124,7 +126,7 @@ inline real_metadata min_max(std::span<const float> x, int max_code) noexcept {
 // Lloyd's iteration on an affine grid: round to the nearest levels, refit the levels to what was rounded to
 // them. Every step lowers the squared error; the range's ends lie too far out for all but the flattest
 // vectors, so it also starts from narrower ranges. The best of all, min/max among them, is taken.
-inline real_metadata fit_levels(std::span<const float> x, int max_code, bool round_metadata,
+inline real_metadata alternate_fit(std::span<const float> x, int max_code, bool round_metadata,
                                    std::span<std::uint8_t> codes) noexcept {
     constexpr std::array starts{1.0f, 0.8f, 0.6f};
     constexpr int most_rounds = 16;
@@ -198,7 +200,7 @@ status quantize_for_training(std::span<const float> x, const fake_quantize_optio
                              std::span<std::uint8_t> codes, real_metadata& m) noexcept {
     if constexpr (std::same_as<typename Q::metadata, affine_metadata>) {
         if (o.encoder == fake_quantize_options::encoder_policy::least_squares) {
-            m = fit_levels(x, Q::max_code, o.round_metadata, codes);
+            m = alternate_fit(x, Q::max_code, o.round_metadata, codes);
         } else if (o.round_metadata) {
             affine_metadata stored;
             if (const status s = Q::quantize(x, codes, stored); !s)

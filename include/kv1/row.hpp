@@ -32,11 +32,7 @@ inline constexpr int affine_bits<affine<Bits>> = Bits;
 inline status as_status(const encode_result& r) noexcept {
     if (r.code == errc::ok)
         return {};
-    return {r.code,
-            r.rule,
-            {.channel = r.code == errc::non_finite || r.rule == rule_fp16_value
-                            ? static_cast<std::int64_t>(r.channel)
-                            : -1}};
+    return {r.code, r.rule, {.channel = r.channel != no_channel ? static_cast<std::int64_t>(r.channel) : -1}};
 }
 
 template <class Q>

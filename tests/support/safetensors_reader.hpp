@@ -73,7 +73,10 @@ private:
             throw std::runtime_error("not a safetensors file that this reader knows");
     }
     static std::size_t size_of(std::string_view dtype) {
-        return dtype == "F32" ? 4u : dtype == "F16" || dtype == "BF16" || dtype == "U16" ? 2u : dtype == "U8" ? 1u : 0u;
+        return dtype == "F32"                                        ? 4u
+               : dtype == "F16" || dtype == "BF16" || dtype == "U16" ? 2u
+               : dtype == "U8"                                       ? 1u
+                                                                     : 0u;
     }
 
     void skip_space() {

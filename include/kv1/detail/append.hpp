@@ -116,7 +116,7 @@ inline encode_result insert_vector(const target_kernels& kernels, const section_
 inline status append_error(const encode_result& r, std::size_t head, std::size_t token) noexcept {
     error_location where{.kv_head = static_cast<std::int64_t>(head),
                          .token = static_cast<std::int64_t>(token)};
-    if (r.code == errc::non_finite || r.rule == rule_fp16_value)
+    if (r.channel != no_channel)
         where.channel = static_cast<std::int64_t>(r.channel);
     return {r.code, r.rule, where};
 }

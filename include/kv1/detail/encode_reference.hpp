@@ -71,7 +71,7 @@ encode_result encode_reference(const encode_recipe& recipe, const encode_row& ro
             nearest_codes(prepared, levels, format::max_code, codes);
     }
     if (!levels.fits)
-        return {errc::not_representable, rule_fp16_metadata, 0, {}};
+        return {errc::not_representable, rule_fp16_metadata, no_channel, {}};
     if (row.feedback != nullptr)
         codes_with_feedback(prepared, levels, format::max_code, row.feedback, codes);
     return {errc::ok, "", 0, levels.bits};

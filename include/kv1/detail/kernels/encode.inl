@@ -317,7 +317,7 @@ inline encode_result encode_rows(const encode_recipe& recipe, const encode_row* 
                                      : encode_lanes<false>(recipe, rows + first, some, x, wanted, lane_codes, metadata + first);
         if (done != some) {
             failed = first + done;
-            return {errc::not_representable, rule_fp16_metadata, 0, {}};
+            return {errc::not_representable, rule_fp16_metadata, no_channel, {}};
         }
         for (std::size_t i = 0; i < some; ++i)
             for (std::size_t c = 0; c < n; ++c)

@@ -123,7 +123,9 @@ struct softmax_rows {
     float* denominators;  // [rows]: updated by the block's weights
 };
 
-// Outcome of encoding one vector; channel is the offending one.
+inline constexpr std::size_t no_channel = static_cast<std::size_t>(-1);
+
+// Outcome of encoding one vector; channel is the offending one, where one alone offends.
 struct encode_result {
     errc code = errc::ok;
     const char* rule = "";

@@ -99,7 +99,7 @@ inline encode_result encode_affine(const float* x, std::size_t n, int bits, std:
     const float scale = quotient > smallest_scale ? quotient : smallest_scale;
     const row_metadata stored{float_to_half(scale), float_to_half(range.low)};
     if ((stored.scale & 0x7c00u) == 0x7c00u || (stored.minimum & 0x7c00u) == 0x7c00u)
-        return {errc::not_representable, rule_fp16_metadata, 0, {}};
+        return {errc::not_representable, rule_fp16_metadata, no_channel, {}};
     const f32 lo(range.low), s(scale), top(levels), zero(0.0f);
     for (std::size_t i = 0; i < n; i += lanes) {
         const f32 v = i + lanes <= n ? f32::load_unaligned(x + i) : load_tail(x, n, i);
@@ -151,7 +151,7 @@ inline encode_result encode_scaled_binary(const float* x, std::size_t n, std::ui
     const float mean = add_pairwise(partial) / static_cast<float>(n);
     const row_metadata stored{float_to_half(mean > smallest_scale ? mean : smallest_scale), 0};
     if ((stored.scale & 0x7c00u) == 0x7c00u)
-        return {errc::not_representable, rule_fp16_metadata, 0, {}};
+        return {errc::not_representable, rule_fp16_metadata, no_channel, {}};
     encode_signs(x, n, codes);
     return {errc::ok, "", 0, stored};
 }
