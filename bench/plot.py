@@ -35,10 +35,20 @@ def draw(rows, field, factor, label, path):
     figure.savefig(path)
 
 
+def short_name(policy):
+    """Bits of keys and values; an asterisk where single layers differ; fp16 sinks and window."""
+    sides, _, window = policy.partition("@")
+    sides, _, layers = sides.partition("/")
+    name = "/".join(side.partition("+")[0] for side in sides.split(",")) + ("*" if layers else "")
+    return name + (f" + fp16 {window.replace(':', ', ')}" if window else "")
+
+
 def draw_policies(rows, path):
     models = list(dict.fromkeys(r["model"] for r in rows))
     figure, all_axes = plt.subplots(1, len(models), figsize=(4.8 * len(models), 4.2), layout="constrained", squeeze=False)
     for axes, model in zip(all_axes[0], models):
+        # wider than 4 bits: another scale
+        rows = [r for r in rows if float(r["bytes_per_vector"]) <= 24]
         points = sorted((float(r["bytes_per_vector"]), float(r["kld"]), r["policy"]) for r in rows if r["model"] == model)
         best, front = float("inf"), []
         for point in points:  # of equal bytes the better one comes first
@@ -48,13 +58,18 @@ def draw_policies(rows, path):
         axes.plot([p[0] for p in front], [p[1] for p in front], color="#0b6e4f", zorder=1)
         axes.scatter([p[0] for p in points], [p[1] for p in points], color="#6c757d", s=14, zorder=2)
         axes.scatter([p[0] for p in front], [p[1] for p in front], color="#0b6e4f", s=26, zorder=3)
-        for size, kld, policy in front:
-            axes.annotate(policy.replace(",", ",\n"), (size, kld), xytext=(4, 4), textcoords="offset points", fontsize=6)
-        reference = [p for p in points if p[2] == "2,2"]
-        for size, kld, policy in reference:
-            axes.annotate("2,2 (min/max)", (size, kld), xytext=(4, 4), textcoords="offset points", fontsize=6)
+        for n, (size, kld, policy) in enumerate(front):
+            below = n % 2 == 0 and n + 1 < len(front)  # in turns, so that neighbours keep clear of each other
+            axes.annotate(short_name(policy), (size, kld), xytext=(-5, -5) if below else (5, 5),
+                          textcoords="offset points", fontsize=7, ha="right" if below else "left",
+                          va="top" if below else "bottom")
+        for size, kld, policy in points:
+            if "+" not in policy and (size, kld, policy) not in front:
+                axes.annotate(short_name(policy) + " min/max", (size, kld), xytext=(5, 3), textcoords="offset points",
+                              fontsize=7, color="#6c757d")
         axes.set_title(model)
         axes.set_yscale("log")
+        axes.margins(x=0.18, y=0.12)
         axes.set_xlabel("bytes per vector of 32 channels (fp16: 64)")
         axes.set_ylabel("KL divergence, nats per token")
         axes.grid(alpha=0.3, which="both")

@@ -45,7 +45,7 @@ enum class level_choice : std::uint8_t { min_max, least_squares };
 
 /// What happens to keys, or values, of a layer before they are stored. The default is the reference's.
 struct vector_encoding {
-    level_choice levels = level_choice::min_max;
+    level_choice levels = level_choice::min_max; ///< how they are chosen
     /// Channels of a block of the Hadamard transform, a power of two that divides the head dim; 0: none.
     std::size_t hadamard = 0;
     /// [kv_heads][dim], or empty.
@@ -55,6 +55,7 @@ struct vector_encoding {
     /// columns, sum of W_o^T W_o over the heads of a group. Needs least_squares.
     std::vector<float> error_weights = {};
 
+    /// Whether all fields are the same.
     friend bool operator==(const vector_encoding&, const vector_encoding&) = default;
 };
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// least_squares<Q>: the format of Q, affine<b> or compact<b>, with scale and base fitted to the vector
+// least_squares<Q>: the format of Q, affine or compact, with scale and base fitted to the vector
 // instead of read off its extremes. Same bytes, same decoder, less error: at 2 bits about half the squared
 // error of min/max for Gaussian channels, a third with outliers.
 //
@@ -109,7 +109,7 @@ stored_levels fit_levels(std::span<const float> x, std::uint8_t* codes) noexcept
 
 } // namespace detail
 
-/// Q's format, fitted by least squares. Q is affine<b> of 1 to 8 bits or compact<b>.
+/// Q's format, fitted by least squares. Q is affine, of 1 to 8 bits, or compact.
 template <class Q>
 struct least_squares {
     static constexpr int bits = Q::bits;         ///< of a code
