@@ -55,7 +55,7 @@ encode_result encode(const float* x, std::size_t n, std::uint8_t* codes) noexcep
     typename Q::metadata m{};
     const status s = Q::quantize({x, n}, {codes, n}, m);
     encode_result result{
-        s.code(), s.rule(), static_cast<std::size_t>(std::max<std::int64_t>(s.where().channel, 0)), {}};
+        s.code(), s.rule(), static_cast<std::size_t>(s.where().channel), {}}; // -1: no_channel
     if (!s)
         return result;
     std::fill(codes + n, codes + round_up(n, 16), std::uint8_t{0});
