@@ -24,6 +24,7 @@
 #pragma once
 
 #include <kv1/format.hpp>
+#include <kv1/hadamard.hpp>
 #include <kv1/quantizer.hpp>
 #include <kv1/quantizers/affine.hpp>
 #include <kv1/quantizers/binary.hpp>
@@ -179,20 +180,8 @@ inline float mean_magnitude(std::span<const float> x) noexcept {
     return std::max(add_pairwise(sums) / static_cast<float>(x.size()), smallest_scale);
 }
 
-// Orthonormal, symmetric, its own inverse: the forward map, its inverse and its gradient are this.
-inline void rotate_hadamard(std::span<float> x) noexcept {
-    const std::size_t block = x.size() & (~x.size() + 1); // the largest power of two that divides it
-    for (std::size_t width = 1; width < block; width *= 2)
-        for (std::size_t at = 0; at < x.size(); at += 2 * width)
-            for (std::size_t i = at; i < at + width; ++i) {
-                const float a = x[i], b = x[i + width];
-                x[i] = a + b;
-                x[i + width] = a - b;
-            }
-    const float factor = 1.0f / std::sqrt(static_cast<float>(block));
-    for (float& v : x)
-        v *= factor;
-}
+// Its own inverse and, symmetric, its own gradient.
+inline void rotate_hadamard(std::span<float> x) noexcept { hadamard_transform(x, hadamard_block(x.size())); }
 
 // Codes and metadata of one vector; x is finite and not empty.
 template <quantizer Q>
@@ -202,7 +191,7 @@ status quantize_for_training(std::span<const float> x, const fake_quantize_optio
         if (o.encoder == fake_quantize_options::encoder_policy::least_squares) {
             m = alternate_fit(x, Q::max_code, o.round_metadata, codes);
         } else if (o.round_metadata) {
-            affine_metadata stored;
+            affine_metadata stored{};
             if (const status s = Q::quantize(x, codes, stored); !s)
                 return s;
             m = {stored.scale, stored.minimum, false};
