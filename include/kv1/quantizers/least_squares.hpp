@@ -46,7 +46,7 @@ struct level_format<affine<Bits>> {
     static float scale_of(std::uint16_t bits) noexcept { return half_to_float(bits); }
     static stored_levels store(std::uint16_t scale_bits, float base) noexcept {
         stored_levels s;
-        s.bits = {scale_bits, float_to_half(base)};
+        s.bits = {scale_bits, plain_zero(float_to_half(base))};
         s.scale = half_to_float(s.bits.scale);
         s.base = half_to_float(s.bits.minimum);
         s.fits = (s.bits.scale & 0x7c00u) != 0x7c00u && (s.bits.minimum & 0x7c00u) != 0x7c00u;

@@ -72,6 +72,8 @@ KV1_INLINE void store_levels(f32 base, f32 max_code, lane_levels& l) {
         l.base = l.scale * (max_code * (w - f32(64.0f)) * f32(1.0f / 128.0f));
     } else {
         store_half(base, l.minimum_bits);
+        for (std::size_t i = 0; i < lanes; ++i)
+            l.minimum_bits[i] = plain_zero(l.minimum_bits[i]);
         l.base = load_half(l.minimum_bits);
         for (std::size_t i = 0; i < lanes; ++i)
             l.fits[i] = l.fits[i] && (l.minimum_bits[i] & 0x7c00u) != 0x7c00u;
