@@ -6,7 +6,7 @@
 // order, and nothing is ever summed across lanes. Vectors are transposed on the way in, codes on the way out.
 //
 // Operations per channel of `lanes` vectors: log2(lanes) shuffles, log2(block) + 1 for the rotation, 4 for the range, 3
-// rounds of 11, twice 8 for the errors of both candidates, 6 for codes, and for feedback 2 per channel that comes after:
+// rounds of 11 for least squares, 8 for the errors of each candidate, 6 for codes, and for feedback 2 per channel that comes after:
 // at 32 channels about 70, 4 a value on 16 lanes.
 //
 // One function serves all formats, and what it calls is inlined: a function whose only floats are batches would take
@@ -139,6 +139,21 @@ KV1_INLINE void refine(const float* x, std::size_t n, f32 lo, f32 hi, const lane
     round_scale(scale, format, l);
     base = quotient_of(sum_x - product_of(l.scale, sum_c), count);
     store_levels(base + middle, format, l);
+}
+
+// clipped_levels() of clip_search.hpp.
+KV1_INLINE void clip(f32 lo, f32 hi, float share, const lane_format& format, float top, lane_levels& l) {
+    const f32 middle = f32(0.5f) * lo + f32(0.5f) * hi;
+    round_scale(quotient_of(product_of(hi - lo, f32(share)), format.max_code), format, l);
+    store_levels(middle - product_of(l.scale, f32(0.5f * top)), format, l);
+}
+
+KV1_INLINE void take(lane_mask where, const lane_levels& from, lane_levels& l) {
+    const auto where_bits = xs::batch_bool_cast<std::uint32_t>(where);
+    l.scale = xs::select(where, from.scale, l.scale);
+    l.base = xs::select(where, from.base, l.base);
+    l.scale_bits = xs::select(where_bits, from.scale_bits, l.scale_bits);
+    l.minimum_bits = xs::select(where_bits, from.minimum_bits, l.minimum_bits);
 }
 
 // Codes, four channels a word: words [channels / 4, rounded up][lanes].
@@ -332,18 +347,24 @@ inline bool encode_lanes(const encode_recipe& recipe, const encode_row* rows, st
     store_levels(low, format, l);
     if (!xs::all(l.fits)) // lanes without a vector hold zeros, which fit
         return false;
-    if (recipe.fit) {
-        lane_levels candidates[2] = {l, l};
-        refine(x, n, lo, hi, format, top, candidates[1]);
+    f32 best_error(std::numeric_limits<float>::max());
+    const int candidates = recipe.levels == level_choice::min_max ? 0
+                           : recipe.levels == level_choice::least_squares ? 2 : clip_candidates;
+    const lane_levels range = l;
+    for (int k = 0; k < candidates; k += 2) { // the range is the first of them
+        lane_levels pair[2] = {range, range};
+        if (recipe.levels == level_choice::least_squares)
+            refine(x, n, lo, hi, format, top, pair[1]);
+        else
+            for (int i = k == 0 ? 1 : 0; i < 2; ++i)
+                clip(lo, hi, clip_share(k + i), format, top, pair[i]);
         f32 errors[2];
-        errors_of(x, n, candidates, max_code, errors);
-        const lane_levels& refined = candidates[1];
-        const lane_mask better = (errors[1] < errors[0]) & refined.fits;
-        const auto better_bits = xs::batch_bool_cast<std::uint32_t>(better);
-        l.scale = xs::select(better, refined.scale, l.scale);
-        l.base = xs::select(better, refined.base, l.base);
-        l.scale_bits = xs::select(better_bits, refined.scale_bits, l.scale_bits);
-        l.minimum_bits = xs::select(better_bits, refined.minimum_bits, l.minimum_bits);
+        errors_of(x, n, pair, max_code, errors);
+        for (int i = 0; i < 2; ++i) {
+            const lane_mask better = (errors[i] < best_error) & pair[i].fits;
+            take(better, pair[i], l);
+            best_error = xs::select(better, errors[i], best_error);
+        }
     }
     bool alike = true;
     for (std::size_t i = 1; i < count; ++i)
