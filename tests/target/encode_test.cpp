@@ -17,9 +17,11 @@
 #include <cmath>
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 using kv1::affine;
+using kv1::clip_search;
 using kv1::compact;
 using kv1::least_squares;
 using kv1_test::generator;
@@ -127,12 +129,49 @@ outcome outcome_of(const kv1::status& s, const Metadata& m, std::vector<std::uin
 
 #define KV1_FITTED affine<2>, affine<3>, affine<4>, affine<8>, compact<2>, compact<3>, compact<4>
 
-TEMPLATE_TEST_CASE("least squares is no worse than min/max on any vector", "[encode]", KV1_FITTED) {
+TEMPLATE_TEST_CASE("least squares and clip search are no worse than min/max on any vector", "[encode]",
+                   KV1_FITTED) {
     tally t;
     for (const auto& x : vectors_of_every_kind(31, 200)) {
-        const measured fitted = measure<least_squares<TestType>>(x), plain = measure<TestType>(x);
-        t.expect(fitted.error <= plain.error + fitted.rounding + plain.rounding, x.size(), "channels",
-                 fitted.error, "against", plain.error);
+        const measured plain = measure<TestType>(x);
+        for (const measured& fitted :
+             {measure<least_squares<TestType>>(x), measure<clip_search<TestType>>(x)})
+            t.expect(fitted.error <= plain.error + fitted.rounding + plain.rounding, x.size(), "channels",
+                     fitted.error, "against", plain.error);
+    }
+    KV1_REQUIRE_CLEAN(t);
+}
+
+TEMPLATE_TEST_CASE("clip search takes the best of its candidates", "[encode]", affine<2>, affine<3>,
+                   compact<2>) {
+    tally t;
+    for (const auto& x : vectors_of_every_kind(41, 60)) {
+        if (x.size() < 2)
+            continue;
+        const measured found = measure<clip_search<TestType>>(x);
+        const auto [lo, hi] = std::minmax_element(x.begin(), x.end());
+        for (int k = 1; k < 10; ++k) {
+            const float share = static_cast<float>(16 - k) / 16.0f;
+            const kv1::detail::stored_levels l = kv1::detail::clipped_levels<TestType>(*lo, *hi, k);
+            if (!l.fits)
+                continue;
+            // the candidate is what the formula says, but for what its metadata can hold
+            const double step = static_cast<double>(*hi - *lo) * static_cast<double>(share) / TestType::max_code;
+            if (step > 1e-4)
+                t.expect(std::fabs(static_cast<double>(l.scale) - step) <= 0.04 * step, k, l.scale, step);
+            double error = 0.0;
+            for (const float v : x) {
+                const double code = std::clamp(
+                    std::nearbyint((static_cast<double>(v) - static_cast<double>(l.base)) /
+                                   static_cast<double>(l.scale)),
+                    0.0, static_cast<double>(TestType::max_code));
+                const double e =
+                    static_cast<double>(v) - (code * static_cast<double>(l.scale) + static_cast<double>(l.base));
+                error += e * e;
+            }
+            t.expect(found.error <= error + 2 * found.rounding + 1e-5 * error, x.size(), "channels, candidate", k,
+                     found.error, "against", error);
+        }
     }
     KV1_REQUIRE_CLEAN(t);
 }
@@ -204,7 +243,8 @@ TEST_CASE("decoding a compact code rounds nothing", "[encode]") {
 TEMPLATE_TEST_CASE("every target fits the same levels and codes, bit for bit", "[encode]",
                    least_squares<affine<2>>, least_squares<affine<3>>, least_squares<affine<4>>,
                    least_squares<affine<8>>, compact<2>, compact<3>, compact<4>, least_squares<compact<2>>,
-                   least_squares<compact<3>>, least_squares<compact<4>>) {
+                   least_squares<compact<3>>, least_squares<compact<4>>, clip_search<affine<2>>,
+                   clip_search<affine<4>>, clip_search<compact<2>>, clip_search<compact<3>>) {
     auto vectors = vectors_of_every_kind(34, 90);
     generator g(35);
     for (int i = 0; i < 60; ++i) { // what is refused
@@ -245,9 +285,11 @@ TEST_CASE("every target follows recipes with means, rotations and error weights,
             for (std::size_t j = 0; j < n; ++j)
                 for (std::size_t i = j + 1; i < n; ++i)
                     feedback[i * n + j] = 0.2f * g.normal();
-            for (const bool rotated : {false, true})
+            for (const auto& [levels, rotated] :
+                 {std::pair{kv1::level_choice::least_squares, false}, {kv1::level_choice::least_squares, true},
+                  {kv1::level_choice::clip_search, true}})
                 for (const int weights : {0, 1, 2}) { // none, common to the vectors, of some vectors
-                    const kv1::detail::encode_recipe recipe{f, true, n, rotated ? kv1::hadamard_block(n) : 0};
+                    const kv1::detail::encode_recipe recipe{f, levels, n, rotated ? kv1::hadamard_block(n) : 0};
                     std::vector<std::vector<float>> x;
                     std::vector<kv1::detail::encode_row> rows;
                     for (std::size_t i = 0; i < 16; ++i)
@@ -282,7 +324,8 @@ TEST_CASE("every target follows recipes with means, rotations and error weights,
                                             codes.begin() + static_cast<std::ptrdiff_t>(i * stride),
                                             codes.begin() + static_cast<std::ptrdiff_t>((i + 1) * stride),
                                             expected.begin() + static_cast<std::ptrdiff_t>(i * stride)),
-                                    to_string(f), n, rotated, weights, count, i);
+                                    to_string(f), n, static_cast<int>(levels), rotated, weights,
+                                    count, i);
                         }
                         KV1_REQUIRE_CLEAN(t);
                     });
@@ -339,7 +382,8 @@ TEST_CASE("error weights take cost off codes: less of it than nearest levels lea
             const std::vector<float> x = kv1_test::normal_values(g, n);
             for (const float* with :
                  {static_cast<const float*>(nullptr), static_cast<const float*>(feedback.data())}) {
-                const kv1::detail::encode_recipe recipe{kv1::kv_format::compact3, true, n, block};
+                const kv1::detail::encode_recipe recipe{kv1::kv_format::compact3,
+                                                        kv1::level_choice::least_squares, n, block};
                 std::vector<std::uint8_t> codes(n);
                 const auto r = kv1::detail::encode_reference(recipe, {x.data(), nullptr, with}, codes.data());
                 REQUIRE(r.code == kv1::errc::ok);

@@ -12,6 +12,7 @@
 #include <kv1/detail/kernels/interface.hpp>
 #include <kv1/hadamard.hpp>
 #include <kv1/quantizers/affine.hpp>
+#include <kv1/quantizers/clip_search.hpp>
 #include <kv1/quantizers/compact.hpp>
 #include <kv1/quantizers/least_squares.hpp>
 
@@ -59,21 +60,26 @@ encode_result encode_reference(const encode_recipe& recipe, const encode_row& ro
     float x[max_vector_length];
     prepare_vector(recipe, row, x);
     const std::span<const float> prepared(x, n);
-    using format = level_format<Q>;
+    constexpr float max_code = level_format<Q>::max_code;
     stored_levels levels;
-    if (recipe.fit) {
+    switch (recipe.levels) {
+    case level_choice::least_squares:
         levels = fit_levels<Q>(prepared, codes);
-    } else {
+        break;
+    case level_choice::clip_search:
+        levels = search_levels<Q>(prepared, codes);
+        break;
+    case level_choice::min_max: {
         const auto [lo, hi] = plain_range(prepared);
-        const float low = format::low(lo), high = format::high(hi);
-        levels = format::store(format::round_scale((high - low) / as_written(format::max_code)), low);
+        levels = range_levels<Q>(lo, hi);
         if (levels.fits)
-            nearest_codes(prepared, levels, format::max_code, codes);
+            nearest_codes(prepared, levels, max_code, codes);
+    }
     }
     if (!levels.fits)
         return {errc::not_representable, rule_fp16_metadata, no_channel, {}};
     if (row.feedback != nullptr)
-        codes_with_feedback(prepared, levels, format::max_code, row.feedback, codes);
+        codes_with_feedback(prepared, levels, max_code, row.feedback, codes);
     return {errc::ok, "", 0, levels.bits};
 }
 

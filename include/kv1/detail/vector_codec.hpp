@@ -104,21 +104,21 @@ inline status make_codec(kv_format format, const vector_encoding& e, std::size_t
         return {};
     if (t.code_bits == 0)
         return {errc::invalid_argument, "plain formats take no encoding"};
-    if (e.levels == level_choice::least_squares && !levels_differ)
-        return {errc::invalid_argument, "least squares fits affine and compact formats"};
+    if (e.levels != level_choice::min_max && !levels_differ)
+        return {errc::invalid_argument, "levels can be chosen for affine and compact formats"};
     if (e.hadamard != 0 && (!std::has_single_bit(e.hadamard) || channels % e.hadamard != 0))
         return {errc::invalid_argument, "a Hadamard block is a power of two that divides the head dim"};
     if (!e.means.empty() && e.means.size() != heads * channels)
         return {errc::shape_mismatch, "means are one a channel of each KV head"};
     if (!e.error_weights.empty() && e.error_weights.size() != heads * channels * channels)
         return {errc::shape_mismatch, "error weights are a square matrix for each KV head"};
-    if (!e.error_weights.empty() && e.levels != level_choice::least_squares)
-        return {errc::invalid_argument, "error weights need least squares"};
+    if (!e.error_weights.empty() && e.levels == level_choice::min_max)
+        return {errc::invalid_argument, "error weights need least squares or a clip search"};
     for (const std::vector<float>* all : {&e.means, &e.error_weights})
         if (first_non_finite(*all) != all->size())
             return {errc::non_finite, "means and error weights are finite"};
-    out.recipe = {format, e.levels == level_choice::least_squares, channels, e.hadamard};
-    out.by_recipe = out.recipe.fit || t.metadata == metadata_kind::compact;
+    out.recipe = {format, e.levels, channels, e.hadamard};
+    out.by_recipe = e.levels != level_choice::min_max || t.metadata == metadata_kind::compact;
     bool semidefinite = true;
     const status s = guarded([&] {
         out.means = e.means;

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <kv1/layout.hpp>
+#include <kv1/quantizer.hpp>
 #include <kv1/status.hpp>
 
 #include <cstddef>
@@ -136,7 +137,7 @@ struct encode_result {
 // How vectors become codes, where that is more than their format's own rule (detail/encode_reference.hpp).
 struct encode_recipe {
     kv_format format; // affine or compact
-    bool fit;         // levels by least squares
+    level_choice levels;
     std::size_t channels;
     std::size_t hadamard; // channels of a block; 0: no rotation
 };

@@ -19,30 +19,39 @@ KV1_INLINE i32 rounded_codes(f32 quotients) {
     return xs::to_int(nearest(xs::min(xs::max(quotients, f32(-127.0f)), f32(127.0f))));
 }
 
-// slope and base of the tokens of one register.
+// slope and base of the tokens of one register, of any format that Format's kernels serve.
 template <class Format>
 KV1_INLINE void load_affine(const section_layout& s, const std::byte* page, std::size_t token, f32& slope,
                             f32& base) {
-    constexpr metadata_kind kind = traits_of(kv_format_of<Format>).metadata;
-    if constexpr (kind == metadata_kind::none) {
+    constexpr int bits = traits_of(kv_format_of<Format>).code_bits;
+    const auto* scales = reinterpret_cast<const std::uint16_t*>(page + s.scale_offset) + token;
+    if constexpr (bits == 0) {
         slope = f32(1.0f);
         base = f32(0.0f);
-    } else {
-        if constexpr (kind == metadata_kind::compact) {
-            constexpr auto steps = static_cast<float>((1 << traits_of(kv_format_of<Format>).code_bits) - 1) / 128.0f;
-            const u32 pair = load_u16(reinterpret_cast<const std::uint16_t*>(page + s.scale_offset) + token);
-            slope = half_to_float(pair & u32(compact_pair::scale_mask));
-            const i32 magnitude = xs::bitwise_cast<std::int32_t>(pair & u32(compact_pair::largest_offset));
-            const i32 sign = i32(0) - xs::bitwise_cast<std::int32_t>(pair >> 15);
-            base = slope * (xs::to_float(((magnitude ^ sign) - sign) - i32(64)) * f32(steps));
-        } else if constexpr (kind == metadata_kind::scale) {
-            slope = load_half(reinterpret_cast<const std::uint16_t*>(page + s.scale_offset) + token);
-            base = f32(0.0f) - slope;
-            slope = slope + slope;
-        } else {
-            slope = load_half(reinterpret_cast<const std::uint16_t*>(page + s.scale_offset) + token);
-            base = load_half(reinterpret_cast<const std::uint16_t*>(page + s.minimum_offset) + token);
+        return;
+    } else if constexpr (bits == 1) {
+        if (s.format == kv_format::binary) {
+            slope = f32(1.0f);
+            base = f32(0.0f);
+            return;
         }
+        slope = load_half(scales);
+        base = f32(0.0f) - slope;
+        slope = slope + slope;
+        return;
+    } else {
+        if constexpr (bits <= 4)
+            if (s.format == kv_format_of<compact<bits>>) {
+                constexpr auto steps = static_cast<float>((1 << bits) - 1) / 128.0f;
+                const u32 pair = load_u16(scales);
+                slope = half_to_float(pair & u32(compact_pair::scale_mask));
+                const i32 magnitude = xs::bitwise_cast<std::int32_t>(pair & u32(compact_pair::largest_offset));
+                const i32 sign = i32(0) - xs::bitwise_cast<std::int32_t>(pair >> 15);
+                base = slope * (xs::to_float(((magnitude ^ sign) - sign) - i32(64)) * f32(steps));
+                return;
+            }
+        slope = load_half(scales);
+        base = load_half(reinterpret_cast<const std::uint16_t*>(page + s.minimum_offset) + token);
     }
 }
 

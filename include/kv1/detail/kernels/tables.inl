@@ -11,7 +11,10 @@ inline const target_kernels& kernels() noexcept {
 
 template <class Format>
 inline const format_kernels& kernels_for() noexcept {
-    if constexpr (traits_of(kv_format_of<Format>).code_bits == 0) {
+    using shared = typename kernel_format<Format>::type;
+    if constexpr (!std::is_same_v<Format, shared>) {
+        return kernels_for<shared>();
+    } else if constexpr (traits_of(kv_format_of<Format>).code_bits == 0) {
         static constexpr format_kernels table{{key_scores_exact<Format>, key_scores_exact<Format>},
                                               {value_sums_exact<Format>, value_sums_exact<Format>}};
         return table;

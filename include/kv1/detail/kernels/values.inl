@@ -227,7 +227,7 @@ template <class Format, std::size_t R, std::size_t N>
 KV1_INLINE void exact_sum_step(const block_view& view, const affine_slots& affine, const softmax_rows& w,
                                std::size_t row, std::size_t channel, float* sums, std::size_t sum_stride) {
     using reader = field_reader<Format>;
-    constexpr bool coded = reader::t.metadata != metadata_kind::none;
+    constexpr bool coded = reader::t.code_bits != 0;
     const section_layout& s = *view.layout;
     const std::size_t unit = s.unit_lines() * line_bytes;
     const std::size_t groups = s.units();
@@ -302,7 +302,7 @@ template <class Format>
 inline void value_sums_exact(const block_view& view, const softmax_rows& w, float* sums,
                              std::size_t stride) noexcept {
     affine_slots affine;
-    if constexpr (traits_of(kv_format_of<Format>).metadata != metadata_kind::none)
+    if constexpr (traits_of(kv_format_of<Format>).code_bits != 0)
         for (std::size_t k = 0; k < view.count; ++k) {
             prefetch_metadata(view, k);
             for (std::size_t i = 0; i < tile_tokens; i += lanes) {
