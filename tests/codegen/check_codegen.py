@@ -29,7 +29,7 @@ def target_of(name):
     # the function's own name decides, not its arguments' types; an inlined lambda or a thunk keeps its scope
     found = TARGET.search(name)
     target = (found.group(1) or found.group(2)) if found else "baseline"
-    return "avx512_vbmi" if target == "avx512_vnni" and re.search(r"pair_dots|scores_in_pairs", name) else target
+    return "avx512_vbmi" if target == "avx512_vnni" and "pair_dots" in name else target
 
 
 def classes_of(mnemonic, operands):

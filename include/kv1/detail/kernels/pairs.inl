@@ -116,11 +116,4 @@ private:
     }
 };
 
-template <class Format>
-inline void key_scores_in_pairs(const block_view& view, const query_rows& q, float* scores, float* tops) noexcept {
-    for_row_tiles(q.rows, [&](auto size, std::size_t row) {
-        fast_scores<Format, size(), pair_dots>(view, q, row, scores, tops);
-    });
-}
-
 #endif

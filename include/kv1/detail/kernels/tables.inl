@@ -19,7 +19,7 @@ inline const format_kernels& kernels_for() noexcept {
                                               {value_sums_exact<Format>, value_sums_exact<Format>}};
         return table;
     } else {
-        static constexpr format_kernels table{{key_scores_fast<Format>, key_scores_exact<Format>},
+        static constexpr format_kernels table{{key_scores_fast<Format, single_dots>, key_scores_exact<Format>},
                                               {value_sums_fast<Format>, value_sums_exact<Format>}};
         return table;
     }
@@ -42,7 +42,7 @@ inline const format_kernels& best_kernels_for() noexcept {
     } else if constexpr (!std::is_same_v<Format, shared>) {
         return best_kernels_for<shared>();
     } else {
-        static constexpr format_kernels table{{key_scores_in_pairs<Format>, key_scores_exact<Format>},
+        static constexpr format_kernels table{{key_scores_fast<Format, pair_dots>, key_scores_exact<Format>},
                                               {value_sums_fast<Format>, value_sums_exact<Format>}};
         return table;
     }

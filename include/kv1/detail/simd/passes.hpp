@@ -58,10 +58,13 @@
 
 #if defined(__GNUC__)
 #define KV1_INLINE inline __attribute__((always_inline))
+#define KV1_NOINLINE __attribute__((noinline))
 #elif defined(_MSC_VER)
 #define KV1_INLINE __forceinline
+#define KV1_NOINLINE __declspec(noinline)
 #else
 #define KV1_INLINE inline
+#define KV1_NOINLINE
 #endif
 
 // Before a loop over registers: both compilers keep arrays in registers only where such loops are unrolled.
@@ -316,5 +319,6 @@ using arch = xs::avx512bw;
 #pragma GCC diagnostic pop
 #endif
 #undef KV1_INLINE
+#undef KV1_NOINLINE
 #undef KV1_UNROLL
 #undef KV1_IN_ORDER
