@@ -81,20 +81,36 @@ struct block_metadata {
 template <std::size_t R>
 inline constexpr std::size_t registers_at_once = many_registers ? 4 : R >= 3 ? 2 : 4;
 
-// What the scores of R rows need, where storing scores can not change it.
+// Dot products of codes, channel by channel; a row tile's queries, where storing scores can not change them.
+struct single_dots {
+    const std::int8_t* codes[2];
+    single_dots(const query_rows& q, std::size_t row)
+        : codes{q.codes[0] + row * q.stride, q.codes[1] + row * q.stride} {}
+
+    template <class Format, std::size_t R, std::size_t N>
+    KV1_INLINE void add(key_walk<N>& walk, const section_layout& s, i32 (&total)[R][N]) const {
+        constexpr format_traits t = traits_of(kv_format_of<Format>);
+        add_dots<t.parts[0].bits, t.parts[0].shift, false>(walk, s.part_lines(0), codes[0], total);
+        if constexpr (t.part_count() == 2) {
+            KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
+                walk.first[n] += s.part_lines(0) * line_lanes;
+            add_dots<t.parts[1].bits, t.parts[1].shift, false>(walk, s.part_lines(1), codes[1], total);
+        }
+    }
+};
+
+// What the scores of R rows need beside.
 template <std::size_t R>
 struct score_rows {
-    const std::int8_t* codes[2];
     float scale[R], offset[R], sum[R];
 };
 
 // Scores of R rows for N registers, from register `at` of the block on (`pieces` registers a tile).
-template <class Format, std::size_t R, std::size_t N>
+template <class Format, std::size_t R, std::size_t N, class Dots>
 KV1_INLINE void fast_score_step(const block_view& view, const section_layout& s,
-                                const block_metadata<Format>& metadata, const score_rows<R>& q, std::size_t at,
-                                float* scores, f32 (&top)[R]) {
-    constexpr format_traits t = traits_of(kv_format_of<Format>);
-    constexpr auto max_code = static_cast<float>((1 << t.code_bits) - 1);
+                                const block_metadata<Format>& metadata, const Dots& dots, const score_rows<R>& q,
+                                std::size_t at, float* scores, f32 (&top)[R]) {
+    constexpr auto max_code = static_cast<float>((1 << traits_of(kv_format_of<Format>).code_bits) - 1);
     key_walk<N> walk;
     KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
         const std::size_t tile = (at + n) / pieces;
@@ -108,12 +124,7 @@ KV1_INLINE void fast_score_step(const block_view& view, const section_layout& s,
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
             total[r][n] = i32(0);
-    add_dots<t.parts[0].bits, t.parts[0].shift, false>(walk, s.part_lines(0), q.codes[0], total);
-    if constexpr (t.part_count() == 2) {
-        KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
-            walk.first[n] += s.part_lines(0) * line_lanes;
-        add_dots<t.parts[1].bits, t.parts[1].shift, false>(walk, s.part_lines(1), q.codes[1], total);
-    }
+    dots.template add<Format>(walk, s, total);
     KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
         if ((at + n) % pieces == 0)
             prefetch_metadata(view, (at + n) / pieces);
@@ -130,14 +141,15 @@ KV1_INLINE void fast_score_step(const block_view& view, const section_layout& s,
     }
 }
 
-template <class Format, std::size_t R>
+template <class Format, std::size_t R, class Dots>
 inline void fast_scores(const block_view& block, const block_metadata<Format>& known, const query_rows& q,
                         std::size_t row, float* scores, float* tops) {
     constexpr std::size_t at_once = registers_at_once<R>;
     const block_view view = block;
     const section_layout layout = *block.layout;
     const block_metadata<Format> metadata = known;
-    score_rows<R> rows{{q.codes[0] + row * q.stride, q.codes[1] + row * q.stride}, {}, {}, {}};
+    const Dots dots(q, row);
+    score_rows<R> rows{};
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
         rows.scale[r] = q.code_scales[row + r];
         rows.offset[r] = q.code_offsets[row + r];
@@ -150,9 +162,9 @@ inline void fast_scores(const block_view& block, const block_metadata<Format>& k
     const std::size_t end = view.count * pieces;
     std::size_t at = 0;
     for (; at + at_once <= end; at += at_once)
-        fast_score_step<Format, R, at_once>(view, layout, metadata, rows, at, scores, top);
+        fast_score_step<Format, R, at_once>(view, layout, metadata, dots, rows, at, scores, top);
     for (; at < end; ++at)
-        fast_score_step<Format, R, 1>(view, layout, metadata, rows, at, scores, top);
+        fast_score_step<Format, R, 1>(view, layout, metadata, dots, rows, at, scores, top);
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
         tops[row + r] = xs::reduce_max(top[r]);
 }
@@ -310,12 +322,12 @@ KV1_INLINE void for_row_tiles(std::size_t rows, const F& function) {
     }
 }
 
-template <class Format>
+template <class Format, class Dots>
 inline void key_scores_fast(const block_view& view, const query_rows& q, float* scores, float* tops) noexcept {
     affine_slots room;
     const block_metadata<Format> metadata(view, room);
     for_row_tiles(q.rows, [&](auto size, std::size_t row) {
-        fast_scores<Format, size()>(view, metadata, q, row, scores, tops);
+        fast_scores<Format, size(), Dots>(view, metadata, q, row, scores, tops);
     });
 }
 

@@ -62,6 +62,31 @@ KV1_INLINE i32 dot_finish(dot_sum sum) {
 }
 #endif
 
+#if defined(KV1_ISA_PAIRS)
+// Byte by byte table[index % 64]. Assembly, since the region's functions may run without VBMI: only those that ask for
+// it call this.
+KV1_INLINE u32 look_up(u32 index, u32 table) {
+#if defined(__GNUC__)
+    __m512i found;
+    __asm__("vpermb %2, %1, %0" : "=v"(found) : "v"(__m512i(index)), "v"(__m512i(table)));
+    return u32(found);
+#else
+    return u32(_mm512_permutexvar_epi8(__m512i(index), __m512i(table)));
+#endif
+}
+// (x & mask) | bits
+KV1_INLINE u32 and_or(u32 x, u32 mask, u32 bits) {
+    return u32(_mm512_ternarylogic_epi32(__m512i(x), __m512i(mask), __m512i(bits), 0xea));
+}
+// Numbers at even and at odd places of two registers.
+KV1_INLINE void split_pairs(const float* p, f32& even, f32& odd) {
+    const __m512i places = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512 a = _mm512_load_ps(p), b = _mm512_load_ps(p + lanes);
+    even = f32(_mm512_permutex2var_ps(a, places, b));
+    odd = f32(_mm512_permutex2var_ps(a, _mm512_add_epi32(places, _mm512_set1_epi32(1)), b));
+}
+#endif
+
 KV1_INLINE u32 load_u16(const std::uint16_t* p) {
     return u32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 }
