@@ -156,21 +156,22 @@ TEMPLATE_TEST_CASE("clip search takes the best of its candidates", "[encode]", a
             if (!l.fits)
                 continue;
             // the candidate is what the formula says, but for what its metadata can hold
-            const double step = static_cast<double>(*hi - *lo) * static_cast<double>(share) / TestType::max_code;
+            const double step =
+                static_cast<double>(*hi - *lo) * static_cast<double>(share) / TestType::max_code;
             if (step > 1e-4)
                 t.expect(std::fabs(static_cast<double>(l.scale) - step) <= 0.04 * step, k, l.scale, step);
             double error = 0.0;
             for (const float v : x) {
-                const double code = std::clamp(
-                    std::nearbyint((static_cast<double>(v) - static_cast<double>(l.base)) /
-                                   static_cast<double>(l.scale)),
-                    0.0, static_cast<double>(TestType::max_code));
-                const double e =
-                    static_cast<double>(v) - (code * static_cast<double>(l.scale) + static_cast<double>(l.base));
+                const double code =
+                    std::clamp(std::nearbyint((static_cast<double>(v) - static_cast<double>(l.base)) /
+                                              static_cast<double>(l.scale)),
+                               0.0, static_cast<double>(TestType::max_code));
+                const double e = static_cast<double>(v) -
+                                 (code * static_cast<double>(l.scale) + static_cast<double>(l.base));
                 error += e * e;
             }
-            t.expect(found.error <= error + 2 * found.rounding + 1e-5 * error, x.size(), "channels, candidate", k,
-                     found.error, "against", error);
+            t.expect(found.error <= error + 2 * found.rounding + 1e-5 * error, x.size(),
+                     "channels, candidate", k, found.error, "against", error);
         }
     }
     KV1_REQUIRE_CLEAN(t);
@@ -285,11 +286,12 @@ TEST_CASE("every target follows recipes with means, rotations and error weights,
             for (std::size_t j = 0; j < n; ++j)
                 for (std::size_t i = j; i < n; ++i)
                     feedback[i * n + j] = i == j ? static_cast<float>(0.1 + g.uniform()) : 0.2f * g.normal();
-            for (const auto& [levels, rotated] :
-                 {std::pair{kv1::level_choice::least_squares, false}, {kv1::level_choice::least_squares, true},
-                  {kv1::level_choice::clip_search, true}})
+            for (const auto& [levels, rotated] : {std::pair{kv1::level_choice::least_squares, false},
+                                                  {kv1::level_choice::least_squares, true},
+                                                  {kv1::level_choice::clip_search, true}})
                 for (const int weights : {0, 1, 2}) { // none, common to the vectors, of some vectors
-                    const kv1::detail::encode_recipe recipe{f, levels, n, rotated ? kv1::hadamard_block(n) : 0};
+                    const kv1::detail::encode_recipe recipe{f, levels, n,
+                                                            rotated ? kv1::hadamard_block(n) : 0};
                     std::vector<std::vector<float>> x;
                     std::vector<kv1::detail::encode_row> rows;
                     for (std::size_t i = 0; i < 16; ++i)
@@ -324,8 +326,7 @@ TEST_CASE("every target follows recipes with means, rotations and error weights,
                                             codes.begin() + static_cast<std::ptrdiff_t>(i * stride),
                                             codes.begin() + static_cast<std::ptrdiff_t>((i + 1) * stride),
                                             expected.begin() + static_cast<std::ptrdiff_t>(i * stride)),
-                                    to_string(f), n, static_cast<int>(levels), rotated, weights,
-                                    count, i);
+                                    to_string(f), n, static_cast<int>(levels), rotated, weights, count, i);
                         }
                         KV1_REQUIRE_CLEAN(t);
                     });

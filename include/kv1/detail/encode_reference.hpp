@@ -6,11 +6,12 @@
 // Codes under error weights. With errors e = x - value and weights W = R^T D R, R unit upper triangular and D
 // diagonal, what errors cost is e^T W e = sum_j D_j (e_j + sum_{i > j} R_ji e_i)^2. So channels go from the
 // last to the first, and each is quantized to where it makes up for the errors already made (Babai's nearest
-// plane; GPTQ for weights). `feedback` is the transpose of R's part above the diagonal, with D on the diagonal.
+// plane; GPTQ for weights). `feedback` is the transpose of R's part above the diagonal, with D on the
+// diagonal.
 //
-// Levels that fit best where every error costs the same do not where they do not. So a few others are tried: first
-// wider and narrower ones about their middle, then those that cost least moved by parts of a step. Of all the first
-// that costs least is taken.
+// Levels that fit best where every error costs the same do not where they do not. So a few others are tried:
+// first wider and narrower ones about their middle, then those that cost least moved by parts of a step. Of
+// all the first that costs least is taken.
 #pragma once
 
 #include <kv1/detail/kernels/interface.hpp>
@@ -29,15 +30,15 @@ namespace kv1::inline KV1_ABI::detail {
 
 #include <kv1/detail/precise_math_begin.inl>
 
-// Candidates k = 0 ... weighted_candidates - 1: the levels themselves, their scale times weighted_scales, moved by
-// weighted_moves steps.
+// Candidates k = 0 ... weighted_candidates - 1: the levels themselves, their scale times weighted_scales,
+// moved by weighted_moves steps.
 inline constexpr float weighted_scales[] = {0.92f, 1.08f, 1.16f, 1.24f};
 inline constexpr float weighted_moves[] = {-0.3f, -0.15f, 0.15f, 0.3f};
 inline constexpr int first_move = 1 + static_cast<int>(std::size(weighted_scales));
 inline constexpr int weighted_candidates = first_move + static_cast<int>(std::size(weighted_moves));
 
-// feedback: [n][n], row i what the error of channel i asks of channels 0 ... i - 1, and what is left of it costs.
-// What all errors cost.
+// feedback: [n][n], row i what the error of channel i asks of channels 0 ... i - 1, and what is left of it
+// costs. What all errors cost.
 inline float codes_with_feedback(std::span<const float> x, const stored_levels& levels, float max_code,
                                  const float* feedback, std::uint8_t* codes) noexcept {
     const std::size_t n = x.size();
