@@ -3,12 +3,13 @@
 // What it takes to store vectors, one thread, random data. Items are values, bytes are fp32 bytes read.
 //
 //   quantize/<scheme>/<target>/d<channels>                       the row format, vector by vector
-//   encode/<format>/<policy>/<target>/d<head_dim>                 64 tokens into a cache, K and V alike: means,
+//   encode/<format>/<policy>/<target>/d<head_dim>                 64 tokens into a cache, K and V alike:
+//   means,
 //                                                                 rotation, levels, codes, insertion
 //
-// Policies as kv1-lm sweep writes them: ls least squares, cs clip search, had Hadamard rotation over the whole
-// head, mean centring, ew error weights. values_per_s is the mean of the run, values_per_s_fastest that of the
-// fastest call: on a shared machine the figure to compare.
+// Policies as kv1-lm sweep writes them: ls least squares, cs clip search, had Hadamard rotation over the
+// whole head, mean centring, ew error weights. values_per_s is the mean of the run, values_per_s_fastest that
+// of the fastest call: on a shared machine the figure to compare.
 
 #include "support.hpp"
 
@@ -79,7 +80,8 @@ void append(benchmark::State& state, kv1::kv_format format, const policy& p, std
     }
     const auto values = static_cast<double>(2 * k.size());
     state.SetBytesProcessed(state.iterations() * static_cast<std::int64_t>(8 * k.size()));
-    state.counters["values_per_s"] = benchmark::Counter(values, benchmark::Counter::kIsIterationInvariantRate);
+    state.counters["values_per_s"] =
+        benchmark::Counter(values, benchmark::Counter::kIsIterationInvariantRate);
     state.counters["values_per_s_fastest"] = values / fastest;
 }
 

@@ -9,7 +9,8 @@
 //   levels         min_max: the range of a vector. least_squares: fitted (quantizers/least_squares.hpp).
 //                  clip_search: the best of narrower ranges (quantizers/clip_search.hpp).
 //   error_weights  what errors cost: codes are chosen one after the other, each making up for the errors
-//                  before it. Only the encoder knows of them.
+//                  before it, for several choices of levels, of which the cheapest is taken. Only the
+//                  encoder knows of them, and takes several times as long.
 //
 // Means are a constant of the cache, not of a sequence: forks, shared prefixes and saved sequences need
 // nothing more. Take them from a sample of the model's keys and values (mean_estimator, over a few thousand

@@ -192,8 +192,8 @@ struct format_id<compact<3>> : std::integral_constant<kv_format, kv_format::comp
 template <>
 struct format_id<compact<2>> : std::integral_constant<kv_format, kv_format::compact2> {};
 
-// The format whose attention kernels serve F: codes of one width lie alike, and kernels ask the layout what the
-// metadata beside them mean. One set of kernels a width is half the compile time.
+// The format whose attention kernels serve F: codes of one width lie alike, and kernels ask the layout what
+// the metadata beside them mean. One set of kernels a width is half the compile time.
 template <class F>
 struct kernel_format {
     using type = F;

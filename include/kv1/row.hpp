@@ -39,8 +39,8 @@ inline status as_status(const encode_result& r) noexcept {
 template <class Q>
 inline constexpr encode_recipe recipe_of{};
 template <int Bits>
-inline constexpr encode_recipe recipe_of<compact<Bits>>{kv_format_of<compact<Bits>>,
-                                                              level_choice::min_max, 0, 0};
+inline constexpr encode_recipe recipe_of<compact<Bits>>{kv_format_of<compact<Bits>>, level_choice::min_max, 0,
+                                                        0};
 template <storage_format Q>
 inline constexpr encode_recipe recipe_of<least_squares<Q>>{kv_format_of<Q>, level_choice::least_squares, 0,
                                                            0};

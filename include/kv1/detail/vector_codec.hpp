@@ -50,9 +50,9 @@ struct vector_codec {
     }
 };
 
-// The transpose of R's part above the diagonal where W, rotated, is R^T D R: feedback of one head. W gets a
-// hundredth of its mean diagonal added, so that channels that cost nothing do not ask for the impossible.
-// False: W is not positive semidefinite.
+// The transpose of R's part above the diagonal and D, in parts of W's mean diagonal, on it where W, rotated,
+// is R^T D R: feedback of one head (encode_reference.hpp). W gets a hundredth of its mean diagonal added, so
+// that channels that cost nothing do not ask for the impossible. False: W is not positive semidefinite.
 inline bool factor_weights(std::span<const float> weights, std::size_t n, std::size_t block,
                            float* feedback) {
     std::vector<double> w(weights.begin(), weights.end());
@@ -74,6 +74,7 @@ inline bool factor_weights(std::span<const float> weights, std::size_t n, std::s
     if (!(trace >= 0.0))
         return false;
     const double ridge = trace == 0.0 ? 1.0 : 0.01 * trace / static_cast<double>(n);
+    const double mean = trace / static_cast<double>(n) + ridge;
     for (std::size_t i = 0; i < n; ++i)
         w[i * n + i] += ridge;
     for (std::size_t j = 0; j < n; ++j) { // Cholesky, in the lower half
@@ -90,7 +91,9 @@ inline bool factor_weights(std::span<const float> weights, std::size_t n, std::s
     }
     for (std::size_t j = 0; j < n; ++j)
         for (std::size_t i = 0; i < n; ++i)
-            feedback[i * n + j] = i > j ? static_cast<float>(w[i * n + j] / w[j * n + j]) : 0.0f;
+            feedback[i * n + j] = i > j    ? static_cast<float>(w[i * n + j] / w[j * n + j])
+                                  : i == j ? static_cast<float>(w[j * n + j] * w[j * n + j] / mean)
+                                           : 0.0f;
     return true;
 }
 

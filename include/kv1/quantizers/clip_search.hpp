@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // clip_search<Q>: the format of Q, affine or compact, with the range of the vector narrowed about its middle
-// where that takes more error off the channels inside than it adds to those outside. Same bytes, same decoder.
+// where that takes more error off the channels inside than it adds to those outside. Same bytes, same
+// decoder.
 //
 // Candidates are the range as min/max would store it and, with L = 2^bits - 1 and k = 1 ... 9,
 //

@@ -6,8 +6,8 @@
 // order, and nothing is ever summed across lanes. Vectors are transposed on the way in, codes on the way out.
 //
 // Operations per channel of `lanes` vectors: log2(lanes) shuffles, log2(block) + 1 for the rotation, 4 for the range, 3
-// rounds of 11 for least squares, 8 for the errors of each candidate, 6 for codes, and for feedback 2 per channel that comes after:
-// at 32 channels about 70, 4 a value on 16 lanes.
+// rounds of 11 for least squares, 8 for the errors of each candidate, 6 for codes: at 32 channels about 70, 4 a value on
+// 16 lanes. With error weights 2 more per channel that comes after, and that nine times over.
 //
 // One function serves all formats, and what it calls is inlined: a function whose only floats are batches would take
 // over the flags of the translation unit from xsimd's (quantize.inl).
@@ -172,11 +172,12 @@ KV1_INLINE void nearest_words(const float* x, std::size_t n, const lane_levels& 
     }
 }
 
-// The same with feedback common to the lanes. A block of four channels gathers what all later ones ask of it, in
-// their order, before its own are quantized; errors: [n][lanes].
-KV1_INLINE void words_with_feedback(const float* x, std::size_t n, const lane_levels& l, f32 max_code,
-                                    const float* feedback, float* errors, std::uint32_t* words) {
+// The same with feedback common to the lanes, and what the errors cost. A block of four channels gathers what all
+// later ones ask of it, in their order, before its own are quantized; errors: [n][lanes].
+KV1_INLINE f32 words_with_feedback(const float* x, std::size_t n, const lane_levels& l, f32 max_code,
+                                   const float* feedback, float* errors, std::uint32_t* words) {
     const f32 inverse = quotient_of(f32(1.0f), l.scale);
+    f32 cost(0.0f);
     for (std::size_t end = n; end > 0;) {
         const std::size_t first = (end - 1) / 4 * 4;
         f32 wanted[4];
@@ -195,7 +196,10 @@ KV1_INLINE void words_with_feedback(const float* x, std::size_t n, const lane_le
                 continue;
             const f32 code = nearest_code(difference_of(wanted[k], l.base) * inverse, max_code);
             word = add_code(word, code);
-            const f32 error = difference_of(f32::load_aligned(x + i * lanes), sum_of(code * l.scale, l.base));
+            const f32 value = sum_of(code * l.scale, l.base);
+            const f32 error = difference_of(f32::load_aligned(x + i * lanes), value);
+            const f32 rest = difference_of(wanted[k], value);
+            cost = sum_of(cost, product_of(product_of(f32(feedback[i * n + i]), rest), rest));
             error.store_aligned(errors + i * lanes);
             KV1_UNROLL for (std::size_t m = 0; m < 4; ++m)
                 if (m < k)
@@ -204,11 +208,13 @@ KV1_INLINE void words_with_feedback(const float* x, std::size_t n, const lane_le
         word.store_aligned(words + first / 4 * lanes);
         end = first;
     }
+    return cost;
 }
 
 // The same of one lane with feedback of its own: channels side by side.
-KV1_INLINE void words_of_lane(const float* x, std::size_t n, std::size_t lane, float scale, float base, f32 max_code,
-                              const float* feedback, float* wanted, std::uint32_t* words) {
+KV1_INLINE float words_of_lane(const float* x, std::size_t n, std::size_t lane, float scale, float base, f32 max_code,
+                               const float* feedback, float* wanted, std::uint32_t* words) {
+    float cost = 0.0f;
     const f32 s(scale), b(base), inverse = quotient_of(f32(1.0f), s);
     for (std::size_t c = 0; c < round_up(n, lanes); ++c)
         wanted[c] = c < n ? x[c * lanes + lane] : 0.0f;
@@ -216,23 +222,38 @@ KV1_INLINE void words_of_lane(const float* x, std::size_t n, std::size_t lane, f
         words[i / 4 * lanes + lane] = 0;
     for (std::size_t i = n; i-- > 0;) {
         const f32 code = nearest_code(difference_of(f32(wanted[i]), b) * inverse, max_code);
-        const f32 error = difference_of(f32(x[i * lanes + lane]), sum_of(code * s, b));
+        const f32 value = sum_of(code * s, b), error = difference_of(f32(x[i * lanes + lane]), value);
         const float* factors = feedback + i * n;
+        alignas(64) float values[lanes];
+        value.store_aligned(values);
+        const float rest = wanted[i] - values[0];
+        cost = as_written(cost + detail::product_of(detail::product_of(factors[i], rest), rest));
         std::size_t j = 0;
         for (; j + lanes <= i; j += lanes)
             sum_of(f32::load_aligned(wanted + j), product_of(f32::load_unaligned(factors + j), error))
                 .store_aligned(wanted + j);
-        if (j < i) { // the rest of a register: past channel i factors are zero, past the vector none are read
-            alignas(64) float rest[lanes] = {};
+        if (j < i) { // part of a register: factors from channel i on are not of this
+            alignas(64) float last[lanes] = {};
             for (std::size_t k = j; k < i; ++k)
-                rest[k - j] = factors[k];
-            sum_of(f32::load_aligned(wanted + j), product_of(f32::load_aligned(rest), error))
+                last[k - j] = factors[k];
+            sum_of(f32::load_aligned(wanted + j), product_of(f32::load_aligned(last), error))
                 .store_aligned(wanted + j);
         }
         alignas(64) std::int32_t codes[lanes];
         xs::to_int(code).store_aligned(codes);
         words[i / 4 * lanes + lane] |= static_cast<std::uint32_t>(codes[0]) << i % 4 * 8;
     }
+    return cost;
+}
+
+// Candidate k > 0 of weighted_levels() of encode_reference.hpp, from levels whose middle is given.
+KV1_INLINE void weighted_candidate(int k, const lane_levels& from, f32 middle, const lane_format& format, float top,
+                                   lane_levels& l) {
+    const bool moves = k >= first_move;
+    round_scale(moves ? from.scale : product_of(from.scale, f32(weighted_scales[k - 1])), format, l);
+    const f32 base = moves ? sum_of(from.base, product_of(from.scale, f32(weighted_moves[k - first_move])))
+                           : difference_of(middle, product_of(l.scale, f32(0.5f * top)));
+    store_levels(base, format, l);
 }
 
 // x: [n][lanes], transformed block by block: two steps at a time where two are left, the norm with the last.
@@ -299,6 +320,7 @@ struct lane_scratch {
     alignas(64) float x[lane_scratch_channels * lanes];
     alignas(64) float errors[lane_scratch_channels * lanes];
     alignas(64) std::uint32_t words[lane_scratch_channels / 4 * lanes];
+    alignas(64) std::uint32_t candidate_words[lane_scratch_channels / 4 * lanes];
 };
 
 // Vectors less their means, transposed; zeros in lanes without one. False where a value is beyond fp16, or none.
@@ -366,19 +388,47 @@ inline bool encode_lanes(const encode_recipe& recipe, const encode_row* rows, st
             best_error = xs::select(better, errors[i], best_error);
         }
     }
-    bool alike = true;
-    for (std::size_t i = 1; i < count; ++i)
+    bool alike = true, weighted = false;
+    for (std::size_t i = 0; i < count; ++i) {
         alike = alike && rows[i].feedback == rows[0].feedback;
-    if (alike && count > 1 && rows[0].feedback != nullptr) {
-        words_with_feedback(x, n, l, max_code, rows[0].feedback, scratch.errors, scratch.words);
-    } else {
+        weighted = weighted || rows[i].feedback != nullptr;
+    }
+    if (!weighted || !alike || count == 1)
         nearest_words(x, n, l, max_code, scratch.words);
-        alignas(64) float scales[lanes], bases[lanes];
-        l.scale.store_aligned(scales);
-        l.base.store_aligned(bases);
-        for (std::size_t i = 0; i < count; ++i)
-            if (rows[i].feedback != nullptr)
-                words_of_lane(x, n, i, scales[i], bases[i], max_code, rows[i].feedback, scratch.errors, scratch.words);
+    lane_levels from = l;
+    const f32 middle = sum_of(l.base, product_of(l.scale, f32(0.5f * top)));
+    f32 least(0.0f);
+    for (int k = 0; weighted && k < weighted_candidates; ++k) {
+        lane_levels candidate = l;
+        if (k == first_move)
+            from = l;
+        if (k > 0)
+            weighted_candidate(k, from, middle, format, top, candidate);
+        std::uint32_t* const words = k == 0 ? scratch.words : scratch.candidate_words;
+        f32 cost(0.0f);
+        if (alike && count > 1) {
+            cost = words_with_feedback(x, n, candidate, max_code, rows[0].feedback, scratch.errors, words);
+        } else {
+            alignas(64) float scales[lanes], bases[lanes], costs[lanes] = {};
+            candidate.scale.store_aligned(scales);
+            candidate.base.store_aligned(bases);
+            for (std::size_t i = 0; i < count; ++i)
+                if (rows[i].feedback != nullptr)
+                    costs[i] =
+                        words_of_lane(x, n, i, scales[i], bases[i], max_code, rows[i].feedback, scratch.errors, words);
+            cost = f32::load_aligned(costs); // lanes without feedback keep their levels: nothing costs less
+        }
+        if (k == 0) {
+            least = cost;
+            continue;
+        }
+        const lane_mask better = (cost < least) & candidate.fits;
+        least = xs::select(better, cost, least);
+        take(better, candidate, l);
+        const auto better_words = xs::batch_bool_cast<std::uint32_t>(better);
+        for (std::size_t w = 0; w < round_up(n, 4) / 4 * lanes; w += lanes)
+            xs::select(better_words, u32::load_aligned(words + w), u32::load_aligned(scratch.words + w))
+                .store_aligned(scratch.words + w);
     }
     alignas(64) std::uint32_t scale_bits[lanes], minimum_bits[lanes];
     l.scale_bits.store_aligned(scale_bits);

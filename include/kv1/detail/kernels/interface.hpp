@@ -158,7 +158,7 @@ struct encode_recipe {
 struct encode_row {
     const float* x;
     const float* mean;     // null: none
-    const float* feedback; // null, or [channels][channels] of factors; see encode_reference.hpp
+    const float* feedback; // null, or [channels][channels]; see encode_reference.hpp
 };
 
 // A vector and where it goes.
