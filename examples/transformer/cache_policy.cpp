@@ -39,12 +39,7 @@ std::size_t parse_count(std::string_view text, std::string_view whole) {
 side_policy parse_side(std::string_view text, std::string_view whole) {
     side_policy p;
     const std::string_view format = take_until(text, '+');
-    if (format == "c2" || format == "c3" || format == "c4")
-        p.format = format == "c2"   ? kv1::kv_format::compact2
-                   : format == "c3" ? kv1::kv_format::compact3
-                                    : kv1::kv_format::compact4;
-    else
-        p.format = parse_kv(format, std::string("policy '").append(whole).append("'")).key;
+    p.format = parse_kv(format, std::string("policy '").append(whole).append("'")).key;
     while (!text.empty()) {
         const std::string_view option = take_until(text, '+');
         bool* flag = option == "ls"     ? &p.least_squares

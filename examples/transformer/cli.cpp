@@ -47,7 +47,7 @@ void add_common(CLI::App& command, std::filesystem::path& model) {
 }
 
 void add_cache(CLI::App& command, texts& t, std::size_t& threads) {
-    command.add_option("--kv", t.kv, "Bits of the cache: 1, 1.5, 2, 3, 4, 8, 16, 32, or K,V such as 4,2")
+    command.add_option("--kv", t.kv, "Bits of the cache: 1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4 (compact), or K,V such as 4,2")
         ->capture_default_str();
     command
         .add_option("--attention", t.attention,

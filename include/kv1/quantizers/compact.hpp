@@ -36,6 +36,7 @@ struct stored_levels {
     row_metadata bits;
     float scale = 0.0f, base = 0.0f;
     bool fits = false;
+    bool refined = false; // by least squares
 };
 
 // How a format keeps evenly spaced levels. All of a target's kernels do the same, in this order.
