@@ -129,10 +129,8 @@ std::filesystem::path save_checkpoint(const std::filesystem::path& root, std::in
     folder.commit();
 
     auto all = checkpoints(root);
-    for (std::size_t i = 0; i + keep < all.size(); ++i) {
-        std::error_code ignored;
-        std::filesystem::remove_all(all[i].second, ignored);
-    }
+    for (std::size_t i = 0; i + keep < all.size(); ++i)
+        remove_folder(all[i].second);
     return target;
 }
 

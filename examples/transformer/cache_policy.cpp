@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <utility>
 
 namespace kv1_lm {
 
@@ -69,6 +70,19 @@ bool cache_policy::calibrated() const noexcept {
     };
     return needs(common) ||
            std::any_of(layers.begin(), layers.end(), [&](const auto& l) { return needs(l.second); });
+}
+
+std::string to_string(const layer_policy& policy) {
+    std::string text;
+    for (const side_policy* side : {&policy.key, &policy.value}) {
+        text.append(text.empty() ? "" : ",").append(to_string(kv_formats{side->format, side->format}));
+        for (const auto& [flag, name] : {std::pair{side->least_squares, "+ls"},
+                                         {side->hadamard, "+had"},
+                                         {side->means, "+mean"},
+                                         {side->error_weights, "+ew"}})
+            text.append(flag ? name : "");
+    }
+    return text;
 }
 
 cache_policy parse_policy(std::string_view text) {
