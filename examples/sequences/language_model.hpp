@@ -4,6 +4,7 @@
 #pragma once
 
 #include "model.hpp"
+#include "model_cache.hpp"
 #include "thread_pool.hpp"
 #include "tokenizer.hpp"
 
@@ -24,7 +25,7 @@ using tokens = std::vector<std::int32_t>;
 class language_model {
 public:
     [[nodiscard]] kv1::kv_cache make_cache(std::size_t capacity_tokens) const {
-        kv1::cache_description shape = model_.cache_shape({}, capacity_tokens);
+        kv1::cache_description shape = describe(model_, cache_.policy, cache_.means, capacity_tokens);
         shape.page_tokens = 16; // small pages: more of a short text is shared
         return kv1::kv_cache(shape);
     }
@@ -57,6 +58,7 @@ public:
 private:
     std::filesystem::path folder_ = KV1_LM_DEFAULT_MODEL_DIR;
     kv1_lm::model model_ = kv1_lm::model::read(folder_);
+    kv1_lm::model_cache cache_ = kv1_lm::choose_cache(folder_, model_.config(), {});
     kv1_lm::tokenizer tokenizer_ = kv1_lm::tokenizer::read(folder_ / "tokenizer.json");
     kv1_lm::thread_pool pool_{1};
 };

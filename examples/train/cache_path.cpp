@@ -4,6 +4,7 @@
 #ifdef KV1_TRAIN_CUDA
 #include "device_path.hpp"
 
+#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
 
@@ -93,12 +94,17 @@ cuda::cache_path_job job_for(const Tensor& x, Tensor& y) {
     return job;
 }
 
+bool is_compact(kv1::kv_format format) {
+    return kv1::detail::traits_of(format).metadata == kv1::detail::metadata_kind::compact;
+}
+
 void set_format(cuda::cache_path_job& job, kv1::kv_format format, const kv_policy& policy) {
     using kv1::kv_format;
     const int bits = kv1::detail::traits_of(format).code_bits;
     job.format = is_plain(format)                     ? cuda::scheme::plain
                  : format == kv_format::binary        ? cuda::scheme::binary
                  : format == kv_format::scaled_binary ? cuda::scheme::scaled_binary
+                 : is_compact(format)                 ? cuda::scheme::compact
                                                       : cuda::scheme::affine;
     job.max_code = (1 << bits) - 1;
     job.least_squares = policy.least_squares;
@@ -118,6 +124,7 @@ Tensor run_on_cuda(const Tensor& x, const cache_path& path, bool inverse) {
     if (path.centres())
         job.centre = path.centre.data_ptr<float>();
     set_format(job, path.format, path.policy);
+    const c10::cuda::CUDAGuard on_its_device(in.device());
     cuda::run(job, c10::cuda::getCurrentCUDAStream().stream());
     return out;
 }

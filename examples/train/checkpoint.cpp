@@ -64,7 +64,7 @@ json bits_of(const kv_policy& p) {
     if (is_plain(p.formats.key) && is_plain(p.formats.value))
         return 0;
     const std::string text = kv1_lm::to_string(p.formats);
-    return text.find(',') == std::string::npos ? json::parse(text) : json(text);
+    return text.find_first_of(",c") == std::string::npos ? json::parse(text) : json(text);
 }
 
 void load_means(const std::filesystem::path& folder, language_model& model) {
@@ -129,10 +129,8 @@ std::filesystem::path save_checkpoint(const std::filesystem::path& root, std::in
     folder.commit();
 
     auto all = checkpoints(root);
-    for (std::size_t i = 0; i + keep < all.size(); ++i) {
-        std::error_code ignored;
-        std::filesystem::remove_all(all[i].second, ignored);
-    }
+    for (std::size_t i = 0; i + keep < all.size(); ++i)
+        remove_folder(all[i].second);
     return target;
 }
 

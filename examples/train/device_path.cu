@@ -83,14 +83,85 @@ __device__ void rotate_hadamard(vector<N>& x, int lane) {
         x.v[j] *= factor;
 }
 
-template <int N>
-__device__ float level(const vector<N>& x, int j, float scale, float minimum, float max_code) {
-    return fminf(fmaxf(rintf((x.v[j] - minimum) / scale), 0.0f), max_code);
+// Levels base + scale * code as they are kept.
+struct levels {
+    float scale, base;
+};
+
+__device__ levels keep(float scale, float base, const cache_path_job& job) {
+    scale = fmaxf(scale, smallest_scale);
+    if (!job.round_metadata)
+        return {scale, base};
+    if (job.format == scheme::affine)
+        return {through_fp16(scale), through_fp16(base)};
+    // as kv1::compact: four bits of the scale's mantissa, an offset of 7 bits
+    const int half = __half_as_ushort(__float2half_rn(scale));
+    const int rounded = max((half + 0x20) & 0x7fc0, 0x40);
+    const float kept = __half2float(__ushort_as_half(static_cast<unsigned short>(rounded)));
+    const float width = kept * static_cast<float>(job.max_code);
+    const float steps = rintf(fminf(fmaxf(base / width * 128.0f + 64.0f, -63.0f), 63.0f));
+    return {kept, width * (steps - 64.0f) / 128.0f};
 }
 
-// As kv1::affine: codes of the unrounded metadata, valued with the stored.
+__device__ float code_of(float x, float inverse, float base, float max_code) {
+    return rintf(fminf(fmaxf((x - base) * inverse, 0.0f), max_code));
+}
+
+// The nearest levels into y; their squared error.
 template <int N>
-__device__ void affine(vector<N>& x, const cache_path_job& job) {
+__device__ float nearest(const vector<N>& x, levels l, float max_code, vector<N>& y) {
+    const float inverse = 1.0f / l.scale;
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+        y.v[j] = code_of(x.v[j], inverse, l.base, max_code) * l.scale + l.base;
+        const float e = x.v[j] - y.v[j];
+        sum += e * e;
+    }
+    return warp_sum(sum);
+}
+
+// As kv1::detail::refine_levels; sums are a warp's, not channel by channel.
+template <int N>
+__device__ levels refine(const vector<N>& x, float lo, float hi, const cache_path_job& job) {
+    constexpr float n = 32.0f * N;
+    const auto max_code = static_cast<float>(job.max_code);
+    const float middle = 0.5f * lo + 0.5f * hi;
+    float scale = fmaxf((hi - lo) * (0.8f / max_code), smallest_scale);
+    float base = scale * (-0.5f * max_code);
+    float sum_x = 0.0f, sum_c = 0.0f;
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+        sum_x += x.v[j] - middle;
+    sum_x = warp_sum(sum_x);
+    for (int round = 0; round < 3; ++round) {
+        const float inverse = 1.0f / scale;
+        unsigned codes = 0, squares = 0;
+        float products = 0.0f;
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            const float v = x.v[j] - middle;
+            const float c = code_of(v, inverse, base, max_code);
+            const auto code = static_cast<unsigned>(c);
+            codes += code;
+            squares += code * code;
+            products += v * c;
+        }
+        sum_c = static_cast<float>(__reduce_add_sync(all_lanes, codes));
+        const auto sum_cc = static_cast<float>(__reduce_add_sync(all_lanes, squares));
+        products = warp_sum(products);
+        const float variance = n * sum_cc - sum_c * sum_c;
+        if (variance > 0.0f)
+            scale = fmaxf((n * products - sum_x * sum_c) / variance, smallest_scale);
+        base = (sum_x - scale * sum_c) / n;
+    }
+    const levels kept = keep(scale, base + middle, job);
+    return keep(kept.scale, (sum_x - kept.scale * sum_c) / n + middle, job);
+}
+
+// As kv1's quantizers of the two kinds, with their encoders.
+template <int N>
+__device__ void evenly_spaced(vector<N>& x, const cache_path_job& job) {
     const auto max_code = static_cast<float>(job.max_code);
     float lo = x.v[0], hi = x.v[0];
 #pragma unroll
@@ -100,76 +171,28 @@ __device__ void affine(vector<N>& x, const cache_path_job& job) {
     }
     lo = warp_min(lo);
     hi = warp_max(hi);
-    const float scale = fmaxf((hi - lo) / max_code, smallest_scale);
-    const auto kept = [&](float m) { return job.round_metadata ? through_fp16(m) : m; };
-
-    float codes[N];
-    float best_scale = kept(scale), best_minimum = kept(lo);
-#pragma unroll
-    for (int j = 0; j < N; ++j)
-        codes[j] = level(x, j, scale, lo, max_code);
-
+    const bool about_zero = job.format == scheme::compact;
+    const float low = about_zero ? fminf(lo, 0.0f) : lo, high = about_zero ? fmaxf(hi, 0.0f) : hi;
+    const levels ends{fmaxf((high - low) / max_code, smallest_scale), low};
+    const levels range = keep(ends.scale, ends.base, job);
     if (job.least_squares) {
-        // as kv1::detail::least_squares, in fp32 about the middle of the range
-        const auto error_of = [&](const float(&c)[N], float s, float m) {
-            float sum = 0.0f;
+        vector<N> fitted;
+        const float range_error = nearest(x, range, max_code, fitted);
+        const levels refined = refine(x, lo, hi, job);
+        vector<N> refitted;
+        const float error = nearest(x, refined, max_code, refitted);
+        x = error < range_error ? refitted : fitted;
+    } else if (about_zero) {
+        vector<N> fitted;
+        nearest(x, range, max_code, fitted);
+        x = fitted;
+    } else { // codes of the unrounded metadata, valued with the stored
 #pragma unroll
-            for (int j = 0; j < N; ++j) {
-                const float e = c[j] * s + m - x.v[j];
-                sum += e * e;
-            }
-            return warp_sum(sum);
-        };
-        constexpr float n = 32.0f * N;
-        float mean = 0.0f;
-#pragma unroll
-        for (int j = 0; j < N; ++j)
-            mean += x.v[j];
-        mean = warp_sum(mean) / n;
-        float best_error = error_of(codes, best_scale, best_minimum);
-        for (int start = 0; start < 3; ++start) {
-            const float share = start == 0 ? 1.0f : start == 1 ? 0.8f : 0.6f;
-            float s = scale * share, m = lo + 0.5f * (1.0f - share) * max_code * scale;
-            float earlier[N];
-            for (int round = 0; round < 16; ++round) {
-                float trial[N];
-                float c = 0.0f, cc = 0.0f, cx = 0.0f;
-                bool changed = round == 0;
-#pragma unroll
-                for (int j = 0; j < N; ++j) {
-                    trial[j] = level(x, j, s, m, max_code);
-                    changed |= round != 0 && trial[j] != earlier[j];
-                    earlier[j] = trial[j];
-                    c += trial[j];
-                    cc += trial[j] * trial[j];
-                    cx += trial[j] * (x.v[j] - mean);
-                }
-                if (__any_sync(all_lanes, changed) == 0)
-                    break;
-                c = warp_sum(c);
-                cc = warp_sum(cc);
-                cx = warp_sum(cx);
-                const float determinant = n * cc - c * c;
-                const float slope = n * cx / determinant;
-                if (!(determinant > 0.0f && slope > smallest_scale))
-                    break;
-                s = slope;
-                m = mean - slope * c / n;
-                const float error = error_of(trial, kept(s), kept(m));
-                if (error < best_error) {
-                    best_error = error;
-                    best_scale = kept(s);
-                    best_minimum = kept(m);
-#pragma unroll
-                    for (int j = 0; j < N; ++j)
-                        codes[j] = trial[j];
-                }
-            }
+        for (int j = 0; j < N; ++j) {
+            const float code = fminf(fmaxf(rintf((x.v[j] - ends.base) / ends.scale), 0.0f), max_code);
+            x.v[j] = code * range.scale + range.base;
         }
     }
-#pragma unroll
-    for (int j = 0; j < N; ++j)
-        x.v[j] = codes[j] * best_scale + best_minimum;
 }
 
 template <int N>
@@ -210,8 +233,8 @@ __global__ void cache_path_kernel(cache_path_job job) {
                 x.v[j] -= centre[32 * j];
         if (job.hadamard)
             rotate_hadamard(x, lane);
-        if (job.format == scheme::affine) {
-            affine(x, job);
+        if (job.format == scheme::affine || job.format == scheme::compact) {
+            evenly_spaced(x, job);
         } else if (job.format == scheme::scaled_binary) {
             scaled_binary(x, job);
         } else {

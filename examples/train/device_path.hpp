@@ -7,8 +7,8 @@
 
 namespace kv1_train::cuda {
 
-/// A vector's scheme: codes 0 .. max_code of affine formats, or signs.
-enum class scheme : std::int32_t { plain, affine, scaled_binary, binary };
+/// A vector's scheme: codes 0 .. max_code of affine and compact formats, or signs.
+enum class scheme : std::int32_t { plain, affine, compact, scaled_binary, binary };
 
 struct cache_path_job {
     const void* x = nullptr; // [rows][channels], contiguous

@@ -4,9 +4,11 @@
 #include "error.hpp"
 
 #include <fcntl.h>
+#include <ftw.h>
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdio>
 #include <string>
 #include <system_error>
 
@@ -42,21 +44,26 @@ void sync_folder(const std::filesystem::path& folder) {
 
 } // namespace
 
+void remove_folder(const std::filesystem::path& folder) noexcept {
+    constexpr int most_descriptors = 16;
+    const auto remove_entry = [](const char* path, const struct stat*, int, FTW*) { return std::remove(path); };
+    static_cast<void>(::nftw(folder.c_str(), remove_entry, most_descriptors, FTW_DEPTH | FTW_PHYS));
+}
+
 durable_folder::durable_folder(std::filesystem::path target)
     : target_(std::move(target)), temporary_(target_) {
     temporary_ += ".part";
     std::error_code error;
     if (std::filesystem::exists(target_, error))
         throw kv1_lm::input_error(target_.string(), "exists already");
-    std::filesystem::remove_all(temporary_, error);
+    remove_folder(temporary_);
     if (std::filesystem::create_directories(temporary_, error); error)
         throw kv1_lm::input_error(temporary_.string(), "cannot be made: " + error.message());
 }
 
 durable_folder::~durable_folder() {
-    std::error_code ignored;
     if (!committed_)
-        std::filesystem::remove_all(temporary_, ignored);
+        remove_folder(temporary_);
 }
 
 void durable_folder::write(std::string_view name, std::span<const std::byte> contents) const {

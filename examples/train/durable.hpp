@@ -11,6 +11,10 @@
 
 namespace kv1_train {
 
+/// Removes a folder and what is in it, as far as that is possible. Not std::filesystem's remove_all: PyTorch's
+/// packages of LibTorch export a copy of it, older than the program's own library, in which it crashes.
+void remove_folder(const std::filesystem::path& folder) noexcept;
+
 class durable_folder {
 public:
     /// Throws input_error where `target` exists already, or its temporary neighbour cannot be made. What an

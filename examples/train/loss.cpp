@@ -4,6 +4,7 @@
 #ifdef KV1_TRAIN_CUDA
 #include "device_path.hpp"
 
+#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
 
@@ -55,6 +56,7 @@ token_loss by_kernel(const Tensor& logits, const Tensor& targets, const Tensor& 
     job.bf16 = logits.scalar_type() == torch::kBFloat16;
     job.label_weight = static_cast<float>((1.0 - weight) * scale / static_cast<double>(rows));
     job.teacher_weight = static_cast<float>(weight * scale / static_cast<double>(rows));
+    const c10::cuda::CUDAGuard on_its_device(logits.device());
     cuda::run(job, c10::cuda::getCurrentCUDAStream().stream());
     const Tensor means = losses.mean(1);
     return {means[0], means[1], logits};

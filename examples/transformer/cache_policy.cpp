@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <utility>
 
 namespace kv1_lm {
 
@@ -39,12 +40,7 @@ std::size_t parse_count(std::string_view text, std::string_view whole) {
 side_policy parse_side(std::string_view text, std::string_view whole) {
     side_policy p;
     const std::string_view format = take_until(text, '+');
-    if (format == "c2" || format == "c3" || format == "c4")
-        p.format = format == "c2"   ? kv1::kv_format::compact2
-                   : format == "c3" ? kv1::kv_format::compact3
-                                    : kv1::kv_format::compact4;
-    else
-        p.format = parse_kv(format, std::string("policy '").append(whole).append("'")).key;
+    p.format = parse_kv(format, std::string("policy '").append(whole).append("'")).key;
     while (!text.empty()) {
         const std::string_view option = take_until(text, '+');
         bool* flag = option == "ls"     ? &p.least_squares
@@ -77,6 +73,19 @@ bool cache_policy::calibrated() const noexcept {
     };
     return needs(common) ||
            std::any_of(layers.begin(), layers.end(), [&](const auto& l) { return needs(l.second); });
+}
+
+std::string to_string(const layer_policy& policy) {
+    std::string text;
+    for (const side_policy* side : {&policy.key, &policy.value}) {
+        text.append(text.empty() ? "" : ",").append(to_string(kv_formats{side->format, side->format}));
+        for (const auto& [flag, name] : {std::pair{side->least_squares, "+ls"},
+                                         {side->hadamard, "+had"},
+                                         {side->means, "+mean"},
+                                         {side->error_weights, "+ew"}})
+            text.append(flag ? name : "");
+    }
+    return text;
 }
 
 cache_policy parse_policy(std::string_view text) {

@@ -40,6 +40,9 @@ struct cache_policy {
     [[nodiscard]] bool calibrated() const noexcept;
 };
 
+/// KEYS,VALUES as parse_policy() takes it.
+[[nodiscard]] std::string to_string(const layer_policy& policy);
+
 /// Throws input_error.
 [[nodiscard]] cache_policy parse_policy(std::string_view text);
 

@@ -11,6 +11,7 @@
 
 #include <exception>
 #include <new>
+#include <optional>
 #include <ostream>
 #include <string>
 #include <thread>
@@ -32,11 +33,16 @@ bool error_output_is_a_terminal() {
 
 // Texts of options, until they are known to be given and right.
 struct texts {
-    std::string kv = "2", reference = "32", attention = "exact";
+    std::string kv, reference = "32", attention = "exact";
 };
 
 kv1::precision parse_attention(const std::string& text) {
     return text == "fast" ? kv1::precision::fast : kv1::precision::exact;
+}
+
+// None where the option is not given: the model's own cache.
+std::optional<kv_formats> parse_own_kv(const CLI::App& command, const std::string& text) {
+    return command.count("--kv") == 0 ? std::nullopt : std::optional(parse_kv(text, "--kv"));
 }
 
 void add_common(CLI::App& command, std::filesystem::path& model) {
@@ -47,8 +53,9 @@ void add_common(CLI::App& command, std::filesystem::path& model) {
 }
 
 void add_cache(CLI::App& command, texts& t, std::size_t& threads) {
-    command.add_option("--kv", t.kv, "Bits of the cache: 1, 1.5, 2, 3, 4, 8, 16, 32, or K,V such as 4,2")
-        ->capture_default_str();
+    command.add_option("--kv", t.kv,
+                       "Bits of the cache: 1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4 (compact), or K,V such as "
+                       "4,2; not given: the cache that the model was trained for, or 2");
     command
         .add_option("--attention", t.attention,
                     "exact: fp32 on decoded values; fast: integer arithmetic on the codes")
@@ -179,11 +186,11 @@ int run_or_throw(int argc, const char* const* argv, std::istream& in, std::ostre
     if (*generate_command) {
         if (prompt->count() == 0 && !g.interactive)
             throw input_error("generate needs --prompt TEXT or --interactive");
-        g.kv = parse_kv(generate_texts.kv, "--kv");
+        g.kv = parse_own_kv(*generate_command, generate_texts.kv);
         g.precision = parse_attention(generate_texts.attention);
         generate(g, in, out, err);
     } else if (*kld_command) {
-        k.kv = parse_kv(kld_texts.kv, "--kv");
+        k.kv = parse_own_kv(*kld_command, kld_texts.kv);
         k.reference = parse_kv(kld_texts.reference, "--reference");
         k.precision = parse_attention(kld_texts.attention);
         k.show_progress = error_output_is_a_terminal();

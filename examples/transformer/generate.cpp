@@ -3,6 +3,7 @@
 
 #include "error.hpp"
 #include "model.hpp"
+#include "model_cache.hpp"
 #include "tokenizer.hpp"
 
 #include <algorithm>
@@ -37,12 +38,14 @@ class generator {
 public:
     generator(const generate_options& options, std::ostream& out, std::ostream& log)
         : options_(options), out_(out), log_(log), model_(model::read(options.model)),
+          cache_(choose_cache(options.model, model_.config(), options.kv)),
           tokenizer_(tokenizer::read(options.model / "tokenizer.json")), pool_(options.threads) {}
 
     void run(const std::string& prompt) {
         std::vector<std::int32_t> tokens = tokenizer_.encode(prompt);
         check(tokens.size());
-        kv1::kv_cache cache(model_.cache_shape(options_.kv, std::max<std::size_t>(1, room(tokens.size()))));
+        kv1::kv_cache cache(
+            describe(model_, cache_.policy, cache_.means, std::max<std::size_t>(1, room(tokens.size()))));
         const kv1::sequence_id sequence = cache.create_sequence();
         stream_decoder text(tokenizer_);
         for (const std::int32_t token : tokens)
@@ -57,7 +60,7 @@ public:
             // the first new token comes out of the prompt's run
             print_rate(log_, "then", tokens.size() - std::min(tokens.size(), prompt_tokens + 1),
                        took.decoding);
-            log_ << "cache (--kv " << to_string(options_.kv) << "): " << to_string(cache.statistics(sequence))
+            log_ << "cache (--kv " << cache_.policy.text << "): " << to_string(cache.statistics(sequence))
                  << '\n';
         }
         if (options_.print_ids) {
@@ -127,6 +130,7 @@ private:
     const generate_options& options_;
     std::ostream &out_, &log_;
     model model_;
+    model_cache cache_;
     tokenizer tokenizer_;
     thread_pool pool_;
 };

@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <filesystem>
 #include <iosfwd>
+#include <optional>
 #include <string>
 
 namespace kv1_lm {
@@ -21,7 +22,7 @@ struct generate_options {
     std::size_t max_new_tokens = 100;
     std::size_t max_input_tokens = 1024; ///< a longer prompt is refused
     sampling how;
-    kv_formats kv;
+    std::optional<kv_formats> kv; ///< none: the cache that the model names
     kv1::precision precision = kv1::precision::exact;
     bool show_cache = false;
     bool interactive = false; ///< prompts come from `in`, one a line

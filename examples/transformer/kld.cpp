@@ -5,6 +5,7 @@
 #include "error.hpp"
 #include "file.hpp"
 #include "model.hpp"
+#include "model_cache.hpp"
 #include "output_file.hpp"
 #include "progress.hpp"
 #include "tokenizer.hpp"
@@ -40,9 +41,9 @@ struct chunk_result {
 // What one thread measures chunks with.
 class chunk_worker {
 public:
-    chunk_worker(const model& m, const kld_options& options)
+    chunk_worker(const model& m, const kld_options& options, const model_cache& kv)
         : model_(m), options_(options), reference_(m.cache_shape(options.reference, options.seq_len)),
-          kv_(m.cache_shape(options.kv, options.seq_len)),
+          kv_(describe(m, kv.policy, kv.means, options.seq_len)),
           reference_logits_(rows_at_once * m.config().vocab_size), kv_logits_(reference_logits_.size()) {}
 
     chunk_result measure(std::span<const std::int32_t> tokens) {
@@ -92,16 +93,21 @@ private:
     std::vector<float> reference_logits_, kv_logits_;
 };
 
-double shrink(const model& m, const kv_formats& formats) {
-    const std::size_t d = m.config().head_dim;
-    return static_cast<double>(4 * d) /
-           static_cast<double>(kv1::row_bytes(formats.key, d) + kv1::row_bytes(formats.value, d));
+double shrink(const kv1::cache_description& cache) {
+    std::size_t fp16 = 0, packed = 0;
+    for (const kv1::layer_description& l : cache.layers) {
+        fp16 += l.kv_heads * 2 * (l.key_dim + l.value_dim);
+        packed += l.kv_heads *
+                  (kv1::row_bytes(l.key_format, l.key_dim) + kv1::row_bytes(l.value_format, l.value_dim));
+    }
+    return static_cast<double>(fp16) / static_cast<double>(packed);
 }
 
 } // namespace
 
 kld_result measure_kld(const kld_options& options, std::ostream& log) {
     const model m = model::read(options.model);
+    const model_cache kv = choose_cache(options.model, m.config(), options.kv);
     if (options.seq_len < 2 || options.seq_len > m.config().max_positions)
         throw input_error("--seq-len " + std::to_string(options.seq_len) + ": the model takes 2 to " +
                           std::to_string(m.config().max_positions) + " tokens");
@@ -127,7 +133,7 @@ kld_result measure_kld(const kld_options& options, std::ostream& log) {
     std::vector<std::thread> threads;
     const auto work = [&] {
         try {
-            chunk_worker worker(m, options);
+            chunk_worker worker(m, options, kv);
             for (std::size_t i = next.fetch_add(1); i < chunks.size(); i = next.fetch_add(1)) {
                 results[i] = worker.measure(chunks[i]);
                 done.fetch_add(1);
@@ -157,7 +163,9 @@ kld_result measure_kld(const kld_options& options, std::ostream& log) {
 
     kld_result r;
     r.loaded_tokens = tokens.size();
-    r.shrink_vs_fp16 = shrink(m, options.kv);
+    r.kv = kv.formats();
+    r.kv_policy = kv.policy.text;
+    r.shrink_vs_fp16 = shrink(describe(m, kv.policy, kv.means, options.seq_len));
     double kld = 0.0, reference_nll = 0.0, kv_nll = 0.0;
     std::size_t targets = 0;
     for (const chunk_result& c : results) { // in order: sums do not depend on the threads
@@ -195,7 +203,7 @@ void kld(const kld_options& options, std::ostream& out, std::ostream& log) {
     line("  worst chunk         ", r.max_chunk_mean_nats, " nats per token");
     line("perplexity, reference ", r.reference_perplexity,
          (" (--reference " + to_string(options.reference) + ")").c_str());
-    line("perplexity, kv        ", r.kv_perplexity, (" (--kv " + to_string(options.kv) + ")").c_str());
+    line("perplexity, kv        ", r.kv_perplexity, (" (--kv " + r.kv_policy + ")").c_str());
     line("positions             ", r.positions,
          (" in " + std::to_string(r.chunk_means.size()) + " chunks of " + std::to_string(r.loaded_tokens) +
           " tokens")
@@ -210,12 +218,13 @@ void kld(const kld_options& options, std::ostream& out, std::ostream& log) {
     // a number where one width tells it all
     const auto bits = [](const kv_formats& f) -> nlohmann::ordered_json {
         const std::string text = to_string(f);
-        return text.find(',') == std::string::npos ? nlohmann::ordered_json::parse(text)
+        return text.find_first_of(",c") == std::string::npos ? nlohmann::ordered_json::parse(text)
                                                    : nlohmann::ordered_json(text);
     };
     const nlohmann::ordered_json report = {
         {"metric", "KL(P_reference || P_kv)"},
-        {"kv_bits", bits(options.kv)},
+        {"kv_bits", bits(r.kv)},
+        {"kv_policy", r.kv_policy},
         {"reference_bits", bits(options.reference)},
         {"attention", options.precision == kv1::precision::exact ? "exact" : "fast"},
         {"kld_nats_per_token", r.nats_per_token},

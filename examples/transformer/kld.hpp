@@ -14,6 +14,8 @@
 #include <cstddef>
 #include <filesystem>
 #include <iosfwd>
+#include <optional>
+#include <string>
 #include <vector>
 
 namespace kv1_lm {
@@ -21,7 +23,7 @@ namespace kv1_lm {
 struct kld_options {
     std::filesystem::path model = {};
     std::filesystem::path text = {};
-    kv_formats kv = {};
+    std::optional<kv_formats> kv = {}; ///< none: the cache that the model names
     kv_formats reference{kv1::kv_format::fp32, kv1::kv_format::fp32};
     kv1::precision precision = kv1::precision::exact;
     std::size_t seq_len = 1024;
@@ -37,7 +39,9 @@ struct kld_result {
     std::size_t loaded_tokens = 0, positions = 0;
     double nats_per_token = 0.0, max_position_nats = 0.0, max_chunk_mean_nats = 0.0;
     double reference_perplexity = 0.0, kv_perplexity = 0.0;
-    double shrink_vs_fp16 = 0.0; ///< bytes of fp16 over the row-format bytes of --kv
+    double shrink_vs_fp16 = 0.0; ///< bytes of fp16 over the row-format bytes of the cache
+    kv_formats kv;               ///< most layers'
+    std::string kv_policy;       ///< the cache in full
     std::vector<double> chunk_means;
 };
 

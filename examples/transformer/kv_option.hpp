@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What `--kv 2`, `--kv 1.5` or `--kv 4,2` means: the storage formats of keys and values.
+// What `--kv 2`, `--kv 1.5`, `--kv 4,2` or `--kv c3,c2` means: the storage formats of keys and values.
 #pragma once
 
 #include <kv1/format.hpp>
@@ -17,8 +17,9 @@ struct kv_formats {
     friend bool operator==(const kv_formats&, const kv_formats&) = default;
 };
 
-/// Every width, narrowest first.
-inline constexpr std::array<std::string_view, 8> kv_widths{"1", "1.5", "2", "3", "4", "8", "16", "32"};
+/// Every width, narrowest first; then the compact formats.
+inline constexpr std::array<std::string_view, 11> kv_widths{"1", "1.5", "2",  "3",  "4", "8",
+                                                             "16", "32", "c2", "c3", "c4"};
 
 /// One width for both, or a pair "K,V". `option` is named in the input_error for anything else.
 [[nodiscard]] kv_formats parse_kv(std::string_view text, std::string_view option);

@@ -13,14 +13,13 @@
 //                       reaches x through minimum, scale, mean magnitude. Defined wherever no code, minimum
 //                       or maximum is about to change; rounding to fp16 counts as the identity.
 //
-// With round_metadata and min/max the forward pass equals what a cache of that format gives back, bit for
-// bit. Without round_metadata scale and minimum stay in fp32, as the KV1 reference trains. The fit by least
-// squares is one of its own, which takes more rounds than the cache's encoder (quantizers/least_squares.hpp).
-// Compact formats are not supported.
+// With round_metadata the forward pass equals what a cache with that format and encoding (encoding.hpp, but
+// for error weights) gives back, bit for bit. Without it scale and minimum stay in fp32, as the KV1 reference
+// trains; a compact format's offset is then any between its ends.
 //
-// Everything here works on rows of `channels` values, one vector each, in O(values) (least squares: times its
-// rounds, 48 at the most; Hadamard: times log channels), allocates nothing, and is thread-safe. An error
-// names the row as `token`; rows before it are then written.
+// Everything here works on rows of `channels` values, one vector each, in O(values) (Hadamard: times log
+// channels), allocates nothing, and is thread-safe. An error names the row as `token`; rows before it are
+// then written.
 #pragma once
 
 #include <kv1/format.hpp>
@@ -28,6 +27,8 @@
 #include <kv1/quantizer.hpp>
 #include <kv1/quantizers/affine.hpp>
 #include <kv1/quantizers/binary.hpp>
+#include <kv1/quantizers/compact.hpp>
+#include <kv1/quantizers/least_squares.hpp>
 #include <kv1/quantizers/scaled_binary.hpp>
 
 #include <algorithm>
@@ -42,17 +43,17 @@ namespace kv1::inline KV1_ABI {
 
 /// How vectors are quantized, and what the gradient is.
 struct fake_quantize_options {
-    /// How an affine format chooses scale and minimum. Codes and bytes are of the same kind either way.
+    /// How affine and compact formats choose their levels. Codes and bytes are of the same kind either way.
     enum class encoder_policy : std::uint8_t {
         min_max,       ///< the ends of the vector's range: the reference's
-        least_squares, ///< rounding and refitting in turns: the least squared error within reach
+        least_squares, ///< fitted: quantizers/least_squares.hpp
     };
     /// See the head of this file.
     enum class gradient_rule : std::uint8_t { straight_through, fixed_codes };
 
-    encoder_policy encoder = encoder_policy::min_max;         ///< affine formats alone have a choice
+    encoder_policy encoder = encoder_policy::min_max;         ///< affine and compact formats have a choice
     gradient_rule gradient = gradient_rule::straight_through; ///< of the backward pass
-    bool round_metadata = true;                               ///< to fp16, as a cache stores it
+    bool round_metadata = true;                               ///< as a cache stores it
     /// Quantize in the basis of an orthonormal Hadamard matrix, over blocks of the largest power of two that
     /// divides the number of channels.
     bool hadamard = false;
@@ -69,16 +70,10 @@ namespace detail {
 struct real_metadata {
     float scale = 1.0f;
     float minimum = 0.0f;
-    bool refitted = false; // by least squares, from the codes that go with it
+    bool refitted = false; // by least squares
 };
 
 constexpr float through_fp16(float x) noexcept { return static_cast<float>(float16(x)); }
-
-inline status check_metadata(float scale, float minimum) noexcept {
-    if (!is_finite(float16(scale)) || !is_finite(float16(minimum)))
-        return {errc::not_representable, rule_fp16_metadata};
-    return {};
-}
 
 #include <kv1/detail/precise_math_begin.inl>
 
@@ -91,28 +86,15 @@ inline void round_to_levels(std::span<const float> x, float scale, float minimum
     }
 }
 
-inline double squared_error(std::span<const float> x, std::span<const std::uint8_t> codes,
-                            real_metadata m) noexcept {
-    double sum = 0.0;
-    for (std::size_t i = 0; i < x.size(); ++i) {
-        const double e = static_cast<double>(static_cast<float>(codes[i]) * m.scale + m.minimum) - x[i];
-        sum += e * e;
-    }
-    return sum;
-}
-
-// Moments of codes and values that a refit and its derivative need.
+// Moments of codes that a refit's derivative needs.
 struct code_moments {
-    double n = 0.0, c = 0.0, cc = 0.0, x = 0.0, cx = 0.0;
+    double n = 0.0, c = 0.0, cc = 0.0;
 
-    code_moments(std::span<const float> values, std::span<const std::uint8_t> codes) noexcept
-        : n(static_cast<double>(values.size())) {
-        for (std::size_t i = 0; i < values.size(); ++i) {
-            const double code = codes[i];
+    explicit code_moments(std::span<const std::uint8_t> codes) noexcept
+        : n(static_cast<double>(codes.size())) {
+        for (const double code : codes) {
             c += code;
             cc += code * code;
-            x += values[i];
-            cx += code * values[i];
         }
     }
     // zero where all codes are one; exact, since codes and counts are small integers
@@ -124,55 +106,6 @@ inline real_metadata min_max(std::span<const float> x, int max_code) noexcept {
     return {std::max((*hi - *lo) / as_written(static_cast<float>(max_code)), smallest_scale), *lo, false};
 }
 
-// Lloyd's iteration on an affine grid: round to the nearest levels, refit the levels to what was rounded to
-// them. Every step lowers the squared error; the range's ends lie too far out for all but the flattest
-// vectors, so it also starts from narrower ranges. The best of all, min/max among them, is taken.
-inline real_metadata alternate_fit(std::span<const float> x, int max_code, bool round_metadata,
-                                   std::span<std::uint8_t> codes) noexcept {
-    constexpr std::array starts{1.0f, 0.8f, 0.6f};
-    constexpr int most_rounds = 16;
-
-    const auto stored = [&](real_metadata m) {
-        if (round_metadata)
-            m = {through_fp16(m.scale), through_fp16(m.minimum), m.refitted};
-        return m;
-    };
-    const real_metadata ends = min_max(x, max_code);
-    round_to_levels(x, ends.scale, ends.minimum, max_code, codes);
-    real_metadata best = stored(ends);
-    double best_error = squared_error(x, codes, best);
-
-    std::array<std::uint8_t, max_fake_quantize_channels> buffer;
-    const std::span<std::uint8_t> trial(buffer.data(), x.size());
-    std::array<std::uint8_t, max_fake_quantize_channels> earlier;
-    for (const float share : starts) {
-        const float width = static_cast<float>(max_code) * ends.scale;
-        real_metadata fit{ends.scale * share, ends.minimum + 0.5f * (1.0f - share) * width, true};
-        for (int round = 0; round < most_rounds; ++round) {
-            round_to_levels(x, fit.scale, fit.minimum, max_code, trial);
-            if (round != 0 && std::equal(trial.begin(), trial.end(), earlier.begin()))
-                break;
-            const code_moments sums(x, trial);
-            const double determinant = sums.determinant();
-            if (determinant == 0.0)
-                break;
-            const double slope = (sums.n * sums.cx - sums.c * sums.x) / determinant;
-            if (!(slope > smallest_scale))
-                break;
-            fit = {static_cast<float>(slope), static_cast<float>((sums.x - slope * sums.c) / sums.n), true};
-            std::copy(trial.begin(), trial.end(), earlier.begin());
-            const real_metadata kept = stored(fit);
-            if (const double error = squared_error(x, trial, kept);
-                error < best_error && is_finite(float16(kept.scale)) && is_finite(float16(kept.minimum))) {
-                best = kept;
-                best_error = error;
-                std::copy(trial.begin(), trial.end(), codes.begin());
-            }
-        }
-    }
-    return best;
-}
-
 inline float mean_magnitude(std::span<const float> x) noexcept {
     std::array<float, 16> sums{};
     for (std::size_t i = 0; i < x.size(); ++i)
@@ -180,26 +113,74 @@ inline float mean_magnitude(std::span<const float> x) noexcept {
     return std::max(add_pairwise(sums) / static_cast<float>(x.size()), smallest_scale);
 }
 
+template <class Q>
+concept evenly_spaced =
+    std::same_as<typename Q::metadata, affine_metadata> || std::same_as<typename Q::metadata, compact_metadata>;
+
+// Whether levels are fitted or a compact format's; else they are those of Q::quantize.
+template <quantizer Q>
+bool chooses_levels(const fake_quantize_options& o) noexcept {
+    if constexpr (evenly_spaced<Q>)
+        return std::same_as<typename Q::metadata, compact_metadata> ||
+               o.encoder == fake_quantize_options::encoder_policy::least_squares;
+    return false;
+}
+
+// Levels of Q that keep their scale and base as they are.
+template <evenly_spaced Q>
+struct unrounded {};
+
+template <class Q>
+struct level_format<unrounded<Q>> {
+    static constexpr float max_code = level_format<Q>::max_code;
+    static constexpr float low(float lo) noexcept { return level_format<Q>::low(lo); }
+    static constexpr float high(float hi) noexcept { return level_format<Q>::high(hi); }
+    static float round_scale(float scale) noexcept { return std::max(scale, smallest_scale); }
+    static float scale_of(float scale) noexcept { return scale; }
+    static stored_levels store(float scale, float base) noexcept {
+        const bool fits = is_finite(float16(scale)) && is_finite(float16(base));
+        return {.bits = {}, .scale = scale, .base = base, .fits = fits};
+    }
+};
+
+// Levels and their nearest codes, as kernels choose them for least squares and for compact formats.
+template <class Q>
+stored_levels choose_levels(std::span<const float> x, const fake_quantize_options& o, std::uint8_t* codes,
+                            std::uint8_t* refit_codes) noexcept {
+    using format = level_format<Q>;
+    if (o.encoder == fake_quantize_options::encoder_policy::least_squares)
+        return fit_levels<Q>(x, codes, refit_codes);
+    const auto [lo, hi] = plain_range(x);
+    const stored_levels levels = range_levels<Q>(lo, hi);
+    if (levels.fits)
+        nearest_codes(x, levels, format::max_code, codes);
+    return levels;
+}
+
 // Its own inverse and, symmetric, its own gradient.
 inline void rotate_hadamard(std::span<float> x) noexcept { hadamard_transform(x, hadamard_block(x.size())); }
 
-// Codes and metadata of one vector; x is finite and not empty.
+// Codes and metadata of one vector; x is finite and not empty. refit_codes: those that metadata were refitted
+// to, if they were; may be null.
 template <quantizer Q>
 status quantize_for_training(std::span<const float> x, const fake_quantize_options& o,
-                             std::span<std::uint8_t> codes, real_metadata& m) noexcept {
-    if constexpr (std::same_as<typename Q::metadata, affine_metadata>) {
-        if (o.encoder == fake_quantize_options::encoder_policy::least_squares) {
-            m = alternate_fit(x, Q::max_code, o.round_metadata, codes);
-        } else if (o.round_metadata) {
+                             std::span<std::uint8_t> codes, real_metadata& m,
+                             std::uint8_t* refit_codes = nullptr) noexcept {
+    if constexpr (evenly_spaced<Q>) {
+        if (chooses_levels<Q>(o)) {
+            const stored_levels levels = o.round_metadata
+                                             ? choose_levels<Q>(x, o, codes.data(), refit_codes)
+                                             : choose_levels<unrounded<Q>>(x, o, codes.data(), refit_codes);
+            m = {levels.scale, levels.base, levels.refined};
+            return levels.fits ? status() : status(errc::not_representable, rule_fp16_metadata);
+        }
+        if constexpr (std::same_as<typename Q::metadata, affine_metadata>) {
             affine_metadata stored{};
             if (const status s = Q::quantize(x, codes, stored); !s)
                 return s;
-            m = {stored.scale, stored.minimum, false};
-        } else {
-            m = min_max(x, Q::max_code);
-            round_to_levels(x, m.scale, m.minimum, Q::max_code, codes);
+            m = o.round_metadata ? real_metadata{stored.scale, stored.minimum, false} : min_max(x, Q::max_code);
         }
-        return check_metadata(m.scale, m.minimum);
+        return {};
     } else {
         typename Q::metadata stored{};
         if (const status s = Q::quantize(x, codes, stored); !s)
@@ -212,7 +193,7 @@ status quantize_for_training(std::span<const float> x, const fake_quantize_optio
 
 template <quantizer Q>
 constexpr float restore(std::uint8_t code, real_metadata m) noexcept {
-    if constexpr (std::same_as<typename Q::metadata, affine_metadata>)
+    if constexpr (evenly_spaced<Q>)
         return static_cast<float>(code) * m.scale + m.minimum;
     else if constexpr (std::same_as<typename Q::metadata, scale_metadata>)
         return code != 0 ? m.scale : -m.scale;
@@ -223,18 +204,20 @@ constexpr float restore(std::uint8_t code, real_metadata m) noexcept {
 // dx = J^T dy of one vector for fixed codes, in the basis that is quantized in. In place.
 template <quantizer Q>
 void fixed_codes_gradient(std::span<const float> x, std::span<const std::uint8_t> codes, real_metadata m,
-                          std::span<float> g) noexcept {
+                          std::span<const std::uint8_t> refit_codes, std::span<float> g) noexcept {
     const auto n = static_cast<double>(x.size());
-    if constexpr (std::same_as<typename Q::metadata, affine_metadata>) {
+    if constexpr (evenly_spaced<Q>) {
         double to_scale = 0.0, to_minimum = 0.0; // dL/dscale, dL/dminimum
         for (std::size_t i = 0; i < x.size(); ++i) {
             to_scale += static_cast<double>(g[i]) * codes[i];
             to_minimum += g[i];
         }
         if (m.refitted) {
-            const code_moments sums(x, codes);
+            const code_moments sums(refit_codes);
+            // a scale at its floor, or of equal codes, was not refitted
+            const bool moves = m.scale > smallest_scale && sums.determinant() > 0.0;
             for (std::size_t i = 0; i < x.size(); ++i) {
-                const double scale_by_x = (n * codes[i] - sums.c) / sums.determinant();
+                const double scale_by_x = moves ? (n * refit_codes[i] - sums.c) / sums.determinant() : 0.0;
                 const double minimum_by_x = (1.0 - sums.c * scale_by_x) / n;
                 g[i] = static_cast<float>(to_scale * scale_by_x + to_minimum * minimum_by_x);
             }
@@ -243,11 +226,16 @@ void fixed_codes_gradient(std::span<const float> x, std::span<const std::uint8_t
         const auto [lo, hi] = std::minmax_element(x.begin(), x.end(), less_with_signed_zero);
         const auto lowest = static_cast<std::size_t>(lo - x.begin());
         const auto highest = static_cast<std::size_t>(hi - x.begin());
-        const bool floored = (*hi - *lo) / static_cast<float>(Q::max_code) < smallest_scale;
+        // a compact format's range ends at zero where the vector's does not reach it
+        using format = level_format<Q>;
+        const float low = format::low(*lo), high = format::high(*hi);
+        const bool floored = (high - low) / format::max_code < smallest_scale;
         const double to_range = floored ? 0.0 : to_scale / Q::max_code;
         std::fill(g.begin(), g.end(), 0.0f);
-        g[lowest] += static_cast<float>(to_minimum - to_range);
-        g[highest] += static_cast<float>(to_range);
+        if (low == *lo)
+            g[lowest] += static_cast<float>(to_minimum - to_range);
+        if (high == *hi)
+            g[highest] += static_cast<float>(to_range);
     } else if constexpr (std::same_as<typename Q::metadata, scale_metadata>) {
         double to_scale = 0.0, magnitudes = 0.0;
         for (std::size_t i = 0; i < x.size(); ++i) {
@@ -288,16 +276,19 @@ inline status in_row(const status& s, std::size_t row) noexcept {
     return {s.code(), s.rule(), {.token = static_cast<std::int64_t>(row), .channel = s.where().channel}};
 }
 
-inline status check_finite(std::span<const float> x) noexcept {
+// What a cache asks of a vector before it looks at it closely.
+template <quantizer Q>
+status check_values(std::span<const float> x, const fake_quantize_options& o) noexcept {
     if (const std::size_t bad = first_non_finite(x); bad != x.size())
         return {errc::non_finite, rule_finite, {.channel = static_cast<std::int64_t>(bad)}};
-    return {};
+    return chooses_levels<Q>(o) ? check_fp16_range(x) : status();
 }
 
 } // namespace detail
 
 /// y = what a cache gives back of x, row by row. y may be x. Errors: out_of_range (channels), shape_mismatch,
-/// non_finite, not_representable (metadata overflows fp16, which is asked whether it is rounded or not).
+/// non_finite, not_representable (a value that a fitted or compact format cannot hold, or metadata, overflows
+/// fp16, which is asked whether metadata are rounded or not).
 template <quantizer Q>
 status try_fake_quantize(std::size_t channels, std::span<const float> x, std::span<float> y,
                          const fake_quantize_options& options = {}) noexcept {
@@ -309,7 +300,7 @@ status try_fake_quantize(std::size_t channels, std::span<const float> x, std::sp
     const std::span<std::uint8_t> codes(code_values.data(), channels);
     for (std::size_t at = 0; at < x.size(); at += channels) {
         const auto in = x.subspan(at, channels);
-        if (const status s = detail::check_finite(in); !s)
+        if (const status s = detail::check_values<Q>(in, options); !s)
             return detail::in_row(s, at / channels);
         detail::transform(in, options, moved);
         detail::real_metadata m;
@@ -340,23 +331,23 @@ status try_fake_quantize_gradient(std::size_t channels, std::span<const float> x
         return {};
     }
     std::array<float, max_fake_quantize_channels> values;
-    std::array<std::uint8_t, max_fake_quantize_channels> code_values;
+    std::array<std::uint8_t, max_fake_quantize_channels> code_values, refit_values;
     const std::span<float> moved(values.data(), channels);
-    const std::span<std::uint8_t> codes(code_values.data(), channels);
+    const std::span<std::uint8_t> codes(code_values.data(), channels), refit(refit_values.data(), channels);
     for (std::size_t at = 0; at < x.size(); at += channels) {
         const auto in = x.subspan(at, channels);
-        if (const status s = detail::check_finite(in); !s)
+        if (const status s = detail::check_values<Q>(in, options); !s)
             return detail::in_row(s, at / channels);
         detail::transform(in, options, moved);
         detail::real_metadata m;
-        if (const status s = detail::quantize_for_training<Q>(moved, options, codes, m); !s)
+        if (const status s = detail::quantize_for_training<Q>(moved, options, codes, m, refit.data()); !s)
             return detail::in_row(s, at / channels);
         const auto g = dx.subspan(at, channels);
         if (dx.data() != dy.data())
             std::copy_n(dy.begin() + static_cast<std::ptrdiff_t>(at), channels, g.begin());
         if (options.hadamard)
             detail::rotate_hadamard(g);
-        detail::fixed_codes_gradient<Q>(moved, codes, m, g);
+        detail::fixed_codes_gradient<Q>(moved, codes, m, refit, g);
         if (options.hadamard)
             detail::rotate_hadamard(g);
     }
@@ -377,6 +368,12 @@ status with_quantizer(kv_format format, F&& f) noexcept {
         return f.template operator()<affine<3>>();
     case kv_format::affine2:
         return f.template operator()<affine<2>>();
+    case kv_format::compact4:
+        return f.template operator()<compact<4>>();
+    case kv_format::compact3:
+        return f.template operator()<compact<3>>();
+    case kv_format::compact2:
+        return f.template operator()<compact<2>>();
     case kv_format::scaled_binary:
         return f.template operator()<scaled_binary>();
     case kv_format::binary:

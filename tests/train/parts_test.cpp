@@ -80,17 +80,19 @@ TEST_CASE("Tensors go through the cache as kv1's fake quantization says, head by
     const Tensor x = torch::randn({2, 5, 3, 32}), centre = torch::randn({3, 32});
     kv1_train::kv_policy kv;
     kv.least_squares = kv.hadamard = kv.centre = kv.round_metadata = true;
-    const Tensor y = kv1_train::through_cache(x, kv1::kv_format::affine3, kv, centre);
-    for (std::int64_t row = 0; row < 30; ++row) {
-        const auto values = [](const Tensor& t, std::int64_t i) {
-            return std::span<const float>(t.data_ptr<float>() + 32 * i, 32);
-        };
-        std::vector<float> expected(32);
-        kv1::fake_quantize(kv1::kv_format::affine3, 32, values(x, row), expected,
-                           {.encoder = kv1::fake_quantize_options::encoder_policy::least_squares,
-                            .hadamard = true,
-                            .centre = values(centre, row % 3)});
-        REQUIRE(kv1_test::same_bits(values(y, row), expected));
+    for (const kv1::kv_format format : {kv1::kv_format::affine3, kv1::kv_format::compact2}) {
+        const Tensor y = kv1_train::through_cache(x, format, kv, centre);
+        for (std::int64_t row = 0; row < 30; ++row) {
+            const auto values = [](const Tensor& t, std::int64_t i) {
+                return std::span<const float>(t.data_ptr<float>() + 32 * i, 32);
+            };
+            std::vector<float> expected(32);
+            kv1::fake_quantize(format, 32, values(x, row), expected,
+                               {.encoder = kv1::fake_quantize_options::encoder_policy::least_squares,
+                                .hadamard = true,
+                                .centre = values(centre, row % 3)});
+            REQUIRE(kv1_test::same_bits(values(y, row), expected));
+        }
     }
 }
 

@@ -36,6 +36,7 @@ struct stored_levels {
     row_metadata bits;
     float scale = 0.0f, base = 0.0f;
     bool fits = false;
+    bool refined = false; // by least squares
 };
 
 // An fp16 number with -0 as +0: which of them a tiny number becomes depends on flush-to-zero.

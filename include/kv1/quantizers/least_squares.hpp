@@ -54,9 +54,11 @@ struct level_format<affine<Bits>> {
     }
 };
 
-// The candidate that alternating assignment and refit ends with. Precondition: lo and hi are x's, and finite.
+// The candidate that alternating assignment and refit ends with, and, where asked for, the codes that it was
+// last refitted to. Precondition: lo and hi are x's, and finite.
 template <class Q>
-stored_levels refine_levels(std::span<const float> x, float lo, float hi) noexcept {
+stored_levels refine_levels(std::span<const float> x, float lo, float hi,
+                            std::uint8_t* refit_codes = nullptr) noexcept {
     using format = level_format<Q>;
     const auto n = static_cast<float>(x.size());
     const float middle = 0.5f * lo + 0.5f * hi;
@@ -67,13 +69,15 @@ stored_levels refine_levels(std::span<const float> x, float lo, float hi) noexce
         const float inverse = 1.0f / as_written(scale);
         float sum_cc = 0.0f, sum_xc = 0.0f;
         sum_c = sum_x = 0.0f;
-        for (const float value : x) {
-            const float v = value - middle;
+        for (std::size_t i = 0; i < x.size(); ++i) {
+            const float v = x[i] - middle;
             const float c = std::nearbyint(std::clamp((v - base) * inverse, 0.0f, format::max_code));
             sum_x = as_written(sum_x + v);
             sum_c = sum_c + c; // of integers below 2^24: exact
             sum_cc = sum_cc + c * c;
             sum_xc = as_written(sum_xc + product_of(v, c));
+            if (refit_codes != nullptr)
+                refit_codes[i] = static_cast<std::uint8_t>(c);
         }
         const float variance = product_of(n, sum_cc) - product_of(sum_c, sum_c);
         const float covariance = product_of(n, sum_xc) - product_of(sum_x, sum_c);
@@ -81,9 +85,11 @@ stored_levels refine_levels(std::span<const float> x, float lo, float hi) noexce
             scale = std::max(covariance / as_written(variance), smallest_scale);
         base = (sum_x - product_of(scale, sum_c)) / as_written(n);
     }
-    const std::uint16_t stored = format::round_scale(scale);
+    const auto stored = format::round_scale(scale);
     base = (sum_x - product_of(format::scale_of(stored), sum_c)) / as_written(n);
-    return format::store(stored, base + middle);
+    stored_levels levels = format::store(stored, base + middle);
+    levels.refined = true;
+    return levels;
 }
 
 // As min/max would store the range.
@@ -114,16 +120,22 @@ struct level_selection {
 };
 
 // Levels and codes of a vector whose channels are within fp16's range. fits is false where metadata overflow.
+// refit_codes: those that levels were refitted to last; may be null.
 template <class Q>
-stored_levels fit_levels(std::span<const float> x, std::uint8_t* codes) noexcept {
+stored_levels fit_levels(std::span<const float> x, std::uint8_t* codes, std::uint8_t* refit_codes) noexcept {
     constexpr float max_code = level_format<Q>::max_code;
     const auto [lo, hi] = plain_range(x);
     const stored_levels range = range_levels<Q>(lo, hi);
     if (!range.fits)
         return range;
     level_selection best{range, nearest_codes(x, range, max_code, codes), codes};
-    best.consider(x, refine_levels<Q>(x, lo, hi), max_code);
+    best.consider(x, refine_levels<Q>(x, lo, hi, refit_codes), max_code);
     return best.levels;
+}
+
+template <class Q>
+stored_levels fit_levels(std::span<const float> x, std::uint8_t* codes) noexcept {
+    return fit_levels<Q>(x, codes, nullptr);
 }
 
 #include <kv1/detail/precise_math_end.inl>

@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The cache that a model's folder names.
+#include "model_cache.hpp"
+
+#include "command_line.hpp"
+#include "file.hpp"
+#include "json_file.hpp"
+#include "refusal.hpp"
+#include "shipped_model.hpp"
+#include "temporary_folder.hpp"
+
+#include <kv1/hadamard.hpp>
+
+#include <catch2/catch_test_macros.hpp>
+#include <catch2/matchers/catch_matchers_string.hpp>
+
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <string>
+#include <utility>
+#include <vector>
+
+using Catch::Matchers::ContainsSubstring;
+using kv1_test::refusal;
+using nlohmann::json;
+
+namespace {
+
+// The shipped model as if it had been trained for another cache. A test spoils its files.
+struct trained_model {
+    json config = kv1_lm::read_json_file(std::filesystem::path(KV1_LM_MODEL_DIR) / "config.json").value;
+    std::vector<std::pair<std::string, std::vector<std::size_t>>> means;
+    float value = 0.125f; // of every mean
+
+    trained_model() {
+        config["kv1"] = {{"key_format", "compact3"},
+                         {"value_format", "compact2"},
+                         {"encoder", "least_squares"},
+                         {"hadamard", true},
+                         {"centre", true},
+                         {"round_metadata", true}};
+        for (std::size_t i = 0; i < 8; ++i)
+            for (const char* side : {"key", "value"})
+                means.push_back({"layers." + std::to_string(i) + "." + side + "_means", {2, 32}});
+    }
+
+    void write(const kv1_test::temporary_folder& folder) const {
+        folder.write("config.json", config.dump());
+        json header = json::object();
+        std::string data;
+        for (const auto& [name, shape] : means) {
+            const std::size_t from = data.size();
+            for (std::size_t i = 0; i < shape[0] * shape[1]; ++i)
+                data.append(reinterpret_cast<const char*>(&value), sizeof value);
+            header[name] = {{"dtype", "F32"}, {"shape", shape}, {"data_offsets", {from, data.size()}}};
+        }
+        const std::string text = header.dump();
+        const auto length = static_cast<std::uint64_t>(text.size());
+        std::string file(sizeof length, '\0');
+        std::memcpy(file.data(), &length, sizeof length);
+        folder.write("kv1_means.safetensors", file + text + data);
+    }
+};
+
+kv1_lm::model_cache cache_of(const kv1_test::temporary_folder& folder,
+                             const std::optional<kv1_lm::kv_formats>& kv = {}) {
+    return kv1_lm::choose_cache(folder.path(), kv1_lm::model_config::read(folder.path() / "config.json"), kv);
+}
+
+void refuses(const std::function<void(trained_model&)>& spoil, const std::string& what) {
+    const kv1_test::temporary_folder folder;
+    trained_model m;
+    spoil(m);
+    m.write(folder);
+    const std::string message = refusal([&] { (void)cache_of(folder); });
+    CHECK_THAT(message, ContainsSubstring(what));
+    CHECK_THAT(message, ContainsSubstring(folder.path().string()));
+}
+
+} // namespace
+
+TEST_CASE("a model's folder names its cache", "[model_cache]") {
+    const kv1_test::temporary_folder folder;
+    trained_model m;
+    m.write(folder);
+    const kv1_lm::model_cache cache = cache_of(folder);
+    CHECK(cache.policy.text == "c3+ls+had+mean,c2+ls+had+mean");
+    CHECK(cache.formats() == kv1_lm::parse_kv("c3,c2", "--kv"));
+
+    const kv1::cache_description d = describe(kv1_test::shipped_model(), cache.policy, cache.means, 64);
+    const kv1::vector_encoding expected{.levels = kv1::level_choice::least_squares,
+                                        .hadamard = kv1::hadamard_block(32),
+                                        .means = std::vector<float>(64, 0.125f)};
+    REQUIRE(d.layers.size() == 8);
+    for (const kv1::layer_description& l : d.layers) {
+        CHECK(l.key_format == kv1::kv_format::compact3);
+        CHECK(l.value_format == kv1::kv_format::compact2);
+        CHECK(l.key_encoding == expected);
+        CHECK(l.value_encoding == expected);
+    }
+}
+
+TEST_CASE("layers of a model may have formats of their own", "[model_cache]") {
+    const kv1_test::temporary_folder folder;
+    trained_model m;
+    m.config["kv1"]["layers"] = {{"0", {{"key_format", "compact2"}}},
+                                 {"7", {{"key_format", "fp16"}, {"value_format", "compact4"}}}};
+    m.write(folder);
+    const kv1_lm::model_cache cache = cache_of(folder);
+    CHECK(cache.policy.text == "c3+ls+had+mean,c2+ls+had+mean/0:c2+ls+had+mean,c2+ls+had+mean/7:16,c4+ls+had+mean");
+    const kv1::cache_description d = describe(kv1_test::shipped_model(), cache.policy, cache.means, 64);
+    CHECK(d.layers[0].key_format == kv1::kv_format::compact2);
+    CHECK(d.layers[0].value_format == kv1::kv_format::compact2);
+    CHECK(d.layers[1].key_format == kv1::kv_format::compact3);
+    CHECK(d.layers[7].key_format == kv1::kv_format::fp16);
+    CHECK(d.layers[7].value_format == kv1::kv_format::compact4);
+    CHECK(kv1::kv_cache::create(d));
+}
+
+TEST_CASE("an encoding leaves out what a format has no use for", "[model_cache]") {
+    const kv1_test::temporary_folder folder;
+    trained_model m;
+    m.config["kv1"]["key_format"] = "fp16";
+    m.config["kv1"]["value_format"] = "scaled_binary";
+    m.write(folder);
+    const kv1_lm::model_cache cache = cache_of(folder);
+    CHECK(cache.policy.text == "16,1.5+had+mean");
+    CHECK(kv1::kv_cache::create(describe(kv1_test::shipped_model(), cache.policy, cache.means, 64)));
+}
+
+TEST_CASE("--kv takes the place of the cache that a model names", "[model_cache]") {
+    const kv1_test::temporary_folder folder;
+    trained_model m;
+    m.means.clear(); // nobody asks for them
+    m.write(folder);
+    CHECK(cache_of(folder, kv1_lm::parse_kv("4,2", "--kv")).policy.text == "4,2");
+    m.config.erase("kv1");
+    m.write(folder);
+    CHECK(cache_of(folder).policy.text == "2");
+}
+
+TEST_CASE("kld and generate run the cache that a model names", "[model_cache]") {
+    const kv1_test::temporary_folder folder;
+    trained_model{}.write(folder);
+    for (const char* file : {"model.safetensors", "tokenizer.json"})
+        std::filesystem::create_symlink(std::filesystem::path(KV1_LM_MODEL_DIR) / file, folder.path() / file);
+    const auto run = [&](std::vector<std::string> arguments) {
+        arguments.insert(arguments.end(), {"--model", folder.path().string(), "--threads", "1"});
+        const auto r = kv1_test::run_kv1_lm(arguments);
+        INFO(r.err);
+        REQUIRE(r.code == 0);
+        return r;
+    };
+    const std::vector<std::string> kld{"kld", "--text", KV1_LM_TEXT_FILE, "--max-tokens", "64"};
+    const std::filesystem::path report = folder.path() / "report.json";
+    const auto measured = [&](std::vector<std::string> more) {
+        more.insert(more.begin(), kld.begin(), kld.end());
+        more.insert(more.end(), {"--json", report.string()});
+        (void)run(more);
+        return kv1_lm::read_json_file(report).value;
+    };
+    const json own = measured({}), two = measured({"--kv", "2"});
+    CHECK(own.at("kv_policy") == "c3+ls+had+mean,c2+ls+had+mean");
+    CHECK(own.at("kv_bits") == "c3,c2");
+    CHECK(own.at("avg_cache_shrink_vs_fp16") == 128.0 / (14 + 10));
+    CHECK(two.at("kv_policy") == "2");
+    CHECK(own.at("kld_nats_per_token") != two.at("kld_nats_per_token"));
+    CHECK_THAT(
+        run({"generate", "--prompt", "The city", "--max-new-tokens", "4", "--greedy", "--show-cache"}).err,
+        ContainsSubstring("--kv c3+ls+had+mean,c2+ls+had+mean"));
+}
+
+TEST_CASE("a folder that names what is no cache is refused", "[model_cache]") {
+    const auto set = [](const char* key, const json& value) {
+        return [key, value](trained_model& m) { m.config["kv1"][key] = value; };
+    };
+    refuses([](trained_model& m) { m.config["kv1"] = "compact3"; }, "config.json: kv1");
+    refuses(set("key_format", "compact9"), "kv1.key_format: \"compact9\" is no format of a cache");
+    refuses(set("key_format", 3), "kv1.key_format");
+    refuses([](trained_model& m) { m.config["kv1"].erase("value_format"); }, "value_format");
+    refuses(set("encoder", "newest"), "kv1.encoder: \"newest\"");
+    refuses(set("hadamard", 1), "kv1.hadamard");
+    refuses(set("centre", "yes"), "kv1.centre");
+    refuses(set("layers", json::array()), "kv1.layers");
+    refuses(set("layers", {{"8", json::object()}}), "kv1.layers.8: the model has layers 0 to 7");
+    refuses(set("layers", {{"-1", json::object()}}), "the model has layers 0 to 7");
+    refuses(set("layers", {{"1x", json::object()}}), "the model has layers 0 to 7");
+    refuses(set("layers", {{"1", 2}}), "kv1.layers.1");
+    refuses(set("layers", {{"1", {{"key_format", "c2"}}}}), "kv1.layers.1.key_format: \"c2\" is no format");
+    refuses([](trained_model& m) { m.means.pop_back(); }, "tensor layers.7.value_means is missing");
+    refuses([](trained_model& m) { m.means[3].second = {32, 2}; }, "layers.1.value_means");
+    refuses([](trained_model& m) { m.means.push_back({"layers.8.key_means", {2, 32}}); },
+            "has tensors that are not this model's");
+    refuses([](trained_model& m) { m.value = std::numeric_limits<float>::infinity(); }, "not finite");
+}
+
+TEST_CASE("a folder without the means that its cache needs is refused", "[model_cache]") {
+    const kv1_test::temporary_folder folder;
+    trained_model{}.write(folder);
+    folder.write("kv1_means.safetensors", "not what it was");
+    CHECK_THAT(refusal([&] { (void)cache_of(folder); }), ContainsSubstring("kv1_means.safetensors"));
+    std::filesystem::remove(folder.path() / "kv1_means.safetensors");
+    CHECK_THAT(refusal([&] { (void)cache_of(folder); }), ContainsSubstring("kv1_means.safetensors"));
+}
