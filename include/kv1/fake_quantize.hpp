@@ -114,8 +114,8 @@ inline float mean_magnitude(std::span<const float> x) noexcept {
 }
 
 template <class Q>
-concept evenly_spaced =
-    std::same_as<typename Q::metadata, affine_metadata> || std::same_as<typename Q::metadata, compact_metadata>;
+concept evenly_spaced = std::same_as<typename Q::metadata, affine_metadata> ||
+    std::same_as<typename Q::metadata, compact_metadata>;
 
 // Whether levels are fitted or a compact format's; else they are those of Q::quantize.
 template <quantizer Q>
@@ -180,7 +180,8 @@ status quantize_for_training(std::span<const float> x, const fake_quantize_optio
             affine_metadata stored{};
             if (const status s = Q::quantize(x, codes, stored); !s)
                 return s;
-            m = o.round_metadata ? real_metadata{stored.scale, stored.minimum, false} : min_max(x, Q::max_code);
+            m = o.round_metadata ? real_metadata{stored.scale, stored.minimum, false}
+                                 : min_max(x, Q::max_code);
         }
         return {};
     } else {

@@ -37,9 +37,9 @@ TEST_CASE("greedy continuations are the reference's until a step that was nearly
         const auto margins = g.at("top1_margin").get<std::vector<float>>();
         const std::string kv = g.at("bits") == 0 ? "32" : "2";
         INFO("--kv " << kv << ", " << g.at("prompt"));
-        const auto r =
-            run_kv1_lm({"generate", "--model", KV1_LM_MODEL_DIR, "--prompt", g.at("prompt"), "--max-new-tokens",
-                        std::to_string(expected.size() - prompt), "--greedy", "--kv", kv, "--ids"});
+        const auto r = run_kv1_lm({"generate", "--model", KV1_LM_MODEL_DIR, "--prompt", g.at("prompt"),
+                                   "--max-new-tokens", std::to_string(expected.size() - prompt), "--greedy",
+                                   "--kv", kv, "--ids"});
         REQUIRE(r.code == 0);
         const std::vector<std::int32_t> found = ids_of(r.out);
         REQUIRE(found.size() == expected.size());
