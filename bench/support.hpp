@@ -33,15 +33,18 @@ inline std::vector<kv1::target> supported_targets() {
 
 inline std::string name_of(auto named) { return std::string(kv1::to_string(named)); }
 
-// Registers `body(state)` to run with the target forced.
+// Registers `body(state)` to run with the target forced; it may take times itself.
 template <class Body>
-void register_on(kv1::target t, const std::string& name, Body body) {
-    benchmark::RegisterBenchmark(name.c_str(), [t, body](benchmark::State& state) {
-        const kv1::target before = kv1::current_target();
-        kv1::set_target(t);
-        body(state);
-        kv1::set_target(before);
-    });
+void register_on(kv1::target t, const std::string& name, Body body, bool takes_times = false) {
+    benchmark::internal::Benchmark* registered =
+        benchmark::RegisterBenchmark(name.c_str(), [t, body](benchmark::State& state) {
+            const kv1::target before = kv1::current_target();
+            kv1::set_target(t);
+            body(state);
+            kv1::set_target(before);
+        });
+    if (takes_times)
+        registered->UseManualTime();
 }
 
 struct attention_shape {

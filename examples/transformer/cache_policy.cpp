@@ -44,14 +44,17 @@ side_policy parse_side(std::string_view text, std::string_view whole) {
     while (!text.empty()) {
         const std::string_view option = take_until(text, '+');
         bool* flag = option == "ls"     ? &p.least_squares
+                     : option == "cs"   ? &p.clip_search
                      : option == "had"  ? &p.hadamard
                      : option == "mean" ? &p.means
                      : option == "ew"   ? &p.error_weights
                                         : nullptr;
         if (flag == nullptr)
-            refuse(whole, quote(option) + " is none of ls, had, mean, ew");
+            refuse(whole, quote(option) + " is none of ls, cs, had, mean, ew");
         *flag = true;
     }
+    if (p.least_squares && p.clip_search)
+        refuse(whole, "levels are chosen by ls or by cs");
     return p;
 }
 
@@ -147,6 +150,8 @@ kv1::cache_description describe(const model& m, const cache_policy& policy, cons
             kv1::vector_encoding e;
             if (side.least_squares)
                 e.levels = kv1::level_choice::least_squares;
+            if (side.clip_search)
+                e.levels = kv1::level_choice::clip_search;
             e.hadamard = side.hadamard ? kv1::hadamard_block(dim) : 0;
             if (side.means)
                 e.means = means();

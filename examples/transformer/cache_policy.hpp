@@ -3,10 +3,10 @@
 // A cache policy: formats, encodings and fp16 tokens, written as text.
 //
 //   policy   KEYS,VALUES[/LAYER:KEYS,VALUES]...[@SINKS:WINDOW]
-//   KEYS     FORMAT[+ls][+had][+mean][+ew]
+//   KEYS     FORMAT[+ls|+cs][+had][+mean][+ew]
 //   FORMAT   1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4 (compact)
 //
-// ls: least squares, had: Hadamard rotation, mean: less calibrated means, ew: error weights. A slash gives
+// ls: least squares, cs: clip search, had: Hadamard rotation, mean: less calibrated means, ew: error weights. A slash gives
 // one layer something else, @ the fp16 sinks and window.
 #pragma once
 
@@ -24,7 +24,7 @@ class model;
 
 struct side_policy {
     kv1::kv_format format = kv1::kv_format::fp32;
-    bool least_squares = false, hadamard = false, means = false, error_weights = false;
+    bool least_squares = false, clip_search = false, hadamard = false, means = false, error_weights = false;
 };
 
 struct layer_policy {

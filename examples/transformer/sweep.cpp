@@ -390,6 +390,7 @@ std::string csv_of(const std::vector<sweep_row>& rows) {
 
 std::vector<std::string> default_policies() {
     return {"2,2",
+            "2+cs,2+cs",
             "2+ls,2+ls",
             "2+ls+had,2+ls+had",
             "2+ls+mean,2+ls+mean",

@@ -7,8 +7,10 @@
 //                  that sum to one bring the mean of values back.
 //   hadamard       rotates vectors in blocks; queries are rotated alike, outputs back.
 //   levels         min_max: the range of a vector. least_squares: fitted (quantizers/least_squares.hpp).
+//                  clip_search: the best of narrower ranges (quantizers/clip_search.hpp).
 //   error_weights  what errors cost: codes are chosen one after the other, each making up for the errors
-//                  before it. Only the encoder knows of them.
+//                  before it, for several choices of levels, of which the cheapest is taken. Only the
+//                  encoder knows of them, and takes several times as long.
 //
 // Means are a constant of the cache, not of a sequence: forks, shared prefixes and saved sequences need
 // nothing more. Take them from a sample of the model's keys and values (mean_estimator, over a few thousand
@@ -18,6 +20,7 @@
 
 #include <kv1/detail/config.hpp>
 #include <kv1/float16.hpp>
+#include <kv1/quantizer.hpp>
 #include <kv1/tensor.hpp>
 
 #include <cstddef>
@@ -40,9 +43,6 @@ inline float element(const tensor_view& x, std::size_t token, std::size_t head,
 
 } // namespace detail
 
-/// How levels are chosen.
-enum class level_choice : std::uint8_t { min_max, least_squares };
-
 /// What happens to keys, or values, of a layer before they are stored. The default is the reference's.
 struct vector_encoding {
     level_choice levels = level_choice::min_max; ///< how they are chosen
@@ -52,7 +52,7 @@ struct vector_encoding {
     std::vector<float> means = {};
     /// [kv_heads][dim][dim], symmetric and positive semidefinite, or empty: an error e costs e^T W e. For
     /// keys the second moment of the queries (moment_estimator), for values that of the output projection's
-    /// columns, sum of W_o^T W_o over the heads of a group. Needs least_squares.
+    /// columns, sum of W_o^T W_o over the heads of a group. Not with min_max.
     std::vector<float> error_weights = {};
 
     /// Whether all fields are the same.

@@ -151,9 +151,7 @@ stored_levels choose_levels(std::span<const float> x, const fake_quantize_option
     if (o.encoder == fake_quantize_options::encoder_policy::least_squares)
         return fit_levels<Q>(x, codes, refit_codes);
     const auto [lo, hi] = plain_range(x);
-    const float low = format::low(lo), high = format::high(hi);
-    const stored_levels levels =
-        format::store(format::round_scale((high - low) / as_written(format::max_code)), low);
+    const stored_levels levels = range_levels<Q>(lo, hi);
     if (levels.fits)
         nearest_codes(x, levels, format::max_code, codes);
     return levels;

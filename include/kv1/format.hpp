@@ -192,6 +192,21 @@ struct format_id<compact<3>> : std::integral_constant<kv_format, kv_format::comp
 template <>
 struct format_id<compact<2>> : std::integral_constant<kv_format, kv_format::compact2> {};
 
+// The format whose attention kernels serve F: codes of one width lie alike, and kernels ask the layout what
+// the metadata beside them mean. One set of kernels a width is half the compile time.
+template <class F>
+struct kernel_format {
+    using type = F;
+};
+template <int Bits>
+struct kernel_format<compact<Bits>> {
+    using type = affine<Bits>;
+};
+template <>
+struct kernel_format<binary> {
+    using type = scaled_binary;
+};
+
 } // namespace detail
 
 /// A type that a cache can store vectors in.

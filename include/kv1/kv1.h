@@ -75,7 +75,10 @@ typedef enum kv1_format {
     KV1_AFFINE3,
     KV1_AFFINE2, /**< two bits a value: 36 bytes for 128 channels */
     KV1_SCALED_BINARY,
-    KV1_BINARY
+    KV1_BINARY,
+    KV1_COMPACT4, /**< compact: two bytes less a vector, for vectors that lie about zero */
+    KV1_COMPACT3,
+    KV1_COMPACT2
 } kv1_format;
 
 /** Element type of a tensor. */
@@ -212,7 +215,8 @@ KV1_C_API size_t kv1_describe(const kv1_error* error, char* text, size_t size);
 
 /** The instruction set that kernels run on now; static text. */
 KV1_C_API const char* kv1_target(void);
-/** Forces one: "scalar", "baseline", "avx2", "avx512" or "avx512_vnni". Errors: KV1_UNSUPPORTED_TARGET. */
+/** Forces one: "scalar", "baseline", "avx2", "avx512", "avx512_vnni" or "avx512_vbmi". Errors:
+ * KV1_UNSUPPORTED_TARGET. */
 KV1_C_API kv1_code kv1_set_target(const char* name);
 
 /** Makes a cache of `layer_count` layers: layers[0 ... distinct_layers - 1], repeated from the first where

@@ -64,6 +64,7 @@
 #include <kv1/quantizers/affine.hpp>
 #include <kv1/quantizers/binary.hpp>
 #include <kv1/quantizers/compact.hpp>
+#include <kv1/quantizers/clip_search.hpp>
 #include <kv1/quantizers/least_squares.hpp>
 #include <kv1/quantizers/scaled_binary.hpp>
 #include <kv1/sequence_id.hpp>

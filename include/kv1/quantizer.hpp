@@ -22,6 +22,10 @@
 
 namespace kv1::inline KV1_ABI {
 
+/// How levels are chosen: from a vector's extremes, by kv1/quantizers/least_squares.hpp, by
+/// kv1/quantizers/clip_search.hpp.
+enum class level_choice : std::uint8_t { min_max, least_squares, clip_search };
+
 /// What is kept beside the codes: value = scale * code + minimum, both rounded to fp16.
 struct affine_metadata {
     float16 scale;   ///< of a step between codes

@@ -10,6 +10,7 @@
 #include <kv1/quantizer.hpp>
 #include <kv1/quantizers/affine.hpp>
 #include <kv1/quantizers/binary.hpp>
+#include <kv1/quantizers/clip_search.hpp>
 #include <kv1/quantizers/compact.hpp>
 #include <kv1/quantizers/least_squares.hpp>
 #include <kv1/quantizers/scaled_binary.hpp>
@@ -38,9 +39,13 @@ inline status as_status(const encode_result& r) noexcept {
 template <class Q>
 inline constexpr encode_recipe recipe_of{};
 template <int Bits>
-inline constexpr encode_recipe recipe_of<compact<Bits>>{kv_format_of<compact<Bits>>, false, 0, 0};
+inline constexpr encode_recipe recipe_of<compact<Bits>>{kv_format_of<compact<Bits>>, level_choice::min_max, 0,
+                                                        0};
 template <storage_format Q>
-inline constexpr encode_recipe recipe_of<least_squares<Q>>{kv_format_of<Q>, true, 0, 0};
+inline constexpr encode_recipe recipe_of<least_squares<Q>>{kv_format_of<Q>, level_choice::least_squares, 0,
+                                                           0};
+template <storage_format Q>
+inline constexpr encode_recipe recipe_of<clip_search<Q>>{kv_format_of<Q>, level_choice::clip_search, 0, 0};
 
 // Codes of a vector on the current target; `codes` holds round_up(n, 32) bytes.
 template <quantizer Q>

@@ -3,10 +3,10 @@
 // Run-time choice of the instruction set ("target") that kernels run on.
 //
 // By default the best target that the processor supports is used. The environment variable KV1_TARGET
-// (scalar, baseline, sse41, avx2, avx_vnni, avx512, avx512_vnni), read once at first use, or set_target()
-// force another one, for tests, measurements and bug reports. A KV1_TARGET that is unknown or that this
-// processor lacks makes the construction of a cache fail with errc::unsupported_target; free functions then
-// run on the best target.
+// (scalar, baseline, sse41, avx2, avx_vnni, avx512, avx512_vnni, avx512_vbmi), read once at first use, or
+// set_target() force another one, for tests, measurements and bug reports. A KV1_TARGET that is unknown or
+// that this processor lacks makes the construction of a cache fail with errc::unsupported_target; free
+// functions then run on the best target.
 //
 // Targets never change a stored byte: quantizing gives the same codes and metadata on every one.
 #pragma once
@@ -35,11 +35,13 @@ enum class target : std::uint8_t {
     avx_vnni,    ///< the same with AVX-VNNI
     avx512,      ///< AVX-512 F, CD, VL, DQ, BW
     avx512_vnni, ///< the same with AVX-512 VNNI
+    avx512_vbmi, ///< the same with AVX-512 VBMI
 };
 
 /// Every target, slowest first.
-inline constexpr std::array all_targets{target::scalar,   target::baseline, target::sse41,      target::avx2,
-                                        target::avx_vnni, target::avx512,   target::avx512_vnni};
+inline constexpr std::array all_targets{target::scalar,      target::baseline,   target::sse41,
+                                        target::avx2,        target::avx_vnni,   target::avx512,
+                                        target::avx512_vnni, target::avx512_vbmi};
 
 /// The enumerator's name.
 [[nodiscard]] constexpr std::string_view to_string(target t) noexcept {
@@ -58,6 +60,8 @@ inline constexpr std::array all_targets{target::scalar,   target::baseline, targ
         return "avx512";
     case target::avx512_vnni:
         return "avx512_vnni";
+    case target::avx512_vbmi:
+        return "avx512_vbmi";
     }
     return "unknown";
 }
@@ -80,6 +84,7 @@ struct cpu_features {
     bool avx_vnni = false;
     bool avx512 = false;
     bool avx512_vnni = false;
+    bool avx512_vbmi = false;
 };
 
 inline cpu_features detect_cpu() noexcept {
@@ -102,6 +107,7 @@ inline cpu_features detect_cpu() noexcept {
     found.avx512 = found.avx2 && (xcr0 & 0xe6u) == 0xe6u && has(b, 16) && has(b, 17) && has(b, 28) &&
                    has(b, 30) && has(b, 31); // F DQ CD BW VL
     found.avx512_vnni = found.avx512 && has(c, 11);
+    found.avx512_vbmi = found.avx512_vnni && has(c, 1);
     found.avx_vnni = found.avx2 && a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && has(a, 4);
 #endif
     return found;
@@ -135,6 +141,8 @@ struct environment_choice {
         return detail::cpu().avx512;
     case target::avx512_vnni:
         return detail::cpu().avx512_vnni;
+    case target::avx512_vbmi:
+        return detail::cpu().avx512_vbmi;
     }
     return false;
 }

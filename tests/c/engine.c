@@ -152,6 +152,30 @@ int main(void) {
     kv1_cache_destroy(cache);
     kv1_cache_destroy(NULL);
 
+    /* every format by its name, keys of one and values of the next */
+    for (i = 0; i <= KV1_COMPACT2; ++i) {
+        kv1_layer mixed = layer;
+        mixed.key_format = (kv1_format)i;
+        mixed.value_format = (kv1_format)(i == KV1_COMPACT2 ? 0 : i + 1);
+        CHECK(kv1_cache_create(&mixed, 1, 1, 128, 32, &cache, &error) == KV1_OK);
+        CHECK(kv1_sequence_create(cache, &s, NULL) == KV1_OK);
+        CHECK(kv1_append(cache, s, 0, kv1_contiguous(v, KV1_FP32, tokens, kv_heads, dim),
+                         kv1_contiguous(v, KV1_FP32, tokens, kv_heads, dim), NULL, &error) == KV1_OK);
+        CHECK(kv1_attend(cache, s, 0, kv1_contiguous(q, KV1_FP32, 1, heads, dim),
+                         kv1_contiguous_output(out, KV1_FP32, 1, heads, dim), &options, NULL,
+                         &error) == KV1_OK);
+        attend_over_decoded(cache, s);
+        CHECK(kv1_cache_statistics(cache, &statistics, NULL) == KV1_OK);
+        if (mixed.key_format == KV1_COMPACT3)
+            CHECK(statistics.bytes_stored == tokens * kv_heads * (dim * 3 / 8 + 2 + dim / 4 + 2));
+        kv1_cache_destroy(cache);
+    }
+    {
+        kv1_layer unknown = layer;
+        unknown.value_format = (kv1_format)(KV1_COMPACT2 + 1);
+        CHECK(kv1_cache_create(&unknown, 1, 1, 128, 32, &cache, &error) == KV1_UNSUPPORTED_FORMAT);
+    }
+
     /* page sizes are whole tiles; distinct layers divide the layers */
     CHECK(kv1_cache_create(&layer, 1, 1, 128, 20, &cache, &error) == KV1_INVALID_ARGUMENT && cache == NULL);
     CHECK(kv1_cache_create(&layer, 0, 1, 128, 32, &cache, &error) == KV1_INVALID_ARGUMENT);

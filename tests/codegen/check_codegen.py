@@ -5,7 +5,8 @@
 usage: check_codegen.py OBJDUMP OBJECT...
 
 The target of a function is the namespace it lies in: kv1's detail::{sse41,avx2,avx_vnni,avx512,avx512_vnni}, or the xsimd
-that was parsed for it, kv1_xsimd_{avx2,avx512}. Everything else is the baseline, which knows no VEX.
+that was parsed for it, kv1_xsimd_{avx2,avx512}. Everything else is the baseline, which knows no VEX. Target avx512_vbmi
+is those functions of avx512_vnni that take keys in pairs.
 """
 import collections
 import re
@@ -27,7 +28,8 @@ SSE41 = {"pmaddubsw", "pshufb", "pabsd", "pmulld", "pminsd", "pmaxsd", "pminud",
 def target_of(name):
     # the function's own name decides, not its arguments' types; an inlined lambda or a thunk keeps its scope
     found = TARGET.search(name)
-    return (found.group(1) or found.group(2)) if found else "baseline"
+    target = (found.group(1) or found.group(2)) if found else "baseline"
+    return "avx512_vbmi" if target == "avx512_vnni" and "pair_dots" in name else target
 
 
 def classes_of(mnemonic, operands):
@@ -42,6 +44,8 @@ def classes_of(mnemonic, operands):
         found.add("evex")
     if mnemonic.startswith(("vpdpbusd", "vpdpwssd")):
         found.add("vnni")
+    if mnemonic in ("vpermb", "vpermi2b", "vpermt2b", "vpmultishiftqb"):
+        found.add("vbmi")
     if mnemonic in SSE41:
         found.add("sse41")
     return found
@@ -54,6 +58,7 @@ ALLOWED = {
     "avx_vnni": {"vex", "vnni"},
     "avx512": {"vex", "evex", "zmm"},
     "avx512_vnni": {"vex", "evex", "zmm", "vnni"},
+    "avx512_vbmi": {"vex", "evex", "zmm", "vnni", "vbmi"},
 }
 REQUIRED = {
     "sse41": {"sse41"},
@@ -61,6 +66,7 @@ REQUIRED = {
     "avx_vnni": {"vex", "vnni"},
     "avx512": {"zmm"},
     "avx512_vnni": {"zmm", "vnni"},
+    "avx512_vbmi": {"zmm", "vnni", "vbmi"},
 }
 
 

@@ -58,11 +58,13 @@ TEST_CASE("a policy says formats, encodings, exceptions by layer and fp16 tokens
     CHECK(p.fp16_window == 32);
     CHECK(p.calibrated());
     CHECK_FALSE(parse_policy("2+ls+had,2+ls").calibrated());
+    CHECK(parse_policy("c2+cs+had,2").common.key.clip_search);
+    CHECK_FALSE(parse_policy("c2+ls,2+cs").common.key.clip_search);
 }
 
 TEST_CASE("what is no policy is refused with the place that is wrong", "[sweep]") {
     for (const char* text :
-         {"", "2", "2,", "9,2", "2+lsq,2", "2,2@x:1", "2,2@1", "2,2/a:2,2", "2,2/3:2", "c5,2"}) {
+         {"", "2", "2,", "9,2", "2+lsq,2", "2,2@x:1", "2,2@1", "2,2/a:2,2", "2,2/3:2", "c5,2", "2+ls+cs,2"}) {
         INFO(text);
         CHECK_THROWS_AS(parse_policy(text), kv1_lm::input_error);
     }

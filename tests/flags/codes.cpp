@@ -233,6 +233,10 @@ int main(int argc, char** argv) {
         encode<kv1::affine<8>>("affine", t);
         encode<kv1::scaled_binary>("scaled_binary", t);
         encode<kv1::binary>("binary", t);
+        encode<kv1::compact<2>>("compact", t);
+        encode<kv1::compact<3>>("compact", t);
+        encode<kv1::least_squares<kv1::affine<2>>>("least_squares affine", t);
+        encode<kv1::least_squares<kv1::compact<2>>>("least_squares compact", t);
         append(t);
         convert<kv1::float16>("float16", t);
         convert<kv1::bfloat16>("bfloat16", t);

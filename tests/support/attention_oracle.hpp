@@ -17,7 +17,8 @@
 // fast path    codes i of the query satisfy |q_d - step i_d| <= step / 2, so a score moves by at most
 //              slope * step / 2 * sum |c_d - z|; codes j of a block's weights satisfy |p slope - step j| <=
 //              step / 2, so a weighted sum moves by at most step / 2 * sum_t |c_t - z|.
-//              The path is also followed step by step in double, with the very codes that its definition
+//              In pairs (detail/kernels/pairs.inl) a pair's share moves by slope * R' / 255, R' = m max R /
+//              127. The path is also followed step by step in double, with the very codes that its definition
 //              gives; a kernel then has to agree with that up to fp32 rounding. A weight whose quotient lies
 //              so near to a tie that fp32 rounding may decide it is allowed either code.
 #pragma once
@@ -125,6 +126,47 @@ struct row_options {
 
 namespace oracle {
 
+// A query in pairs of channels, as detail/kernels/pairs.inl defines it: float by float, since a multiplier is
+// rounded up and a table's entry to the nearest.
+struct paired_query {
+    double step = 0.0, multiplier_sum = 0.0, half_steps = 0.0; // of all pairs: the largest errors
+    std::vector<double> centred;                               // [pair][16]: multiplier * (t - 255 / 2)
+
+    explicit paired_query(std::span<const float> q) {
+        const auto at = [&](std::size_t i) { return i < q.size() ? q[i] : 0.0f; };
+        const std::size_t pairs = (q.size() + 1) / 2;
+        float widest = 0.0f;
+        for (std::size_t p = 0; p < pairs; ++p)
+            widest = std::max(widest, std::fabs(at(2 * p)) + std::fabs(at(2 * p + 1)));
+        const float top = 1.5f * widest;
+        step = static_cast<double>(top / 127.0f * (2.0f / 255.0f));
+        for (std::size_t p = 0; p < pairs; ++p) {
+            const float a = at(2 * p), b = at(2 * p + 1);
+            const float reach = 1.5f * (std::fabs(a) + std::fabs(b));
+            const float m = top > 0.0f ? std::ceil(127.0f * (reach / top)) : 0.0f;
+            const float inverse = m > 0.0f ? 127.5f / (m * (top / 127.0f)) : 0.0f;
+            const float first = a * inverse, second = b * inverse;
+            for (int c = 0; c < 16; ++c) {
+                const float t = std::fma(second, static_cast<float>(c >> 2) - 1.5f,
+                                         std::fma(first, static_cast<float>(c & 3) - 1.5f, 127.5f));
+                centred.push_back(static_cast<double>(m) * (static_cast<double>(std::nearbyint(t)) - 127.5));
+            }
+            multiplier_sum += static_cast<double>(m);
+            half_steps += static_cast<double>(m) * step * (0.5 + 255 * gamma(8));
+        }
+    }
+    // off: c - 3/2 of each channel of a token
+    [[nodiscard]] double dot(const float* off, std::size_t channels) const {
+        double sum = 0.0;
+        for (std::size_t c = 0; c < channels; c += 2) {
+            const auto low = static_cast<std::size_t>(off[c] + 1.5f);
+            const auto high = c + 1 < channels ? static_cast<std::size_t>(off[c + 1] + 1.5f) : 0;
+            sum += centred[c * 8 + low + 4 * high];
+        }
+        return sum;
+    }
+};
+
 struct weights {
     std::vector<double> w;                   // not normalized: exp(score - maximum)
     std::vector<double> h;                   // bound on the exponent's error
@@ -184,7 +226,7 @@ inline void bound_lse(const weights& w, double additions, bounded_row& row) {
 
 } // namespace oracle
 
-/// query: the row as given, widened to fp32; tokens: those it sees, ascending; block_starts: where blocks of
+/// On the target in use. query: the row as given, widened to fp32; tokens: those it sees, ascending; block_starts: where blocks of
 /// weights begin, ascending.
 inline expected_row expect_row(std::span<const float> query, float scale, const cached_side& keys,
                                const cached_side& values, std::span<const std::size_t> tokens,
@@ -230,6 +272,9 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
         i_sum += i[c];
     }
 
+    const bool paired = fast_keys && keys.half_code == 1.5 && kv1::detail::takes_pairs(kv1::current_target());
+    const oracle::paired_query pairs(paired ? std::span<const float>(q) : std::span<const float>());
+
     // scores: exact ones with the error of summing, and of rounding the query; and the path's own
     std::vector<double> scores(n), rounding(n), query_error(n), path_scores(n), path_rounding(n);
     const double terms = static_cast<double>(d) + 35; // padding to a multiple of 32, and 3
@@ -240,29 +285,34 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
             const double product = static_cast<double>(q[c]) * keys.values[t * d + c];
             sum += product;
             magnitude += std::fabs(product);
-            if (fast_keys)
+            if (fast_keys && !paired)
                 integer += i[c] * keys.off_centre[t * d + c];
         }
+        if (paired)
+            integer = pairs.dot(&keys.off_centre[t * d], d);
         // q is the rounded product of query and scale: one more rounding, already counted
         scores[k] = sum;
         rounding[k] = gamma(terms) * magnitude + terms * 0x1p-149;
         path_scores[k] = sum;
         path_rounding[k] = rounding[k];
         if (fast_keys) {
-            const double first = keys.slope[t] * step * integer, second = keys.centre[t] * q_sum;
+            const double own_step = paired ? pairs.step : step;
+            const double first = keys.slope[t] * own_step * integer, second = keys.centre[t] * q_sum;
             path_scores[k] = first + second;
             // centre is one rounded sum of two numbers that may cancel
             const double parts = std::fabs(keys.centre[t]) + 2 * keys.slope[t] * 255.0 * unit_roundoff;
-            // step * z * sum i is rounded before it is taken off the sum of stored codes: at most 5 half
-            // units
-            path_rounding[k] = gamma(6) * std::fabs(first) +
-                               gamma(5) * keys.slope[t] * step * keys.half_code * std::fabs(i_sum) +
+            // step * z * sum i, or step * 255/2 * sum m, is rounded before it is taken off the sum of
+            // products: at most 5 half units
+            const double taken_off =
+                paired ? 127.5 * pairs.multiplier_sum : keys.half_code * std::fabs(i_sum);
+            path_rounding[k] = gamma(6) * std::fabs(first) + gamma(5) * keys.slope[t] * own_step * taken_off +
                                gamma(terms) * parts * q_magnitude + gamma(3) * std::fabs(second) +
                                terms * 0x1p-149;
             // |q - step i| <= step / 2, and what rounding of step and inverse adds at 127 steps; a key's
             // value is itself a rounded slope * c + base
-            query_error[k] = step * (0.5 + 127 * gamma(4)) * keys.deviation[t] + unit_roundoff * magnitude +
-                             path_rounding[k];
+            query_error[k] = (paired ? keys.slope[t] * pairs.half_steps
+                                     : step * (0.5 + 127 * gamma(4)) * keys.deviation[t]) +
+                             unit_roundoff * magnitude + path_rounding[k];
         }
     }
     std::vector<double>& truth_rounding = fast_keys ? query_error : rounding;

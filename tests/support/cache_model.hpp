@@ -9,8 +9,11 @@
 #include "random.hpp"
 
 #include <kv1/kv_cache.hpp>
+#include <kv1/quantizers/least_squares.hpp>
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -22,8 +25,9 @@
 
 namespace kv1_test {
 
-/// What the format makes of a vector, by the plain definitions.
-inline std::vector<float> through_format(kv1::kv_format f, const std::vector<float>& x) {
+/// What a format makes of a vector, by the plain definitions.
+inline std::vector<float> through_format(kv1::kv_format f, const std::vector<float>& x,
+                                         kv1::level_choice levels = kv1::level_choice::min_max) {
     std::vector<float> y(x.size());
     const auto quantized = [&]<class Q>(Q) {
         std::vector<std::uint8_t> codes(x.size());
@@ -34,6 +38,9 @@ inline std::vector<float> through_format(kv1::kv_format f, const std::vector<flo
             y[i] = Q::dequantize(codes[i], m);
         return y;
     };
+    const auto leveled = [&]<class Q>(Q) {
+        return levels == kv1::level_choice::min_max ? quantized(Q{}) : quantized(kv1::least_squares<Q>{});
+    };
     switch (f) {
     case kv1::kv_format::fp32:
         return x;
@@ -42,25 +49,49 @@ inline std::vector<float> through_format(kv1::kv_format f, const std::vector<flo
             y[i] = kv1::float16(x[i]);
         return y;
     case kv1::kv_format::affine8:
-        return quantized(kv1::affine<8>{});
+        return leveled(kv1::affine<8>{});
     case kv1::kv_format::affine4:
-        return quantized(kv1::affine<4>{});
+        return leveled(kv1::affine<4>{});
     case kv1::kv_format::affine3:
-        return quantized(kv1::affine<3>{});
+        return leveled(kv1::affine<3>{});
     case kv1::kv_format::affine2:
-        return quantized(kv1::affine<2>{});
+        return leveled(kv1::affine<2>{});
     case kv1::kv_format::scaled_binary:
         return quantized(kv1::scaled_binary{});
     case kv1::kv_format::binary:
         return quantized(kv1::binary{});
     case kv1::kv_format::compact4:
-        return quantized(kv1::compact<4>{});
+        return leveled(kv1::compact<4>{});
     case kv1::kv_format::compact3:
-        return quantized(kv1::compact<3>{});
+        return leveled(kv1::compact<3>{});
     case kv1::kv_format::compact2:
-        return quantized(kv1::compact<2>{});
+        return leveled(kv1::compact<2>{});
     }
     return y;
+}
+
+/// The same with what the layer's encoding does to a vector of this head first, and undoes when it is read.
+/// Error weights are not modelled.
+inline std::vector<float> through_encoding(kv1::kv_format f, const kv1::vector_encoding& e, std::size_t head,
+                                           std::vector<float> x) {
+    const std::size_t n = x.size();
+    for (std::size_t c = 0; c < n && !e.means.empty(); ++c)
+        x[c] -= e.means[head * n + c];
+    if (e.hadamard != 0)
+        kv1::hadamard_transform(x, e.hadamard);
+    x = through_format(f, x, e.levels);
+    if (e.hadamard != 0)
+        kv1::hadamard_transform(x, e.hadamard);
+    for (std::size_t c = 0; c < n && !e.means.empty(); ++c)
+        x[c] += e.means[head * n + c];
+    return x;
+}
+
+inline double norm_of(std::span<const float> x) {
+    double sum = 0.0;
+    for (const float v : x)
+        sum += static_cast<double>(v) * static_cast<double>(v);
+    return std::sqrt(sum);
 }
 
 inline std::uint64_t next_history(std::uint64_t history, std::int32_t token) {
@@ -143,19 +174,20 @@ public:
         const kv1::layer_description& l = description_.layers[layer];
         model_token t;
         const auto side = [&](kv1::kv_side which, std::size_t dim, kv1::kv_format f,
-                              std::vector<float>& stored, std::vector<float>& halves) {
+                              const kv1::vector_encoding& e, std::vector<float>& stored,
+                              std::vector<float>& halves) {
             const std::vector<float> all = token_values(history, layer, which, l.kv_heads * dim);
             for (std::size_t h = 0; h < l.kv_heads; ++h) {
                 std::vector<float> x(all.begin() + static_cast<std::ptrdiff_t>(h * dim),
                                      all.begin() + static_cast<std::ptrdiff_t>((h + 1) * dim));
                 const std::vector<float> rounded = through_format(kv1::kv_format::fp16, x);
-                const std::vector<float> y = through_format(f, has_copies(layer) ? rounded : x);
+                const std::vector<float> y = through_encoding(f, e, h, has_copies(layer) ? rounded : x);
                 stored.insert(stored.end(), y.begin(), y.end());
                 halves.insert(halves.end(), rounded.begin(), rounded.end());
             }
         };
-        side(kv1::kv_side::key, l.key_dim, l.key_format, t.keys, t.keys16);
-        side(kv1::kv_side::value, l.value_dim, l.value_format, t.values, t.values16);
+        side(kv1::kv_side::key, l.key_dim, l.key_format, l.key_encoding, t.keys, t.keys16);
+        side(kv1::kv_side::value, l.value_dim, l.value_format, l.value_encoding, t.values, t.values16);
         return t;
     }
 
@@ -250,6 +282,8 @@ public:
             parts.push_back(expect_row(query, 1.0f / std::sqrt(static_cast<float>(l.key_dim)), k, v, places,
                                        starts, kv1::precision::exact, own)
                                 .truth);
+            if (!copy)
+                allow_for_encodings(l, kv_head, query, k, v, starts.size(), parts.back());
         }
         if (asked.options.sink) { // a token of its own, whose value is zero
             bounded_row& sink = parts.emplace_back();
@@ -261,6 +295,42 @@ public:
     }
 
 private:
+    // Attention turns the query instead of the keys, and the output instead of the values; expect_row() took
+    // them as they are read. Turning in blocks of 2^L moves a vector by gamma(L + 2) of its norm, whether it
+    // is the query, the output or the vector that is read; sums of products in the turned basis err by
+    // gamma(terms) of the norms' product (Cauchy and Schwarz), and means come in as terms of their own. No
+    // vector in the turned basis is longer than what is read and twice the mean.
+    static void allow_for_encodings(const kv1::layer_description& l, std::size_t head,
+                                    std::span<const float> query, const cached_side& k, const cached_side& v,
+                                    std::size_t blocks, bounded_row& row) {
+        const auto longest = [&](const cached_side& side, const kv1::vector_encoding& e) {
+            double most = 0.0;
+            for (std::size_t at = 0; at < side.values.size(); at += side.dim)
+                most = std::max(most, norm_of(std::span(side.values).subspan(at, side.dim)));
+            return most + (e.means.empty()
+                               ? 0.0
+                               : 2.0 * norm_of(std::span(e.means).subspan(head * side.dim, side.dim)));
+        };
+        const auto turns = [](const kv1::vector_encoding& e) {
+            return e.hadamard == 0 ? 0.0 : static_cast<double>(std::bit_width(e.hadamard) + 1);
+        };
+        const auto tokens = static_cast<double>(v.values.size() / v.dim);
+        if (l.key_encoding != kv1::vector_encoding{}) {
+            const auto terms = static_cast<double>(l.key_dim) + 35;
+            const double score = norm_of(query) / std::sqrt(static_cast<double>(l.key_dim)) *
+                                 longest(k, l.key_encoding) *
+                                 (2 * gamma(terms) + 2 * gamma(turns(l.key_encoding)));
+            row.lse_bound += score;
+            for (double& bound : row.out_bound) // weights that sum to one, each off by 2 score at most
+                bound += std::expm1(2 * score) * 2 * longest(v, l.value_encoding);
+        }
+        if (l.value_encoding != kv1::vector_encoding{})
+            for (double& bound : row.out_bound)
+                bound +=
+                    longest(v, l.value_encoding) * (gamma(tokens + 3 * static_cast<double>(blocks) + 12) +
+                                                    2 * gamma(turns(l.value_encoding)) + gamma(2));
+    }
+
     static void append(std::vector<float>& to, const std::vector<float>& from, std::size_t head,
                        std::size_t dim) {
         to.insert(to.end(), from.begin() + static_cast<std::ptrdiff_t>(head * dim),

@@ -56,6 +56,8 @@ private:
         d.layers = {{2, 8, 6, affine2, affine4}, {1, 5, 7, fp16, scaled_binary}};
         if ((choice & 1) != 0)
             d.layers.push_back({1, 8, 8, affine3, affine8, (choice & 2) != 0 ? 20u : 37u});
+        if ((choice & 128) != 0)
+            encode(d);
         if ((choice & 4) != 0)
             d.fp16_sinks = (choice & 8) != 0 ? 3 : 18;
         if ((choice & 16) != 0)
@@ -63,6 +65,20 @@ private:
         d.page_tokens = (choice & 64) != 0 ? 32 : 16;
         d.capacity_tokens = 24 * d.page_tokens;
         return d;
+    }
+
+    // Means, rotations and fitted levels, no two sides alike.
+    static void encode(kv1::cache_description& d) {
+        using kv1::level_choice;
+        generator g(5);
+        d.layers[0].key_format = kv1::kv_format::compact3;
+        d.layers[0].key_encoding = {level_choice::least_squares, 8, normal_values(g, 2 * 8)};
+        d.layers[0].value_encoding = {level_choice::least_squares, 2};
+        d.layers[1].value_encoding = {.means = normal_values(g, 7)};
+        if (d.layers.size() > 2) {
+            d.layers[2].key_encoding = {level_choice::least_squares, 0, normal_values(g, 8)};
+            d.layers[2].value_encoding = {.hadamard = 4};
+        }
     }
 
     std::uint8_t next() {

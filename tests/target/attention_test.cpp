@@ -156,7 +156,7 @@ struct world {
         return p.scale ? *p.scale : 1.0f / std::sqrt(static_cast<float>(p.key_dim));
     }
 
-    // Rows [query][head] of the oracle, for queries as given in type Q.
+    // Rows [query][head] of the oracle, for queries as given in type Q, on the target in use.
     template <class Q>
     [[nodiscard]] std::vector<kv1_test::expected_row> expected(precision mode) const {
         std::vector<kv1_test::expected_row> rows(p.queries * heads());
@@ -189,8 +189,11 @@ void check(const problem& p, std::uint64_t seed, tally& t) {
     const std::vector<Q> q = as<Q>(w.queries);
     const std::size_t rows = p.queries * w.heads();
     for (const precision mode : {precision::fast, precision::exact}) {
-        const std::vector<kv1_test::expected_row> expected = w.expected<Q>(mode);
+        std::vector<kv1_test::expected_row> by_target[2]; // without pairs, with them
         kv1_test::for_each_target([&](kv1::target target) {
+            std::vector<kv1_test::expected_row>& expected = by_target[kv1::detail::takes_pairs(target)];
+            if (expected.empty())
+                expected = w.expected<Q>(mode);
             std::vector<O> out(rows * p.value_dim, static_cast<O>(777.0f));
             std::vector<float> lse(rows, 777.0f);
             const kv1::status s =

@@ -17,9 +17,11 @@
 #include <cmath>
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 using kv1::affine;
+using kv1::clip_search;
 using kv1::compact;
 using kv1::least_squares;
 using kv1_test::generator;
@@ -127,12 +129,50 @@ outcome outcome_of(const kv1::status& s, const Metadata& m, std::vector<std::uin
 
 #define KV1_FITTED affine<2>, affine<3>, affine<4>, affine<8>, compact<2>, compact<3>, compact<4>
 
-TEMPLATE_TEST_CASE("least squares is no worse than min/max on any vector", "[encode]", KV1_FITTED) {
+TEMPLATE_TEST_CASE("least squares and clip search are no worse than min/max on any vector", "[encode]",
+                   KV1_FITTED) {
     tally t;
     for (const auto& x : vectors_of_every_kind(31, 200)) {
-        const measured fitted = measure<least_squares<TestType>>(x), plain = measure<TestType>(x);
-        t.expect(fitted.error <= plain.error + fitted.rounding + plain.rounding, x.size(), "channels",
-                 fitted.error, "against", plain.error);
+        const measured plain = measure<TestType>(x);
+        for (const measured& fitted :
+             {measure<least_squares<TestType>>(x), measure<clip_search<TestType>>(x)})
+            t.expect(fitted.error <= plain.error + fitted.rounding + plain.rounding, x.size(), "channels",
+                     fitted.error, "against", plain.error);
+    }
+    KV1_REQUIRE_CLEAN(t);
+}
+
+TEMPLATE_TEST_CASE("clip search takes the best of its candidates", "[encode]", affine<2>, affine<3>,
+                   compact<2>) {
+    tally t;
+    for (const auto& x : vectors_of_every_kind(41, 60)) {
+        if (x.size() < 2)
+            continue;
+        const measured found = measure<clip_search<TestType>>(x);
+        const auto [lo, hi] = std::minmax_element(x.begin(), x.end());
+        for (int k = 1; k < 10; ++k) {
+            const float share = static_cast<float>(16 - k) / 16.0f;
+            const kv1::detail::stored_levels l = kv1::detail::clipped_levels<TestType>(*lo, *hi, k);
+            if (!l.fits)
+                continue;
+            // the candidate is what the formula says, but for what its metadata can hold
+            const double step =
+                static_cast<double>(*hi - *lo) * static_cast<double>(share) / TestType::max_code;
+            if (step > 1e-4)
+                t.expect(std::fabs(static_cast<double>(l.scale) - step) <= 0.04 * step, k, l.scale, step);
+            double error = 0.0;
+            for (const float v : x) {
+                const double code =
+                    std::clamp(std::nearbyint((static_cast<double>(v) - static_cast<double>(l.base)) /
+                                              static_cast<double>(l.scale)),
+                               0.0, static_cast<double>(TestType::max_code));
+                const double e = static_cast<double>(v) -
+                                 (code * static_cast<double>(l.scale) + static_cast<double>(l.base));
+                error += e * e;
+            }
+            t.expect(found.error <= error + 2 * found.rounding + 1e-5 * error, x.size(),
+                     "channels, candidate", k, found.error, "against", error);
+        }
     }
     KV1_REQUIRE_CLEAN(t);
 }
@@ -204,7 +244,8 @@ TEST_CASE("decoding a compact code rounds nothing", "[encode]") {
 TEMPLATE_TEST_CASE("every target fits the same levels and codes, bit for bit", "[encode]",
                    least_squares<affine<2>>, least_squares<affine<3>>, least_squares<affine<4>>,
                    least_squares<affine<8>>, compact<2>, compact<3>, compact<4>, least_squares<compact<2>>,
-                   least_squares<compact<3>>, least_squares<compact<4>>) {
+                   least_squares<compact<3>>, least_squares<compact<4>>, clip_search<affine<2>>,
+                   clip_search<affine<4>>, clip_search<compact<2>>, clip_search<compact<3>>) {
     auto vectors = vectors_of_every_kind(34, 90);
     generator g(35);
     for (int i = 0; i < 60; ++i) { // what is refused
@@ -243,11 +284,14 @@ TEST_CASE("every target follows recipes with means, rotations and error weights,
             const std::vector<float> mean = kv1_test::normal_values(g, n);
             std::vector<float> feedback(n * n);
             for (std::size_t j = 0; j < n; ++j)
-                for (std::size_t i = j + 1; i < n; ++i)
-                    feedback[i * n + j] = 0.2f * g.normal();
-            for (const bool rotated : {false, true})
+                for (std::size_t i = j; i < n; ++i)
+                    feedback[i * n + j] = i == j ? static_cast<float>(0.1 + g.uniform()) : 0.2f * g.normal();
+            for (const auto& [levels, rotated] : {std::pair{kv1::level_choice::least_squares, false},
+                                                  {kv1::level_choice::least_squares, true},
+                                                  {kv1::level_choice::clip_search, true}})
                 for (const int weights : {0, 1, 2}) { // none, common to the vectors, of some vectors
-                    const kv1::detail::encode_recipe recipe{f, true, n, rotated ? kv1::hadamard_block(n) : 0};
+                    const kv1::detail::encode_recipe recipe{f, levels, n,
+                                                            rotated ? kv1::hadamard_block(n) : 0};
                     std::vector<std::vector<float>> x;
                     std::vector<kv1::detail::encode_row> rows;
                     for (std::size_t i = 0; i < 16; ++i)
@@ -282,7 +326,7 @@ TEST_CASE("every target follows recipes with means, rotations and error weights,
                                             codes.begin() + static_cast<std::ptrdiff_t>(i * stride),
                                             codes.begin() + static_cast<std::ptrdiff_t>((i + 1) * stride),
                                             expected.begin() + static_cast<std::ptrdiff_t>(i * stride)),
-                                    to_string(f), n, rotated, weights, count, i);
+                                    to_string(f), n, static_cast<int>(levels), rotated, weights, count, i);
                         }
                         KV1_REQUIRE_CLEAN(t);
                     });
@@ -339,7 +383,8 @@ TEST_CASE("error weights take cost off codes: less of it than nearest levels lea
             const std::vector<float> x = kv1_test::normal_values(g, n);
             for (const float* with :
                  {static_cast<const float*>(nullptr), static_cast<const float*>(feedback.data())}) {
-                const kv1::detail::encode_recipe recipe{kv1::kv_format::compact3, true, n, block};
+                const kv1::detail::encode_recipe recipe{kv1::kv_format::compact3,
+                                                        kv1::level_choice::least_squares, n, block};
                 std::vector<std::uint8_t> codes(n);
                 const auto r = kv1::detail::encode_reference(recipe, {x.data(), nullptr, with}, codes.data());
                 REQUIRE(r.code == kv1::errc::ok);
@@ -359,6 +404,52 @@ TEST_CASE("error weights take cost off codes: less of it than nearest levels lea
         CAPTURE(block, nearest, weighted);
         REQUIRE(weighted < 0.5 * nearest);
     }
+}
+
+TEST_CASE("of all candidates' levels and codes the cheapest are taken", "[encode]") {
+    constexpr std::size_t n = 32;
+    generator g(42);
+    const std::vector<float> a = kv1_test::normal_values(g, 8 * n);
+    std::vector<float> w(n * n), feedback(n * n);
+    for (std::size_t i = 0; i < n; ++i)
+        for (std::size_t j = 0; j < n; ++j)
+            for (std::size_t k = 0; k < 8; ++k)
+                w[i * n + j] += a[k * n + i] * a[k * n + j];
+    REQUIRE(kv1::detail::factor_weights(w, n, 0, feedback.data()));
+    double ridge = 0.0; // as factor_weights adds it
+    for (std::size_t i = 0; i < n; ++i)
+        ridge += 0.01 / n * static_cast<double>(w[i * n + i]);
+    const auto cost = [&](const std::vector<float>& x, const kv1::detail::stored_levels& l,
+                          const std::vector<std::uint8_t>& codes) {
+        double sum = 0.0;
+        std::vector<double> e(n);
+        for (std::size_t i = 0; i < n; ++i)
+            e[i] = static_cast<double>(x[i]) -
+                   (codes[i] * static_cast<double>(l.scale) + static_cast<double>(l.base));
+        for (std::size_t i = 0; i < n; ++i)
+            for (std::size_t j = 0; j < n; ++j)
+                sum += e[i] * e[j] * (static_cast<double>(w[i * n + j]) + (i == j ? ridge : 0.0));
+        return sum;
+    };
+    double fitted = 0.0, taken = 0.0;
+    tally t;
+    for (int i = 0; i < 200; ++i) {
+        const std::vector<float> x = kv1_test::normal_values(g, n);
+        std::vector<std::uint8_t> codes(n);
+        const kv1::detail::stored_levels start = kv1::detail::fit_levels<compact<2>>(x, codes.data());
+        kv1::detail::codes_with_feedback(x, start, 3.0f, feedback.data(), codes.data());
+        const double before = cost(x, start, codes);
+        const kv1::detail::stored_levels best =
+            kv1::detail::weighted_levels<compact<2>>(x, start, feedback.data(), codes.data());
+        const double after = cost(x, best, codes);
+        // both are sums in fp32 of n products of three factors, each a sum of up to n products
+        t.expect(after <= before * (1.0 + 4 * kv1_test::gamma(2.0 * n)), i, before, after);
+        fitted += before;
+        taken += after;
+    }
+    KV1_REQUIRE_CLEAN(t);
+    CAPTURE(fitted, taken);
+    REQUIRE(taken < 0.8 * fitted);
 }
 
 TEST_CASE("weights that are not positive semidefinite are found out", "[encode]") {

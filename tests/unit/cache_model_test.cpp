@@ -13,7 +13,7 @@ using kv1_test::cache_operations;
 
 TEST_CASE("random operations leave the cache equal to its model", "[cache][model]") {
     cache_operations::tallies t;
-    for (std::uint64_t seed = 1; seed <= 128; ++seed) {
+    for (std::uint64_t seed = 1; seed <= 256; ++seed) {
         kv1_test::generator g(seed);
         std::vector<std::uint8_t> bytes(600);
         for (std::uint8_t& b : bytes)

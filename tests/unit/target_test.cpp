@@ -26,6 +26,7 @@ TEST_CASE("every target has a name that leads back to it", "[target]") {
 TEST_CASE("scalar and baseline run everywhere, and a higher target implies the lower ones", "[target]") {
     REQUIRE(kv1::is_supported(target::scalar));
     REQUIRE(kv1::is_supported(target::baseline));
+    REQUIRE((!kv1::is_supported(target::avx512_vbmi) || kv1::is_supported(target::avx512_vnni)));
     REQUIRE((!kv1::is_supported(target::avx512_vnni) || kv1::is_supported(target::avx512)));
     REQUIRE((!kv1::is_supported(target::avx512) || kv1::is_supported(target::avx2)));
     REQUIRE((!kv1::is_supported(target::avx_vnni) || kv1::is_supported(target::avx2)));
@@ -54,6 +55,8 @@ TEST_CASE("support agrees with what the compiler's own processor test says", "[t
     REQUIRE(kv1::is_supported(target::avx2) == avx2);   // F16C came with AVX, before any AVX2
     REQUIRE(kv1::is_supported(target::avx512) == (avx2 && avx512));
     REQUIRE(kv1::is_supported(target::avx512_vnni) == (avx2 && avx512 && vnni));
+    const bool vbmi = __builtin_cpu_supports("avx512vbmi") != 0;
+    REQUIRE(kv1::is_supported(target::avx512_vbmi) == (avx2 && avx512 && vnni && vbmi));
 }
 #endif
 

@@ -26,7 +26,9 @@
 #define KV1_STATIC_DISPATCH 1
 #endif
 
-#if defined(__AVX512F__) && defined(__AVX512VNNI__)
+#if defined(__AVX512F__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+#define KV1_ABI_ISA avx512vbmi
+#elif defined(__AVX512F__) && defined(__AVX512VNNI__)
 #define KV1_ABI_ISA avx512vnni
 #elif defined(__AVX512F__)
 #define KV1_ABI_ISA avx512

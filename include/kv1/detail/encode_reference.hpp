@@ -6,37 +6,87 @@
 // Codes under error weights. With errors e = x - value and weights W = R^T D R, R unit upper triangular and D
 // diagonal, what errors cost is e^T W e = sum_j D_j (e_j + sum_{i > j} R_ji e_i)^2. So channels go from the
 // last to the first, and each is quantized to where it makes up for the errors already made (Babai's nearest
-// plane; GPTQ for weights). `feedback` is the transpose of R's part above the diagonal.
+// plane; GPTQ for weights). `feedback` is the transpose of R's part above the diagonal, with D on the
+// diagonal.
+//
+// Levels that fit best where every error costs the same do not where they do not. So a few others are tried:
+// first wider and narrower ones about their middle, then those that cost least moved by parts of a step. Of
+// all the first that costs least is taken.
 #pragma once
 
 #include <kv1/detail/kernels/interface.hpp>
 #include <kv1/hadamard.hpp>
 #include <kv1/quantizers/affine.hpp>
+#include <kv1/quantizers/clip_search.hpp>
 #include <kv1/quantizers/compact.hpp>
 #include <kv1/quantizers/least_squares.hpp>
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <span>
 
 namespace kv1::inline KV1_ABI::detail {
 
 #include <kv1/detail/precise_math_begin.inl>
 
-// feedback: [n][n], row i what the error of channel i asks of channels 0 ... i - 1.
-inline void codes_with_feedback(std::span<const float> x, const stored_levels& levels, float max_code,
-                                const float* feedback, std::uint8_t* codes) noexcept {
+// Candidates k = 0 ... weighted_candidates - 1: the levels themselves, their scale times weighted_scales,
+// moved by weighted_moves steps.
+inline constexpr float weighted_scales[] = {0.92f, 1.08f, 1.16f, 1.24f};
+inline constexpr float weighted_moves[] = {-0.3f, -0.15f, 0.15f, 0.3f};
+inline constexpr int first_move = 1 + static_cast<int>(std::size(weighted_scales));
+inline constexpr int weighted_candidates = first_move + static_cast<int>(std::size(weighted_moves));
+
+// feedback: [n][n], row i what the error of channel i asks of channels 0 ... i - 1, and what is left of it
+// costs. What all errors cost.
+inline float codes_with_feedback(std::span<const float> x, const stored_levels& levels, float max_code,
+                                 const float* feedback, std::uint8_t* codes) noexcept {
     const std::size_t n = x.size();
     const float inverse = 1.0f / as_written(levels.scale);
     float wanted[max_vector_length];
     std::copy(x.begin(), x.end(), wanted);
+    float cost = 0.0f;
     for (std::size_t i = n; i-- > 0;) {
         const float code = std::nearbyint(std::clamp((wanted[i] - levels.base) * inverse, 0.0f, max_code));
-        const float error = x[i] - (code * levels.scale + levels.base);
+        const float value = code * levels.scale + levels.base; // codes and stored scales: an exact product
+        const float error = x[i] - value, rest = wanted[i] - value;
+        cost = as_written(cost + product_of(product_of(feedback[i * n + i], rest), rest));
         for (std::size_t j = 0; j < i; ++j)
             wanted[j] = as_written(wanted[j] + product_of(feedback[i * n + j], error));
         codes[i] = static_cast<std::uint8_t>(code);
     }
+    return cost;
+}
+
+// Levels and codes of the least cost, from levels that fit best.
+template <class Q>
+stored_levels weighted_levels(std::span<const float> x, const stored_levels& start, const float* feedback,
+                              std::uint8_t* codes) noexcept {
+    using format = level_format<Q>;
+    constexpr float half_range = 0.5f * format::max_code;
+    const float middle = start.base + product_of(start.scale, half_range);
+    stored_levels best = start, from = start;
+    float least = codes_with_feedback(x, start, format::max_code, feedback, codes);
+    std::uint8_t its_codes[max_vector_length];
+    for (int k = 1; k < weighted_candidates; ++k) {
+        if (k == first_move)
+            from = best;
+        const bool moves = k >= first_move;
+        const float wider = moves ? from.scale : product_of(from.scale, weighted_scales[k - 1]);
+        const std::uint16_t scale = format::round_scale(wider);
+        const float base = moves ? from.base + product_of(from.scale, weighted_moves[k - first_move])
+                                 : middle - product_of(format::scale_of(scale), half_range);
+        const stored_levels candidate = format::store(scale, base);
+        if (!candidate.fits)
+            continue;
+        const float cost = codes_with_feedback(x, candidate, format::max_code, feedback, its_codes);
+        if (!(cost < least))
+            continue;
+        best = candidate;
+        least = cost;
+        std::copy_n(its_codes, x.size(), codes);
+    }
+    return best;
 }
 
 // Takes the mean off and rotates; `out` has the recipe's channels.
@@ -59,21 +109,26 @@ encode_result encode_reference(const encode_recipe& recipe, const encode_row& ro
     float x[max_vector_length];
     prepare_vector(recipe, row, x);
     const std::span<const float> prepared(x, n);
-    using format = level_format<Q>;
+    constexpr float max_code = level_format<Q>::max_code;
     stored_levels levels;
-    if (recipe.fit) {
+    switch (recipe.levels) {
+    case level_choice::least_squares:
         levels = fit_levels<Q>(prepared, codes);
-    } else {
+        break;
+    case level_choice::clip_search:
+        levels = search_levels<Q>(prepared, codes);
+        break;
+    case level_choice::min_max: {
         const auto [lo, hi] = plain_range(prepared);
-        const float low = format::low(lo), high = format::high(hi);
-        levels = format::store(format::round_scale((high - low) / as_written(format::max_code)), low);
+        levels = range_levels<Q>(lo, hi);
         if (levels.fits)
-            nearest_codes(prepared, levels, format::max_code, codes);
+            nearest_codes(prepared, levels, max_code, codes);
+    }
     }
     if (!levels.fits)
         return {errc::not_representable, rule_fp16_metadata, no_channel, {}};
     if (row.feedback != nullptr)
-        codes_with_feedback(prepared, levels, format::max_code, row.feedback, codes);
+        levels = weighted_levels<Q>(prepared, levels, row.feedback, codes);
     return {errc::ok, "", 0, levels.bits};
 }
 

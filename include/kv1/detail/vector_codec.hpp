@@ -50,9 +50,9 @@ struct vector_codec {
     }
 };
 
-// The transpose of R's part above the diagonal where W, rotated, is R^T D R: feedback of one head. W gets a
-// hundredth of its mean diagonal added, so that channels that cost nothing do not ask for the impossible.
-// False: W is not positive semidefinite.
+// The transpose of R's part above the diagonal and D, in parts of W's mean diagonal, on it where W, rotated,
+// is R^T D R: feedback of one head (encode_reference.hpp). W gets a hundredth of its mean diagonal added, so
+// that channels that cost nothing do not ask for the impossible. False: W is not positive semidefinite.
 inline bool factor_weights(std::span<const float> weights, std::size_t n, std::size_t block,
                            float* feedback) {
     std::vector<double> w(weights.begin(), weights.end());
@@ -74,6 +74,7 @@ inline bool factor_weights(std::span<const float> weights, std::size_t n, std::s
     if (!(trace >= 0.0))
         return false;
     const double ridge = trace == 0.0 ? 1.0 : 0.01 * trace / static_cast<double>(n);
+    const double mean = trace / static_cast<double>(n) + ridge;
     for (std::size_t i = 0; i < n; ++i)
         w[i * n + i] += ridge;
     for (std::size_t j = 0; j < n; ++j) { // Cholesky, in the lower half
@@ -90,7 +91,9 @@ inline bool factor_weights(std::span<const float> weights, std::size_t n, std::s
     }
     for (std::size_t j = 0; j < n; ++j)
         for (std::size_t i = 0; i < n; ++i)
-            feedback[i * n + j] = i > j ? static_cast<float>(w[i * n + j] / w[j * n + j]) : 0.0f;
+            feedback[i * n + j] = i > j    ? static_cast<float>(w[i * n + j] / w[j * n + j])
+                                  : i == j ? static_cast<float>(w[j * n + j] * w[j * n + j] / mean)
+                                           : 0.0f;
     return true;
 }
 
@@ -104,21 +107,21 @@ inline status make_codec(kv_format format, const vector_encoding& e, std::size_t
         return {};
     if (t.code_bits == 0)
         return {errc::invalid_argument, "plain formats take no encoding"};
-    if (e.levels == level_choice::least_squares && !levels_differ)
-        return {errc::invalid_argument, "least squares fits affine and compact formats"};
+    if (e.levels != level_choice::min_max && !levels_differ)
+        return {errc::invalid_argument, "levels can be chosen for affine and compact formats"};
     if (e.hadamard != 0 && (!std::has_single_bit(e.hadamard) || channels % e.hadamard != 0))
         return {errc::invalid_argument, "a Hadamard block is a power of two that divides the head dim"};
     if (!e.means.empty() && e.means.size() != heads * channels)
         return {errc::shape_mismatch, "means are one a channel of each KV head"};
     if (!e.error_weights.empty() && e.error_weights.size() != heads * channels * channels)
         return {errc::shape_mismatch, "error weights are a square matrix for each KV head"};
-    if (!e.error_weights.empty() && e.levels != level_choice::least_squares)
-        return {errc::invalid_argument, "error weights need least squares"};
+    if (!e.error_weights.empty() && e.levels == level_choice::min_max)
+        return {errc::invalid_argument, "error weights need least squares or a clip search"};
     for (const std::vector<float>* all : {&e.means, &e.error_weights})
         if (first_non_finite(*all) != all->size())
             return {errc::non_finite, "means and error weights are finite"};
-    out.recipe = {format, e.levels == level_choice::least_squares, channels, e.hadamard};
-    out.by_recipe = out.recipe.fit || t.metadata == metadata_kind::compact;
+    out.recipe = {format, e.levels, channels, e.hadamard};
+    out.by_recipe = e.levels != level_choice::min_max || t.metadata == metadata_kind::compact;
     bool semidefinite = true;
     const status s = guarded([&] {
         out.means = e.means;

@@ -39,6 +39,11 @@ struct stored_levels {
     bool refined = false; // by least squares
 };
 
+// An fp16 number with -0 as +0: which of them a tiny number becomes depends on flush-to-zero.
+constexpr std::uint16_t plain_zero(std::uint16_t half) noexcept {
+    return half == 0x8000u ? std::uint16_t{0} : half;
+}
+
 // How a format keeps evenly spaced levels. All of a target's kernels do the same, in this order.
 template <class Q>
 struct level_format;

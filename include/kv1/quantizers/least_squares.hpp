@@ -46,7 +46,7 @@ struct level_format<affine<Bits>> {
     static float scale_of(std::uint16_t bits) noexcept { return half_to_float(bits); }
     static stored_levels store(std::uint16_t scale_bits, float base) noexcept {
         stored_levels s;
-        s.bits = {scale_bits, float_to_half(base)};
+        s.bits = {scale_bits, plain_zero(float_to_half(base))};
         s.scale = half_to_float(s.bits.scale);
         s.base = half_to_float(s.bits.minimum);
         s.fits = (s.bits.scale & 0x7c00u) != 0x7c00u && (s.bits.minimum & 0x7c00u) != 0x7c00u;
@@ -92,33 +92,57 @@ stored_levels refine_levels(std::span<const float> x, float lo, float hi,
     return levels;
 }
 
-// Levels and codes of a vector whose channels are within fp16's range. fits is false where metadata overflow.
+// As min/max would store the range.
 template <class Q>
-stored_levels fit_levels(std::span<const float> x, std::uint8_t* codes,
-                         std::uint8_t* refit_codes = nullptr) noexcept {
+stored_levels range_levels(float lo, float hi) noexcept {
     using format = level_format<Q>;
-    const auto [lo, hi] = plain_range(x);
     const float low = format::low(lo), high = format::high(hi);
-    const stored_levels range =
-        format::store(format::round_scale((high - low) / as_written(format::max_code)), low);
+    return format::store(format::round_scale((high - low) / as_written(format::max_code)), low);
+}
+
+// What is chosen, with its codes and squared error; replaced where a candidate's error is smaller.
+struct level_selection {
+    stored_levels levels;
+    float error;
+    std::uint8_t* codes;
+
+    void consider(std::span<const float> x, const stored_levels& candidate, float max_code) noexcept {
+        std::array<std::uint8_t, max_vector_length> its_codes;
+        if (!candidate.fits)
+            return;
+        const float its_error = nearest_codes(x, candidate, max_code, its_codes.data());
+        if (!(its_error < error))
+            return;
+        levels = candidate;
+        error = its_error;
+        std::memcpy(codes, its_codes.data(), x.size());
+    }
+};
+
+// Levels and codes of a vector whose channels are within fp16's range. fits is false where metadata overflow.
+// refit_codes: those that levels were refitted to last; may be null.
+template <class Q>
+stored_levels fit_levels(std::span<const float> x, std::uint8_t* codes, std::uint8_t* refit_codes) noexcept {
+    constexpr float max_code = level_format<Q>::max_code;
+    const auto [lo, hi] = plain_range(x);
+    const stored_levels range = range_levels<Q>(lo, hi);
     if (!range.fits)
         return range;
-    const float range_error = nearest_codes(x, range, format::max_code, codes);
-    const stored_levels refined = refine_levels<Q>(x, lo, hi, refit_codes);
-    std::array<std::uint8_t, max_vector_length> refined_codes;
-    if (!refined.fits || !(nearest_codes(x, refined, format::max_code, refined_codes.data()) < range_error))
-        return range;
-    std::memcpy(codes, refined_codes.data(), x.size());
-    return refined;
+    level_selection best{range, nearest_codes(x, range, max_code, codes), codes};
+    best.consider(x, refine_levels<Q>(x, lo, hi, refit_codes), max_code);
+    return best.levels;
+}
+
+template <class Q>
+stored_levels fit_levels(std::span<const float> x, std::uint8_t* codes) noexcept {
+    return fit_levels<Q>(x, codes, nullptr);
 }
 
 #include <kv1/detail/precise_math_end.inl>
 
-} // namespace detail
-
-/// Q's format, fitted by least squares. Q is affine, of 1 to 8 bits, or compact.
-template <class Q>
-struct least_squares {
+// A quantizer of Q's format whose levels and codes Choose finds, as fit_levels does.
+template <class Q, stored_levels (*Choose)(std::span<const float>, std::uint8_t*) noexcept>
+struct chosen_levels {
     static constexpr int bits = Q::bits;         ///< of a code
     static constexpr int max_code = Q::max_code; ///< the largest code
     using metadata = typename Q::metadata;       ///< what is kept beside the codes
@@ -127,16 +151,16 @@ struct least_squares {
     /// than 4096), non_finite, not_representable (a value beyond fp16, or metadata); outputs are then
     /// untouched.
     static status quantize(std::span<const float> x, std::span<std::uint8_t> codes, metadata& out) noexcept {
-        if (const status s = detail::check_vector(x, codes); !s)
+        if (const status s = check_vector(x, codes); !s)
             return s;
-        if (x.size() > detail::max_vector_length)
+        if (x.size() > max_vector_length)
             return {errc::invalid_argument, "a vector has at most 4096 channels"};
-        if (const status s = detail::check_fp16_range(x); !s)
+        if (const status s = check_fp16_range(x); !s)
             return s;
-        std::array<std::uint8_t, detail::max_vector_length> found;
-        const detail::stored_levels levels = detail::fit_levels<Q>(x, found.data());
+        std::array<std::uint8_t, max_vector_length> found;
+        const stored_levels levels = Choose(x, found.data());
         if (!levels.fits)
-            return {errc::not_representable, detail::rule_fp16_metadata};
+            return {errc::not_representable, rule_fp16_metadata};
         std::memcpy(codes.data(), found.data(), x.size());
         out.scale = float16::from_bits(levels.bits.scale);
         if constexpr (requires { out.minimum; })
@@ -149,6 +173,12 @@ struct least_squares {
         return Q::dequantize(code, m);
     }
 };
+
+} // namespace detail
+
+/// Q's format, fitted by least squares. Q is affine, of 1 to 8 bits, or compact.
+template <class Q>
+struct least_squares : detail::chosen_levels<Q, detail::fit_levels<Q>> {};
 
 static_assert(quantizer<least_squares<affine<2>>> && quantizer<least_squares<compact<2>>>);
 

@@ -10,6 +10,7 @@
 #include <kv1/detail/kernels/encode.inl>
 #include <kv1/detail/kernels/dots.inl>
 #include <kv1/detail/kernels/scores.inl>
+#include <kv1/detail/kernels/pairs.inl>
 #include <kv1/detail/kernels/values.inl>
 #include <kv1/detail/kernels/attend.inl>
 #include <kv1/detail/kernels/tables.inl>

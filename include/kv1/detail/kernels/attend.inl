@@ -2,7 +2,7 @@
 //
 // The driver of a target: some query rows of one KV head against a range of tokens, with the softmax taken
 // online per block of tokens (running maximum and sum; Milakov and Gimelshein 2018, FlashAttention). Parsed
-// once per target. Scratch lies on the stack, about 110 KiB.
+// once per target. Scratch lies on the stack, about 110 KiB, 32 more where keys are taken in pairs.
 
 KV1_INLINE float maximum_of(const float* scores, std::size_t slots, float start) {
     f32 largest(start);
@@ -142,6 +142,8 @@ inline void adjust_scores(const attention_job& job, std::size_t row, const row_v
     }
 }
 
+// Pairs: the kernels of 2-bit keys are those of pairs.inl.
+template <bool Pairs>
 inline void attend_rows(const attention_job& job) noexcept {
     const section_layout& keys = job.layout->keys();
     const section_layout& values = job.layout->values();
@@ -154,6 +156,8 @@ inline void attend_rows(const attention_job& job) noexcept {
     alignas(64) float sums[scratch_floats];
     alignas(64) float scores[max_rows * score_stride];
     alignas(64) std::int8_t codes[2][scratch_floats];
+    alignas(64) std::uint8_t tables[Pairs ? 8 * scratch_floats : 1];
+    const bool in_pairs = Pairs && integer_keys && takes_pairs(keys.traits());
     float query_sums[max_rows], code_scales[max_rows], code_offsets[max_rows], tops[max_rows], maxima[max_rows],
         denominators[max_rows], rescale[max_rows];
     float shifts[max_rows]; // of scores, for the mean that keys were stored without
@@ -184,7 +188,12 @@ inline void attend_rows(const attention_job& job) noexcept {
             sum = sum + scaled;
         }
         query_sums[r] = xs::reduce_add(sum);
-        if (integer_keys) {
+        if (in_pairs) {
+#if defined(KV1_ISA_PAIRS)
+            pair_query(row, key_stride, tables + tile_row * 8 * key_stride, codes[0] + tile_row * key_stride,
+                       r - tile_row, row_tile_size(job.rows, tile), code_scales[r], code_offsets[r]);
+#endif
+        } else if (integer_keys) {
             std::int32_t code_sum = 0;
             round_query(row, key_stride, keys.traits(),
                         {codes[0] + tile_row * key_stride, codes[1] + tile_row * key_stride}, r - tile_row,
@@ -202,7 +211,8 @@ inline void attend_rows(const attention_job& job) noexcept {
         all.last = seen[r].last < all.last ? seen[r].last : all.last;
     }
 
-    const query_rows q{job.rows, key_stride, query, query_sums, {codes[0], codes[1]}, code_scales, code_offsets};
+    const query_rows q{job.rows, key_stride, query, query_sums, {codes[0], codes[1]}, in_pairs ? tables : nullptr,
+                       code_scales, code_offsets};
     const std::size_t page_tokens = keys.tokens, granule = granule_of(values);
     // a tile's share of K's and of V's bytes
     const std::size_t page_tiles = page_tokens / tile_tokens;

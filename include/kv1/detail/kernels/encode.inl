@@ -5,9 +5,12 @@
 // A lane is a vector, a register one channel of `lanes` vectors: every lane does what the definition does, in its
 // order, and nothing is ever summed across lanes. Vectors are transposed on the way in, codes on the way out.
 //
-// Cost per channel of `lanes` vectors: log2(block) + 1 for the rotation, 2 for the range, 3 rounds of 12, twice 9 for
-// the errors of both candidates, and for feedback 4 per channel that comes after: at 32 channels about 130
-// instructions, 8 a value on 16 lanes.
+// Operations per channel of `lanes` vectors: log2(lanes) shuffles, log2(block) + 1 for the rotation, 4 for the range, 3
+// rounds of 11 for least squares, 8 for the errors of each candidate, 6 for codes: at 32 channels about 70, 4 a value on
+// 16 lanes. With error weights 2 more per channel that comes after, and that nine times over.
+//
+// One function serves all formats, and what it calls is inlined: a function whose only floats are batches would take
+// over the flags of the translation unit from xsimd's (quantize.inl).
 
 #include <kv1/detail/precise_math_begin.inl>
 
@@ -38,83 +41,92 @@ KV1_INLINE f32 nearest_code(f32 steps, f32 max_code) {
 }
 
 // Evenly spaced levels of each lane, as they are read back.
+using lane_mask = xs::batch_bool<float, arch>;
 struct lane_levels {
     f32 scale, base;
-    alignas(64) std::uint16_t scale_bits[lanes], minimum_bits[lanes];
-    bool fits[lanes];
+    u32 scale_bits, minimum_bits;
+    lane_mask fits;
 };
 
-// level_format<affine>::store and its kind, lane by lane: a few dozen operations a vector.
-template <bool Compact>
-KV1_INLINE f32 round_scales(f32 scale, std::uint16_t* bits) {
-    store_half(Compact ? scale : xs::max(scale, f32(smallest_scale)), bits);
-    if constexpr (Compact)
-        for (std::size_t i = 0; i < lanes; ++i) {
-            const int rounded = (bits[i] + 0x20) & compact_pair::scale_mask;
-            bits[i] = static_cast<std::uint16_t>(
-                rounded > compact_pair::smallest_scale ? rounded : compact_pair::smallest_scale);
-        }
-    return load_half(bits);
+// How a format keeps them: level_format<affine> or <compact>.
+struct lane_format {
+    f32 max_code;
+    bool compact;
+};
+
+KV1_INLINE u32 half_bits(f32 x) {
+    alignas(64) std::uint16_t bits[lanes];
+    store_half(x, bits);
+    return load_u16(bits);
+}
+KV1_INLINE lane_mask is_finite_half(u32 bits) {
+    return xs::batch_bool_cast<float>((bits & u32(0x7c00u)) != u32(0x7c00u));
 }
 
-template <bool Compact>
-KV1_INLINE void store_levels(f32 base, f32 max_code, lane_levels& l) {
-    if constexpr (Compact) {
-        const f32 steps = product_of(quotient_of(base, l.scale * max_code), f32(128.0f)) + f32(64.0f);
+KV1_INLINE void round_scale(f32 scale, const lane_format& format, lane_levels& l) {
+    u32 bits = half_bits(xs::max(scale, f32(smallest_scale)));
+    if (format.compact) {
+        bits = (bits + u32(0x20u)) & u32(compact_pair::scale_mask);
+        bits = xs::max(bits, u32(compact_pair::smallest_scale));
+    }
+    l.scale_bits = bits;
+    l.scale = half_to_float(bits);
+    l.fits = is_finite_half(bits);
+}
+
+KV1_INLINE void store_levels(f32 base, const lane_format& format, lane_levels& l) {
+    if (format.compact) {
+        const f32 steps = product_of(quotient_of(base, l.scale * format.max_code), f32(128.0f)) + f32(64.0f);
         const f32 w = nearest(xs::min(xs::max(steps, f32(-63.0f)), f32(63.0f)));
-        alignas(64) float offsets[lanes];
-        w.store_aligned(offsets);
-        for (std::size_t i = 0; i < lanes; ++i) {
-            const int offset = l.fits[i] ? static_cast<int>(offsets[i]) : 0;
-            l.scale_bits[i] = static_cast<std::uint16_t>(l.scale_bits[i] | (offset < 0 ? 0x8000 | -offset : offset));
-            l.minimum_bits[i] = 0;
-        }
-        l.base = l.scale * (max_code * (w - f32(64.0f)) * f32(1.0f / 128.0f));
+        const u32 magnitude = xs::bitwise_cast<std::uint32_t>(xs::to_int(xs::abs(w)));
+        const u32 sign = xs::select(xs::batch_bool_cast<std::uint32_t>(w < f32(0.0f)), u32(0x8000u), u32(0u));
+        l.scale_bits = l.scale_bits | magnitude | sign;
+        l.minimum_bits = u32(0u);
+        l.base = l.scale * (format.max_code * (w - f32(64.0f)) * f32(1.0f / 128.0f));
     } else {
-        store_half(base, l.minimum_bits);
-        l.base = load_half(l.minimum_bits);
-        for (std::size_t i = 0; i < lanes; ++i)
-            l.fits[i] = l.fits[i] && (l.minimum_bits[i] & 0x7c00u) != 0x7c00u;
+        const u32 bits = half_bits(base);
+        l.minimum_bits = xs::select(bits == u32(0x8000u), u32(0u), bits); // plain_zero()
+        l.base = half_to_float(l.minimum_bits);
+        l.fits = l.fits & is_finite_half(bits);
     }
 }
 
-template <bool Compact>
-KV1_INLINE void round_levels(f32 scale, lane_levels& l) {
-    l.scale = round_scales<Compact>(scale, l.scale_bits);
-    for (std::size_t i = 0; i < lanes; ++i)
-        l.fits[i] = (l.scale_bits[i] & 0x7c00u) != 0x7c00u;
-}
-
-// Squared errors of the nearest levels; x: [n][lanes].
-KV1_INLINE f32 errors_of(const float* x, std::size_t n, const lane_levels& l, f32 max_code) {
-    const f32 inverse = quotient_of(f32(1.0f), l.scale);
-    f32 error(0.0f);
+// Squared errors of the nearest of two choices of levels; x: [n][lanes].
+KV1_INLINE void errors_of(const float* x, std::size_t n, const lane_levels (&l)[2], f32 max_code, f32 (&error)[2]) {
+    f32 inverse[2];
+    KV1_UNROLL for (std::size_t k = 0; k < 2; ++k) {
+        inverse[k] = quotient_of(f32(1.0f), l[k].scale);
+        error[k] = f32(0.0f);
+    }
     for (std::size_t c = 0; c < n; ++c) {
         const f32 v = f32::load_aligned(x + c * lanes);
-        const f32 code = nearest_code((v - l.base) * inverse, max_code);
-        const f32 e = v - (code * l.scale + l.base);
-        error = sum_of(error, product_of(e, e));
+        KV1_UNROLL for (std::size_t k = 0; k < 2; ++k) {
+            const f32 code = nearest_code(difference_of(v, l[k].base) * inverse[k], max_code);
+            const f32 e = difference_of(v, sum_of(code * l[k].scale, l[k].base));
+            error[k] = sum_of(error[k], product_of(e, e));
+        }
     }
-    return error;
 }
 
-template <bool Compact>
-KV1_INLINE void refine(const float* x, std::size_t n, f32 lo, f32 hi, float top, lane_levels& l) {
-    const f32 max_code(top), count(static_cast<float>(n));
+// refine_levels() of least_squares.hpp. The sum of x is that of every round.
+KV1_INLINE void refine(const float* x, std::size_t n, f32 lo, f32 hi, const lane_format& format, float top,
+                       lane_levels& l) {
+    const f32 max_code = format.max_code, count(static_cast<float>(n));
     const f32 middle = f32(0.5f) * lo + f32(0.5f) * hi;
     f32 scale = xs::max(product_of(hi - lo, f32(fit_start / top)), f32(smallest_scale));
     f32 base = product_of(scale, f32(-0.5f * top));
     f32 sum_c(0.0f), sum_x(0.0f);
+    for (std::size_t c = 0; c < n; ++c)
+        sum_x = sum_of(sum_x, difference_of(f32::load_aligned(x + c * lanes), middle));
     for (int round = 0; round < fit_rounds; ++round) {
         const f32 inverse = quotient_of(f32(1.0f), scale);
         f32 sum_cc(0.0f), sum_xc(0.0f);
-        sum_c = sum_x = f32(0.0f);
+        sum_c = f32(0.0f);
         for (std::size_t c = 0; c < n; ++c) {
-            const f32 v = f32::load_aligned(x + c * lanes) - middle;
-            const f32 code = nearest_code((v - base) * inverse, max_code);
-            sum_x = sum_of(sum_x, v);
+            const f32 v = difference_of(f32::load_aligned(x + c * lanes), middle);
+            const f32 code = nearest_code(difference_of(v, base) * inverse, max_code);
             sum_c = sum_of(sum_c, code);
-            sum_cc = sum_of(sum_cc, code * code);
+            sum_cc = xs::fma(code, code, sum_cc); // of integers below 2^24: exact
             sum_xc = sum_of(sum_xc, product_of(v, code));
         }
         const f32 variance = product_of(count, sum_cc) - product_of(sum_c, sum_c);
@@ -124,71 +136,160 @@ KV1_INLINE void refine(const float* x, std::size_t n, f32 lo, f32 hi, float top,
         scale = xs::select(varies, xs::max(quotient_of(covariance, divisor), f32(smallest_scale)), scale);
         base = quotient_of(sum_x - product_of(scale, sum_c), count);
     }
-    round_levels<Compact>(scale, l);
+    round_scale(scale, format, l);
     base = quotient_of(sum_x - product_of(l.scale, sum_c), count);
-    store_levels<Compact>(base + middle, max_code, l);
+    store_levels(base + middle, format, l);
 }
 
-// Codes to [n][lanes] bytes; with feedback, common to the lanes, by way of `wanted`, [n][lanes].
-KV1_INLINE void choose_codes(const float* x, std::size_t n, const lane_levels& l, f32 max_code, const float* feedback,
-                             float* wanted, std::uint8_t* codes) {
+// clipped_levels() of clip_search.hpp.
+KV1_INLINE void clip(f32 lo, f32 hi, float share, const lane_format& format, float top, lane_levels& l) {
+    const f32 middle = f32(0.5f) * lo + f32(0.5f) * hi;
+    round_scale(quotient_of(product_of(hi - lo, f32(share)), format.max_code), format, l);
+    store_levels(middle - product_of(l.scale, f32(0.5f * top)), format, l);
+}
+
+KV1_INLINE void take(lane_mask where, const lane_levels& from, lane_levels& l) {
+    const auto where_bits = xs::batch_bool_cast<std::uint32_t>(where);
+    l.scale = xs::select(where, from.scale, l.scale);
+    l.base = xs::select(where, from.base, l.base);
+    l.scale_bits = xs::select(where_bits, from.scale_bits, l.scale_bits);
+    l.minimum_bits = xs::select(where_bits, from.minimum_bits, l.minimum_bits);
+}
+
+// Codes, four channels a word: words [channels / 4, rounded up][lanes].
+KV1_INLINE u32 add_code(u32 word, f32 code) { return (word << 8) | xs::bitwise_cast<std::uint32_t>(xs::to_int(code)); }
+
+KV1_INLINE void nearest_words(const float* x, std::size_t n, const lane_levels& l, f32 max_code, std::uint32_t* words) {
     const f32 inverse = quotient_of(f32(1.0f), l.scale);
-    if (feedback != nullptr)
-        std::memcpy(wanted, x, n * lanes * sizeof(float));
-    const float* given = feedback != nullptr ? wanted : x;
-    for (std::size_t i = n; i-- > 0;) {
-        const f32 code = nearest_code((f32::load_aligned(given + i * lanes) - l.base) * inverse, max_code);
-        store_u8(xs::bitwise_cast<std::uint32_t>(xs::to_int(code)), codes + i * lanes);
-        if (feedback == nullptr)
-            continue;
-        const f32 error = f32::load_aligned(x + i * lanes) - (code * l.scale + l.base);
-        const float* factors = feedback + i * n;
-        for (std::size_t j = 0; j < i; ++j) {
-            float* at = wanted + j * lanes;
-            sum_of(f32::load_aligned(at), product_of(f32(factors[j]), error)).store_aligned(at);
+    for (std::size_t end = n; end > 0;) {
+        const std::size_t first = (end - 1) / 4 * 4;
+        u32 word(0u);
+        while (end > first) {
+            const f32 v = f32::load_aligned(x + --end * lanes);
+            word = add_code(word, nearest_code(difference_of(v, l.base) * inverse, max_code));
         }
+        word.store_aligned(words + first / 4 * lanes);
     }
 }
 
+// The same with feedback common to the lanes, and what the errors cost. A block of four channels gathers what all
+// later ones ask of it, in their order, before its own are quantized; errors: [n][lanes].
+KV1_INLINE f32 words_with_feedback(const float* x, std::size_t n, const lane_levels& l, f32 max_code,
+                                   const float* feedback, float* errors, std::uint32_t* words) {
+    const f32 inverse = quotient_of(f32(1.0f), l.scale);
+    f32 cost(0.0f);
+    for (std::size_t end = n; end > 0;) {
+        const std::size_t first = (end - 1) / 4 * 4;
+        f32 wanted[4];
+        KV1_UNROLL for (std::size_t k = 0; k < 4; ++k)
+            wanted[k] = f32::load_aligned(x + (first + k < n ? first + k : first) * lanes);
+        for (std::size_t j = n; j-- > end;) { // not in the last block, which alone may be short
+            const f32 error = f32::load_aligned(errors + j * lanes);
+            const float* factors = feedback + j * n + first;
+            KV1_UNROLL for (std::size_t k = 0; k < 4; ++k)
+                wanted[k] = sum_of(wanted[k], product_of(f32(factors[k]), error));
+        }
+        u32 word(0u);
+        KV1_UNROLL for (std::size_t k = 4; k-- > 0;) {
+            const std::size_t i = first + k;
+            if (i >= n)
+                continue;
+            const f32 code = nearest_code(difference_of(wanted[k], l.base) * inverse, max_code);
+            word = add_code(word, code);
+            const f32 value = sum_of(code * l.scale, l.base);
+            const f32 error = difference_of(f32::load_aligned(x + i * lanes), value);
+            const f32 rest = difference_of(wanted[k], value);
+            cost = sum_of(cost, product_of(product_of(f32(feedback[i * n + i]), rest), rest));
+            error.store_aligned(errors + i * lanes);
+            KV1_UNROLL for (std::size_t m = 0; m < 4; ++m)
+                if (m < k)
+                    wanted[m] = sum_of(wanted[m], product_of(f32(feedback[i * n + first + m]), error));
+        }
+        word.store_aligned(words + first / 4 * lanes);
+        end = first;
+    }
+    return cost;
+}
+
 // The same of one lane with feedback of its own: channels side by side.
-KV1_INLINE void choose_codes_of_lane(const float* x, std::size_t n, std::size_t lane, float scale, float base,
-                                     f32 max_code, const float* feedback, float* wanted, std::uint8_t* codes) {
+KV1_INLINE float words_of_lane(const float* x, std::size_t n, std::size_t lane, float scale, float base, f32 max_code,
+                               const float* feedback, float* wanted, std::uint32_t* words) {
+    float cost = 0.0f;
     const f32 s(scale), b(base), inverse = quotient_of(f32(1.0f), s);
     for (std::size_t c = 0; c < round_up(n, lanes); ++c)
         wanted[c] = c < n ? x[c * lanes + lane] : 0.0f;
-    alignas(64) float errors[lanes];
+    for (std::size_t i = 0; i < n; i += 4)
+        words[i / 4 * lanes + lane] = 0;
     for (std::size_t i = n; i-- > 0;) {
-        const f32 code = nearest_code((f32(wanted[i]) - b) * inverse, max_code);
-        const f32 error = f32(x[i * lanes + lane]) - (code * s + b);
+        const f32 code = nearest_code(difference_of(f32(wanted[i]), b) * inverse, max_code);
+        const f32 value = sum_of(code * s, b), error = difference_of(f32(x[i * lanes + lane]), value);
         const float* factors = feedback + i * n;
+        alignas(64) float values[lanes];
+        value.store_aligned(values);
+        const float rest = wanted[i] - values[0];
+        cost = as_written(cost + detail::product_of(detail::product_of(factors[i], rest), rest));
         std::size_t j = 0;
         for (; j + lanes <= i; j += lanes)
             sum_of(f32::load_aligned(wanted + j), product_of(f32::load_unaligned(factors + j), error))
                 .store_aligned(wanted + j);
-        if (j < i) { // the rest of a register: past channel i factors are zero, past the vector none are read
-            alignas(64) float rest[lanes] = {};
+        if (j < i) { // part of a register: factors from channel i on are not of this
+            alignas(64) float last[lanes] = {};
             for (std::size_t k = j; k < i; ++k)
-                rest[k - j] = factors[k];
-            sum_of(f32::load_aligned(wanted + j), product_of(f32::load_aligned(rest), error))
+                last[k - j] = factors[k];
+            sum_of(f32::load_aligned(wanted + j), product_of(f32::load_aligned(last), error))
                 .store_aligned(wanted + j);
         }
-        code.store_aligned(errors);
-        codes[i * lanes + lane] = static_cast<std::uint8_t>(errors[0]);
+        alignas(64) std::int32_t codes[lanes];
+        xs::to_int(code).store_aligned(codes);
+        words[i / 4 * lanes + lane] |= static_cast<std::uint32_t>(codes[0]) << i % 4 * 8;
     }
+    return cost;
 }
 
-// x: [n][lanes], transformed block by block.
+// Candidate k > 0 of weighted_levels() of encode_reference.hpp, from levels whose middle is given.
+KV1_INLINE void weighted_candidate(int k, const lane_levels& from, f32 middle, const lane_format& format, float top,
+                                   lane_levels& l) {
+    const bool moves = k >= first_move;
+    round_scale(moves ? from.scale : product_of(from.scale, f32(weighted_scales[k - 1])), format, l);
+    const f32 base = moves ? sum_of(from.base, product_of(from.scale, f32(weighted_moves[k - first_move])))
+                           : difference_of(middle, product_of(l.scale, f32(0.5f * top)));
+    store_levels(base, format, l);
+}
+
+// x: [n][lanes], transformed block by block: two steps at a time where two are left, the norm with the last.
 KV1_INLINE void rotate_lanes(float* x, std::size_t n, std::size_t block) {
-    for (std::size_t half = 1; half < block; half *= 2)
+    const f32 norm(hadamard_norm(block));
+    if (block == 1) // nothing but the norm, which is 1
+        return;
+    std::size_t half = 1;
+    for (; 4 * half <= block; half *= 4) {
+        const bool last = 4 * half == block;
+        for (std::size_t at = 0; at < n; at += 4 * half)
+            for (std::size_t i = at; i < at + half; ++i) {
+                float *p0 = x + i * lanes, *p1 = p0 + half * lanes, *p2 = p1 + half * lanes, *p3 = p2 + half * lanes;
+                const f32 a = f32::load_aligned(p0), b = f32::load_aligned(p1), c = f32::load_aligned(p2),
+                          d = f32::load_aligned(p3);
+                const f32 ab = a + b, ba = a - b, cd = c + d, dc = c - d;
+                f32 y0 = sum_of(ab, cd), y1 = sum_of(ba, dc), y2 = difference_of(ab, cd), y3 = difference_of(ba, dc);
+                if (last) {
+                    y0 = product_of(y0, norm);
+                    y1 = product_of(y1, norm);
+                    y2 = product_of(y2, norm);
+                    y3 = product_of(y3, norm);
+                }
+                y0.store_aligned(p0);
+                y1.store_aligned(p1);
+                y2.store_aligned(p2);
+                y3.store_aligned(p3);
+            }
+    }
+    if (half < block)
         for (std::size_t at = 0; at < n; at += 2 * half)
             for (std::size_t i = at; i < at + half; ++i) {
                 const f32 a = f32::load_aligned(x + i * lanes), b = f32::load_aligned(x + (i + half) * lanes);
-                (a + b).store_aligned(x + i * lanes);
-                (a - b).store_aligned(x + (i + half) * lanes);
+                product_of(a + b, norm).store_aligned(x + i * lanes);
+                product_of(a - b, norm).store_aligned(x + (i + half) * lanes);
             }
-    const f32 norm(hadamard_norm(block));
-    for (std::size_t i = 0; i < n; ++i)
-        product_of(f32::load_aligned(x + i * lanes), norm).store_aligned(x + i * lanes);
 }
 
 // The same for one vector, channels side by side.
@@ -215,12 +316,45 @@ inline void rotate(float* x, std::size_t n, std::size_t block) noexcept {
 // Vectors of more channels than this do not fit the scratch and go by the definition.
 inline constexpr std::size_t lane_scratch_channels = 1024;
 
-template <bool Compact>
-inline std::size_t encode_lanes(const encode_recipe& recipe, const encode_row* rows, std::size_t count, float* x,
-                                float* wanted, std::uint8_t* lane_codes, row_metadata* metadata) noexcept {
+struct lane_scratch {
+    alignas(64) float x[lane_scratch_channels * lanes];
+    alignas(64) float errors[lane_scratch_channels * lanes];
+    alignas(64) std::uint32_t words[lane_scratch_channels / 4 * lanes];
+    alignas(64) std::uint32_t candidate_words[lane_scratch_channels / 4 * lanes];
+};
+
+// Vectors less their means, transposed; zeros in lanes without one. False where a value is beyond fp16, or none.
+KV1_INLINE bool load_vectors(const encode_row* rows, std::size_t count, std::size_t n, float* x) {
+    i32 largest(0); // magnitude bits, NaN above infinity
+    for (std::size_t c = 0; c < n; c += lanes) {
+        const bool whole = c + lanes <= n;
+        f32 square[lanes];
+        KV1_UNROLL for (std::size_t i = 0; i < lanes; ++i) {
+            square[i] = f32(0.0f);
+            if (i >= count)
+                continue;
+            const encode_row& row = rows[i];
+            square[i] = whole ? f32::load_unaligned(row.x + c) : load_tail(row.x, n, c);
+            largest = xs::max(largest, xs::bitwise_cast<std::int32_t>(square[i]) & i32(0x7fffffff));
+            if (row.mean != nullptr)
+                square[i] = square[i] - (whole ? f32::load_unaligned(row.mean + c) : load_tail(row.mean, n, c));
+        }
+        transpose(square);
+        for (std::size_t i = 0; i < lanes && c + i < n; ++i)
+            square[i].store_aligned(x + (c + i) * lanes);
+    }
+    return xs::reduce_max(largest) <= std::bit_cast<std::int32_t>(largest_half);
+}
+
+// Codes of up to `lanes` vectors to scratch.words. False: metadata overflow.
+inline bool encode_lanes(const encode_recipe& recipe, const encode_row* rows, std::size_t count, lane_scratch& scratch,
+                         row_metadata* metadata) noexcept {
     const std::size_t n = recipe.channels;
-    const auto top = static_cast<float>((1 << traits_of(recipe.format).code_bits) - 1);
-    const f32 max_code(top);
+    const format_traits traits = traits_of(recipe.format);
+    const auto top = static_cast<float>((1 << traits.code_bits) - 1);
+    const lane_format format{f32(top), traits.metadata == metadata_kind::compact};
+    const f32 max_code = format.max_code;
+    float* const x = scratch.x;
     if (recipe.hadamard != 0)
         rotate_lanes(x, n, recipe.hadamard);
     f32 lo = f32::load_aligned(x) + f32(0.0f), hi = lo;
@@ -229,99 +363,114 @@ inline std::size_t encode_lanes(const encode_recipe& recipe, const encode_row* r
         lo = xs::min(v, lo);
         hi = xs::max(v, hi);
     }
-    const f32 low = Compact ? xs::min(lo, f32(0.0f)) : lo, high = Compact ? xs::max(hi, f32(0.0f)) : hi;
+    const f32 low = format.compact ? xs::min(lo, f32(0.0f)) : lo, high = format.compact ? xs::max(hi, f32(0.0f)) : hi;
     lane_levels l;
-    round_levels<Compact>(quotient_of(high - low, max_code), l);
-    store_levels<Compact>(low, max_code, l);
-    for (std::size_t i = 0; i < count; ++i)
-        if (!l.fits[i])
-            return i;
-    if (recipe.fit) {
-        lane_levels refined;
-        refine<Compact>(x, n, lo, hi, top, refined);
-        const auto better = errors_of(x, n, refined, max_code) < errors_of(x, n, l, max_code);
-        const std::uint64_t taken = better.mask();
-        alignas(64) float scales[lanes], bases[lanes], fitted_scales[lanes], fitted_bases[lanes];
-        l.scale.store_aligned(scales);
-        l.base.store_aligned(bases);
-        refined.scale.store_aligned(fitted_scales);
-        refined.base.store_aligned(fitted_bases);
-        for (std::size_t i = 0; i < lanes; ++i)
-            if ((taken >> i & 1u) != 0 && refined.fits[i]) {
-                scales[i] = fitted_scales[i];
-                bases[i] = fitted_bases[i];
-                l.scale_bits[i] = refined.scale_bits[i];
-                l.minimum_bits[i] = refined.minimum_bits[i];
-            }
-        l.scale = f32::load_aligned(scales);
-        l.base = f32::load_aligned(bases);
+    round_scale(quotient_of(high - low, max_code), format, l);
+    store_levels(low, format, l);
+    if (!xs::all(l.fits)) // lanes without a vector hold zeros, which fit
+        return false;
+    f32 best_error(std::numeric_limits<float>::max());
+    const int candidates = recipe.levels == level_choice::min_max ? 0
+                           : recipe.levels == level_choice::least_squares ? 2 : clip_candidates;
+    const lane_levels range = l;
+    for (int k = 0; k < candidates; k += 2) { // the range is the first of them
+        lane_levels pair[2] = {range, range};
+        if (recipe.levels == level_choice::least_squares)
+            refine(x, n, lo, hi, format, top, pair[1]);
+        else
+            for (int i = k == 0 ? 1 : 0; i < 2; ++i)
+                clip(lo, hi, clip_share(k + i), format, top, pair[i]);
+        f32 errors[2];
+        errors_of(x, n, pair, max_code, errors);
+        for (int i = 0; i < 2; ++i) {
+            const lane_mask better = (errors[i] < best_error) & pair[i].fits;
+            take(better, pair[i], l);
+            best_error = xs::select(better, errors[i], best_error);
+        }
     }
-    bool alike = true;
-    for (std::size_t i = 1; i < count; ++i)
+    bool alike = true, weighted = false;
+    for (std::size_t i = 0; i < count; ++i) {
         alike = alike && rows[i].feedback == rows[0].feedback;
-    if (alike && (count > 1 || rows[0].feedback == nullptr)) {
-        choose_codes(x, n, l, max_code, rows[0].feedback, wanted, lane_codes);
-    } else {
-        alignas(64) float scales[lanes], bases[lanes];
-        l.scale.store_aligned(scales);
-        l.base.store_aligned(bases);
-        choose_codes(x, n, l, max_code, nullptr, wanted, lane_codes);
-        for (std::size_t i = 0; i < count; ++i)
-            if (rows[i].feedback != nullptr)
-                choose_codes_of_lane(x, n, i, scales[i], bases[i], max_code, rows[i].feedback, wanted, lane_codes);
+        weighted = weighted || rows[i].feedback != nullptr;
     }
+    if (!weighted || !alike || count == 1)
+        nearest_words(x, n, l, max_code, scratch.words);
+    lane_levels from = l;
+    const f32 middle = sum_of(l.base, product_of(l.scale, f32(0.5f * top)));
+    f32 least(0.0f);
+    for (int k = 0; weighted && k < weighted_candidates; ++k) {
+        lane_levels candidate = l;
+        if (k == first_move)
+            from = l;
+        if (k > 0)
+            weighted_candidate(k, from, middle, format, top, candidate);
+        std::uint32_t* const words = k == 0 ? scratch.words : scratch.candidate_words;
+        f32 cost(0.0f);
+        if (alike && count > 1) {
+            cost = words_with_feedback(x, n, candidate, max_code, rows[0].feedback, scratch.errors, words);
+        } else {
+            alignas(64) float scales[lanes], bases[lanes], costs[lanes] = {};
+            candidate.scale.store_aligned(scales);
+            candidate.base.store_aligned(bases);
+            for (std::size_t i = 0; i < count; ++i)
+                if (rows[i].feedback != nullptr)
+                    costs[i] =
+                        words_of_lane(x, n, i, scales[i], bases[i], max_code, rows[i].feedback, scratch.errors, words);
+            cost = f32::load_aligned(costs); // lanes without feedback keep their levels: nothing costs less
+        }
+        if (k == 0) {
+            least = cost;
+            continue;
+        }
+        const lane_mask better = (cost < least) & candidate.fits;
+        least = xs::select(better, cost, least);
+        take(better, candidate, l);
+        const auto better_words = xs::batch_bool_cast<std::uint32_t>(better);
+        for (std::size_t w = 0; w < round_up(n, 4) / 4 * lanes; w += lanes)
+            xs::select(better_words, u32::load_aligned(words + w), u32::load_aligned(scratch.words + w))
+                .store_aligned(scratch.words + w);
+    }
+    alignas(64) std::uint32_t scale_bits[lanes], minimum_bits[lanes];
+    l.scale_bits.store_aligned(scale_bits);
+    l.minimum_bits.store_aligned(minimum_bits);
     for (std::size_t i = 0; i < count; ++i)
-        metadata[i] = {l.scale_bits[i], l.minimum_bits[i]};
-    return count;
+        metadata[i] = {static_cast<std::uint16_t>(scale_bits[i]), static_cast<std::uint16_t>(minimum_bits[i])};
+    return true;
+}
+
+// Vectors one by one, by the definition: those that are too long, and those of which one will be refused.
+inline encode_result encode_one_by_one(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
+                                       std::uint8_t* codes, std::size_t stride, row_metadata* metadata,
+                                       std::size_t& failed) noexcept {
+    for (failed = 0; failed < count; ++failed) {
+        const encode_result r = encode_reference(recipe, rows[failed], codes + failed * stride);
+        if (r.code != errc::ok)
+            return r;
+        metadata[failed] = r.metadata;
+    }
+    return {};
 }
 
 inline encode_result encode_rows(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
                                  std::uint8_t* codes, std::size_t stride, row_metadata* metadata,
                                  std::size_t& failed) noexcept {
     const std::size_t n = recipe.channels;
-    for (failed = 0; failed < count; ++failed) {
-        const value_range range = range_of(rows[failed].x, n);
-        if (!range.finite)
-            return refuse_non_finite(rows[failed].x, n);
-        if (range.low < -largest_half || range.high > largest_half || n > lane_scratch_channels) {
-            const encode_result r = encode_reference(recipe, rows[failed], codes + failed * stride);
-            if (r.code != errc::ok)
-                return r;
-            metadata[failed] = r.metadata;
-        }
-    }
     if (n > lane_scratch_channels)
-        return {};
-    alignas(64) float x[lane_scratch_channels * lanes];
-    alignas(64) float wanted[lane_scratch_channels * lanes];
-    alignas(64) std::uint8_t lane_codes[lane_scratch_channels * lanes];
-    const bool compact_format = traits_of(recipe.format).metadata == metadata_kind::compact;
+        return encode_one_by_one(recipe, rows, count, codes, stride, metadata, failed);
+    lane_scratch scratch;
     for (std::size_t first = 0; first < count; first += lanes) {
         const std::size_t some = count - first < lanes ? count - first : lanes;
-        for (std::size_t i = 0; i < lanes; ++i) {
-            if (i >= some) {
-                for (std::size_t c = 0; c < n; ++c)
-                    x[c * lanes + i] = 0.0f;
-                continue;
-            }
-            const encode_row& row = rows[first + i];
-            if (row.mean == nullptr)
-                for (std::size_t c = 0; c < n; ++c)
-                    x[c * lanes + i] = row.x[c];
-            else
-                for (std::size_t c = 0; c < n; ++c)
-                    x[c * lanes + i] = row.x[c] - row.mean[c];
+        if (!load_vectors(rows + first, some, n, scratch.x) ||
+            !encode_lanes(recipe, rows + first, some, scratch, metadata + first))
+            return encode_one_by_one(recipe, rows, count, codes, stride, metadata, failed);
+        for (std::size_t i = 0; i < some; ++i) {
+            std::uint8_t* out = codes + (first + i) * stride;
+            std::size_t c = 0;
+            for (; c + 4 <= n; c += 4)
+                std::memcpy(out + c, &scratch.words[c / 4 * lanes + i], 4);
+            if (c < n)
+                std::memcpy(out + c, &scratch.words[c / 4 * lanes + i], n - c);
         }
-        const std::size_t done = compact_format
-                                     ? encode_lanes<true>(recipe, rows + first, some, x, wanted, lane_codes, metadata + first)
-                                     : encode_lanes<false>(recipe, rows + first, some, x, wanted, lane_codes, metadata + first);
-        if (done != some) {
-            failed = first + done;
-            return {errc::not_representable, rule_fp16_metadata, no_channel, {}};
-        }
-        for (std::size_t i = 0; i < some; ++i)
-            for (std::size_t c = 0; c < n; ++c)
-                codes[(first + i) * stride + c] = lane_codes[c * lanes + i];
     }
     return {};
 }

@@ -8,7 +8,9 @@
 #pragma once
 
 #include <kv1/layout.hpp>
+#include <kv1/quantizer.hpp>
 #include <kv1/status.hpp>
+#include <kv1/target.hpp>
 
 #include <cstddef>
 #include <cstdint>
@@ -107,12 +109,24 @@ struct query_rows {
     const float* values; // [rows][stride]
     const float* sums;   // [rows]: sum of the values
     // values / code_scale rounded (fast only), by part; in row tiles, stride bytes a row. On the scalar
-    // target: plain [rows][stride].
+    // target: plain [rows][stride]. Of pairs (kernels/pairs.inl): their multipliers, [0] alone.
     const std::int8_t* codes[2];
-    const float* code_scales; // [rows]
+    const std::uint8_t* tables; // of pairs, in row tiles, 8 stride bytes a row; null where not in pairs
+    const float* code_scales;   // [rows]
     // [rows]: -code_scale * max_code / 2 * sum of codes, which centres the stored codes
     const float* code_offsets;
 };
+
+// Keys whose 8-bit queries are tables over pairs of channels (kernels/pairs.inl), on the targets that can.
+constexpr bool takes_pairs(const format_traits& keys) noexcept { return keys.code_bits == 2; }
+constexpr bool takes_pairs(target t) noexcept {
+#if defined(__AVX512F__) && defined(__AVX512CD__) && defined(__AVX512VL__) && defined(__AVX512DQ__) &&       \
+    defined(__AVX512BW__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+    if (t == target::baseline)
+        return true;
+#endif
+    return t == target::avx512_vbmi;
+}
 
 // Scores of a block, to become softmax weights: exp(score - maximum), zero where a row does not see a token.
 struct softmax_rows {
@@ -136,7 +150,7 @@ struct encode_result {
 // How vectors become codes, where that is more than their format's own rule (detail/encode_reference.hpp).
 struct encode_recipe {
     kv_format format; // affine or compact
-    bool fit;         // levels by least squares
+    level_choice levels;
     std::size_t channels;
     std::size_t hadamard; // channels of a block; 0: no rotation
 };
@@ -144,7 +158,7 @@ struct encode_recipe {
 struct encode_row {
     const float* x;
     const float* mean;     // null: none
-    const float* feedback; // null, or [channels][channels] of factors; see encode_reference.hpp
+    const float* feedback; // null, or [channels][channels]; see encode_reference.hpp
 };
 
 // A vector and where it goes.

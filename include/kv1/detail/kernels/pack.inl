@@ -32,6 +32,14 @@ KV1_INLINE void pack_fields(const std::uint8_t* codes, std::size_t n, std::uint8
                 bytes[i / 8 + k / 2] = static_cast<std::uint8_t>(nibbles[k] | nibbles[k + 1] << 4);
         }
     }
+    for (; i + 8 <= n; i += 8) { // short vectors and ends: eight codes in a general register
+        std::uint64_t x;
+        std::memcpy(&x, codes + i, 8);
+        x = (x | (x >> (8 - Bits))) & (0x0001000100010001u * ((1u << 2 * Bits) - 1u));
+        x = (x | (x >> (16 - 2 * Bits))) & (0x0000000100000001u * ((std::uint64_t{1} << 4 * Bits) - 1u));
+        x |= x >> (32 - 4 * Bits);
+        std::memcpy(bytes + i / per_byte, &x, Bits);
+    }
     for (; i < n; i += per_byte) {
         unsigned byte = 0;
         for (std::size_t k = 0; k < per_byte && i + k < n; ++k)

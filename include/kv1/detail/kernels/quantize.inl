@@ -6,10 +6,11 @@
 
 #include <kv1/detail/precise_math_begin.inl>
 
-// Sums and quotients whose bits matter. The region's pragma acts on clang's own operators, not on intrinsics, which
+// Sums, differences and quotients whose bits matter. The region's pragma acts on clang's own operators, not on intrinsics, which
 // keep the flags of the place where their header was included; and xsimd divides by an estimated reciprocal on NEON.
 #if defined(__clang__) && defined(__x86_64__)
 KV1_INLINE f32 sum_of(f32 a, f32 b) { return f32(f32::register_type(a) + f32::register_type(b)); }
+KV1_INLINE f32 difference_of(f32 a, f32 b) { return f32(f32::register_type(a) - f32::register_type(b)); }
 KV1_INLINE f32 quotient_of(f32 a, f32 b) { return f32(f32::register_type(a) / f32::register_type(b)); }
 #elif defined(__GNUC__) && defined(__ARM_NEON) && !defined(__ARM_FEATURE_SVE)
 KV1_INLINE f32 sum_of(f32 a, f32 b) {
@@ -18,6 +19,13 @@ KV1_INLINE f32 sum_of(f32 a, f32 b) {
     __asm__ volatile("" : "+w"(sum));
 #endif
     return f32(sum);
+}
+KV1_INLINE f32 difference_of(f32 a, f32 b) {
+    f32::register_type difference = a - b;
+#if defined(__clang__) && defined(__FAST_MATH__)
+    __asm__ volatile("" : "+w"(difference));
+#endif
+    return f32(difference);
 }
 KV1_INLINE f32 quotient_of(f32 a, f32 b) {
     f32::register_type divisor = b;
@@ -31,6 +39,7 @@ KV1_INLINE f32 quotient_of(f32 a, f32 b) {
 // A function whose only floats are batches takes over the flags of the first of xsimd's that g++ inlines into it, until
 // it is inlined itself: there (1.5 s) / s became 1.5.
 KV1_INLINE f32 sum_of(f32 a, f32 b) { return a + b; }
+KV1_INLINE f32 difference_of(f32 a, f32 b) { return a - b; }
 KV1_INLINE f32 quotient_of(f32 a, f32 b) {
     f32::register_type divisor = b;
     __asm__("" : "+x"(divisor));
@@ -38,9 +47,11 @@ KV1_INLINE f32 quotient_of(f32 a, f32 b) {
 }
 #elif defined(_M_ARM64)
 KV1_INLINE f32 sum_of(f32 a, f32 b) { return a + b; }
+KV1_INLINE f32 difference_of(f32 a, f32 b) { return a - b; }
 KV1_INLINE f32 quotient_of(f32 a, f32 b) { return f32(vdivq_f32(a, b)); }
 #else
 KV1_INLINE f32 sum_of(f32 a, f32 b) { return a + b; }
+KV1_INLINE f32 difference_of(f32 a, f32 b) { return a - b; }
 KV1_INLINE f32 quotient_of(f32 a, f32 b) { return a / b; }
 #endif
 

@@ -16,7 +16,7 @@ const target_kernels& common_registry<Tag>::at(target t) noexcept {
         break;
     case target::baseline:
 #if KV1_HAS_BASELINE_SIMD
-        return baseline::kernels();
+        return baseline::best_kernels();
 #else
         break;
 #endif
@@ -31,6 +31,8 @@ const target_kernels& common_registry<Tag>::at(target t) noexcept {
         return avx512::kernels();
     case target::avx512_vnni:
         return avx512_vnni::kernels();
+    case target::avx512_vbmi:
+        return avx512_vnni::best_kernels();
 #else
     default:
         break;
@@ -46,7 +48,7 @@ const format_kernels& format_kernels_at(target t) noexcept {
         break;
     case target::baseline:
 #if KV1_HAS_BASELINE_SIMD
-        return baseline::kernels_for<F>();
+        return baseline::best_kernels_for<F>();
 #else
         break;
 #endif
@@ -61,6 +63,8 @@ const format_kernels& format_kernels_at(target t) noexcept {
         return avx512::kernels_for<F>();
     case target::avx512_vnni:
         return avx512_vnni::kernels_for<F>();
+    case target::avx512_vbmi:
+        return avx512_vnni::best_kernels_for<F>();
 #else
     default:
         break;

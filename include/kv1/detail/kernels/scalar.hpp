@@ -301,7 +301,7 @@ inline void attend_rows(const attention_job& job) noexcept {
         for (std::size_t c = 0; c < keys.channels; ++c)
             codes[c] = rounded_code(query[c] * inverse);
         std::fill_n(sums, values.channels, 0.0f);
-        const query_rows q{1, keys.channels, query, &query_sum, {codes, codes}, &step, nullptr};
+        const query_rows q{1, keys.channels, query, &query_sum, {codes, codes}, nullptr, &step, nullptr};
 
         softmax_state state;
         const std::size_t last = std::min(job.visible_base + token * job.visible_step, job.last_token);

@@ -19,50 +19,98 @@ KV1_INLINE i32 rounded_codes(f32 quotients) {
     return xs::to_int(nearest(xs::min(xs::max(quotients, f32(-127.0f)), f32(127.0f))));
 }
 
-// slope and base of the tokens of one register.
+// slope and base of a block's tokens, by slot.
+struct affine_slots {
+    alignas(64) float slopes[max_block_slots];
+    alignas(64) float bases[max_block_slots];
+};
+
+// Of a compact section. Out of line: one copy for all kernels, and none of its constants in their registers.
+KV1_NOINLINE inline void decode_compact(const block_view& view, affine_slots& out) noexcept {
+    const section_layout& s = *view.layout;
+    const f32 steps(static_cast<float>((1 << s.traits().code_bits) - 1) / 128.0f);
+    for (std::size_t slot = 0; slot < view.count * tile_tokens; slot += lanes) {
+        const tile_ref& ref = view.tiles[slot / tile_tokens];
+        const u32 pair = load_u16(reinterpret_cast<const std::uint16_t*>(ref.page + s.scale_offset) + ref.token +
+                                  slot % tile_tokens);
+        const f32 slope = half_to_float(pair & u32(compact_pair::scale_mask));
+        const i32 magnitude = xs::bitwise_cast<std::int32_t>(pair & u32(compact_pair::largest_offset));
+        const i32 sign = i32(0) - xs::bitwise_cast<std::int32_t>(pair >> 15);
+        slope.store_aligned(out.slopes + slot);
+        (slope * (xs::to_float(((magnitude ^ sign) - sign) - i32(64)) * steps)).store_aligned(out.bases + slot);
+    }
+}
+
+// A block's metadata, of any format that Format's kernels serve. Those of compact formats are decoded once for all
+// rows, into `room`; others as they are needed.
 template <class Format>
-KV1_INLINE void load_affine(const section_layout& s, const std::byte* page, std::size_t token, f32& slope,
-                            f32& base) {
-    constexpr metadata_kind kind = traits_of(kv_format_of<Format>).metadata;
-    if constexpr (kind == metadata_kind::none) {
-        slope = f32(1.0f);
-        base = f32(0.0f);
-    } else {
-        if constexpr (kind == metadata_kind::compact) {
-            constexpr auto steps = static_cast<float>((1 << traits_of(kv_format_of<Format>).code_bits) - 1) / 128.0f;
-            const u32 pair = load_u16(reinterpret_cast<const std::uint16_t*>(page + s.scale_offset) + token);
-            slope = half_to_float(pair & u32(compact_pair::scale_mask));
-            const i32 magnitude = xs::bitwise_cast<std::int32_t>(pair & u32(compact_pair::largest_offset));
-            const i32 sign = i32(0) - xs::bitwise_cast<std::int32_t>(pair >> 15);
-            base = slope * (xs::to_float(((magnitude ^ sign) - sign) - i32(64)) * f32(steps));
-        } else if constexpr (kind == metadata_kind::scale) {
-            slope = load_half(reinterpret_cast<const std::uint16_t*>(page + s.scale_offset) + token);
+struct block_metadata {
+    static constexpr int bits = traits_of(kv_format_of<Format>).code_bits;
+    static constexpr bool may_be_compact = bits >= 2 && bits <= 4;
+
+    const affine_slots* decoded = nullptr;
+
+    KV1_INLINE block_metadata(const block_view& view, affine_slots& room) {
+        if (may_be_compact && view.layout->traits().metadata == metadata_kind::compact) {
+            decode_compact(view, room);
+            decoded = &room;
+        }
+    }
+    // Of the register that begins at a slot, which is `token` of a page.
+    KV1_INLINE void load(const section_layout& s, std::size_t slot, const std::byte* page, std::size_t token, f32& slope,
+                         f32& base) const {
+        const auto* scales = reinterpret_cast<const std::uint16_t*>(page + s.scale_offset) + token;
+        if (bits == 0 || (bits == 1 && s.format == kv_format::binary)) {
+            slope = f32(1.0f);
+            base = f32(0.0f);
+        } else if (bits == 1) {
+            slope = load_half(scales);
             base = f32(0.0f) - slope;
             slope = slope + slope;
+        } else if (may_be_compact && decoded != nullptr) {
+            slope = f32::load_aligned(decoded->slopes + slot);
+            base = f32::load_aligned(decoded->bases + slot);
         } else {
-            slope = load_half(reinterpret_cast<const std::uint16_t*>(page + s.scale_offset) + token);
+            slope = load_half(scales);
             base = load_half(reinterpret_cast<const std::uint16_t*>(page + s.minimum_offset) + token);
         }
     }
-}
+};
 
 // Registers of tokens taken at once: 16 accumulators for four rows where there are 32 registers, 8 where 16.
 template <std::size_t R>
 inline constexpr std::size_t registers_at_once = many_registers ? 4 : R >= 3 ? 2 : 4;
 
-// What the scores of R rows need, where storing scores can not change it.
+// Dot products of codes, channel by channel; a row tile's queries, where storing scores can not change them.
+struct single_dots {
+    const std::int8_t* codes[2];
+    single_dots(const query_rows& q, std::size_t row)
+        : codes{q.codes[0] + row * q.stride, q.codes[1] + row * q.stride} {}
+
+    template <class Format, std::size_t R, std::size_t N>
+    KV1_INLINE void add(key_walk<N>& walk, const section_layout& s, i32 (&total)[R][N]) const {
+        constexpr format_traits t = traits_of(kv_format_of<Format>);
+        add_dots<t.parts[0].bits, t.parts[0].shift, false>(walk, s.part_lines(0), codes[0], total);
+        if constexpr (t.part_count() == 2) {
+            KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
+                walk.first[n] += s.part_lines(0) * line_lanes;
+            add_dots<t.parts[1].bits, t.parts[1].shift, false>(walk, s.part_lines(1), codes[1], total);
+        }
+    }
+};
+
+// What the scores of R rows need beside.
 template <std::size_t R>
 struct score_rows {
-    const std::int8_t* codes[2];
     float scale[R], offset[R], sum[R];
 };
 
 // Scores of R rows for N registers, from register `at` of the block on (`pieces` registers a tile).
-template <class Format, std::size_t R, std::size_t N>
-KV1_INLINE void fast_score_step(const block_view& view, const section_layout& s, const score_rows<R>& q,
+template <class Format, std::size_t R, std::size_t N, class Dots>
+KV1_INLINE void fast_score_step(const block_view& view, const section_layout& s,
+                                const block_metadata<Format>& metadata, const Dots& dots, const score_rows<R>& q,
                                 std::size_t at, float* scores, f32 (&top)[R]) {
-    constexpr format_traits t = traits_of(kv_format_of<Format>);
-    constexpr auto max_code = static_cast<float>((1 << t.code_bits) - 1);
+    constexpr auto max_code = static_cast<float>((1 << traits_of(kv_format_of<Format>).code_bits) - 1);
     key_walk<N> walk;
     KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
         const std::size_t tile = (at + n) / pieces;
@@ -76,18 +124,13 @@ KV1_INLINE void fast_score_step(const block_view& view, const section_layout& s,
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
             total[r][n] = i32(0);
-    add_dots<t.parts[0].bits, t.parts[0].shift, false>(walk, s.part_lines(0), q.codes[0], total);
-    if constexpr (t.part_count() == 2) {
-        KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
-            walk.first[n] += s.part_lines(0) * line_lanes;
-        add_dots<t.parts[1].bits, t.parts[1].shift, false>(walk, s.part_lines(1), q.codes[1], total);
-    }
+    dots.template add<Format>(walk, s, total);
     KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
         if ((at + n) % pieces == 0)
             prefetch_metadata(view, (at + n) / pieces);
         f32 slope, base;
         const tile_ref& ref = view.tiles[(at + n) / pieces];
-        load_affine<Format>(s, ref.page, ref.token + (at + n) % pieces * lanes, slope, base);
+        metadata.load(s, (at + n) * lanes, ref.page, ref.token + (at + n) % pieces * lanes, slope, base);
         const f32 centre = xs::fma(slope, f32(0.5f * max_code), base);
         KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
             const f32 dot = xs::fma(xs::to_float(total[r][n]), f32(q.scale[r]), f32(q.offset[r]));
@@ -98,12 +141,15 @@ KV1_INLINE void fast_score_step(const block_view& view, const section_layout& s,
     }
 }
 
-template <class Format, std::size_t R>
-inline void fast_scores(const block_view& block, const query_rows& q, std::size_t row, float* scores, float* tops) {
+template <class Format, std::size_t R, class Dots>
+inline void fast_scores(const block_view& block, const block_metadata<Format>& known, const query_rows& q,
+                        std::size_t row, float* scores, float* tops) {
     constexpr std::size_t at_once = registers_at_once<R>;
     const block_view view = block;
     const section_layout layout = *block.layout;
-    score_rows<R> rows{{q.codes[0] + row * q.stride, q.codes[1] + row * q.stride}, {}, {}, {}};
+    const block_metadata<Format> metadata = known;
+    const Dots dots(q, row);
+    score_rows<R> rows{};
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
         rows.scale[r] = q.code_scales[row + r];
         rows.offset[r] = q.code_offsets[row + r];
@@ -116,9 +162,9 @@ inline void fast_scores(const block_view& block, const query_rows& q, std::size_
     const std::size_t end = view.count * pieces;
     std::size_t at = 0;
     for (; at + at_once <= end; at += at_once)
-        fast_score_step<Format, R, at_once>(view, layout, rows, at, scores, top);
+        fast_score_step<Format, R, at_once>(view, layout, metadata, dots, rows, at, scores, top);
     for (; at < end; ++at)
-        fast_score_step<Format, R, 1>(view, layout, rows, at, scores, top);
+        fast_score_step<Format, R, 1>(view, layout, metadata, dots, rows, at, scores, top);
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
         tops[row + r] = xs::reduce_max(top[r]);
 }
@@ -176,8 +222,8 @@ template <class Format>
 inline constexpr std::size_t exact_registers = traits_of(kv_format_of<Format>).code_bits == 0 ? 2 : 1;
 
 template <class Format, std::size_t R, std::size_t N>
-KV1_INLINE void exact_score_step(const block_view& view, const query_rows& q, std::size_t row, std::size_t at,
-                                 float* scores, f32 (&top)[R]) {
+KV1_INLINE void exact_score_step(const block_view& view, const block_metadata<Format>& metadata, const query_rows& q,
+                                 std::size_t row, std::size_t at, float* scores, f32 (&top)[R]) {
     using reader = field_reader<Format>;
     const section_layout& s = *view.layout;
     const std::size_t runs = round_up(s.channels, reader::fields) / reader::fields;
@@ -191,7 +237,7 @@ KV1_INLINE void exact_score_step(const block_view& view, const query_rows& q, st
                    ref.token / tile_tokens * s.unit_lines() * line_lanes + (at + n) % pieces * lanes;
         next[n] = tile < view.next_count ? share_of(view, tile)
                                          : reinterpret_cast<const std::byte*>(first[n]);
-        load_affine<Format>(s, ref.page, ref.token + (at + n) % pieces * lanes, slope[n], base[n]);
+        metadata.load(s, (at + n) * lanes, ref.page, ref.token + (at + n) % pieces * lanes, slope[n], base[n]);
         if ((at + n) % pieces == 0)
             prefetch_metadata(view, tile);
         KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
@@ -224,7 +270,8 @@ KV1_INLINE void exact_score_step(const block_view& view, const query_rows& q, st
 }
 
 template <class Format, std::size_t R>
-inline void exact_scores(const block_view& view, const query_rows& q, std::size_t row, float* scores, float* tops) {
+inline void exact_scores(const block_view& view, const block_metadata<Format>& metadata, const query_rows& q,
+                         std::size_t row, float* scores, float* tops) {
     f32 top[R];
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
         top[r] = f32(lowest_score);
@@ -233,10 +280,10 @@ inline void exact_scores(const block_view& view, const query_rows& q, std::size_
     const std::size_t end = view.count * pieces;
     std::size_t at = 0;
     for (; at + at_once <= end; at += at_once)
-        exact_score_step<Format, R, at_once>(view, q, row, at, scores, top);
+        exact_score_step<Format, R, at_once>(view, metadata, q, row, at, scores, top);
     if constexpr (pieces % at_once != 0)
         for (; at < end; ++at)
-            exact_score_step<Format, R, 1>(view, q, row, at, scores, top);
+            exact_score_step<Format, R, 1>(view, metadata, q, row, at, scores, top);
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
         tops[row + r] = xs::reduce_max(top[r]);
 }
@@ -275,15 +322,22 @@ KV1_INLINE void for_row_tiles(std::size_t rows, const F& function) {
     }
 }
 
-template <class Format>
+template <class Format, class Dots>
 inline void key_scores_fast(const block_view& view, const query_rows& q, float* scores, float* tops) noexcept {
-    for_row_tiles(q.rows,
-                  [&](auto size, std::size_t row) { fast_scores<Format, size()>(view, q, row, scores, tops); });
+    affine_slots room;
+    const block_metadata<Format> metadata(view, room);
+    for_row_tiles(q.rows, [&](auto size, std::size_t row) {
+        fast_scores<Format, size(), Dots>(view, metadata, q, row, scores, tops);
+    });
 }
 
 template <class Format>
 inline void key_scores_exact(const block_view& view, const query_rows& q, float* scores, float* tops) noexcept {
-    const auto some = [&](auto size, std::size_t row) { exact_scores<Format, size()>(view, q, row, scores, tops); };
+    affine_slots room;
+    const block_metadata<Format> metadata(view, room);
+    const auto some = [&](auto size, std::size_t row) {
+        exact_scores<Format, size()>(view, metadata, q, row, scores, tops);
+    };
     if constexpr (exact_registers<Format> == 1)
         for_few_row_tiles(q.rows, some);
     else

@@ -5,19 +5,52 @@
 inline const target_kernels& kernels() noexcept {
     static constexpr target_kernels table{load_floats,   store_floats, encode_affine, encode_scaled_binary,
                                           encode_binary, pack,         unpack,        insert_codes,
-                                          append_affine2, encode_rows,  rotate,        attend_rows};
+                                          append_affine2, encode_rows,  rotate,        attend_rows<false>};
     return table;
 }
 
 template <class Format>
 inline const format_kernels& kernels_for() noexcept {
-    if constexpr (traits_of(kv_format_of<Format>).code_bits == 0) {
+    using shared = typename kernel_format<Format>::type;
+    if constexpr (!std::is_same_v<Format, shared>) {
+        return kernels_for<shared>();
+    } else if constexpr (traits_of(kv_format_of<Format>).code_bits == 0) {
         static constexpr format_kernels table{{key_scores_exact<Format>, key_scores_exact<Format>},
                                               {value_sums_exact<Format>, value_sums_exact<Format>}};
         return table;
     } else {
-        static constexpr format_kernels table{{key_scores_fast<Format>, key_scores_exact<Format>},
+        static constexpr format_kernels table{{key_scores_fast<Format, single_dots>, key_scores_exact<Format>},
                                               {value_sums_fast<Format>, value_sums_exact<Format>}};
         return table;
     }
 }
+
+// The same with keys of 2 bits in pairs, where the target can.
+#if defined(KV1_ISA_PAIRS)
+inline const target_kernels& best_kernels() noexcept {
+    static constexpr target_kernels table{load_floats,   store_floats, encode_affine, encode_scaled_binary,
+                                          encode_binary, pack,         unpack,        insert_codes,
+                                          append_affine2, encode_rows,  rotate,        attend_rows<true>};
+    return table;
+}
+
+template <class Format>
+inline const format_kernels& best_kernels_for() noexcept {
+    using shared = typename kernel_format<Format>::type;
+    if constexpr (!takes_pairs(traits_of(kv_format_of<Format>))) {
+        return kernels_for<Format>();
+    } else if constexpr (!std::is_same_v<Format, shared>) {
+        return best_kernels_for<shared>();
+    } else {
+        static constexpr format_kernels table{{key_scores_fast<Format, pair_dots>, key_scores_exact<Format>},
+                                              {value_sums_fast<Format>, value_sums_exact<Format>}};
+        return table;
+    }
+}
+#else
+inline const target_kernels& best_kernels() noexcept { return kernels(); }
+template <class Format>
+inline const format_kernels& best_kernels_for() noexcept {
+    return kernels_for<Format>();
+}
+#endif

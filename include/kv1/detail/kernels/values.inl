@@ -55,8 +55,8 @@ KV1_INLINE void store_weight_codes(const std::uint8_t* codes, std::size_t k, std
 }
 
 template <class Format, std::size_t R>
-KV1_INLINE void round_weights(const block_view& view, const softmax_rows& w, std::size_t row,
-                              rounded_weights<R>& out) {
+KV1_INLINE void round_weights(const block_view& view, const block_metadata<Format>& metadata, const softmax_rows& w,
+                              std::size_t row, rounded_weights<R>& out) {
     constexpr format_traits t = traits_of(kv_format_of<Format>);
     constexpr auto max_code = static_cast<float>((1 << t.code_bits) - 1);
     constexpr auto top_weight = static_cast<float>(top_weight_code(t.code_bits));
@@ -72,7 +72,7 @@ KV1_INLINE void round_weights(const block_view& view, const softmax_rows& w, std
         prefetch_metadata(view, k);
         KV1_UNROLL for (std::size_t i = 0; i < pieces; ++i) {
             f32 slope, base;
-            load_affine<Format>(*view.layout, ref.page, ref.token + i * lanes, slope, base);
+            metadata.load(*view.layout, k * tile_tokens + i * lanes, ref.page, ref.token + i * lanes, slope, base);
             const f32 centre = xs::fma(slope, f32(0.5f * max_code), base);
             KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
                 float* at = scores + r * score_stride + k * tile_tokens + i * lanes;
@@ -182,11 +182,11 @@ KV1_INLINE void fast_sum_step(const section_layout& s, const value_lines& lines,
 }
 
 template <class Format, std::size_t R>
-inline void fast_sums(const block_view& view, const value_lines& lines, const softmax_rows& w, std::size_t row,
-                      float* sums, std::size_t sum_stride) {
+inline void fast_sums(const block_view& view, const block_metadata<Format>& metadata, const value_lines& lines,
+                      const softmax_rows& w, std::size_t row, float* sums, std::size_t sum_stride) {
     constexpr std::size_t at_once = registers_at_once<R>;
     rounded_weights<R> rounded;
-    round_weights<Format, R>(view, w, row, rounded);
+    round_weights<Format, R>(view, metadata, w, row, rounded);
     const section_layout& s = *view.layout;
     const std::size_t channels = round_up(s.channels, line_lanes);
     float* out = sums + row * sum_stride;
@@ -217,17 +217,11 @@ KV1_INLINE void exponentiate(std::size_t slots, const softmax_rows& w, std::size
     }
 }
 
-// slope and base of a block's tokens, by slot.
-struct affine_slots {
-    alignas(64) float slopes[max_block_slots];
-    alignas(64) float bases[max_block_slots];
-};
-
 template <class Format, std::size_t R, std::size_t N>
 KV1_INLINE void exact_sum_step(const block_view& view, const affine_slots& affine, const softmax_rows& w,
                                std::size_t row, std::size_t channel, float* sums, std::size_t sum_stride) {
     using reader = field_reader<Format>;
-    constexpr bool coded = reader::t.metadata != metadata_kind::none;
+    constexpr bool coded = reader::t.code_bits != 0;
     const section_layout& s = *view.layout;
     const std::size_t unit = s.unit_lines() * line_bytes;
     const std::size_t groups = s.units();
@@ -293,8 +287,10 @@ inline void value_sums_fast(const block_view& view, const softmax_rows& w, float
                             std::size_t stride) noexcept {
     value_lines lines;
     list_lines<Format>(view, lines);
+    affine_slots room;
+    const block_metadata<Format> metadata(view, room);
     for_row_tiles(w.rows, [&](auto size, std::size_t row) {
-        fast_sums<Format, size()>(view, lines, w, row, sums, stride);
+        fast_sums<Format, size()>(view, metadata, lines, w, row, sums, stride);
     });
 }
 
@@ -302,16 +298,19 @@ template <class Format>
 inline void value_sums_exact(const block_view& view, const softmax_rows& w, float* sums,
                              std::size_t stride) noexcept {
     affine_slots affine;
-    if constexpr (traits_of(kv_format_of<Format>).metadata != metadata_kind::none)
+    if constexpr (traits_of(kv_format_of<Format>).code_bits != 0) {
+        const block_metadata<Format> metadata(view, affine);
         for (std::size_t k = 0; k < view.count; ++k) {
             prefetch_metadata(view, k);
-            for (std::size_t i = 0; i < tile_tokens; i += lanes) {
+            for (std::size_t i = 0; i < tile_tokens && metadata.decoded == nullptr; i += lanes) {
                 f32 slope, base;
-                load_affine<Format>(*view.layout, view.tiles[k].page, view.tiles[k].token + i, slope, base);
+                metadata.load(*view.layout, k * tile_tokens + i, view.tiles[k].page, view.tiles[k].token + i, slope,
+                              base);
                 slope.store_aligned(affine.slopes + k * tile_tokens + i);
                 base.store_aligned(affine.bases + k * tile_tokens + i);
             }
         }
+    }
     const auto some = [&](auto size, std::size_t row) {
         exact_sums<Format, size()>(view, affine, w, row, sums, stride);
     };

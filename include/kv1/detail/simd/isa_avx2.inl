@@ -94,6 +94,8 @@ KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
 }
+// A square of lanes x lanes numbers.
+KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }
 // To the nearest integer, ties to even.
 KV1_INLINE f32 nearest(f32 x) { return xs::nearbyint(x); }
 KV1_INLINE i32 round_to_int(f32 x) { return i32(_mm256_cvtps_epi32(__m256(x))); }

@@ -62,6 +62,31 @@ KV1_INLINE i32 dot_finish(dot_sum sum) {
 }
 #endif
 
+#if defined(KV1_ISA_PAIRS)
+// Byte by byte table[index % 64]. Assembly, since the region's functions may run without VBMI: only those that ask for
+// it call this.
+KV1_INLINE u32 look_up(u32 index, u32 table) {
+#if defined(__GNUC__)
+    __m512i found;
+    __asm__("vpermb %2, %1, %0" : "=v"(found) : "v"(__m512i(index)), "v"(__m512i(table)));
+    return u32(found);
+#else
+    return u32(_mm512_permutexvar_epi8(__m512i(index), __m512i(table)));
+#endif
+}
+// (x & mask) | bits
+KV1_INLINE u32 and_or(u32 x, u32 mask, u32 bits) {
+    return u32(_mm512_ternarylogic_epi32(__m512i(x), __m512i(mask), __m512i(bits), 0xea));
+}
+// Numbers at even and at odd places of two registers.
+KV1_INLINE void split_pairs(const float* p, f32& even, f32& odd) {
+    const __m512i places = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512 a = _mm512_load_ps(p), b = _mm512_load_ps(p + lanes);
+    even = f32(_mm512_permutex2var_ps(a, places, b));
+    odd = f32(_mm512_permutex2var_ps(a, _mm512_add_epi32(places, _mm512_set1_epi32(1)), b));
+}
+#endif
+
 KV1_INLINE u32 load_u16(const std::uint16_t* p) {
     return u32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 }
@@ -81,6 +106,32 @@ KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
 // Sixteen numbers 0 ... 255 to bytes, in one store: they are read again at once, in other pieces.
 KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) {
     store_u8(xs::bitwise_cast<std::uint32_t>(x[0]), p);
+}
+// A square of lanes x lanes numbers: pairs of numbers, pairs of pairs, then quarters of registers change places.
+KV1_INLINE void transpose(f32 (&x)[lanes]) {
+    __m512i r[lanes], t[lanes];
+    KV1_UNROLL for (std::size_t i = 0; i < lanes; ++i)
+        r[i] = _mm512_castps_si512(__m512(x[i]));
+    KV1_UNROLL for (std::size_t i = 0; i < lanes; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    KV1_UNROLL for (std::size_t i = 0; i < lanes; i += 4)
+        KV1_UNROLL for (std::size_t k = 0; k < 2; ++k) {
+            r[i + 2 * k] = _mm512_unpacklo_epi64(t[i + k], t[i + k + 2]);
+            r[i + 2 * k + 1] = _mm512_unpackhi_epi64(t[i + k], t[i + k + 2]);
+        }
+    KV1_UNROLL for (std::size_t i = 0; i < lanes; i += 8)
+        KV1_UNROLL for (std::size_t k = 0; k < 4; ++k) { // quarters 0 and 2, 1 and 3
+            t[i + k] = _mm512_shuffle_i32x4(r[i + k], r[i + k + 4], 0x88);
+            t[i + k + 4] = _mm512_shuffle_i32x4(r[i + k], r[i + k + 4], 0xdd);
+        }
+    KV1_UNROLL for (std::size_t k = 0; k < 4; ++k) {
+        x[k] = f32(_mm512_castsi512_ps(_mm512_shuffle_i32x4(t[k], t[k + 8], 0x88)));
+        x[k + 8] = f32(_mm512_castsi512_ps(_mm512_shuffle_i32x4(t[k], t[k + 8], 0xdd)));
+        x[k + 4] = f32(_mm512_castsi512_ps(_mm512_shuffle_i32x4(t[k + 4], t[k + 12], 0x88)));
+        x[k + 12] = f32(_mm512_castsi512_ps(_mm512_shuffle_i32x4(t[k + 4], t[k + 12], 0xdd)));
+    }
 }
 // To the nearest integer, ties to even.
 KV1_INLINE f32 nearest(f32 x) { return xs::nearbyint(x); }

@@ -89,6 +89,8 @@ KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) {
     for (std::size_t i = 0; i < pieces; ++i)
         store_u8(xs::bitwise_cast<std::uint32_t>(x[i]), p + i * lanes);
 }
+// A square of lanes x lanes numbers.
+KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }
 // To the nearest integer, ties to even.
 KV1_INLINE f32 nearest(f32 x) { return xs::nearbyint(x); }
 KV1_INLINE i32 round_to_int(f32 x) { return xs::to_int(xs::nearbyint(x)); }

@@ -98,6 +98,8 @@ KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) {
     };
     vst1q_u8(p, vcombine_u8(vmovn_u16(words(x[0], x[1])), vmovn_u16(words(x[2], x[3]))));
 }
+// A square of lanes x lanes numbers.
+KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }
 // To the nearest integer, ties to even.
 KV1_INLINE f32 nearest(f32 x) { return f32(vrndnq_f32(float32x4_t(x))); }
 KV1_INLINE i32 round_to_int(f32 x) { return i32(vcvtnq_s32_f32(float32x4_t(x))); }

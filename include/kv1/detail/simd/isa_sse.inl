@@ -115,6 +115,8 @@ KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) {
     const __m128i low = _mm_packs_epi32(__m128i(x[0]), __m128i(x[1])), high = _mm_packs_epi32(__m128i(x[2]), __m128i(x[3]));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(low, high));
 }
+// A square of lanes x lanes numbers.
+KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }
 // To the nearest integer, ties to even.
 KV1_INLINE i32 round_to_int(f32 x) { return i32(_mm_cvtps_epi32(__m128(x))); }
 // x * 2^n for integral n >= exp2_zero_from, which gives zero.

@@ -58,10 +58,13 @@
 
 #if defined(__GNUC__)
 #define KV1_INLINE inline __attribute__((always_inline))
+#define KV1_NOINLINE __attribute__((noinline))
 #elif defined(_MSC_VER)
 #define KV1_INLINE __forceinline
+#define KV1_NOINLINE __declspec(noinline)
 #else
 #define KV1_INLINE inline
+#define KV1_NOINLINE
 #endif
 
 // Before a loop over registers: both compilers keep arrays in registers only where such loops are unrolled.
@@ -72,6 +75,8 @@
 #else
 #define KV1_UNROLL
 #endif
+
+// KV1_ISA_PAIRS, where it is defined: keys of 2 bits may be taken in pairs (kernels/pairs.inl).
 
 // Keeps g++ from rearranging a chain of additions into a tree, whose leaves it then spills.
 #if defined(__GNUC__) && !defined(__clang__)
@@ -112,6 +117,9 @@ using arch = xs::best_arch;
 #else
 #define KV1_ISA_VNNI 0
 #endif
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+#define KV1_ISA_PAIRS 1
+#endif
 #include <kv1/detail/simd/isa_avx512.inl>
 #undef KV1_ISA_VNNI
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -146,6 +154,7 @@ using arch = xs::best_arch;
 #include <kv1/detail/kernels/all.inl>
 #undef KV1_ISA_GENERIC
 #undef KV1_ISA_PDEP
+#undef KV1_ISA_PAIRS
 } // namespace kv1::inline KV1_ABI::detail::baseline
 #else
 #define KV1_HAS_BASELINE_SIMD 0
@@ -284,9 +293,11 @@ namespace kv1::inline KV1_ABI::detail::avx512_vnni {
 namespace xs = ::kv1_xsimd_avx512;
 using arch = xs::avx512bw;
 #define KV1_ISA_VNNI 1
+#define KV1_ISA_PAIRS 1
 #include <kv1/detail/simd/isa_avx512.inl>
 #undef KV1_ISA_VNNI
 #include <kv1/detail/kernels/all.inl>
+#undef KV1_ISA_PAIRS
 } // namespace kv1::inline KV1_ABI::detail::avx512_vnni
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -308,5 +319,6 @@ using arch = xs::avx512bw;
 #pragma GCC diagnostic pop
 #endif
 #undef KV1_INLINE
+#undef KV1_NOINLINE
 #undef KV1_UNROLL
 #undef KV1_IN_ORDER

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Scores against keys of 2 bits, two channels at a time. Parsed once per target; empty but where a byte of a register
+// can be looked up in a table of 64 (AVX-512 VBMI).
+//
+// What a pair of channels adds to a score, f = a (c_a - 3/2) + b (c_b - 3/2), takes sixteen values, within +-R,
+// R = 3/2 (|a| + |b|). With a step common to the row and a multiplier m of the pair,
+//
+//   step = 2 max R / (127 * 255), m = ceil(127 R / max R), f ~ step * m * (t - 255/2), t = 0 ... 255
+//
+// so four bits of codes are an index to a table of t, four pairs make one table of 64 bytes, and one vpermb with one
+// vpdpbusd do what two vpdpbusd do with single codes: scores.inl's products and half of its masks become lookups, which
+// are made in parallel (vpermb: FP1, FP2; vpdpbusd: FP0, FP1). And they are nearer to the truth: an error of a pair is
+// a third of R / 127, uniform, where single 8-bit queries err by the largest of all channels.
+//
+//   line of K      lane = token, byte j of it = channels 4 j ... 4 j + 3: pairs (0, 1) in its low half, (2, 3) above
+//   tables         [line][half][row of the tile][64]: entry 16 j + c_a + 4 c_b
+//   multipliers    [line][half][row of the tile][4]
+//
+// Per line (16 tokens x 16 channels) and 4 registers of 4 rows: 32 vpermb, 32 vpdpbusd, 4 shifts, 8 vpternlog, 8 tables
+// and 8 broadcasts loaded. Tables cost 7 operations a pair, once a task.
+
+#if defined(KV1_ISA_PAIRS)
+
+inline constexpr float pair_top = 255.0f, multiplier_top = 127.0f;
+
+// The table and multipliers of a row: r of R rows of its tile. `padded` channels, a multiple of 32.
+inline void pair_query(const float* query, std::size_t padded, std::uint8_t* tables, std::int8_t* multipliers,
+                       std::size_t r, std::size_t rows, float& scale, float& offset) noexcept {
+    f32 widest(0.0f);
+    for (std::size_t i = 0; i < padded; i += 2 * lanes) {
+        f32 a, b;
+        split_pairs(query + i, a, b);
+        widest = xs::max(widest, xs::abs(a) + xs::abs(b));
+    }
+    const float top = 1.5f * xs::reduce_max(widest);
+    alignas(64) float first[max_head_dim / 2], second[max_head_dim / 2];
+    alignas(64) std::uint8_t plain[max_head_dim / 2];
+    f32 total(0.0f);
+    for (std::size_t i = 0; i < padded; i += 2 * lanes) {
+        f32 a, b;
+        split_pairs(query + i, a, b);
+        const f32 reach = f32(1.5f) * (xs::abs(a) + xs::abs(b));
+        // a NaN, or nothing at all, ends as 0
+        const f32 multiplier =
+            xs::min(xs::max(xs::ceil(f32(multiplier_top) * (reach / f32(top))), f32(0.0f)), f32(multiplier_top));
+        const f32 inverse = f32(0.5f * pair_top) / (multiplier * f32(top / multiplier_top));
+        const auto any = multiplier > f32(0.0f);
+        xs::select(any, a * inverse, f32(0.0f)).store_aligned(first + i / 2);
+        xs::select(any, b * inverse, f32(0.0f)).store_aligned(second + i / 2);
+        store_u8(xs::bitwise_cast<std::uint32_t>(xs::to_int(multiplier)), plain + i / 2);
+        total = total + multiplier;
+    }
+    scale = top / multiplier_top * (2.0f / pair_top);
+    offset = -scale * (0.5f * pair_top * xs::reduce_add(total));
+
+    alignas(64) float codes_a[16], codes_b[16];
+    for (int c = 0; c < 16; ++c) {
+        codes_a[c] = static_cast<float>(c & 3) - 1.5f;
+        codes_b[c] = static_cast<float>(c >> 2) - 1.5f;
+    }
+    const f32 a = f32::load_aligned(codes_a), b = f32::load_aligned(codes_b);
+    for (std::size_t line = 0; line < padded / 16; ++line)
+        for (std::size_t half = 0; half < 2; ++half) {
+            const std::size_t at = (line * 2 + half) * rows + r;
+            for (std::size_t j = 0; j < 4; ++j) {
+                const std::size_t pair = line * 8 + j * 2 + half;
+                const f32 entries =
+                    xs::fma(f32(second[pair]), b, xs::fma(f32(first[pair]), a, f32(0.5f * pair_top)));
+                store_u8(xs::bitwise_cast<std::uint32_t>(round_to_int(entries)), tables + at * 64 + j * 16);
+                multipliers[at * 4 + j] = static_cast<std::int8_t>(plain[pair]);
+            }
+        }
+}
+
+struct pair_dots {
+    const std::int8_t* multipliers;
+    const std::uint8_t* tables;
+    pair_dots(const query_rows& q, std::size_t row)
+        : multipliers(q.codes[0] + row * q.stride), tables(q.tables + row * 8 * q.stride) {}
+
+    template <class Format, std::size_t R, std::size_t N>
+    KV1_INLINE void add(key_walk<N>& walk, const section_layout& s, i32 (&total)[R][N]) const {
+        const u32 mask(0x0f0f0f0fu), places(0x30201000u);
+        const std::size_t lines = s.part_lines(0);
+        for (std::size_t l = 0; l < lines; ++l) {
+            u32 packed[N];
+            KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
+                packed[n] = u32::load_aligned(walk.line(l, n));
+                prefetch(walk.ahead(l, n));
+            }
+            KV1_UNROLL for (std::size_t half = 0; half < 2; ++half) {
+                u32 index[N];
+                KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
+                    index[n] = and_or(half == 0 ? packed[n] : packed[n] >> 4, mask, places);
+                KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
+                    const std::size_t at = (l * 2 + half) * R + r;
+                    const u32 table = u32::load_aligned(reinterpret_cast<const std::uint32_t*>(tables + at * 64));
+                    std::int32_t four;
+                    std::memcpy(&four, multipliers + at * 4, 4);
+                    const dot_row broadcast = dot_broadcast<false>(four);
+                    KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
+                        total[r][n] = dot_add<255, false>(total[r][n], look_up(index[n], table), broadcast);
+                        pin(total[r][n]);
+                    }
+                }
+            }
+        }
+    }
+
+private:
+    static KV1_INLINE void pin(i32& x) {
+        __m512i r = x;
+        KV1_IN_ORDER(r, "v");
+        x = i32(r);
+    }
+};
+
+#endif

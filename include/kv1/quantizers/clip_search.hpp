@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// clip_search<Q>: the format of Q, affine or compact, with the range of the vector narrowed about its middle
+// where that takes more error off the channels inside than it adds to those outside. Same bytes, same
+// decoder.
+//
+// Candidates are the range as min/max would store it and, with L = 2^bits - 1 and k = 1 ... 9,
+//
+//   scale = (hi - lo) (16 - k) / (16 L) as stored, base = (lo + hi) / 2 - scale L / 2
+//
+// The one with the smallest squared error is taken, the widest of equals: never worse than min/max, and no
+// further from the best evenly spaced levels about the middle than a grid of sixteenths is. least_squares<Q>
+// moves the middle, too, and costs half as much; this is the search that other engines' formats come with.
+//
+// Sums run as in least_squares.hpp: the same bits on every target. O(n), no allocation.
+#pragma once
+
+#include <kv1/quantizers/least_squares.hpp>
+
+namespace kv1::inline KV1_ABI {
+
+namespace detail {
+
+inline constexpr int clip_candidates = 10; // with the whole range
+constexpr float clip_share(int k) noexcept { return static_cast<float>(16 - k) / 16.0f; }
+
+#include <kv1/detail/precise_math_begin.inl>
+
+// Candidate k > 0.
+template <class Q>
+stored_levels clipped_levels(float lo, float hi, int k) noexcept {
+    using format = level_format<Q>;
+    const float middle = 0.5f * lo + 0.5f * hi;
+    const std::uint16_t scale =
+        format::round_scale(product_of(hi - lo, clip_share(k)) / as_written(format::max_code));
+    return format::store(scale, middle - product_of(format::scale_of(scale), 0.5f * format::max_code));
+}
+
+// As fit_levels.
+template <class Q>
+stored_levels search_levels(std::span<const float> x, std::uint8_t* codes) noexcept {
+    constexpr float max_code = level_format<Q>::max_code;
+    const auto [lo, hi] = plain_range(x);
+    const stored_levels range = range_levels<Q>(lo, hi);
+    if (!range.fits)
+        return range;
+    level_selection best{range, nearest_codes(x, range, max_code, codes), codes};
+    for (int k = 1; k < clip_candidates; ++k)
+        best.consider(x, clipped_levels<Q>(lo, hi, k), max_code);
+    return best.levels;
+}
+
+#include <kv1/detail/precise_math_end.inl>
+
+} // namespace detail
+
+/// Q's format, fitted by a search over narrower ranges. Q is affine, of 1 to 8 bits, or compact.
+template <class Q>
+struct clip_search : detail::chosen_levels<Q, detail::search_levels<Q>> {};
+
+static_assert(quantizer<clip_search<affine<2>>> && quantizer<clip_search<compact<2>>>);
+
+} // namespace kv1::inline KV1_ABI
