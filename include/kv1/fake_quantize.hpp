@@ -14,8 +14,8 @@
 //                       or maximum is about to change; rounding to fp16 counts as the identity.
 //
 // With round_metadata the forward pass equals what a cache with that format and encoding (encoding.hpp, but
-// for error weights) gives back, bit for bit. Without it scale and minimum stay in fp32, as the KV1 reference
-// trains; a compact format's offset is then any between its ends.
+// for clip search and error weights) gives back, bit for bit. Without it scale and minimum stay in fp32, as
+// the KV1 reference trains; a compact format's offset is then any between its ends.
 //
 // Everything here works on rows of `channels` values, one vector each, in O(values) (Hadamard: times log
 // channels), allocates nothing, and is thread-safe. An error names the row as `token`; rows before it are
