@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 """Plots what long_context printed: memory and attention time per token against context length; or what kv1-lm sweep
-wrote with --csv: what a policy costs against what it takes.
+wrote with --csv: what a policy costs against what it takes; or kv1-train's log: its curves.
 
 usage: plot.py RESULT.json OUTPUT_FOLDER        writes context_memory.svg and context_time.svg
-       plot.py RESULT.csv OUTPUT_FOLDER         writes policies.svg
+       plot.py RESULT.csv OUTPUT_FOLDER         writes policies.svg, or training.svg of a log
 """
 import csv
 import json
@@ -76,6 +76,24 @@ def draw_policies(rows, path):
     figure.savefig(path, metadata={"Date": None})
 
 
+def draw_training(rows, path):
+    """Cross entropy of the pass through the cache, and its divergence from the plain pass."""
+    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    kl_axes = axes.twinx()
+    for at, field, label, colour in ((axes, "loss", "cross entropy with the cache (left)", "#0b6e4f"),
+                                     (kl_axes, "divergence", "KL(plain || cache) (right)", "#c17c18")):
+        points = [(float(r["tokens"]) / 1e6, float(r[field])) for r in rows if r[field]]
+        if points:
+            at.plot(*zip(*points), label=label, color=colour, linewidth=1)
+    axes.set_xlabel("tokens (millions)")
+    axes.set_ylabel("nats per token")
+    kl_axes.set_ylabel("nats per token")
+    kl_axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="lower left", bbox_to_anchor=(0.13, 0.17))
+    figure.savefig(path, metadata={"Date": None})
+
+
 def main():
     if len(sys.argv) != 3:
         sys.exit(__doc__)
@@ -85,7 +103,10 @@ def main():
         folder = pathlib.Path(sys.argv[2])
         folder.mkdir(parents=True, exist_ok=True)
         matplotlib.rcParams.update({"svg.hashsalt": "kv1", "svg.fonttype": "none"})
-        draw_policies(rows, folder / "policies.svg")
+        if rows and "learning_rate" in rows[0]:
+            draw_training(rows, folder / "training.svg")
+        else:
+            draw_policies(rows, folder / "policies.svg")
         return
     result = json.loads(pathlib.Path(sys.argv[1]).read_text(encoding="utf-8"))
     folder = pathlib.Path(sys.argv[2])

@@ -446,7 +446,8 @@ hidden_tests() {
 whole_text() {
     local program=build/extended/gcc/examples/kv1-lm text=examples/transformer/data/wikitext-2-raw-test.txt kv
     for kv in 2 1.5 4; do
-        "$program" kld --text "$text" --kv "$kv" --json "$tmp/kld.json" || return 1
+        "$program" kld --model examples/transformer/models/kv1-8m --text "$text" --kv "$kv" --json "$tmp/kld.json" ||
+            return 1
         python3 tests/example/check_full_kld.py "$tmp/kld.json" tests/data/golden.json || return 1
     done
 }

@@ -46,7 +46,9 @@ void sync_folder(const std::filesystem::path& folder) {
 
 void remove_folder(const std::filesystem::path& folder) noexcept {
     constexpr int most_descriptors = 16;
-    const auto remove_entry = [](const char* path, const struct stat*, int, FTW*) { return std::remove(path); };
+    const auto remove_entry = [](const char* path, const struct stat*, int, FTW*) {
+        return std::remove(path);
+    };
     static_cast<void>(::nftw(folder.c_str(), remove_entry, most_descriptors, FTW_DEPTH | FTW_PHYS));
 }
 

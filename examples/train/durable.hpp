@@ -11,8 +11,9 @@
 
 namespace kv1_train {
 
-/// Removes a folder and what is in it, as far as that is possible. Not std::filesystem's remove_all: PyTorch's
-/// packages of LibTorch export a copy of it, older than the program's own library, in which it crashes.
+/// Removes a folder and what is in it, as far as that is possible. Not std::filesystem's remove_all:
+/// PyTorch's packages of LibTorch export a copy of it, older than the program's own library, in which it
+/// crashes.
 void remove_folder(const std::filesystem::path& folder) noexcept;
 
 class durable_folder {

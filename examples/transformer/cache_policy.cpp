@@ -80,6 +80,7 @@ std::string to_string(const layer_policy& policy) {
     for (const side_policy* side : {&policy.key, &policy.value}) {
         text.append(text.empty() ? "" : ",").append(to_string(kv_formats{side->format, side->format}));
         for (const auto& [flag, name] : {std::pair{side->least_squares, "+ls"},
+                                         {side->clip_search, "+cs"},
                                          {side->hadamard, "+had"},
                                          {side->means, "+mean"},
                                          {side->error_weights, "+ew"}})

@@ -219,7 +219,7 @@ void kld(const kld_options& options, std::ostream& out, std::ostream& log) {
     const auto bits = [](const kv_formats& f) -> nlohmann::ordered_json {
         const std::string text = to_string(f);
         return text.find_first_of(",c") == std::string::npos ? nlohmann::ordered_json::parse(text)
-                                                   : nlohmann::ordered_json(text);
+                                                             : nlohmann::ordered_json(text);
     };
     const nlohmann::ordered_json report = {
         {"metric", "KL(P_reference || P_kv)"},

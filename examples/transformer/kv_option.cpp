@@ -29,8 +29,9 @@ kv_formats parse_kv(std::string_view text, std::string_view option) {
     const auto format_of = [&](std::string_view width) {
         const auto found = std::find(kv_widths.begin(), kv_widths.end(), width);
         if (found == kv_widths.end())
-            throw input_error(std::string(option) + ": '" + std::string(text) +
-                              "' is none of 1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4, nor a pair of them such as 4,2");
+            throw input_error(
+                std::string(option) + ": '" + std::string(text) +
+                "' is none of 1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4, nor a pair of them such as 4,2");
         return formats[static_cast<std::size_t>(found - kv_widths.begin())];
     };
     const std::size_t comma = text.find(',');

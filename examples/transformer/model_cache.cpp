@@ -46,8 +46,9 @@ side_policy side_of(kv1::kv_format format, const side_policy& wanted) {
     side_policy side{.format = format};
     if (t.code_bits == 0)
         return side;
-    side.least_squares = wanted.least_squares && (t.metadata == kv1::detail::metadata_kind::scale_and_minimum ||
-                                                  t.metadata == kv1::detail::metadata_kind::compact);
+    side.least_squares =
+        wanted.least_squares && (t.metadata == kv1::detail::metadata_kind::scale_and_minimum ||
+                                 t.metadata == kv1::detail::metadata_kind::compact);
     side.hadamard = wanted.hadamard;
     side.means = wanted.means;
     return side;

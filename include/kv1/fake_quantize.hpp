@@ -14,8 +14,8 @@
 //                       or maximum is about to change; rounding to fp16 counts as the identity.
 //
 // With round_metadata the forward pass equals what a cache with that format and encoding (encoding.hpp, but
-// for error weights) gives back, bit for bit. Without it scale and minimum stay in fp32, as the KV1 reference
-// trains; a compact format's offset is then any between its ends.
+// for clip search and error weights) gives back, bit for bit. Without it scale and minimum stay in fp32, as
+// the KV1 reference trains; a compact format's offset is then any between its ends.
 //
 // Everything here works on rows of `channels` values, one vector each, in O(values) (Hadamard: times log
 // channels), allocates nothing, and is thread-safe. An error names the row as `token`; rows before it are
@@ -114,8 +114,8 @@ inline float mean_magnitude(std::span<const float> x) noexcept {
 }
 
 template <class Q>
-concept evenly_spaced =
-    std::same_as<typename Q::metadata, affine_metadata> || std::same_as<typename Q::metadata, compact_metadata>;
+concept evenly_spaced = std::same_as<typename Q::metadata, affine_metadata> ||
+    std::same_as<typename Q::metadata, compact_metadata>;
 
 // Whether levels are fitted or a compact format's; else they are those of Q::quantize.
 template <quantizer Q>
@@ -178,7 +178,8 @@ status quantize_for_training(std::span<const float> x, const fake_quantize_optio
             affine_metadata stored{};
             if (const status s = Q::quantize(x, codes, stored); !s)
                 return s;
-            m = o.round_metadata ? real_metadata{stored.scale, stored.minimum, false} : min_max(x, Q::max_code);
+            m = o.round_metadata ? real_metadata{stored.scale, stored.minimum, false}
+                                 : min_max(x, Q::max_code);
         }
         return {};
     } else {

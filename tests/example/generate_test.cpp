@@ -61,9 +61,9 @@ TEST_CASE("greedy continuations are the reference's until a step that was nearly
         const bool quantized = g.at("bits") != 0;
         const std::string kv = quantized ? "2" : "32";
         INFO("--kv " << kv << ", " << g.at("prompt"));
-        const auto r =
-            run_kv1_lm({"generate", "--model", KV1_LM_MODEL_DIR, "--prompt", g.at("prompt"), "--max-new-tokens",
-                        std::to_string(expected.size() - prompt), "--greedy", "--kv", kv, "--ids"});
+        const auto r = run_kv1_lm({"generate", "--model", KV1_LM_MODEL_DIR, "--prompt", g.at("prompt"),
+                                   "--max-new-tokens", std::to_string(expected.size() - prompt), "--greedy",
+                                   "--kv", kv, "--ids"});
         REQUIRE(r.code == 0);
         std::size_t draw = 0;
         while (draw < margins.size() && margins[draw] >= 1e-3f)

@@ -109,7 +109,8 @@ TEST_CASE("layers of a model may have formats of their own", "[model_cache]") {
                                  {"7", {{"key_format", "fp16"}, {"value_format", "compact4"}}}};
     m.write(folder);
     const kv1_lm::model_cache cache = cache_of(folder);
-    CHECK(cache.policy.text == "c3+ls+had+mean,c2+ls+had+mean/0:c2+ls+had+mean,c2+ls+had+mean/7:16,c4+ls+had+mean");
+    CHECK(cache.policy.text ==
+          "c3+ls+had+mean,c2+ls+had+mean/0:c2+ls+had+mean,c2+ls+had+mean/7:16,c4+ls+had+mean");
     const kv1::cache_description d = describe(kv1_test::shipped_model(), cache.policy, cache.means, 64);
     CHECK(d.layers[0].key_format == kv1::kv_format::compact2);
     CHECK(d.layers[0].value_format == kv1::kv_format::compact2);
@@ -191,8 +192,11 @@ TEST_CASE("a folder that names what is no cache is refused", "[model_cache]") {
     refuses(set("layers", {{"1", {{"key_format", "c2"}}}}), "kv1.layers.1.key_format: \"c2\" is no format");
     refuses([](trained_model& m) { m.means.pop_back(); }, "tensor layers.7.value_means is missing");
     refuses([](trained_model& m) { m.means[3].second = {32, 2}; }, "layers.1.value_means");
-    refuses([](trained_model& m) { m.means.push_back({"layers.8.key_means", {2, 32}}); },
-            "has tensors that are not this model's");
+    refuses(
+        [](trained_model& m) {
+            m.means.push_back({"layers.8.key_means", {2, 32}});
+        },
+        "has tensors that are not this model's");
     refuses([](trained_model& m) { m.value = std::numeric_limits<float>::infinity(); }, "not finite");
 }
 

@@ -164,8 +164,8 @@ TEST_CASE("a sweep goes on from its file: chunks and policies that are there are
 TEST_CASE("sweep prints a table and writes CSV; means without a calibration text are refused", "[sweep]") {
     const kv1_test::temporary_folder folder;
     const std::string csv = (folder.path() / "sweep.csv").string();
-    const auto r = run_kv1_lm({"sweep", "--text", KV1_LM_TEXT_FILE, "--seq-len", "64", "--chunks", "1",
-                               "--policy", "2,2", "2+ls+had,2+ls+had", "--csv", csv});
+    const auto r = run_kv1_lm({"sweep", "--model", KV1_LM_MODEL_DIR, "--text", KV1_LM_TEXT_FILE, "--seq-len",
+                               "64", "--chunks", "1", "--policy", "2,2", "2+ls+had,2+ls+had", "--csv", csv});
     INFO(r.err);
     CHECK(r.code == 0);
     CHECK_THAT(r.out, ContainsSubstring("kv1-8m, 63 positions"));

@@ -19,7 +19,8 @@ TEST_CASE("A model that learnt a text under a 2-bit cache recites it from one", 
     const std::string model = f.file("run/step-00000500");
 
     const auto measured =
-        kv1_test::run_kv1_lm({"kld", "--model", model, "--text", f.file("text.txt"), "--seq-len", "128", "--stride", "128", "--threads", "1", "--json", f.file("kld.json")});
+        kv1_test::run_kv1_lm({"kld", "--model", model, "--text", f.file("text.txt"), "--seq-len", "128",
+                              "--stride", "128", "--threads", "1", "--json", f.file("kld.json")});
     INFO(measured.err);
     REQUIRE(measured.code == 0);
     const auto result = kv1_lm::read_json_file(f.path() / "kld.json");
@@ -29,8 +30,8 @@ TEST_CASE("A model that learnt a text under a 2-bit cache recites it from one", 
     REQUIRE(result.value.at("ppl_quantized").get<double>() < 2.0);
 
     const auto recited =
-        kv1_test::run_kv1_lm({"generate", "--model", model, "--greedy", "--threads", "1",
-                              "--max-new-tokens", "40", "--prompt", "The cat sat on the mat, and"});
+        kv1_test::run_kv1_lm({"generate", "--model", model, "--greedy", "--threads", "1", "--max-new-tokens",
+                              "40", "--prompt", "The cat sat on the mat, and"});
     INFO(recited.out << recited.err);
     REQUIRE(recited.code == 0);
     REQUIRE(recited.out.find(" the dog lay by the door. Rain fell") != std::string::npos);

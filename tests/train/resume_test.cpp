@@ -9,6 +9,8 @@
 
 #include <algorithm>
 #include <chrono>
+#include <filesystem>
+#include <iterator>
 #include <thread>
 
 namespace {
@@ -39,6 +41,9 @@ TEST_CASE("A run resumed from a checkpoint equals one that was not interrupted",
     const kv1_test::training_fixture f;
     auto arguments = f.train("whole", options);
     REQUIRE(kv1_test::run_kv1_train(arguments).code == 0);
+    // of all that were saved, the last two are kept
+    REQUIRE(std::filesystem::exists(f.path() / "whole/step-00000010"));
+    REQUIRE(std::distance(std::filesystem::directory_iterator(f.path() / "whole"), {}) == 3); // with log.csv
 
     // as a machine that failed after step 5 left it
     std::filesystem::create_directory(f.path() / "resumed");

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Fake quantization against what it stands for: the packed path and the cache bit for bit, the formulas without
-// rounding, the best possible grid, and finite differences.
+// Fake quantization against what it stands for: the packed path and the cache bit for bit, the formulas
+// without rounding, the best possible grid, and finite differences.
 #include "compare.hpp"
 #include "random.hpp"
 
@@ -27,8 +27,8 @@ using kv1_test::tally;
 
 namespace {
 
-constexpr std::array evenly_spaced{kv_format::affine8,  kv_format::affine4,  kv_format::affine3,
-                                   kv_format::affine2,  kv_format::compact4, kv_format::compact3,
+constexpr std::array evenly_spaced{kv_format::affine8, kv_format::affine4,  kv_format::affine3,
+                                   kv_format::affine2, kv_format::compact4, kv_format::compact3,
                                    kv_format::compact2};
 constexpr std::array coded{kv_format::affine8,  kv_format::affine4,       kv_format::affine3,
                            kv_format::affine2,  kv_format::compact4,      kv_format::compact3,
@@ -107,7 +107,8 @@ double least_error(std::vector<float> x, int levels) {
 }
 
 // What a cache of one head gives back of a vector that it stores as a key.
-std::vector<float> through_a_cache(kv_format f, std::span<const float> x, const kv1::vector_encoding& encoding) {
+std::vector<float> through_a_cache(kv_format f, std::span<const float> x,
+                                   const kv1::vector_encoding& encoding) {
     kv1::cache_description d;
     d.layers = {{.kv_heads = 1,
                  .key_dim = x.size(),
@@ -156,8 +157,8 @@ piece piece_of(kv_format f, std::span<const float> x, const options& o) {
 } // namespace
 
 TEMPLATE_TEST_CASE("With rounded metadata training sees what the packed row gives back, bit for bit",
-                   "[fake_quantize]", affine<1>, affine<2>, affine<3>, affine<4>, affine<8>,
-                   kv1::compact<2>, kv1::compact<3>, kv1::compact<4>, kv1::scaled_binary, kv1::binary) {
+                   "[fake_quantize]", affine<1>, affine<2>, affine<3>, affine<4>, affine<8>, kv1::compact<2>,
+                   kv1::compact<3>, kv1::compact<4>, kv1::scaled_binary, kv1::binary) {
     using Q = TestType;
     kv1_test::generator g(11);
     tally t;
@@ -254,7 +255,8 @@ TEST_CASE("Least squares is never worse than the ends of the range", "[fake_quan
     KV1_REQUIRE_CLEAN(t);
 }
 
-TEST_CASE("Least squares goes most of the way from the ends of the range to the best of all grids", "[fake_quantize]") {
+TEST_CASE("Least squares goes most of the way from the ends of the range to the best of all grids",
+          "[fake_quantize]") {
     kv1_test::generator g(15);
     double found = 0.0, best = 0.0, ends = 0.0;
     tally t;

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# What each choice in training for a cache is worth: short runs of one budget, and what each costs on a test text.
+#
+#   ablation.sh PROGRAM TOKENS MODEL TEST_TOKENS OUT [options of kv1-train train]
+#
+# PROGRAM is kv1-train, TOKENS and TEST_TOKENS are folders that its pack made, MODEL is a model trained with plain
+# keys and values. Writes OUT/NAME/log.csv and OUT/NAME.txt (evaluate's figures) for every run; one that is there is
+# left alone. KV1_GPUS GPUs (default 1) work through the list. Budget and learning rate are options, such as
+#   --steps 400 --batch 128 --micro-batch 64 --lr 1e-3 --last-lr 0 --warmup 50 --seed 5
+set -euo pipefail
+[ $# -ge 5 ] || { sed -n '3,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+program=$1 tokens=$2 model=$3 test_tokens=$4 out=$5
+shift 5
+mkdir -p "$out"
+
+fitted="--encoder least_squares --hadamard --centre --round-metadata"
+# name|cache|how it is trained
+list="\
+self_teacher|--kv c3,c2 $fitted|--init --self-teacher --teacher-weight 0.9
+teacher|--kv c3,c2 $fitted|--init --teacher $model --teacher-weight 0.9
+no_teacher|--kv c3,c2 $fitted|--init
+scratch|--kv c3,c2 $fitted|
+not_centred|--kv c3,c2 --encoder least_squares --hadamard --round-metadata|--init
+not_rotated|--kv c3,c2 --encoder least_squares --centre --round-metadata|--init
+min_max|--kv c3,c2 --hadamard --centre --round-metadata|--init
+two_bits|--kv 2 $fitted|--init
+reference|--kv 2 --round-metadata|--init
+plain|--kv 16|--init
+plain_scratch|--kv 16|"
+
+# work <i> <n> <training options>: runs i, i + n, ... of the list
+work() {
+    local i=$1 n=$2 at=0 name cache how
+    shift 2
+    while IFS='|' read -r name cache how; do
+        at=$((at + 1))
+        if [ $((at % n)) != "$i" ] || [ -e "$out/$name.txt" ]; then continue; fi
+        # shellcheck disable=SC2086 # options are words
+        CUDA_VISIBLE_DEVICES=$i "$program" train --data "$tokens" --model "$model" --out "$out/$name" --resume --keep 1 \
+            --save-every 0 $cache $how "$@" >"$out/$name.log" 2>&1 </dev/null
+        # shellcheck disable=SC2086
+        CUDA_VISIBLE_DEVICES=$i "$program" evaluate --data "$test_tokens" --model "$(ls -d "$out/$name"/step-*)" $cache \
+            >"$out/$name.part" 2>>"$out/$name.log" </dev/null
+        mv "$out/$name.part" "$out/$name.txt"
+        echo "$name: $(tail -n +2 "$out/$name.txt" | tr -s ' \n' ' ')"
+    done <<<"$list"
+}
+
+n=${KV1_GPUS:-1}
+workers=()
+for ((i = 0; i < n; ++i)); do
+    work "$i" "$n" "$@" &
+    workers+=($!)
+done
+failed=0
+for worker in "${workers[@]}"; do wait "$worker" || failed=1; done
+exit $failed
