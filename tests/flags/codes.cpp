@@ -237,6 +237,8 @@ int main(int argc, char** argv) {
         encode<kv1::compact<3>>("compact", t);
         encode<kv1::least_squares<kv1::affine<2>>>("least_squares affine", t);
         encode<kv1::least_squares<kv1::compact<2>>>("least_squares compact", t);
+        encode<kv1::clip_search<kv1::affine<2>>>("clip_search affine", t);
+        encode<kv1::clip_search<kv1::compact<2>>>("clip_search compact", t);
         append(t);
         convert<kv1::float16>("float16", t);
         convert<kv1::bfloat16>("bfloat16", t);
