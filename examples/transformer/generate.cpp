@@ -60,8 +60,12 @@ public:
             // the first new token comes out of the prompt's run
             print_rate(log_, "then", tokens.size() - std::min(tokens.size(), prompt_tokens + 1),
                        took.decoding);
-            log_ << "cache (--kv " << cache_.policy.text << "): " << to_string(cache.statistics(sequence))
-                 << '\n';
+            const cache_policy& policy = cache_.policy;
+            log_ << "cache (" << (options_.kv ? "--kv " : "the model's own: ")
+                 << (policy.layers.empty() ? policy.text
+                                           : to_string(policy.common) + ", " +
+                                                 std::to_string(policy.layers.size()) + " layers otherwise")
+                 << "): " << to_string(cache.statistics(sequence)) << '\n';
         }
         if (options_.print_ids) {
             const char* separator = "[";
