@@ -170,7 +170,7 @@ TEST_CASE("kld and generate run the cache that a model names", "[model_cache]") 
     CHECK(own.at("kld_nats_per_token") != two.at("kld_nats_per_token"));
     CHECK_THAT(
         run({"generate", "--prompt", "The city", "--max-new-tokens", "4", "--greedy", "--show-cache"}).err,
-        ContainsSubstring("--kv c3+ls+had+mean,c2+ls+had+mean"));
+        ContainsSubstring("the model's own: c3+ls+had+mean,c2+ls+had+mean"));
 }
 
 TEST_CASE("a folder that names what is no cache is refused", "[model_cache]") {
