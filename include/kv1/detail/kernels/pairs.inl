@@ -10,8 +10,8 @@
 //
 // so four bits of codes are an index to a table of t, four pairs make one table of 64 bytes, and one vpermb with one
 // vpdpbusd do what two vpdpbusd do with single codes: scores.inl's products and half of its masks become lookups, which
-// are made in parallel (vpermb: FP1, FP2; vpdpbusd: FP0, FP1). And they are nearer to the truth: an error of a pair is
-// a third of R / 127, uniform, where single 8-bit queries err by the largest of all channels.
+// are made in parallel (vpermb: FP1, FP2; vpdpbusd: FP0, FP1). Their rounding, at
+// most m max R / (127 * 255), follows the pair, where that of single 8-bit queries follows the largest of all channels.
 //
 //   line of K      lane = token, byte j of it = channels 4 j ... 4 j + 3: pairs (0, 1) in its low half, (2, 3) above
 //   tables         [line][half][row of the tile][64]: entry 16 j + c_a + 4 c_b
