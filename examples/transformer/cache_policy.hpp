@@ -6,8 +6,8 @@
 //   KEYS     FORMAT[+ls|+cs][+had][+mean][+ew]
 //   FORMAT   1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4 (compact)
 //
-// ls: least squares, cs: clip search, had: Hadamard rotation, mean: less calibrated means, ew: error weights. A slash gives
-// one layer something else, @ the fp16 sinks and window.
+// ls: least squares, cs: clip search, had: Hadamard rotation, mean: less calibrated means, ew: error weights.
+// A slash gives one layer something else, @ the fp16 sinks and window.
 #pragma once
 
 #include <kv1/cache_description.hpp>

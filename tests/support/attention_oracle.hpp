@@ -226,8 +226,8 @@ inline void bound_lse(const weights& w, double additions, bounded_row& row) {
 
 } // namespace oracle
 
-/// On the target in use. query: the row as given, widened to fp32; tokens: those it sees, ascending; block_starts: where blocks of
-/// weights begin, ascending.
+/// On the target in use. query: the row as given, widened to fp32; tokens: those it sees, ascending;
+/// block_starts: where blocks of weights begin, ascending.
 inline expected_row expect_row(std::span<const float> query, float scale, const cached_side& keys,
                                const cached_side& values, std::span<const std::size_t> tokens,
                                std::span<const std::size_t> block_starts, kv1::precision mode,
