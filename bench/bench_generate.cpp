@@ -32,6 +32,10 @@ struct contender {
 
 int main(int argc, char** argv) {
     const long rounds = argc > 1 ? std::strtol(argv[1], nullptr, 10) : 400;
+    if (argc > 2 || rounds < 1) {
+        std::fputs("usage: bench_generate [rounds]\n", stderr);
+        return 2;
+    }
     constexpr std::size_t context = 1000;
     kv1_lm::use_one_blas_thread();
     kv1_lm::thread_pool pool(1);
