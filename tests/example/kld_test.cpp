@@ -3,6 +3,7 @@
 // kv1-lm kld. The full text takes minutes: that run is `cmake/setup.sh extended`'s, the first chunks are
 // here.
 #include "command_line.hpp"
+#include "json_file.hpp"
 #include "kld.hpp"
 #include "shipped_model.hpp"
 #include "temporary_folder.hpp"
@@ -48,6 +49,26 @@ TEST_CASE("the first chunks of WikiText-2 diverge as the reference says", "[kld]
             INFO("--kv " << kv << ", chunk " << i << ": " << r.chunk_means[i] << ", not " << expected[i]);
             CHECK(std::fabs(r.chunk_means[i] - expected[i]) <= 0.005 * expected[i]);
         }
+    }
+}
+
+TEST_CASE("the model that runs by default costs what it was measured to cost", "[kld]") {
+    // of the run over the whole text that README reports
+    const double measured[] = {0.0896016, 0.0965398};
+    const kv1_test::temporary_folder folder;
+    const std::string report = (folder.path() / "report.json").string();
+    const auto r = run_kv1_lm(
+        {"kld", "--text", KV1_LM_TEXT_FILE, "--max-tokens", "2048", "--threads", "2", "--json", report});
+    INFO(r.err);
+    REQUIRE(r.code == 0);
+    const nlohmann::json result = kv1_lm::read_json_file(report).value;
+    CHECK_THAT(result.at("kv_policy").get<std::string>(),
+               ContainsSubstring("c3+ls+had+mean+ew,c2+ls+had+mean+ew/0:c2"));
+    CHECK(result.at("avg_cache_shrink_vs_fp16") == 64.0 / 12.0);
+    for (std::size_t i = 0; i < 2; ++i) {
+        const double found = result.at("chunk_mean_kld").at(i);
+        INFO("chunk " << i << ": " << found << ", not " << measured[i]);
+        CHECK(std::fabs(found - measured[i]) <= 0.02 * measured[i]);
     }
 }
 
