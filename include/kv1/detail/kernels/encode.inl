@@ -15,7 +15,7 @@
 #include <kv1/detail/precise_math_begin.inl>
 
 // a * b, rounded; see product_of() of floats.
-KV1_INLINE f32 product_of(f32 a, f32 b) {
+KV1_LAZY KV1_INLINE f32 product_of(f32 a, f32 b) {
     f32 product = a * b;
 #if defined(__GNUC__) && defined(__SSE2__)
     f32::register_type r = product;
@@ -36,7 +36,7 @@ KV1_INLINE f32 product_of(f32 a, f32 b) {
     return product;
 }
 
-KV1_INLINE f32 nearest_code(f32 steps, f32 max_code) {
+KV1_LAZY KV1_INLINE f32 nearest_code(f32 steps, f32 max_code) {
     return nearest(xs::min(xs::max(steps, f32(0.0f)), max_code));
 }
 
@@ -54,16 +54,16 @@ struct lane_format {
     bool compact;
 };
 
-KV1_INLINE u32 half_bits(f32 x) {
+KV1_LAZY KV1_INLINE u32 half_bits(f32 x) {
     alignas(64) std::uint16_t bits[lanes];
     store_half(x, bits);
     return load_u16(bits);
 }
-KV1_INLINE lane_mask is_finite_half(u32 bits) {
+KV1_LAZY KV1_INLINE lane_mask is_finite_half(u32 bits) {
     return xs::batch_bool_cast<float>((bits & u32(0x7c00u)) != u32(0x7c00u));
 }
 
-KV1_INLINE void round_scale(f32 scale, const lane_format& format, lane_levels& l) {
+KV1_LAZY KV1_INLINE void round_scale(f32 scale, const lane_format& format, lane_levels& l) {
     u32 bits = half_bits(xs::max(scale, f32(smallest_scale)));
     if (format.compact) {
         bits = (bits + u32(0x20u)) & u32(compact_pair::scale_mask);
@@ -74,7 +74,7 @@ KV1_INLINE void round_scale(f32 scale, const lane_format& format, lane_levels& l
     l.fits = is_finite_half(bits);
 }
 
-KV1_INLINE void store_levels(f32 base, const lane_format& format, lane_levels& l) {
+KV1_LAZY KV1_INLINE void store_levels(f32 base, const lane_format& format, lane_levels& l) {
     if (format.compact) {
         const f32 steps = product_of(quotient_of(base, l.scale * format.max_code), f32(128.0f)) + f32(64.0f);
         const f32 w = nearest(xs::min(xs::max(steps, f32(-63.0f)), f32(63.0f)));
@@ -92,7 +92,7 @@ KV1_INLINE void store_levels(f32 base, const lane_format& format, lane_levels& l
 }
 
 // Squared errors of the nearest of two choices of levels; x: [n][lanes].
-KV1_INLINE void errors_of(const float* x, std::size_t n, const lane_levels (&l)[2], f32 max_code, f32 (&error)[2]) {
+KV1_LAZY KV1_INLINE void errors_of(const float* x, std::size_t n, const lane_levels (&l)[2], f32 max_code, f32 (&error)[2]) {
     f32 inverse[2];
     KV1_UNROLL for (std::size_t k = 0; k < 2; ++k) {
         inverse[k] = quotient_of(f32(1.0f), l[k].scale);
@@ -109,7 +109,7 @@ KV1_INLINE void errors_of(const float* x, std::size_t n, const lane_levels (&l)[
 }
 
 // refine_levels() of least_squares.hpp. The sum of x is that of every round.
-KV1_INLINE void refine(const float* x, std::size_t n, f32 lo, f32 hi, const lane_format& format, float top,
+KV1_LAZY KV1_INLINE void refine(const float* x, std::size_t n, f32 lo, f32 hi, const lane_format& format, float top,
                        lane_levels& l) {
     const f32 max_code = format.max_code, count(static_cast<float>(n));
     const f32 middle = f32(0.5f) * lo + f32(0.5f) * hi;
@@ -142,13 +142,13 @@ KV1_INLINE void refine(const float* x, std::size_t n, f32 lo, f32 hi, const lane
 }
 
 // clipped_levels() of clip_search.hpp.
-KV1_INLINE void clip(f32 lo, f32 hi, float share, const lane_format& format, float top, lane_levels& l) {
+KV1_LAZY KV1_INLINE void clip(f32 lo, f32 hi, float share, const lane_format& format, float top, lane_levels& l) {
     const f32 middle = f32(0.5f) * lo + f32(0.5f) * hi;
     round_scale(quotient_of(product_of(hi - lo, f32(share)), format.max_code), format, l);
     store_levels(middle - product_of(l.scale, f32(0.5f * top)), format, l);
 }
 
-KV1_INLINE void take(lane_mask where, const lane_levels& from, lane_levels& l) {
+KV1_LAZY KV1_INLINE void take(lane_mask where, const lane_levels& from, lane_levels& l) {
     const auto where_bits = xs::batch_bool_cast<std::uint32_t>(where);
     l.scale = xs::select(where, from.scale, l.scale);
     l.base = xs::select(where, from.base, l.base);
@@ -157,9 +157,9 @@ KV1_INLINE void take(lane_mask where, const lane_levels& from, lane_levels& l) {
 }
 
 // Codes, four channels a word: words [channels / 4, rounded up][lanes].
-KV1_INLINE u32 add_code(u32 word, f32 code) { return (word << 8) | xs::bitwise_cast<std::uint32_t>(xs::to_int(code)); }
+KV1_LAZY KV1_INLINE u32 add_code(u32 word, f32 code) { return (word << 8) | xs::bitwise_cast<std::uint32_t>(xs::to_int(code)); }
 
-KV1_INLINE void nearest_words(const float* x, std::size_t n, const lane_levels& l, f32 max_code, std::uint32_t* words) {
+KV1_LAZY KV1_INLINE void nearest_words(const float* x, std::size_t n, const lane_levels& l, f32 max_code, std::uint32_t* words) {
     const f32 inverse = quotient_of(f32(1.0f), l.scale);
     for (std::size_t end = n; end > 0;) {
         const std::size_t first = (end - 1) / 4 * 4;
@@ -174,7 +174,7 @@ KV1_INLINE void nearest_words(const float* x, std::size_t n, const lane_levels& 
 
 // The same with feedback common to the lanes, and what the errors cost. A block of four channels gathers what all
 // later ones ask of it, in their order, before its own are quantized; errors: [n][lanes].
-KV1_INLINE f32 words_with_feedback(const float* x, std::size_t n, const lane_levels& l, f32 max_code,
+KV1_LAZY KV1_INLINE f32 words_with_feedback(const float* x, std::size_t n, const lane_levels& l, f32 max_code,
                                    const float* feedback, float* errors, std::uint32_t* words) {
     const f32 inverse = quotient_of(f32(1.0f), l.scale);
     f32 cost(0.0f);
@@ -190,8 +190,8 @@ KV1_INLINE f32 words_with_feedback(const float* x, std::size_t n, const lane_lev
                 wanted[k] = sum_of(wanted[k], product_of(f32(factors[k]), error));
         }
         u32 word(0u);
-        KV1_UNROLL for (std::size_t k = 4; k-- > 0;) {
-            const std::size_t i = first + k;
+        KV1_UNROLL for (std::size_t step = 0; step < 4; ++step) {
+            const std::size_t k = 3 - step, i = first + k;
             if (i >= n)
                 continue;
             const f32 code = nearest_code(difference_of(wanted[k], l.base) * inverse, max_code);
@@ -212,7 +212,7 @@ KV1_INLINE f32 words_with_feedback(const float* x, std::size_t n, const lane_lev
 }
 
 // The same of one lane with feedback of its own: channels side by side.
-KV1_INLINE float words_of_lane(const float* x, std::size_t n, std::size_t lane, float scale, float base, f32 max_code,
+KV1_LAZY KV1_INLINE float words_of_lane(const float* x, std::size_t n, std::size_t lane, float scale, float base, f32 max_code,
                                const float* feedback, float* wanted, std::uint32_t* words) {
     float cost = 0.0f;
     const f32 s(scale), b(base), inverse = quotient_of(f32(1.0f), s);
@@ -247,7 +247,7 @@ KV1_INLINE float words_of_lane(const float* x, std::size_t n, std::size_t lane, 
 }
 
 // Candidate k > 0 of weighted_levels() of encode_reference.hpp, from levels whose middle is given.
-KV1_INLINE void weighted_candidate(int k, const lane_levels& from, f32 middle, const lane_format& format, float top,
+KV1_LAZY KV1_INLINE void weighted_candidate(int k, const lane_levels& from, f32 middle, const lane_format& format, float top,
                                    lane_levels& l) {
     const bool moves = k >= first_move;
     round_scale(moves ? from.scale : product_of(from.scale, f32(weighted_scales[k - 1])), format, l);
@@ -257,7 +257,7 @@ KV1_INLINE void weighted_candidate(int k, const lane_levels& from, f32 middle, c
 }
 
 // x: [n][lanes], transformed block by block: two steps at a time where two are left, the norm with the last.
-KV1_INLINE void rotate_lanes(float* x, std::size_t n, std::size_t block) {
+KV1_LAZY KV1_INLINE void rotate_lanes(float* x, std::size_t n, std::size_t block) {
     const f32 norm(hadamard_norm(block));
     if (block == 1) // nothing but the norm, which is 1
         return;
@@ -293,7 +293,7 @@ KV1_INLINE void rotate_lanes(float* x, std::size_t n, std::size_t block) {
 }
 
 // The same for one vector, channels side by side.
-inline void rotate(float* x, std::size_t n, std::size_t block) noexcept {
+KV1_LAZY inline void rotate(float* x, std::size_t n, std::size_t block) noexcept {
     for (std::size_t half = 1; half < block; half *= 2)
         for (std::size_t at = 0; at < n; at += 2 * half) {
             std::size_t i = at;
@@ -324,7 +324,7 @@ struct lane_scratch {
 };
 
 // Vectors less their means, transposed; zeros in lanes without one. False where a value is beyond fp16, or none.
-KV1_INLINE bool load_vectors(const encode_row* rows, std::size_t count, std::size_t n, float* x) {
+KV1_LAZY KV1_INLINE bool load_vectors(const encode_row* rows, std::size_t count, std::size_t n, float* x) {
     i32 largest(0); // magnitude bits, NaN above infinity
     for (std::size_t c = 0; c < n; c += lanes) {
         const bool whole = c + lanes <= n;
@@ -347,7 +347,7 @@ KV1_INLINE bool load_vectors(const encode_row* rows, std::size_t count, std::siz
 }
 
 // Codes of up to `lanes` vectors to scratch.words. False: metadata overflow.
-inline bool encode_lanes(const encode_recipe& recipe, const encode_row* rows, std::size_t count, lane_scratch& scratch,
+KV1_LAZY inline bool encode_lanes(const encode_recipe& recipe, const encode_row* rows, std::size_t count, lane_scratch& scratch,
                          row_metadata* metadata) noexcept {
     const std::size_t n = recipe.channels;
     const format_traits traits = traits_of(recipe.format);
@@ -439,7 +439,7 @@ inline bool encode_lanes(const encode_recipe& recipe, const encode_row* rows, st
 }
 
 // Vectors one by one, by the definition: those that are too long, and those of which one will be refused.
-inline encode_result encode_one_by_one(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
+KV1_LAZY inline encode_result encode_one_by_one(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
                                        std::uint8_t* codes, std::size_t stride, row_metadata* metadata,
                                        std::size_t& failed) noexcept {
     for (failed = 0; failed < count; ++failed) {
@@ -451,7 +451,7 @@ inline encode_result encode_one_by_one(const encode_recipe& recipe, const encode
     return {};
 }
 
-inline encode_result encode_rows(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
+KV1_LAZY inline encode_result encode_rows(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
                                  std::uint8_t* codes, std::size_t stride, row_metadata* metadata,
                                  std::size_t& failed) noexcept {
     const std::size_t n = recipe.channels;
