@@ -3,7 +3,8 @@
 // Storage formats: how one K or V vector (one token, one KV head) is kept.
 //
 // A format is a type that describes itself at compile time; `kv_format` names the same choice at run time.
-// Coded formats store unsigned codes and per-vector metadata, value = scale * code + minimum:
+// Coded formats store unsigned codes and metadata for each vector, or for each group of its channels
+// (layer_description), value = scale * code + minimum:
 //
 //   format           code bits  metadata (fp16)   bytes per vector of D channels     value
 //   affine<b>        b          scale, minimum    ceil(D*b/8) + 4                    scale*code + minimum
@@ -225,9 +226,11 @@ inline constexpr kv_format kv_format_of = detail::format_id<F>::value;
     return (head_dim * static_cast<std::size_t>(t.code_bits != 0 ? t.code_bits : t.plain_bits) + 7) / 8;
 }
 
-/// Bytes of one row-format vector: packed values and metadata.
-[[nodiscard]] constexpr std::size_t row_bytes(kv_format f, std::size_t head_dim) noexcept {
-    return packed_bytes(f, head_dim) + detail::traits_of(f).metadata_bytes();
+/// Bytes of one row-format vector: packed values and metadata. group: channels that share metadata; 0: all.
+[[nodiscard]] constexpr std::size_t row_bytes(kv_format f, std::size_t head_dim,
+                                              std::size_t group = 0) noexcept {
+    return packed_bytes(f, head_dim) +
+           (group == 0 ? 1 : head_dim / group) * detail::traits_of(f).metadata_bytes();
 }
 
 /// A compile-time list of storage formats: the ones a cache type carries kernels for.

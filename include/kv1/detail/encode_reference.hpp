@@ -97,9 +97,31 @@ inline void prepare_vector(const encode_recipe& recipe, const encode_row& row, f
         hadamard_transform({out, recipe.channels}, recipe.hadamard);
 }
 
+// Levels and codes of a group of channels.
 template <class Q>
-encode_result encode_reference(const encode_recipe& recipe, const encode_row& row,
-                               std::uint8_t* codes) noexcept {
+stored_levels encode_group(level_choice choice, std::span<const float> x, const float* feedback,
+                           std::uint8_t* codes) noexcept {
+    stored_levels levels;
+    switch (choice) {
+    case level_choice::least_squares:
+        levels = fit_levels<Q>(x, codes);
+        break;
+    case level_choice::clip_search:
+        levels = search_levels<Q>(x, codes);
+        break;
+    case level_choice::min_max: {
+        const auto [lo, hi] = plain_range(x);
+        levels = range_levels<Q>(lo, hi);
+        if (levels.fits)
+            nearest_codes(x, levels, level_format<Q>::max_code, codes);
+    }
+    }
+    return levels.fits && feedback != nullptr ? weighted_levels<Q>(x, levels, feedback, codes) : levels;
+}
+
+template <class Q>
+encode_result encode_reference(const encode_recipe& recipe, const encode_row& row, std::uint8_t* codes,
+                               row_metadata* metadata) noexcept {
     const std::size_t n = recipe.channels;
     if (const std::size_t bad = first_non_finite({row.x, n}); bad != n)
         return {errc::non_finite, rule_finite, bad, {}};
@@ -108,50 +130,38 @@ encode_result encode_reference(const encode_recipe& recipe, const encode_row& ro
             return {errc::not_representable, rule_fp16_value, c, {}};
     float x[max_vector_length];
     prepare_vector(recipe, row, x);
-    const std::span<const float> prepared(x, n);
-    constexpr float max_code = level_format<Q>::max_code;
-    stored_levels levels;
-    switch (recipe.levels) {
-    case level_choice::least_squares:
-        levels = fit_levels<Q>(prepared, codes);
-        break;
-    case level_choice::clip_search:
-        levels = search_levels<Q>(prepared, codes);
-        break;
-    case level_choice::min_max: {
-        const auto [lo, hi] = plain_range(prepared);
-        levels = range_levels<Q>(lo, hi);
-        if (levels.fits)
-            nearest_codes(prepared, levels, max_code, codes);
+    for (std::size_t g = 0; g < recipe.groups(); ++g) {
+        const std::size_t first = g * recipe.group;
+        const stored_levels levels =
+            encode_group<Q>(recipe.levels, {x + first, recipe.group}, row.feedback, codes + first);
+        if (!levels.fits)
+            return {errc::not_representable, rule_fp16_metadata, no_channel, {}};
+        metadata[g] = levels.bits;
     }
-    }
-    if (!levels.fits)
-        return {errc::not_representable, rule_fp16_metadata, no_channel, {}};
-    if (row.feedback != nullptr)
-        levels = weighted_levels<Q>(prepared, levels, row.feedback, codes);
-    return {errc::ok, "", 0, levels.bits};
+    return {errc::ok, "", 0, metadata[0]};
 }
 
 #include <kv1/detail/precise_math_end.inl>
 
-// Precondition: a format whose levels recipes can choose.
-inline encode_result encode_reference(const encode_recipe& recipe, const encode_row& row,
-                                      std::uint8_t* codes) noexcept {
+// metadata: of each group; the result has the first of them. Precondition: a format whose levels recipes can
+// choose.
+inline encode_result encode_reference(const encode_recipe& recipe, const encode_row& row, std::uint8_t* codes,
+                                      row_metadata* metadata) noexcept {
     switch (recipe.format) {
     case kv_format::affine8:
-        return encode_reference<affine<8>>(recipe, row, codes);
+        return encode_reference<affine<8>>(recipe, row, codes, metadata);
     case kv_format::affine4:
-        return encode_reference<affine<4>>(recipe, row, codes);
+        return encode_reference<affine<4>>(recipe, row, codes, metadata);
     case kv_format::affine3:
-        return encode_reference<affine<3>>(recipe, row, codes);
+        return encode_reference<affine<3>>(recipe, row, codes, metadata);
     case kv_format::affine2:
-        return encode_reference<affine<2>>(recipe, row, codes);
+        return encode_reference<affine<2>>(recipe, row, codes, metadata);
     case kv_format::compact4:
-        return encode_reference<compact<4>>(recipe, row, codes);
+        return encode_reference<compact<4>>(recipe, row, codes, metadata);
     case kv_format::compact3:
-        return encode_reference<compact<3>>(recipe, row, codes);
+        return encode_reference<compact<3>>(recipe, row, codes, metadata);
     default:
-        return encode_reference<compact<2>>(recipe, row, codes);
+        return encode_reference<compact<2>>(recipe, row, codes, metadata);
     }
 }
 

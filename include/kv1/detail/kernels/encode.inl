@@ -346,17 +346,14 @@ KV1_INLINE bool load_vectors(const encode_row* rows, std::size_t count, std::siz
     return xs::reduce_max(largest) <= std::bit_cast<std::int32_t>(largest_half);
 }
 
-// Codes of up to `lanes` vectors to scratch.words. False: metadata overflow.
-inline bool encode_lanes(const encode_recipe& recipe, const encode_row* rows, std::size_t count, lane_scratch& scratch,
-                         row_metadata* metadata) noexcept {
-    const std::size_t n = recipe.channels;
+// Codes of a group's channels x of up to `lanes` vectors to words. False: metadata overflow.
+inline bool encode_group(const encode_recipe& recipe, const encode_row* rows, std::size_t count, const float* x,
+                         std::uint32_t* best_words, lane_scratch& scratch, row_metadata* metadata) noexcept {
+    const std::size_t n = recipe.group;
     const format_traits traits = traits_of(recipe.format);
     const auto top = static_cast<float>((1 << traits.code_bits) - 1);
     const lane_format format{f32(top), traits.metadata == metadata_kind::compact};
     const f32 max_code = format.max_code;
-    float* const x = scratch.x;
-    if (recipe.hadamard != 0)
-        rotate_lanes(x, n, recipe.hadamard);
     f32 lo = f32::load_aligned(x) + f32(0.0f), hi = lo;
     for (std::size_t c = 0; c < n; ++c) {
         const f32 v = f32::load_aligned(x + c * lanes) + f32(0.0f);
@@ -394,7 +391,7 @@ inline bool encode_lanes(const encode_recipe& recipe, const encode_row* rows, st
         weighted = weighted || rows[i].feedback != nullptr;
     }
     if (!weighted || !alike || count == 1)
-        nearest_words(x, n, l, max_code, scratch.words);
+        nearest_words(x, n, l, max_code, best_words);
     lane_levels from = l;
     const f32 middle = sum_of(l.base, product_of(l.scale, f32(0.5f * top)));
     f32 least(0.0f);
@@ -404,7 +401,7 @@ inline bool encode_lanes(const encode_recipe& recipe, const encode_row* rows, st
             from = l;
         if (k > 0)
             weighted_candidate(k, from, middle, format, top, candidate);
-        std::uint32_t* const words = k == 0 ? scratch.words : scratch.candidate_words;
+        std::uint32_t* const words = k == 0 ? best_words : scratch.candidate_words;
         f32 cost(0.0f);
         if (alike && count > 1) {
             cost = words_with_feedback(x, n, candidate, max_code, rows[0].feedback, scratch.errors, words);
@@ -427,14 +424,29 @@ inline bool encode_lanes(const encode_recipe& recipe, const encode_row* rows, st
         take(better, candidate, l);
         const auto better_words = xs::batch_bool_cast<std::uint32_t>(better);
         for (std::size_t w = 0; w < round_up(n, 4) / 4 * lanes; w += lanes)
-            xs::select(better_words, u32::load_aligned(words + w), u32::load_aligned(scratch.words + w))
-                .store_aligned(scratch.words + w);
+            xs::select(better_words, u32::load_aligned(words + w), u32::load_aligned(best_words + w))
+                .store_aligned(best_words + w);
     }
     alignas(64) std::uint32_t scale_bits[lanes], minimum_bits[lanes];
     l.scale_bits.store_aligned(scale_bits);
     l.minimum_bits.store_aligned(minimum_bits);
     for (std::size_t i = 0; i < count; ++i)
-        metadata[i] = {static_cast<std::uint16_t>(scale_bits[i]), static_cast<std::uint16_t>(minimum_bits[i])};
+        metadata[i * recipe.groups()] = {static_cast<std::uint16_t>(scale_bits[i]),
+                                         static_cast<std::uint16_t>(minimum_bits[i])};
+    return true;
+}
+
+// Codes of up to `lanes` vectors to scratch.words. False: metadata overflow.
+inline bool encode_lanes(const encode_recipe& recipe, const encode_row* rows, std::size_t count, lane_scratch& scratch,
+                         row_metadata* metadata) noexcept {
+    if (recipe.hadamard != 0)
+        rotate_lanes(scratch.x, recipe.channels, recipe.hadamard);
+    for (std::size_t g = 0; g < recipe.groups(); ++g) {
+        const std::size_t first = g * recipe.group;
+        if (!encode_group(recipe, rows, count, scratch.x + first * lanes, scratch.words + first / 4 * lanes, scratch,
+                          metadata + g))
+            return false;
+    }
     return true;
 }
 
@@ -443,10 +455,10 @@ inline encode_result encode_one_by_one(const encode_recipe& recipe, const encode
                                        std::uint8_t* codes, std::size_t stride, row_metadata* metadata,
                                        std::size_t& failed) noexcept {
     for (failed = 0; failed < count; ++failed) {
-        const encode_result r = encode_reference(recipe, rows[failed], codes + failed * stride);
+        const encode_result r = encode_reference(recipe, rows[failed], codes + failed * stride,
+                                                 metadata + failed * recipe.groups());
         if (r.code != errc::ok)
             return r;
-        metadata[failed] = r.metadata;
     }
     return {};
 }
@@ -461,7 +473,7 @@ inline encode_result encode_rows(const encode_recipe& recipe, const encode_row* 
     for (std::size_t first = 0; first < count; first += lanes) {
         const std::size_t some = count - first < lanes ? count - first : lanes;
         if (!load_vectors(rows + first, some, n, scratch.x) ||
-            !encode_lanes(recipe, rows + first, some, scratch, metadata + first))
+            !encode_lanes(recipe, rows + first, some, scratch, metadata + first * recipe.groups()))
             return encode_one_by_one(recipe, rows, count, codes, stride, metadata, failed);
         for (std::size_t i = 0; i < some; ++i) {
             std::uint8_t* out = codes + (first + i) * stride;

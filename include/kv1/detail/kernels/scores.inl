@@ -93,7 +93,7 @@ struct single_dots {
         add_dots<t.parts[0].bits, t.parts[0].shift, false>(walk, s.part_lines(0), codes[0], total);
         if constexpr (t.part_count() == 2) {
             KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
-                walk.first[n] += s.part_lines(0) * line_lanes;
+                walk.first[n] += s.second_part() * line_lanes;
             add_dots<t.parts[1].bits, t.parts[1].shift, false>(walk, s.part_lines(1), codes[1], total);
         }
     }
@@ -247,7 +247,7 @@ KV1_INLINE void exact_score_step(const block_view& view, const block_metadata<Fo
     for (std::size_t run = 0; run < runs; ++run, query += reader::fields) {
         reader lane[N];
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
-            lane[n].load(first[n], s.part_lines(0), run);
+            lane[n].load(first[n], s.second_part(), run);
             if (n % pieces == 0)
                 prefetch(next[n] + run * reader::lines0 * line_bytes);
         }
