@@ -68,8 +68,7 @@ struct cache_description {
 
 /// How a page of one layer and KV head lies.
 [[nodiscard]] constexpr page_layout layout_of(const layer_description& l, std::size_t page_tokens) noexcept {
-    return {l.key_format, l.key_dim,   l.value_format, l.value_dim,
-            page_tokens,  l.key_group, l.value_group};
+    return {l.key_format, l.key_dim, l.value_format, l.value_dim, page_tokens, l.key_group, l.value_group};
 }
 
 /// Bytes of one page of every layer, all KV heads, fp16 copies left out.

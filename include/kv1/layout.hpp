@@ -19,8 +19,8 @@
 //                                                 16-bit pairs of compact formats lie in place of scales
 //
 // Where channels have their metadata by groups, such an array is [group][page_tokens]; the lines stay as they
-// are. A group is a multiple of 32 channels, so that its codes are whole lanes of K and whole lines of V: what
-// walks a section walks one group's share of it just as well (section_layout::group).
+// are. A group is a multiple of 32 channels, so that its codes are whole lanes of K and whole lines of V:
+// what walks a section walks one group's share of it just as well (section_layout::group).
 //
 // padded to whole lines. K channels are padded to whole lanes, V channels to 16; padding is counted in
 // page_layout::bytes(). Bytes past the stored tokens of an open page hold finite garbage or zero and carry no

@@ -42,11 +42,10 @@ template <int Bits>
 inline constexpr encode_recipe recipe_of<compact<Bits>>{kv_format_of<compact<Bits>>, level_choice::min_max, 0,
                                                         0, 0};
 template <storage_format Q>
-inline constexpr encode_recipe recipe_of<least_squares<Q>>{kv_format_of<Q>, level_choice::least_squares, 0,
-                                                           0, 0};
+inline constexpr encode_recipe recipe_of<least_squares<Q>>{kv_format_of<Q>, level_choice::least_squares, 0, 0,
+                                                           0};
 template <storage_format Q>
-inline constexpr encode_recipe recipe_of<clip_search<Q>>{kv_format_of<Q>, level_choice::clip_search, 0, 0,
-                                                         0};
+inline constexpr encode_recipe recipe_of<clip_search<Q>>{kv_format_of<Q>, level_choice::clip_search, 0, 0, 0};
 
 // Codes of a vector on the current target; `codes` holds round_up(n, 32) bytes.
 template <quantizer Q>

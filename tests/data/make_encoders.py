@@ -97,6 +97,28 @@ def page(keys, values):
     return np.frombuffer(lanes_k.tobytes() + lanes_v.tobytes() + k_meta.tobytes() + v_meta.tobytes(), np.uint8)
 
 
+def grouped_page(keys, values):
+    """A page of 16 tokens of 64 channels in groups of 32: keys compact3 fitted, values affine2 fitted."""
+    tokens, channels = keys.shape
+    groups = channels // 32
+    lanes_k, lanes_v = np.zeros((6, 16), np.uint32), np.zeros((channels // 16, 16), np.uint32)
+    k_pair = np.zeros((groups, tokens), np.uint16)
+    v_scale, v_minimum = np.zeros((groups, tokens), np.uint16), np.zeros((groups, tokens), np.uint16)
+    for t in range(tokens):
+        for g in range(groups):
+            own = slice(g * 32, g * 32 + 32)
+            codes, (k_pair[g, t], _) = quantize(keys[t, own], "compact", 3, True)
+            for i, code in enumerate(codes):
+                c = g * 32 + i
+                lanes_k[c // 16, t] |= np.uint32((int(code) & 3) << (2 * (c % 16)))
+                lanes_k[4 + c // 32, t] |= np.uint32((int(code) >> 2) << (c % 32))
+            codes, (v_scale[g, t], v_minimum[g, t]) = quantize(values[t, own], "affine", 2, True)
+            for i, code in enumerate(codes):
+                c = g * 32 + i
+                lanes_v[c // 16, c % 16] |= np.uint32(int(code) << (8 * (t % 4) + 2 * (t // 4)))
+    return np.frombuffer(b"".join(x.tobytes() for x in (lanes_k, lanes_v, k_pair, v_scale, v_minimum)), np.uint8)
+
+
 def main():
     rng = np.random.default_rng(5)
     out = {}
@@ -122,6 +144,10 @@ def main():
     keys, values = rng.standard_normal((2, 32, 32)).astype(f32)
     out["page.keys"], out["page.values"] = keys, values
     out["page.bytes"] = page(keys, values).copy()
+    keys, values = rng.standard_normal((2, 16, 64)).astype(f32)
+    keys[:, 5] *= 20
+    out["grouped.keys"], out["grouped.values"] = keys, values
+    out["grouped.bytes"] = grouped_page(keys, values).copy()
     save_file(out, sys.argv[1])
 
 

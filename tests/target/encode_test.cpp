@@ -291,7 +291,7 @@ TEST_CASE("every target follows recipes with means, rotations and error weights,
                     variant == 2 ? kv1::level_choice::clip_search : kv1::level_choice::least_squares;
                 const bool rotated = variant != 0;
                 for (const int weights : {0, 1, 2}) { // none, common to the vectors, of some vectors
-                    const kv1::detail::encode_recipe recipe{f, levels, n,
+                    const kv1::detail::encode_recipe recipe{f, levels, n, n,
                                                             rotated ? kv1::hadamard_block(n) : 0};
                     std::vector<std::vector<float>> x;
                     std::vector<kv1::detail::encode_row> rows;
@@ -304,12 +304,10 @@ TEST_CASE("every target follows recipes with means, rotations and error weights,
                     const std::size_t stride = n + 3;
                     std::vector<std::uint8_t> expected(16 * stride, 0xee);
                     std::vector<kv1::detail::row_metadata> metadata(16);
-                    for (std::size_t i = 0; i < 16; ++i) {
-                        const auto r =
-                            kv1::detail::encode_reference(recipe, rows[i], expected.data() + i * stride);
-                        REQUIRE(r.code == kv1::errc::ok);
-                        metadata[i] = r.metadata;
-                    }
+                    for (std::size_t i = 0; i < 16; ++i)
+                        REQUIRE(kv1::detail::encode_reference(recipe, rows[i], expected.data() + i * stride,
+                                                              &metadata[i])
+                                    .code == kv1::errc::ok);
                     kv1_test::for_each_target([&](kv1::target) {
                         tally t;
                         for (std::size_t count = 1; count <= 16; ++count) {
@@ -334,6 +332,56 @@ TEST_CASE("every target follows recipes with means, rotations and error weights,
                 }
             }
         }
+}
+
+TEST_CASE("a group of channels is encoded as a vector of its own, on every target", "[encode]") {
+    using kv1::kv_format;
+    generator g(39);
+    for (const kv_format f : {kv_format::affine2, kv_format::affine3, kv_format::affine8, kv_format::compact2,
+                              kv_format::compact4})
+        for (const auto& [n, group] : {std::pair{64u, 32u}, {128u, 64u}, {96u, 32u}, {2048u, 512u}})
+            for (const kv1::level_choice levels :
+                 {kv1::level_choice::min_max, kv1::level_choice::least_squares,
+                  kv1::level_choice::clip_search}) {
+                const std::size_t groups = n / group;
+                const std::vector<float> mean = kv1_test::normal_values(g, n);
+                std::vector<std::vector<float>> x, prepared;
+                std::vector<kv1::detail::encode_row> rows;
+                const kv1::detail::encode_recipe recipe{f, levels, n, group, kv1::hadamard_block(n)};
+                for (std::size_t i = 0; i < 5; ++i) {
+                    x.push_back(kv1_test::normal_values(g, n));
+                    x[i][i] *= 30.0f;
+                    prepared.emplace_back(n);
+                }
+                for (std::size_t i = 0; i < 5; ++i) {
+                    rows.push_back({x[i].data(), mean.data(), nullptr});
+                    kv1::detail::prepare_vector(recipe, rows[i], prepared[i].data());
+                }
+                kv1_test::for_each_target([&](kv1::target) {
+                    tally t;
+                    std::vector<std::uint8_t> codes(5 * n), own(group);
+                    std::vector<kv1::detail::row_metadata> found(5 * groups);
+                    std::size_t failed = 0;
+                    const auto r = kv1::detail::common_kernels().encode_rows(
+                        recipe, rows.data(), 5, codes.data(), n, found.data(), failed);
+                    REQUIRE(r.code == kv1::errc::ok);
+                    for (std::size_t i = 0; i < 5; ++i)
+                        for (std::size_t k = 0; k < groups; ++k) {
+                            kv1::detail::row_metadata m;
+                            const float* part = prepared[i].data() + k * group;
+                            REQUIRE(kv1::detail::encode_reference({f, levels, group, group, 0},
+                                                                  {part, nullptr, nullptr}, own.data(), &m)
+                                        .code == kv1::errc::ok);
+                            const auto& its = found[i * groups + k];
+                            t.expect(m.scale == its.scale && m.minimum == its.minimum &&
+                                         std::equal(own.begin(), own.end(),
+                                                    codes.begin() +
+                                                        static_cast<std::ptrdiff_t>(i * n + k * group)),
+                                     to_string(f), n, group, static_cast<int>(levels), i, k);
+                        }
+                    KV1_REQUIRE_CLEAN(t);
+                });
+            }
 }
 
 TEST_CASE("the Hadamard transform keeps lengths, undoes itself and is the same on every target", "[encode]") {
@@ -386,13 +434,15 @@ TEST_CASE("error weights take cost off codes: less of it than nearest levels lea
             for (const float* with :
                  {static_cast<const float*>(nullptr), static_cast<const float*>(feedback.data())}) {
                 const kv1::detail::encode_recipe recipe{kv1::kv_format::compact3,
-                                                        kv1::level_choice::least_squares, n, block};
+                                                        kv1::level_choice::least_squares, n, n, block};
                 std::vector<std::uint8_t> codes(n);
-                const auto r = kv1::detail::encode_reference(recipe, {x.data(), nullptr, with}, codes.data());
+                kv1::detail::row_metadata stored;
+                const auto r =
+                    kv1::detail::encode_reference(recipe, {x.data(), nullptr, with}, codes.data(), &stored);
                 REQUIRE(r.code == kv1::errc::ok);
                 std::vector<float> y(n);
                 for (std::size_t c = 0; c < n; ++c)
-                    y[c] = compact<3>::dequantize(codes[c], {kv1::float16::from_bits(r.metadata.scale)});
+                    y[c] = compact<3>::dequantize(codes[c], {kv1::float16::from_bits(stored.scale)});
                 if (block != 0)
                     kv1::hadamard_transform(y, block);
                 double cost = 0.0;

@@ -193,7 +193,8 @@ private:
         if (!groups_fit(l.key_format, l.key_dim, l.key_group) ||
             !groups_fit(l.value_format, l.value_dim, l.value_group))
             return {errc::invalid_argument,
-                    "a group is a multiple of 32 channels that divides the head dim of an affine or compact format",
+                    "a group is a multiple of 32 channels that divides the head dim of an affine or compact "
+                    "format",
                     at_layer(i)};
         if (l.sliding_window > most_tokens)
             return {errc::invalid_argument, "a sliding window is less than 2^48 tokens", at_layer(i)};
@@ -207,7 +208,8 @@ private:
         if (const status s = add_plane(i, group, layout_of(l, page_tokens()), allocator); !s)
             return s;
         layer_planes planes;
-        if (status s = make_codec(l.key_format, l.key_encoding, l.kv_heads, l.key_dim, l.key_group, planes.keys);
+        if (status s =
+                make_codec(l.key_format, l.key_encoding, l.kv_heads, l.key_dim, l.key_group, planes.keys);
             !s)
             return {s.code(), s.rule(), at_layer(i)};
         if (status s = make_codec(l.value_format, l.value_encoding, l.kv_heads, l.value_dim, l.value_group,

@@ -103,8 +103,8 @@ struct block_view {
     std::size_t next_share; // bytes of that section that come with a tile
 };
 
-// Query rows prepared for one KV head: scaled by the softmax scale, padded with zeros to a multiple of 32. Where
-// keys have metadata by groups of channels, kernels see one group after the other as if it were all.
+// Query rows prepared for one KV head: scaled by the softmax scale, padded with zeros to a multiple of 32.
+// Where keys have metadata by groups of channels, kernels see one group after the other as if it were all.
 struct query_rows {
     std::size_t rows;
     std::size_t stride;  // floats between rows: channels, padded
@@ -139,8 +139,8 @@ struct softmax_rows {
     float* denominators;  // [rows]: updated by the block's weights
 };
 
-// Of groups of channels, each of which is walked as a section of its own: what group g of `count` is to fetch of
-// the section walked next, a share of it and one group's metadata.
+// Of groups of channels, each of which is walked as a section of its own: what group g of `count` is to fetch
+// of the section walked next, a share of it and one group's metadata.
 inline section_layout fetched_with(const block_view& view, std::size_t g, std::size_t count) noexcept {
     const std::size_t its_groups = view.next_layout->groups();
     const section_layout its = view.next_layout->group(g < its_groups ? g : its_groups - 1);
@@ -174,7 +174,7 @@ struct encode_recipe {
 
 struct encode_row {
     const float* x;
-    const float* mean;     // null: none
+    const float* mean; // null: none
     // null, or [channels][channels]; see encode_reference.hpp. Where there is one group alone
     const float* feedback;
 };
