@@ -278,8 +278,9 @@ inline void store_metadata(const section_layout& s, std::byte* page, std::size_t
 //   sign of exponent  mantissa of   magnitude of
 //   offset  of scale  scale         offset
 //
-// With L = 2^bits - 1 and w the offset, -63 ... 63: value = scale * (code + L * (w - 64) / 128), so that the
-// levels of w = 0 lie about zero. Nothing in it is rounded: codes, offset and scale have 16 bits together.
+// With L the largest level and w the offset, -63 ... 63: value = scale * (level + L * (w - 64) / 128), so
+// that the levels of w = 0 lie about zero. Nothing in it is rounded: codes, offset and scale have 16 bits
+// together.
 struct compact_pair {
     static constexpr std::uint16_t scale_mask = 0x7fc0u, smallest_scale = 0x0040u;
     static constexpr int largest_offset = 63;
@@ -288,13 +289,13 @@ struct compact_pair {
         return half_to_float(static_cast<std::uint16_t>(pair & scale_mask));
     }
     // in steps
-    static constexpr float offset(std::uint16_t pair, int max_code) noexcept {
+    static constexpr float offset(std::uint16_t pair, int top_level) noexcept {
         const int magnitude = pair & largest_offset, w = (pair & 0x8000u) != 0 ? -magnitude : magnitude;
-        return static_cast<float>(max_code * (w - 64)) * (1.0f / 128.0f);
+        return static_cast<float>(top_level * (w - 64)) * (1.0f / 128.0f);
     }
 };
 
-// Every coded format's value is slope * code + base; this is the pair, in fp32.
+// Every coded format's value is slope * level + base; this is the pair, in fp32.
 struct affine_pair {
     float slope;
     float base;
@@ -309,7 +310,7 @@ constexpr affine_pair decode_metadata(kv_format f, row_metadata m) noexcept {
         return {2.0f * half_to_float(m.scale), -half_to_float(m.scale)};
     case metadata_kind::compact: {
         const float slope = compact_pair::scale(m.scale);
-        return {slope, slope * compact_pair::offset(m.scale, (1 << t.code_bits) - 1)};
+        return {slope, slope * compact_pair::offset(m.scale, t.top_level())};
     }
     case metadata_kind::none:
         break;
@@ -323,7 +324,7 @@ constexpr float decode_value(kv_format f, std::uint32_t code, row_metadata m) no
     if (f == kv_format::fp16)
         return half_to_float(static_cast<std::uint16_t>(code));
     const affine_pair p = decode_metadata(f, m);
-    return static_cast<float>(code) * p.slope + p.base;
+    return static_cast<float>(traits_of(f).level(code)) * p.slope + p.base;
 }
 
 } // namespace detail

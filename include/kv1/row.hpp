@@ -11,6 +11,7 @@
 #include <kv1/quantizers/affine.hpp>
 #include <kv1/quantizers/binary.hpp>
 #include <kv1/quantizers/clip_search.hpp>
+#include <kv1/quantizers/codebook.hpp>
 #include <kv1/quantizers/compact.hpp>
 #include <kv1/quantizers/least_squares.hpp>
 #include <kv1/quantizers/scaled_binary.hpp>
@@ -41,6 +42,8 @@ inline constexpr encode_recipe recipe_of{};
 template <int Bits>
 inline constexpr encode_recipe recipe_of<compact<Bits>>{kv_format_of<compact<Bits>>, level_choice::min_max, 0,
                                                         0, 0};
+template <>
+inline constexpr encode_recipe recipe_of<codebook2>{kv_format::codebook2, level_choice::min_max, 0, 0, 0};
 template <storage_format Q>
 inline constexpr encode_recipe recipe_of<least_squares<Q>>{kv_format_of<Q>, level_choice::least_squares, 0, 0,
                                                            0};

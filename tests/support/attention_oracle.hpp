@@ -28,6 +28,7 @@
 #include <kv1/kv_cache.hpp>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -41,16 +42,17 @@ namespace kv1_test {
 /// Relative error of an fp32 exp: xsimd's and the C library's are within 2 units in the last place.
 inline constexpr double exp_error = 4 * unit_roundoff;
 
-/// One KV head's K or V as the cache holds it: values, and the affine form value = slope * code + base.
+/// One KV head's K or V as the cache holds it: values, and the affine form value = slope * level + base.
 struct cached_side {
     bool coded = false;
     std::size_t dim = 0;
     std::size_t groups = 1;    // of channels, each with metadata of its own
     std::vector<float> values; // [token][channel]
     std::vector<double> slope, centre,
-        deviation;                 // [token][group]: centre = base + z slope, deviation = slope * sum |c - z|
-    std::vector<float> off_centre; // [token][channel]: c - z, exact
-    double half_code = 0.0;        // z
+        deviation;                 // [token][group]: centre = base + z slope, deviation = slope * sum |l - z|
+    std::vector<float> off_centre; // [token][channel]: l - z, exact
+    double half_level = 0.0;       // z
+    bool two_bits = false, codebook = false;
 
     cached_side() = default;
     template <class Cache>
@@ -74,8 +76,10 @@ struct cached_side {
             minima(metadata == 4 ? n * groups : 0);
         cache.export_rows(id, layer, side, head, 0, n, {packed, scales, minima});
         const auto bits = static_cast<std::size_t>(kv1::detail::traits_of(f).code_bits);
-        const double z = 0.5 * static_cast<double>((1 << bits) - 1);
-        half_code = z;
+        codebook = f == kv1::kv_format::codebook2; // codes 0 ... 3 are levels 0, 5, 9, 14
+        two_bits = bits == 2;
+        const double z = codebook ? 7.0 : 0.5 * static_cast<double>((1 << bits) - 1);
+        half_level = z;
         off_centre.resize(n * dim);
         for (std::size_t t = 0; t < n * groups; ++t) { // and group
             double s = 1.0, base = 0.0;
@@ -100,8 +104,9 @@ struct cached_side {
                     code |= (std::to_integer<unsigned>(packed[t / groups * width + at / 8]) >> (at % 8) & 1u)
                             << b;
                 }
-                off_centre[t * group_dim + c] = static_cast<float>(code - z);
-                sum += std::fabs(code - z);
+                const unsigned level = codebook ? std::array{0u, 5u, 9u, 14u}[code] : code;
+                off_centre[t * group_dim + c] = static_cast<float>(level - z);
+                sum += std::fabs(level - z);
             }
             deviation.push_back(s * sum);
         }
@@ -136,36 +141,42 @@ namespace oracle {
 struct paired_query {
     double step = 0.0, multiplier_sum = 0.0, half_steps = 0.0; // of all pairs: the largest errors
     std::vector<double> centred;                               // [pair][16]: multiplier * (t - 255 / 2)
+    std::array<float, 4> levels{};                             // of codes, about their middle
 
-    explicit paired_query(std::span<const float> q) {
+    paired_query() = default;
+    paired_query(std::span<const float> q, bool codebook)
+        : levels(codebook ? std::array{-7.0f, -2.0f, 2.0f, 7.0f} : std::array{-1.5f, -0.5f, 0.5f, 1.5f}) {
         const auto at = [&](std::size_t i) { return i < q.size() ? q[i] : 0.0f; };
         const std::size_t pairs = (q.size() + 1) / 2;
         float widest = 0.0f;
         for (std::size_t p = 0; p < pairs; ++p)
             widest = std::max(widest, std::fabs(at(2 * p)) + std::fabs(at(2 * p + 1)));
-        const float top = 1.5f * widest;
+        const float half = levels[3], top = half * widest;
         step = static_cast<double>(top / 127.0f * (2.0f / 255.0f));
         for (std::size_t p = 0; p < pairs; ++p) {
             const float a = at(2 * p), b = at(2 * p + 1);
-            const float reach = 1.5f * (std::fabs(a) + std::fabs(b));
+            const float reach = half * (std::fabs(a) + std::fabs(b));
             const float m = top > 0.0f ? std::ceil(127.0f * (reach / top)) : 0.0f;
             const float inverse = m > 0.0f ? 127.5f / (m * (top / 127.0f)) : 0.0f;
             const float first = a * inverse, second = b * inverse;
             for (int c = 0; c < 16; ++c) {
-                const float t = std::fma(second, static_cast<float>(c >> 2) - 1.5f,
-                                         std::fma(first, static_cast<float>(c & 3) - 1.5f, 127.5f));
+                const float t = std::fma(second, levels[static_cast<std::size_t>(c >> 2)],
+                                         std::fma(first, levels[static_cast<std::size_t>(c & 3)], 127.5f));
                 centred.push_back(static_cast<double>(m) * (static_cast<double>(std::nearbyint(t)) - 127.5));
             }
             multiplier_sum += static_cast<double>(m);
             half_steps += static_cast<double>(m) * step * (0.5 + 255 * gamma(8));
         }
     }
-    // off: c - 3/2 of each channel of a token
+    // off: levels of the channels of a token, about their middle
     [[nodiscard]] double dot(const float* off, std::size_t channels) const {
         double sum = 0.0;
         for (std::size_t c = 0; c < channels; c += 2) {
-            const auto low = static_cast<std::size_t>(off[c] + 1.5f);
-            const auto high = c + 1 < channels ? static_cast<std::size_t>(off[c + 1] + 1.5f) : 0;
+            const auto code = [&](float level) {
+                return static_cast<std::size_t>(std::find(levels.begin(), levels.end(), level) -
+                                                levels.begin());
+            };
+            const std::size_t low = code(off[c]), high = c + 1 < channels ? code(off[c + 1]) : 0;
             sum += centred[c * 8 + low + 4 * high];
         }
         return sum;
@@ -260,12 +271,12 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
     const bool fast_values = mode == kv1::precision::fast && values.coded;
 
     // the query as the kernels prepare it, group by group
-    const bool paired = fast_keys && keys.half_code == 1.5 && kv1::detail::takes_pairs(kv1::current_target());
+    const bool paired = fast_keys && keys.two_bits && kv1::detail::takes_pairs(kv1::current_target());
     std::vector<float> q(query.begin(), query.end());
     std::vector<double> i(d);
     struct query_part {
         double step = 0.0, sum = 0.0, magnitude = 0.0, code_sum = 0.0;
-        oracle::paired_query pairs{{}};
+        oracle::paired_query pairs;
     };
     std::vector<query_part> parts(keys.groups);
     const std::size_t part_dim = d / keys.groups;
@@ -286,7 +297,7 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
             part.code_sum += i[p * part_dim + c];
         }
         if (paired)
-            part.pairs = oracle::paired_query(own);
+            part.pairs = oracle::paired_query(own, keys.codebook);
     }
 
     // scores: exact ones with the error of summing, and of rounding the query; and the path's own
@@ -326,7 +337,7 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
             // step * z * sum i, or step * 255/2 * sum m, is rounded before it is taken off the sum of
             // products: at most 5 half units; scores of groups are added to each other
             const double taken_off =
-                paired ? 127.5 * part.pairs.multiplier_sum : keys.half_code * std::fabs(part.code_sum);
+                paired ? 127.5 * part.pairs.multiplier_sum : keys.half_level * std::fabs(part.code_sum);
             const auto additions = static_cast<double>(parts.size() - 1);
             path_rounding[k] += gamma(6 + additions) * std::fabs(first) +
                                 gamma(5 + additions) * keys.slope[at] * own_step * taken_off +
@@ -408,7 +419,7 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
                 largest = std::max(largest, path.w[k] * values.slope[tokens[k] * values.groups + p]);
                 h = std::max(h, path.h[k]);
             }
-            const double top_code = values.half_code > 127.0 ? 127.0 : 255.0;
+            const double top_code = values.half_level > 127.0 ? 127.0 : 255.0;
             const double weight_step = largest / top_code;
             const std::size_t first_channel = p * group_dim, end_channel = first_channel + group_dim;
             std::vector<double> sum(channels, 0.0);

@@ -66,6 +66,8 @@ inline std::vector<float> through_format(kv1::kv_format f, const std::vector<flo
         return leveled(kv1::compact<3>{});
     case kv1::kv_format::compact2:
         return leveled(kv1::compact<2>{});
+    case kv1::kv_format::codebook2:
+        return leveled(kv1::codebook2{});
     }
     return y;
 }

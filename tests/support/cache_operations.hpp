@@ -73,6 +73,7 @@ private:
         generator g(5);
         d.layers[0].key_format = kv1::kv_format::compact3;
         d.layers[0].key_encoding = {level_choice::least_squares, 8, normal_values(g, 2 * 8)};
+        d.layers[0].value_format = kv1::kv_format::codebook2;
         d.layers[0].value_encoding = {level_choice::least_squares, 2};
         d.layers[1].value_encoding = {.means = normal_values(g, 7)};
         if (d.layers.size() > 2) { // metadata by groups, with levels that are fitted and that are not

@@ -264,7 +264,7 @@ TEST_CASE("metadata by groups of channels are attended within bounds", "[attenti
     using enum kv_format;
     tally t;
     std::uint64_t seed = 150;
-    for (const kv_format f : {affine2, affine3, affine4, affine8, compact2, compact3, compact4})
+    for (const kv_format f : {affine2, affine3, affine4, affine8, compact2, compact3, compact4, codebook2})
         for (const std::size_t rows : {1u, 4u, 5u, 7u}) // one tile, two that differ
             check({.key_dim = 96,
                    .value_dim = 128,

@@ -77,6 +77,8 @@ TEST_CASE("compact formats and least squares give the golden codes and metadata 
         check<compact<2>>("compact2", t);
         check<compact<3>>("compact3", t);
         check<compact<4>>("compact4", t);
+        check<kv1::codebook2>("codebook2", t);
+        check<least_squares<kv1::codebook2>>("codebook2.fit", t);
         check<least_squares<compact<2>>>("compact2.fit", t);
         check<least_squares<compact<3>>>("compact3.fit", t);
         check<least_squares<compact<4>>>("compact4.fit", t);
@@ -91,6 +93,12 @@ TEST_CASE("a page of compact formats is the golden one, byte for byte, on every 
     kv1::layer_description l{1, 32, 32, kv1::kv_format::compact3, kv1::kv_format::compact2};
     l.key_encoding.levels = l.value_encoding.levels = kv1::level_choice::least_squares;
     check_page("page", l, 32, 12 + 12);
+}
+
+TEST_CASE("a page of codebooks is the golden one, byte for byte, on every target", "[encode]") {
+    kv1::layer_description l{1, 32, 32, kv1::kv_format::codebook2, kv1::kv_format::codebook2};
+    l.key_encoding.levels = l.value_encoding.levels = kv1::level_choice::least_squares;
+    check_page("codebook", l, 16, 10 + 10);
 }
 
 TEST_CASE("a page with metadata by groups is the golden one, byte for byte, on every target", "[encode]") {

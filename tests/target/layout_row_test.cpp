@@ -137,7 +137,8 @@ TEST_CASE("a group of channels is stored as a vector of its own, and goes out an
     using enum kv_format;
     kv1_test::for_each_target([&](kv1::target) {
         tally t;
-        for (const kv_format f : {affine2, affine3, affine4, affine8, compact2, compact3, compact4}) {
+        for (const kv_format f :
+             {affine2, affine3, affine4, affine8, compact2, compact3, compact4, codebook2}) {
             kv1::layer_description l{heads, dim, dim, f, f};
             l.key_group = l.value_group = group;
             kv1::kv_cache cache(kv1::uniform_cache(1, l, 256, 16));

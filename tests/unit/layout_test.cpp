@@ -47,6 +47,7 @@ std::size_t bits_of_value(kv_format f) {
         return 3;
     case kv_format::affine2:
     case kv_format::compact2:
+    case kv_format::codebook2:
         return 2;
     case kv_format::scaled_binary:
     case kv_format::binary:

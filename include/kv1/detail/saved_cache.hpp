@@ -57,6 +57,8 @@ constexpr std::uint8_t saved_format(kv_format f) noexcept {
         return 10;
     case kv_format::compact2:
         return 11;
+    case kv_format::codebook2:
+        return 12;
     }
     return 0;
 }

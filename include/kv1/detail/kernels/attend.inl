@@ -214,7 +214,7 @@ inline void attend_rows(const attention_job& job) noexcept {
     float shifts[max_rows]; // of scores, for the mean that keys were stored without
     row_view seen[max_rows];
 
-    const float half_code = 0.5f * static_cast<float>((1 << keys.traits().code_bits) - 1);
+    const float half_code = 0.5f * static_cast<float>(keys.traits().top_level());
     row_view any{job.last_token, 0}, all{0, job.last_token}; // tokens that some row, and every row, may see
     std::size_t tile_row = 0, tile = 0;                      // of the row tile
     for (std::size_t r = 0; r < job.rows; ++r) {
@@ -244,7 +244,7 @@ inline void attend_rows(const attention_job& job) noexcept {
             query_sums[n] = xs::reduce_add(sum);
             if (in_pairs) {
 #if defined(KV1_ISA_PAIRS)
-                pair_query(own, part, tables + tile_at * 8, codes[0] + tile_at, r - tile_row,
+                pair_query(own, part, keys.traits(), tables + tile_at * 8, codes[0] + tile_at, r - tile_row,
                            row_tile_size(job.rows, tile), code_scales[n], code_offsets[n]);
 #endif
             } else if (integer_keys) {

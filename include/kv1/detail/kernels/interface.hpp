@@ -115,7 +115,7 @@ struct query_rows {
     const std::int8_t* codes[2];
     const std::uint8_t* tables; // of pairs, in row tiles, 8 stride bytes a row; null where not in pairs
     const float* code_scales;   // [rows]
-    // [rows]: -code_scale * max_code / 2 * sum of codes, which centres the stored codes
+    // [rows]: -code_scale * top level / 2 * sum of codes, which centres the stored levels
     const float* code_offsets;
 };
 

@@ -153,12 +153,13 @@ float decoded(const block_view& view, std::size_t slot, std::size_t channel) noe
                         load_metadata(*view.layout, at.page, at.token));
 }
 
-// code - max_code / 2, doubled to stay integral
+// level - top_level / 2, doubled to stay integral
 template <storage_format Format>
 std::int64_t centred_twice(const block_view& view, std::size_t slot, std::size_t channel) noexcept {
+    constexpr format_traits t = traits_of(kv_format_of<Format>);
     const slot_place at = place_of(view, slot);
-    return 2 * static_cast<std::int64_t>(load_code(*view.layout, at.page, at.token, channel)) -
-           ((1 << traits_of(kv_format_of<Format>).code_bits) - 1);
+    return 2 * static_cast<std::int64_t>(t.level(load_code(*view.layout, at.page, at.token, channel))) -
+           t.top_level();
 }
 
 template <storage_format Format>
@@ -169,8 +170,8 @@ affine_pair affine_of(const block_view& view, std::size_t slot) noexcept {
 
 template <storage_format Format>
 float centre_of(const affine_pair& p) noexcept {
-    constexpr auto max_code = static_cast<float>((1 << traits_of(kv_format_of<Format>).code_bits) - 1);
-    return p.base + p.slope * (0.5f * max_code);
+    constexpr auto top = static_cast<float>(traits_of(kv_format_of<Format>).top_level());
+    return p.base + p.slope * (0.5f * top);
 }
 
 template <storage_format Format>
@@ -199,7 +200,7 @@ template <storage_format Format>
 void key_scores_fast(const block_view& view, const query_rows& q, float* scores, float*) noexcept {
     for (std::size_t r = 0; r < q.rows; ++r)
         for (std::size_t t = 0; t < view.count * tile_tokens; ++t) {
-            std::int64_t twice = 0; // 2 * sum i (c - max_code / 2)
+            std::int64_t twice = 0; // 2 * sum i (level - top / 2)
             for (std::size_t c = 0; c < view.layout->channels; ++c)
                 twice += q.codes[0][r * q.stride + c] * centred_twice<Format>(view, t, c);
             const affine_pair p = affine_of<Format>(view, t);
