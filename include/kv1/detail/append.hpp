@@ -224,13 +224,13 @@ public:
             job_.kernels->encode_rows(codec_.recipe, rows_, count, codes_, stride_, metadata_, failed);
         if (r.code != errc::ok)
             return append_error(r, heads_[failed], tokens_[failed]);
-        const std::size_t page_tokens = job_.layout->page_tokens();
+        const std::size_t page_tokens = job_.layout->page_tokens(), groups = section_.groups();
         for (std::size_t k = 0; k < count; ++k) {
             const std::size_t token = job_.first_token + tokens_[k];
             std::byte* page = page_of(job_, heads_[k], token / page_tokens);
             job_.kernels->insert_codes(section_, page, token % page_tokens, codes_ + k * stride_);
-            for (std::size_t g = 0; g < section_.groups(); ++g)
-                store_metadata(section_, page, token % page_tokens, metadata_[k * section_.groups() + g], g);
+            for (std::size_t g = 0; g < groups; ++g)
+                store_metadata(section_, page, token % page_tokens, metadata_[k * groups + g], g);
         }
         return {};
     }

@@ -152,7 +152,8 @@ KV1_NOINLINE void add_group_scores(const Kernels& kernels, std::size_t mode, con
     for (std::size_t g = 0; g < groups; ++g) {
         const section_layout keys = view.layout->group(g), next = fetched_with(view, g, groups);
         const std::size_t row = g * q.rows, at = row * q.stride;
-        kernels.key_scores[mode]({&keys, view.tiles, view.count, &next, view.next_tiles, view.next_count, view.next_share},
+        kernels.key_scores[mode]({&keys, view.tiles, view.count, &next, view.next_tiles, view.next_count,
+                                  view.next_share},
                                  {q.rows, q.stride, q.values + at, q.sums + row, {q.codes[0] + at, q.codes[1] + at},
                                   q.tables == nullptr ? nullptr : q.tables + 8 * at, q.code_scales + row,
                                   q.code_offsets + row},

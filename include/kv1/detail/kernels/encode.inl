@@ -221,8 +221,8 @@ KV1_INLINE f32 words_with_feedback(const float* x, std::size_t n, const lane_lev
                 wanted[k] = sum_of(wanted[k], product_of(f32(factors[k]), error));
         }
         u32 word(0u);
-        KV1_UNROLL for (std::size_t k = 4; k-- > 0;) {
-            const std::size_t i = first + k;
+        KV1_UNROLL for (std::size_t left = 0; left < 4; ++left) {
+            const std::size_t k = 3 - left, i = first + k;
             if (i >= n)
                 continue;
             const f32 code = rule.code(wanted[k]);
@@ -382,10 +382,55 @@ KV1_INLINE bool load_vectors(const encode_row* rows, std::size_t count, std::siz
     return xs::reduce_max(largest) <= std::bit_cast<std::int32_t>(largest_half);
 }
 
+// weighted_levels() of encode_reference.hpp: levels and codes of the least cost, from levels that fit best. For vectors
+// of one group. alike: feedback is common to several of them. Out of line, where its loops have the registers.
+template <bool Codebook>
+KV1_NOINLINE void weigh_levels(const encode_row* rows, std::size_t count, std::size_t n, bool alike,
+                               const lane_format<Codebook>& how, lane_scratch& scratch, lane_levels& best) noexcept {
+    const lane_format<Codebook> format = how;
+    const float* const x = scratch.x;
+    lane_levels l = best, from = l;
+    const f32 middle = sum_of(l.base, product_of(l.scale, f32(0.5f * format.top)));
+    f32 least(0.0f);
+    for (int k = 0; k < weighted_candidates; ++k) {
+        lane_levels candidate = l;
+        if (k == first_move)
+            from = l;
+        if (k > 0)
+            weighted_candidate(k, from, middle, format, candidate);
+        std::uint32_t* const words = k == 0 ? scratch.words : scratch.candidate_words;
+        f32 cost(0.0f);
+        if (alike) {
+            cost = words_with_feedback(x, n, candidate, format, rows[0].feedback, scratch.errors, words);
+        } else {
+            alignas(64) float scales[lanes], bases[lanes], costs[lanes] = {};
+            candidate.scale.store_aligned(scales);
+            candidate.base.store_aligned(bases);
+            for (std::size_t i = 0; i < count; ++i)
+                if (rows[i].feedback != nullptr)
+                    costs[i] =
+                        words_of_lane(x, n, i, scales[i], bases[i], format, rows[i].feedback, scratch.errors, words);
+            cost = f32::load_aligned(costs); // lanes without feedback keep their levels: nothing costs less
+        }
+        if (k == 0) {
+            least = cost;
+            continue;
+        }
+        const lane_mask better = (cost < least) & candidate.fits;
+        least = xs::select(better, cost, least);
+        take(better, candidate, l);
+        const auto better_words = xs::batch_bool_cast<std::uint32_t>(better);
+        for (std::size_t w = 0; w < round_up(n, 4) / 4 * lanes; w += lanes)
+            xs::select(better_words, u32::load_aligned(words + w), u32::load_aligned(scratch.words + w))
+                .store_aligned(scratch.words + w);
+    }
+    best = l;
+}
+
 // Codes of a group's channels x of up to `lanes` vectors to words. False: metadata overflow.
 template <bool Codebook>
 bool encode_group(const encode_recipe& recipe, const encode_row* rows, std::size_t count, const float* x,
-                  std::uint32_t* best_words, lane_scratch& scratch, row_metadata* metadata) noexcept {
+                  std::uint32_t* words, lane_scratch& scratch, row_metadata* metadata) noexcept {
     const std::size_t n = recipe.group;
     const format_traits traits = traits_of(recipe.format);
     const lane_format<Codebook> format{f32(static_cast<float>((1 << traits.code_bits) - 1)), static_cast<float>(traits.top_level()),
@@ -427,48 +472,16 @@ bool encode_group(const encode_recipe& recipe, const encode_row* rows, std::size
         weighted = weighted || rows[i].feedback != nullptr;
     }
     if (!weighted || !alike || count == 1)
-        nearest_words(x, n, l, format, best_words);
-    lane_levels from = l;
-    const f32 middle = sum_of(l.base, product_of(l.scale, f32(0.5f * format.top)));
-    f32 least(0.0f);
-    for (int k = 0; weighted && k < weighted_candidates; ++k) {
-        lane_levels candidate = l;
-        if (k == first_move)
-            from = l;
-        if (k > 0)
-            weighted_candidate(k, from, middle, format, candidate);
-        std::uint32_t* const words = k == 0 ? best_words : scratch.candidate_words;
-        f32 cost(0.0f);
-        if (alike && count > 1) {
-            cost = words_with_feedback(x, n, candidate, format, rows[0].feedback, scratch.errors, words);
-        } else {
-            alignas(64) float scales[lanes], bases[lanes], costs[lanes] = {};
-            candidate.scale.store_aligned(scales);
-            candidate.base.store_aligned(bases);
-            for (std::size_t i = 0; i < count; ++i)
-                if (rows[i].feedback != nullptr)
-                    costs[i] =
-                        words_of_lane(x, n, i, scales[i], bases[i], format, rows[i].feedback, scratch.errors, words);
-            cost = f32::load_aligned(costs); // lanes without feedback keep their levels: nothing costs less
-        }
-        if (k == 0) {
-            least = cost;
-            continue;
-        }
-        const lane_mask better = (cost < least) & candidate.fits;
-        least = xs::select(better, cost, least);
-        take(better, candidate, l);
-        const auto better_words = xs::batch_bool_cast<std::uint32_t>(better);
-        for (std::size_t w = 0; w < round_up(n, 4) / 4 * lanes; w += lanes)
-            xs::select(better_words, u32::load_aligned(words + w), u32::load_aligned(best_words + w))
-                .store_aligned(best_words + w);
-    }
+        nearest_words(x, n, l, format, words);
+    if (weighted)
+        weigh_levels(rows, count, n, alike && count > 1, format, scratch, l);
     alignas(64) std::uint32_t scale_bits[lanes], minimum_bits[lanes];
     l.scale_bits.store_aligned(scale_bits);
     l.minimum_bits.store_aligned(minimum_bits);
+    const std::size_t groups = recipe.groups();
     for (std::size_t i = 0; i < count; ++i)
-        metadata[i * recipe.groups()] = {static_cast<std::uint16_t>(scale_bits[i]),
-                                         static_cast<std::uint16_t>(minimum_bits[i])};
+        metadata[i * groups] = {static_cast<std::uint16_t>(scale_bits[i]),
+                                static_cast<std::uint16_t>(minimum_bits[i])};
     return true;
 }
 
