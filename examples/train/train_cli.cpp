@@ -40,7 +40,7 @@ void add_cache(CLI::App& command, cache_texts& t) {
     command
         .add_option(
             "--kv", t.formats,
-            "Bits of the cache: 1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4 (compact), or K,V such as c3,c2")
+            "Bits of the cache: 1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4 (compact), cb2, or K,V such as c3,c2")
         ->capture_default_str();
     command.add_option("--encoder", t.encoder, "How levels are chosen")
         ->check(CLI::IsMember({"min_max", "least_squares"}))
