@@ -100,6 +100,8 @@ bool is_compact(kv1::kv_format format) {
 
 void set_format(cuda::cache_path_job& job, kv1::kv_format format, const kv_policy& policy) {
     using kv1::kv_format;
+    if (format == kv_format::codebook2)
+        throw std::invalid_argument("cb2 is trained for on processors alone");
     const int bits = kv1::detail::traits_of(format).code_bits;
     job.format = is_plain(format)                     ? cuda::scheme::plain
                  : format == kv_format::binary        ? cuda::scheme::binary

@@ -174,7 +174,7 @@ double bytes_per_vector(const kv1::cache_description& d, std::size_t tokens) {
     double bytes = 0.0, vectors = 0.0;
     const auto n = static_cast<double>(tokens);
     for (const kv1::layer_description& l : d.layers) {
-        const kv1::page_layout page(l.key_format, l.key_dim, l.value_format, l.value_dim, d.page_tokens);
+        const kv1::page_layout page = kv1::layout_of(l, d.page_tokens);
         const auto heads = static_cast<double>(l.kv_heads);
         const auto half = static_cast<double>(2 * (l.key_dim + l.value_dim));
         vectors += 2.0 * heads * n;

@@ -4,7 +4,7 @@
 //
 //   policy   KEYS,VALUES[/LAYER:KEYS,VALUES]...[@SINKS:WINDOW]
 //   KEYS     FORMAT[+ls|+cs][+had][+mean][+ew]
-//   FORMAT   1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4 (compact)
+//   FORMAT   1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4 (compact), cb2 (codebook)
 //
 // ls: least squares, cs: clip search, had: Hadamard rotation, mean: less calibrated means, ew: error weights.
 // A slash gives one layer something else, @ the fp16 sinks and window.

@@ -97,8 +97,8 @@ double shrink(const kv1::cache_description& cache) {
     std::size_t fp16 = 0, packed = 0;
     for (const kv1::layer_description& l : cache.layers) {
         fp16 += l.kv_heads * 2 * (l.key_dim + l.value_dim);
-        packed += l.kv_heads *
-                  (kv1::row_bytes(l.key_format, l.key_dim) + kv1::row_bytes(l.value_format, l.value_dim));
+        packed += l.kv_heads * (kv1::row_bytes(l.key_format, l.key_dim, l.key_group) +
+                                kv1::row_bytes(l.value_format, l.value_dim, l.value_group));
     }
     return static_cast<double>(fp16) / static_cast<double>(packed);
 }

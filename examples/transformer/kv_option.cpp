@@ -15,7 +15,7 @@ using kv1::kv_format;
 constexpr std::array formats{kv_format::binary,   kv_format::scaled_binary, kv_format::affine2,
                              kv_format::affine3,  kv_format::affine4,       kv_format::affine8,
                              kv_format::fp16,     kv_format::fp32,          kv_format::compact2,
-                             kv_format::compact3, kv_format::compact4};
+                             kv_format::compact3, kv_format::compact4,      kv_format::codebook2};
 static_assert(formats.size() == kv_widths.size());
 
 std::string_view width_of(kv_format format) {
@@ -31,7 +31,7 @@ kv_formats parse_kv(std::string_view text, std::string_view option) {
         if (found == kv_widths.end())
             throw input_error(
                 std::string(option) + ": '" + std::string(text) +
-                "' is none of 1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4, nor a pair of them such as 4,2");
+                "' is none of 1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4, cb2, nor a pair of them such as 4,2");
         return formats[static_cast<std::size_t>(found - kv_widths.begin())];
     };
     const std::size_t comma = text.find(',');

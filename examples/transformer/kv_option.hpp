@@ -18,8 +18,8 @@ struct kv_formats {
 };
 
 /// Every width, narrowest first; then the compact formats.
-inline constexpr std::array<std::string_view, 11> kv_widths{"1",  "1.5", "2",  "3",  "4", "8",
-                                                            "16", "32",  "c2", "c3", "c4"};
+inline constexpr std::array<std::string_view, 12> kv_widths{"1",  "1.5", "2",  "3",  "4",  "8",
+                                                            "16", "32",  "c2", "c3", "c4", "cb2"};
 
 /// One width for both, or a pair "K,V". `option` is named in the input_error for anything else.
 [[nodiscard]] kv_formats parse_kv(std::string_view text, std::string_view option);

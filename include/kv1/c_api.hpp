@@ -31,7 +31,7 @@ static_assert(static_cast<int>(kv_format::fp32) == KV1_PLAIN_FP32 &&
               static_cast<int>(kv_format::affine2) == KV1_AFFINE2 &&
               static_cast<int>(kv_format::binary) == KV1_BINARY &&
               static_cast<int>(kv_format::compact4) == KV1_COMPACT4 &&
-              static_cast<int>(kv1::all_kv_formats.back()) == KV1_COMPACT2);
+              static_cast<int>(kv1::all_kv_formats.back()) == KV1_CODEBOOK2);
 static_assert(static_cast<int>(scalar_type::fp32) == KV1_FP32 &&
               static_cast<int>(scalar_type::bf16) == KV1_BF16);
 static_assert(static_cast<int>(precision::fast) == KV1_FAST &&
@@ -184,8 +184,8 @@ kv1_code kv1_cache_create(const kv1_layer* layers, size_t distinct_layers, size_
         return c_report(room, error);
     for (std::size_t i = 0; i < layer_count; ++i) {
         const kv1_layer& l = layers[i % distinct_layers];
-        if (!kv1::detail::c_within(l.key_format, KV1_COMPACT2) ||
-            !kv1::detail::c_within(l.value_format, KV1_COMPACT2))
+        if (!kv1::detail::c_within(l.key_format, KV1_CODEBOOK2) ||
+            !kv1::detail::c_within(l.value_format, KV1_CODEBOOK2))
             return c_report({errc::unsupported_format,
                              "a format is an enumerator",
                              {.layer = static_cast<std::int64_t>(i)}},

@@ -28,6 +28,13 @@ struct layer_description {
     vector_encoding key_encoding = {};
     vector_encoding value_encoding = {};
     /// @}
+    /// Channels that share a scale and minimum; 0: all of a vector. In affine and compact formats, without
+    /// error weights; a multiple of group_unit that divides the head dim. Every group is stored as a vector
+    /// of its own would be, after means and rotation, for 4 bytes of metadata (compact: 2) each.
+    /// @{
+    std::size_t key_group = 0;
+    std::size_t value_group = 0;
+    /// @}
     /// Whether all fields are the same.
     friend bool operator==(const layer_description&, const layer_description&) = default;
 };
@@ -59,12 +66,16 @@ struct cache_description {
     std::size_t prefix_events = 0;
 };
 
+/// How a page of one layer and KV head lies.
+[[nodiscard]] constexpr page_layout layout_of(const layer_description& l, std::size_t page_tokens) noexcept {
+    return {l.key_format, l.key_dim, l.value_format, l.value_dim, page_tokens, l.key_group, l.value_group};
+}
+
 /// Bytes of one page of every layer, all KV heads, fp16 copies left out.
 [[nodiscard]] inline std::size_t bytes_per_page(const cache_description& d) noexcept {
     std::size_t bytes = 0;
     for (const layer_description& l : d.layers)
-        bytes += l.kv_heads *
-                 page_layout(l.key_format, l.key_dim, l.value_format, l.value_dim, d.page_tokens).bytes();
+        bytes += l.kv_heads * layout_of(l, d.page_tokens).bytes();
     return bytes;
 }
 

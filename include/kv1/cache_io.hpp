@@ -12,8 +12,9 @@
 //   fixed part    64 bytes: "KV1CACHE", version of this form, of the library and of the page layout, tokens a
 //                 page, number of layers, groups and sequences, bytes of tables and of pages, checksum
 //   tables        fp16 sinks and window; each layer's heads, head dims, formats, code bits, quantized axis,
-//                 metadata, rotation, checksum of means, window; each page group's number of pages; each
-//                 sequence's length, position base, commit point, dropped pages and page numbers; checksum
+//                 metadata, rotation, checksum of means, groups of channels, window; each page group's number
+//                 of pages; each sequence's length, position base, commit point, dropped pages and page
+//                 numbers; checksum
 //   pages         by group, page and layer: the bytes of layout.hpp, slots without a token zero; checksum
 //
 // Pages that saved sequences share are saved once, and shared again after loading. Checksums are CRC-32C.

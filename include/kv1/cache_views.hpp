@@ -21,15 +21,15 @@ enum class kv_side : std::uint8_t { key, value };
 /// little-endian.
 struct row_buffers {
     std::span<std::byte> packed;    ///< rows * packed_bytes(format, head_dim)
-    std::span<float16> scales = {}; ///< one a row, where the format has scales
-    std::span<float16> minima = {}; ///< one a row, where the format has minima
+    std::span<float16> scales = {}; ///< [row][group of channels], where the format has scales
+    std::span<float16> minima = {}; ///< [row][group of channels], where the format has minima
 };
 
 /// The same to read from.
 struct const_row_buffers {
     std::span<const std::byte> packed;    ///< rows * packed_bytes(format, head_dim)
-    std::span<const float16> scales = {}; ///< one a row, where the format has scales
-    std::span<const float16> minima = {}; ///< one a row, where the format has minima
+    std::span<const float16> scales = {}; ///< [row][group of channels], where the format has scales
+    std::span<const float16> minima = {}; ///< [row][group of channels], where the format has minima
 };
 
 /// Block tables as FlashInfer and vLLM have them. Sequence i owns indices indptr[i] ... indptr[i + 1] - 1;

@@ -27,6 +27,7 @@
 #include <kv1/quantizer.hpp>
 #include <kv1/quantizers/affine.hpp>
 #include <kv1/quantizers/binary.hpp>
+#include <kv1/quantizers/codebook.hpp>
 #include <kv1/quantizers/compact.hpp>
 #include <kv1/quantizers/least_squares.hpp>
 #include <kv1/quantizers/scaled_binary.hpp>
@@ -113,26 +114,27 @@ inline float mean_magnitude(std::span<const float> x) noexcept {
     return std::max(add_pairwise(sums) / static_cast<float>(x.size()), smallest_scale);
 }
 
+// Levels with a scale and a base.
 template <class Q>
-concept evenly_spaced = std::same_as<typename Q::metadata, affine_metadata> ||
+concept scaled_levels = std::same_as<typename Q::metadata, affine_metadata> ||
     std::same_as<typename Q::metadata, compact_metadata>;
 
 // Whether levels are fitted or a compact format's; else they are those of Q::quantize.
 template <quantizer Q>
 bool chooses_levels(const fake_quantize_options& o) noexcept {
-    if constexpr (evenly_spaced<Q>)
+    if constexpr (scaled_levels<Q>)
         return std::same_as<typename Q::metadata, compact_metadata> ||
                o.encoder == fake_quantize_options::encoder_policy::least_squares;
     return false;
 }
 
 // Levels of Q that keep their scale and base as they are.
-template <evenly_spaced Q>
+template <scaled_levels Q>
 struct unrounded {};
 
 template <class Q>
 struct level_format<unrounded<Q>> {
-    static constexpr float max_code = level_format<Q>::max_code;
+    static constexpr float max_code = level_format<Q>::max_code, top = level_format<Q>::top;
     static constexpr float low(float lo) noexcept { return level_format<Q>::low(lo); }
     static constexpr float high(float hi) noexcept { return level_format<Q>::high(hi); }
     static float round_scale(float scale) noexcept { return std::max(scale, smallest_scale); }
@@ -143,34 +145,38 @@ struct level_format<unrounded<Q>> {
     }
 };
 
+template <class Q>
+struct code_rule<unrounded<Q>> : code_rule<Q> {
+    using code_rule<Q>::code_rule;
+};
+
 // Levels and their nearest codes, as kernels choose them for least squares and for compact formats.
 template <class Q>
 stored_levels choose_levels(std::span<const float> x, const fake_quantize_options& o, std::uint8_t* codes,
-                            std::uint8_t* refit_codes) noexcept {
-    using format = level_format<Q>;
+                            std::uint8_t* refit_levels) noexcept {
     if (o.encoder == fake_quantize_options::encoder_policy::least_squares)
-        return fit_levels<Q>(x, codes, refit_codes);
+        return fit_levels<Q>(x, codes, refit_levels);
     const auto [lo, hi] = plain_range(x);
     const stored_levels levels = range_levels<Q>(lo, hi);
     if (levels.fits)
-        nearest_codes(x, levels, format::max_code, codes);
+        nearest_codes<Q>(x, levels, codes);
     return levels;
 }
 
 // Its own inverse and, symmetric, its own gradient.
 inline void rotate_hadamard(std::span<float> x) noexcept { hadamard_transform(x, hadamard_block(x.size())); }
 
-// Codes and metadata of one vector; x is finite and not empty. refit_codes: those that metadata were refitted
-// to, if they were; may be null.
+// Codes and metadata of one vector; x is finite and not empty. refit_levels: those of the codes that metadata
+// were refitted to, if they were; may be null.
 template <quantizer Q>
 status quantize_for_training(std::span<const float> x, const fake_quantize_options& o,
                              std::span<std::uint8_t> codes, real_metadata& m,
-                             std::uint8_t* refit_codes = nullptr) noexcept {
-    if constexpr (evenly_spaced<Q>) {
+                             std::uint8_t* refit_levels = nullptr) noexcept {
+    if constexpr (scaled_levels<Q>) {
         if (chooses_levels<Q>(o)) {
             const stored_levels levels = o.round_metadata
-                                             ? choose_levels<Q>(x, o, codes.data(), refit_codes)
-                                             : choose_levels<unrounded<Q>>(x, o, codes.data(), refit_codes);
+                                             ? choose_levels<Q>(x, o, codes.data(), refit_levels)
+                                             : choose_levels<unrounded<Q>>(x, o, codes.data(), refit_levels);
             m = {levels.scale, levels.base, levels.refined};
             return levels.fits ? status() : status(errc::not_representable, rule_fp16_metadata);
         }
@@ -194,8 +200,8 @@ status quantize_for_training(std::span<const float> x, const fake_quantize_optio
 
 template <quantizer Q>
 constexpr float restore(std::uint8_t code, real_metadata m) noexcept {
-    if constexpr (evenly_spaced<Q>)
-        return static_cast<float>(code) * m.scale + m.minimum;
+    if constexpr (scaled_levels<Q>)
+        return code_rule<Q>::level(static_cast<float>(code)) * m.scale + m.minimum;
     else if constexpr (std::same_as<typename Q::metadata, scale_metadata>)
         return code != 0 ? m.scale : -m.scale;
     else
@@ -205,20 +211,21 @@ constexpr float restore(std::uint8_t code, real_metadata m) noexcept {
 // dx = J^T dy of one vector for fixed codes, in the basis that is quantized in. In place.
 template <quantizer Q>
 void fixed_codes_gradient(std::span<const float> x, std::span<const std::uint8_t> codes, real_metadata m,
-                          std::span<const std::uint8_t> refit_codes, std::span<float> g) noexcept {
+                          std::span<const std::uint8_t> refit_levels, std::span<float> g) noexcept {
     const auto n = static_cast<double>(x.size());
-    if constexpr (evenly_spaced<Q>) {
+    if constexpr (scaled_levels<Q>) {
         double to_scale = 0.0, to_minimum = 0.0; // dL/dscale, dL/dminimum
         for (std::size_t i = 0; i < x.size(); ++i) {
-            to_scale += static_cast<double>(g[i]) * codes[i];
+            to_scale += static_cast<double>(g[i]) *
+                        static_cast<double>(code_rule<Q>::level(static_cast<float>(codes[i])));
             to_minimum += g[i];
         }
         if (m.refitted) {
-            const code_moments sums(refit_codes);
+            const code_moments sums(refit_levels);
             // a scale at its floor, or of equal codes, was not refitted
             const bool moves = m.scale > smallest_scale && sums.determinant() > 0.0;
             for (std::size_t i = 0; i < x.size(); ++i) {
-                const double scale_by_x = moves ? (n * refit_codes[i] - sums.c) / sums.determinant() : 0.0;
+                const double scale_by_x = moves ? (n * refit_levels[i] - sums.c) / sums.determinant() : 0.0;
                 const double minimum_by_x = (1.0 - sums.c * scale_by_x) / n;
                 g[i] = static_cast<float>(to_scale * scale_by_x + to_minimum * minimum_by_x);
             }
@@ -230,8 +237,8 @@ void fixed_codes_gradient(std::span<const float> x, std::span<const std::uint8_t
         // a compact format's range ends at zero where the vector's does not reach it
         using format = level_format<Q>;
         const float low = format::low(*lo), high = format::high(*hi);
-        const bool floored = (high - low) / format::max_code < smallest_scale;
-        const double to_range = floored ? 0.0 : to_scale / Q::max_code;
+        const bool floored = (high - low) / format::top < smallest_scale;
+        const double to_range = floored ? 0.0 : to_scale / static_cast<double>(format::top);
         std::fill(g.begin(), g.end(), 0.0f);
         if (low == *lo)
             g[lowest] += static_cast<float>(to_minimum - to_range);
@@ -375,6 +382,8 @@ status with_quantizer(kv_format format, F&& f) noexcept {
         return f.template operator()<compact<3>>();
     case kv_format::compact2:
         return f.template operator()<compact<2>>();
+    case kv_format::codebook2:
+        return f.template operator()<codebook2>();
     case kv_format::scaled_binary:
         return f.template operator()<scaled_binary>();
     case kv_format::binary:

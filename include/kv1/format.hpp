@@ -3,15 +3,16 @@
 // Storage formats: how one K or V vector (one token, one KV head) is kept.
 //
 // A format is a type that describes itself at compile time; `kv_format` names the same choice at run time.
-// Coded formats store unsigned codes and per-vector metadata, value = scale * code + minimum:
+// Coded formats store unsigned codes and metadata for each vector, or for each group of its channels
+// (layer_description), value = scale * code + minimum:
 //
 //   format           code bits  metadata (fp16)   bytes per vector of D channels     value
 //   affine<b>        b          scale, minimum    ceil(D*b/8) + 4                    scale*code + minimum
 //   compact<b>       b          16-bit pair       ceil(D*b/8) + 2                      scale*(code + offset)
-//   scaled_binary    1          scale             ceil(D/8) + 2                      +-scale
-//   binary           1          none              ceil(D/8)                          0 or 1
-//   plain<float16>   -          none              2 D                                the value
-//   plain<float>     -          none              4 D                                the value
+//   codebook2        2          16-bit pair       ceil(D/4) + 2                        scale*(0, 5, 9, 14 +
+//   offset) scaled_binary    1          scale             ceil(D/8) + 2                      +-scale binary
+//   1          none              ceil(D/8)                          0 or 1 plain<float16>   -          none
+//   2 D                                the value plain<float>     -          none              4 D the value
 //
 // The quantizers behind the coded formats are in kv1/quantizers/, one scheme a file.
 #pragma once
@@ -36,6 +37,8 @@ struct affine;
 /// to 4.
 template <int Bits>
 struct compact;
+/// Four levels that lie as those of a normal distribution should; see kv1/quantizers/codebook.hpp.
+struct codebook2;
 /// Signs alone; see kv1/quantizers/binary.hpp.
 struct binary;
 /// Signs and a mean magnitude; see kv1/quantizers/scaled_binary.hpp.
@@ -61,14 +64,15 @@ enum class kv_format : std::uint8_t {
     binary,
     compact4,
     compact3,
-    compact2
+    compact2,
+    codebook2
 };
 
 /// Every format, in the enumeration's order.
-inline constexpr std::array all_kv_formats{kv_format::fp32,          kv_format::fp16,    kv_format::affine8,
-                                           kv_format::affine4,       kv_format::affine3, kv_format::affine2,
-                                           kv_format::scaled_binary, kv_format::binary,  kv_format::compact4,
-                                           kv_format::compact3,      kv_format::compact2};
+inline constexpr std::array all_kv_formats{
+    kv_format::fp32,     kv_format::fp16,     kv_format::affine8,       kv_format::affine4,
+    kv_format::affine3,  kv_format::affine2,  kv_format::scaled_binary, kv_format::binary,
+    kv_format::compact4, kv_format::compact3, kv_format::compact2,      kv_format::codebook2};
 
 /// The enumerator's name.
 [[nodiscard]] constexpr std::string_view to_string(kv_format f) noexcept {
@@ -95,6 +99,8 @@ inline constexpr std::array all_kv_formats{kv_format::fp32,          kv_format::
         return "compact3";
     case kv_format::compact2:
         return "compact2";
+    case kv_format::codebook2:
+        return "codebook2";
     }
     return "unknown";
 }
@@ -117,7 +123,12 @@ struct format_traits {
     int plain_bits;
     metadata_kind metadata;
     std::array<code_part, 2> parts;
+    bool codebook = false; // codes 0 ... 3 stand for levels 0, 5, 9, 14; else they are the levels
 
+    [[nodiscard]] constexpr int top_level() const noexcept { return codebook ? 14 : (1 << code_bits) - 1; }
+    [[nodiscard]] constexpr std::uint32_t level(std::uint32_t code) const noexcept {
+        return codebook ? 5 * code - (code >> 1) : code;
+    }
     // width of a stored field of part p: codes, or whole plain values
     [[nodiscard]] constexpr int field_bits(int p) const noexcept {
         return code_bits == 0 ? (p == 0 ? plain_bits : 0) : parts[static_cast<std::size_t>(p)].bits;
@@ -134,9 +145,13 @@ struct format_traits {
 };
 
 constexpr format_traits coded(kv_format id, int bits, metadata_kind metadata) noexcept {
-    return {id, bits, 0, metadata,
+    return {id,
+            bits,
+            0,
+            metadata,
             bits == 3 ? std::array<code_part, 2>{{{2, 0}, {1, 2}}}
-                      : std::array<code_part, 2>{{{bits, 0}, {0, 0}}}};
+                      : std::array<code_part, 2>{{{bits, 0}, {0, 0}}},
+            false};
 }
 
 constexpr format_traits traits_of(kv_format f) noexcept {
@@ -163,6 +178,11 @@ constexpr format_traits traits_of(kv_format f) noexcept {
         return coded(f, 3, metadata_kind::compact);
     case kv_format::compact2:
         return coded(f, 2, metadata_kind::compact);
+    case kv_format::codebook2: {
+        format_traits t = coded(f, 2, metadata_kind::compact);
+        t.codebook = true;
+        return t;
+    }
     }
     return {};
 }
@@ -191,6 +211,8 @@ template <>
 struct format_id<compact<3>> : std::integral_constant<kv_format, kv_format::compact3> {};
 template <>
 struct format_id<compact<2>> : std::integral_constant<kv_format, kv_format::compact2> {};
+template <>
+struct format_id<codebook2> : std::integral_constant<kv_format, kv_format::codebook2> {};
 
 // The format whose attention kernels serve F: codes of one width lie alike, and kernels ask the layout what
 // the metadata beside them mean. One set of kernels a width is half the compile time.
@@ -225,9 +247,11 @@ inline constexpr kv_format kv_format_of = detail::format_id<F>::value;
     return (head_dim * static_cast<std::size_t>(t.code_bits != 0 ? t.code_bits : t.plain_bits) + 7) / 8;
 }
 
-/// Bytes of one row-format vector: packed values and metadata.
-[[nodiscard]] constexpr std::size_t row_bytes(kv_format f, std::size_t head_dim) noexcept {
-    return packed_bytes(f, head_dim) + detail::traits_of(f).metadata_bytes();
+/// Bytes of one row-format vector: packed values and metadata. group: channels that share metadata; 0: all.
+[[nodiscard]] constexpr std::size_t row_bytes(kv_format f, std::size_t head_dim,
+                                              std::size_t group = 0) noexcept {
+    return packed_bytes(f, head_dim) +
+           (group == 0 ? 1 : head_dim / group) * detail::traits_of(f).metadata_bytes();
 }
 
 /// A compile-time list of storage formats: the ones a cache type carries kernels for.
@@ -241,6 +265,6 @@ struct formats {
 
 /// Every format there is.
 using all_formats = formats<plain<float>, plain<float16>, affine<8>, affine<4>, affine<3>, affine<2>,
-                            scaled_binary, binary, compact<4>, compact<3>, compact<2>>;
+                            scaled_binary, binary, compact<4>, compact<3>, compact<2>, codebook2>;
 
 } // namespace kv1::inline KV1_ABI

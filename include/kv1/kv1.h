@@ -78,7 +78,8 @@ typedef enum kv1_format {
     KV1_BINARY,
     KV1_COMPACT4, /**< compact: two bytes less a vector, for vectors that lie about zero */
     KV1_COMPACT3,
-    KV1_COMPACT2
+    KV1_COMPACT2,
+    KV1_CODEBOOK2 /**< compact, with four levels for normally distributed channels */
 } kv1_format;
 
 /** Element type of a tensor. */

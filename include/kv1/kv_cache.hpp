@@ -63,6 +63,7 @@
 #include <kv1/prefix_index.hpp>
 #include <kv1/quantizers/affine.hpp>
 #include <kv1/quantizers/binary.hpp>
+#include <kv1/quantizers/codebook.hpp>
 #include <kv1/quantizers/compact.hpp>
 #include <kv1/quantizers/clip_search.hpp>
 #include <kv1/quantizers/least_squares.hpp>

@@ -18,6 +18,10 @@
 //   [k_scale] [k_minimum] [v_scale] [v_minimum]   fp16 arrays of page_tokens, where the format has them; the
 //                                                 16-bit pairs of compact formats lie in place of scales
 //
+// Where channels have their metadata by groups, such an array is [group][page_tokens]; the lines stay as they
+// are. A group is a multiple of 32 channels, so that its codes are whole lanes of K and whole lines of V:
+// what walks a section walks one group's share of it just as well (section_layout::group).
+//
 // padded to whole lines. K channels are padded to whole lanes, V channels to 16; padding is counted in
 // page_layout::bytes(). Bytes past the stored tokens of an open page hold finite garbage or zero and carry no
 // meaning. Pure arithmetic: constexpr, no allocation.
@@ -39,6 +43,8 @@ inline constexpr std::size_t line_bytes = 64;
 inline constexpr std::size_t line_lanes = 16;
 /// A page holds a multiple of this many tokens.
 inline constexpr std::size_t tile_tokens = 16;
+/// Channels that share metadata are all of a vector's, or a multiple of this many.
+inline constexpr std::size_t group_unit = 32;
 
 static_assert(std::endian::native == std::endian::little, "kv1 stores little-endian lanes");
 
@@ -70,20 +76,46 @@ struct section_layout {
     bool keys = false;              ///< whether it is the K half
     std::size_t channels = 0;       ///< head_dim
     std::size_t tokens = 0;         ///< page_tokens
+    std::size_t group_channels = 0; ///< that share metadata
     std::size_t offset = 0;         ///< of the lines in the page, in bytes
     std::size_t scale_offset = 0;   ///< of the fp16 scales in the page, in bytes
     std::size_t minimum_offset = 0; ///< of the fp16 minima in the page, in bytes
 
     /// No section at all.
     constexpr section_layout() = default;
-    /// Geometry for head_dim channels and page_tokens tokens; offsets are set by page_layout.
-    constexpr section_layout(bool is_keys, kv_format f, std::size_t head_dim,
-                             std::size_t page_tokens) noexcept
-        : format(f), keys(is_keys), channels(head_dim), tokens(page_tokens) {
+    /// Geometry for head_dim channels and page_tokens tokens; offsets are set by page_layout. group: channels
+    /// that share metadata; 0: all.
+    constexpr section_layout(bool is_keys, kv_format f, std::size_t head_dim, std::size_t page_tokens,
+                             std::size_t group = 0) noexcept
+        : format(f), keys(is_keys), channels(head_dim), tokens(page_tokens),
+          group_channels(group == 0 ? head_dim : group) {
         const detail::format_traits t = traits();
         const std::size_t fields = detail::round_up(keys ? channels : tokens, t.fields_per_lane());
         for (int p = 0; p < t.part_count(); ++p)
             lines_[static_cast<std::size_t>(p)] = fields * static_cast<std::size_t>(t.field_bits(p)) / 32;
+        second_part_ = lines_[0];
+        unit_lines_ = lines_[0] + lines_[1];
+    }
+
+    /// How many there are.
+    [[nodiscard]] constexpr std::size_t groups() const noexcept {
+        return channels == 0 ? 1 : channels / group_channels;
+    }
+    /// The share of group g, as a section with one group: its channels, and the metadata that go with them.
+    [[nodiscard]] constexpr section_layout group(std::size_t g) const noexcept {
+        section_layout s = *this;
+        s.channels = group_channels;
+        s.scale_offset += g * tokens * sizeof(float16);
+        s.minimum_offset += g * tokens * sizeof(float16);
+        if (!keys) {
+            s.offset += g * (group_channels / line_lanes) * unit_lines_ * line_bytes;
+            return s;
+        }
+        for (std::size_t& lines : s.lines_)
+            lines /= groups();
+        s.offset += g * s.lines_[0] * line_bytes;
+        s.second_part_ = second_part_ + g * s.lines_[1] - g * s.lines_[0];
+        return s;
     }
 
     /// What the format is made of.
@@ -95,8 +127,10 @@ struct section_layout {
     [[nodiscard]] constexpr std::size_t part_lines(int p) const noexcept {
         return lines_[static_cast<std::size_t>(p)];
     }
-    /// Lines of one unit, all parts.
-    [[nodiscard]] constexpr std::size_t unit_lines() const noexcept { return lines_[0] + lines_[1]; }
+    /// Lines from the first of part 0 to the first of part 1.
+    [[nodiscard]] constexpr std::size_t second_part() const noexcept { return second_part_; }
+    /// Lines of one unit, all parts and groups.
+    [[nodiscard]] constexpr std::size_t unit_lines() const noexcept { return unit_lines_; }
     /// Tiles of a K section, channel groups of a V section.
     [[nodiscard]] constexpr std::size_t units() const noexcept {
         return detail::round_up(keys ? tokens : channels, line_lanes) / line_lanes;
@@ -112,7 +146,7 @@ struct section_layout {
         const std::size_t across = keys ? token : channel; // runs over lanes and units
         const std::size_t along = keys ? channel : token;  // runs over the fields of a lane and over lines
         const std::size_t line =
-            across / line_lanes * unit_lines() + (p == 1 ? part_lines(0) : 0) + along / per_lane;
+            across / line_lanes * unit_lines() + (p == 1 ? second_part() : 0) + along / per_lane;
         return {line * line_lanes + across % line_lanes,
                 keys ? detail::key_field_shift(b, along % per_lane)
                      : detail::value_field_shift(b, along % per_lane)};
@@ -120,6 +154,7 @@ struct section_layout {
 
 private:
     std::array<std::size_t, 2> lines_{}; // by part
+    std::size_t second_part_ = 0, unit_lines_ = 0;
 };
 
 /// Geometry of a page of one layer and KV head.
@@ -127,19 +162,22 @@ class page_layout {
 public:
     /// No page at all.
     constexpr page_layout() = default;
-    /// Preconditions: head dims > 0, page_tokens a multiple of tile_tokens and > 0.
+    /// Preconditions: head dims > 0, page_tokens a multiple of tile_tokens and > 0; groups (channels that
+    /// share metadata; 0: all) are multiples of group_unit that divide the head dim.
     constexpr page_layout(kv_format key_format, std::size_t key_dim, kv_format value_format,
-                          std::size_t value_dim, std::size_t page_tokens) noexcept
-        : keys_(true, key_format, key_dim, page_tokens),
-          values_(false, value_format, value_dim, page_tokens) {
+                          std::size_t value_dim, std::size_t page_tokens, std::size_t key_group = 0,
+                          std::size_t value_group = 0) noexcept
+        : keys_(true, key_format, key_dim, page_tokens, key_group),
+          values_(false, value_format, value_dim, page_tokens, value_group) {
         values_.offset = keys_.bytes();
         std::size_t end = values_.offset + values_.bytes();
         for (section_layout* s : {&keys_, &values_}) {
             const detail::metadata_kind kind = s->traits().metadata;
+            const std::size_t array = s->groups() * page_tokens * sizeof(float16);
             s->scale_offset = end;
-            end += kind != detail::metadata_kind::none ? page_tokens * sizeof(float16) : 0;
+            end += kind != detail::metadata_kind::none ? array : 0;
             s->minimum_offset = end;
-            end += kind == detail::metadata_kind::scale_and_minimum ? page_tokens * sizeof(float16) : 0;
+            end += kind == detail::metadata_kind::scale_and_minimum ? array : 0;
         }
         bytes_ = detail::round_up(end, line_bytes);
     }
@@ -163,6 +201,8 @@ private:
 // The row format's byte count, regrouped: nothing is lost to the layout where dims and pages fill lines.
 static_assert(page_layout(kv_format::affine2, 32, kv_format::affine2, 32, 16).bytes() == 16 * 2 * 12);
 static_assert(page_layout(kv_format::affine2, 128, kv_format::affine2, 128, 64).bytes() == 64 * 2 * 36);
+static_assert(page_layout(kv_format::affine2, 128, kv_format::compact2, 128, 64, 32, 64).bytes() ==
+              64 * (48 + 36));
 
 namespace detail {
 
@@ -210,24 +250,26 @@ inline void store_code(const section_layout& s, std::byte* page, std::size_t tok
     }
 }
 
-inline row_metadata load_metadata(const section_layout& s, const std::byte* page,
-                                  std::size_t token) noexcept {
+inline row_metadata load_metadata(const section_layout& s, const std::byte* page, std::size_t token,
+                                  std::size_t group = 0) noexcept {
     row_metadata m;
     const metadata_kind kind = s.traits().metadata;
+    const std::size_t at = (group * s.tokens + token) * 2;
     if (kind != metadata_kind::none)
-        std::memcpy(&m.scale, page + s.scale_offset + token * 2, 2);
+        std::memcpy(&m.scale, page + s.scale_offset + at, 2);
     if (kind == metadata_kind::scale_and_minimum)
-        std::memcpy(&m.minimum, page + s.minimum_offset + token * 2, 2);
+        std::memcpy(&m.minimum, page + s.minimum_offset + at, 2);
     return m;
 }
 
-inline void store_metadata(const section_layout& s, std::byte* page, std::size_t token,
-                           row_metadata m) noexcept {
+inline void store_metadata(const section_layout& s, std::byte* page, std::size_t token, row_metadata m,
+                           std::size_t group = 0) noexcept {
     const metadata_kind kind = s.traits().metadata;
+    const std::size_t at = (group * s.tokens + token) * 2;
     if (kind != metadata_kind::none)
-        std::memcpy(page + s.scale_offset + token * 2, &m.scale, 2);
+        std::memcpy(page + s.scale_offset + at, &m.scale, 2);
     if (kind == metadata_kind::scale_and_minimum)
-        std::memcpy(page + s.minimum_offset + token * 2, &m.minimum, 2);
+        std::memcpy(page + s.minimum_offset + at, &m.minimum, 2);
 }
 
 // Metadata of compact formats: an fp16 number whose sign and six lowest bits are lent to the offset.
@@ -236,8 +278,9 @@ inline void store_metadata(const section_layout& s, std::byte* page, std::size_t
 //   sign of exponent  mantissa of   magnitude of
 //   offset  of scale  scale         offset
 //
-// With L = 2^bits - 1 and w the offset, -63 ... 63: value = scale * (code + L * (w - 64) / 128), so that the
-// levels of w = 0 lie about zero. Nothing in it is rounded: codes, offset and scale have 16 bits together.
+// With L the largest level and w the offset, -63 ... 63: value = scale * (level + L * (w - 64) / 128), so
+// that the levels of w = 0 lie about zero. Nothing in it is rounded: codes, offset and scale have 16 bits
+// together.
 struct compact_pair {
     static constexpr std::uint16_t scale_mask = 0x7fc0u, smallest_scale = 0x0040u;
     static constexpr int largest_offset = 63;
@@ -246,13 +289,13 @@ struct compact_pair {
         return half_to_float(static_cast<std::uint16_t>(pair & scale_mask));
     }
     // in steps
-    static constexpr float offset(std::uint16_t pair, int max_code) noexcept {
+    static constexpr float offset(std::uint16_t pair, int top_level) noexcept {
         const int magnitude = pair & largest_offset, w = (pair & 0x8000u) != 0 ? -magnitude : magnitude;
-        return static_cast<float>(max_code * (w - 64)) * (1.0f / 128.0f);
+        return static_cast<float>(top_level * (w - 64)) * (1.0f / 128.0f);
     }
 };
 
-// Every coded format's value is slope * code + base; this is the pair, in fp32.
+// Every coded format's value is slope * level + base; this is the pair, in fp32.
 struct affine_pair {
     float slope;
     float base;
@@ -267,7 +310,7 @@ constexpr affine_pair decode_metadata(kv_format f, row_metadata m) noexcept {
         return {2.0f * half_to_float(m.scale), -half_to_float(m.scale)};
     case metadata_kind::compact: {
         const float slope = compact_pair::scale(m.scale);
-        return {slope, slope * compact_pair::offset(m.scale, (1 << t.code_bits) - 1)};
+        return {slope, slope * compact_pair::offset(m.scale, t.top_level())};
     }
     case metadata_kind::none:
         break;
@@ -281,7 +324,7 @@ constexpr float decode_value(kv_format f, std::uint32_t code, row_metadata m) no
     if (f == kv_format::fp16)
         return half_to_float(static_cast<std::uint16_t>(code));
     const affine_pair p = decode_metadata(f, m);
-    return static_cast<float>(code) * p.slope + p.base;
+    return static_cast<float>(traits_of(f).level(code)) * p.slope + p.base;
 }
 
 } // namespace detail

@@ -11,6 +11,7 @@
 #include <kv1/quantizers/affine.hpp>
 #include <kv1/quantizers/binary.hpp>
 #include <kv1/quantizers/clip_search.hpp>
+#include <kv1/quantizers/codebook.hpp>
 #include <kv1/quantizers/compact.hpp>
 #include <kv1/quantizers/least_squares.hpp>
 #include <kv1/quantizers/scaled_binary.hpp>
@@ -40,19 +41,21 @@ template <class Q>
 inline constexpr encode_recipe recipe_of{};
 template <int Bits>
 inline constexpr encode_recipe recipe_of<compact<Bits>>{kv_format_of<compact<Bits>>, level_choice::min_max, 0,
-                                                        0};
+                                                        0, 0};
+template <>
+inline constexpr encode_recipe recipe_of<codebook2>{kv_format::codebook2, level_choice::min_max, 0, 0, 0};
 template <storage_format Q>
-inline constexpr encode_recipe recipe_of<least_squares<Q>>{kv_format_of<Q>, level_choice::least_squares, 0,
+inline constexpr encode_recipe recipe_of<least_squares<Q>>{kv_format_of<Q>, level_choice::least_squares, 0, 0,
                                                            0};
 template <storage_format Q>
-inline constexpr encode_recipe recipe_of<clip_search<Q>>{kv_format_of<Q>, level_choice::clip_search, 0, 0};
+inline constexpr encode_recipe recipe_of<clip_search<Q>>{kv_format_of<Q>, level_choice::clip_search, 0, 0, 0};
 
 // Codes of a vector on the current target; `codes` holds round_up(n, 32) bytes.
 template <quantizer Q>
 encode_result encode_codes(const float* x, std::size_t n, std::uint8_t* codes) noexcept {
     if constexpr (recipe_of<Q>.format != kv_format{}) {
         encode_recipe recipe = recipe_of<Q>;
-        recipe.channels = n;
+        recipe.channels = recipe.group = n;
         const encode_row row{x, nullptr, nullptr};
         std::size_t failed = 0;
         row_metadata metadata;

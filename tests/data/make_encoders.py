@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Writes encoders.safetensors: compact and least-squares quantization and a page of compact formats, from their
+"""Writes encoders.safetensors: compact, codebook and least-squares quantization and pages of them, from their
 definitions (include/kv1/quantizers, layout.hpp) in numpy, independently of the library.
 
 usage: make_encoders.py OUTPUT       needs numpy and safetensors
@@ -22,9 +22,23 @@ def from_bits(b):
     return np.asarray(b, np.uint16).view(np.float16).astype(f32)
 
 
+LEVELS = {"codebook": np.array([0, 5, 9, 14], f32)}
+
+
+def levels_of(fmt, bits):
+    return LEVELS.get(fmt, np.arange(2**bits, dtype=f32))
+
+
+def nearest_code(x, scale, base, fmt, bits):
+    """By boundaries half-way between levels, which are evenly spaced."""
+    if fmt == "codebook":
+        scale, base = f32(scale * f32(4.5)), f32(base + f32(scale * f32(0.25)))
+    return np.rint(np.clip((x - base) * (f32(1) / scale), f32(0), f32(2**bits - 1))).astype(np.int32)
+
+
 def store(fmt, bits, scale, base):
     """Metadata bits, and scale and base as they are read back."""
-    levels = 2**bits - 1
+    levels = levels_of(fmt, bits)[-1]
     if fmt == "affine":
         s = half_bits(max(f32(scale), SMALLEST))
         return lambda b: ((s, half_bits(b)), from_bits(s), from_bits(half_bits(b)))
@@ -39,24 +53,23 @@ def store(fmt, bits, scale, base):
     return with_base
 
 
-def nearest(x, scale, base, levels):
-    inverse = f32(1) / scale
-    codes = np.rint(np.clip((x - base) * inverse, f32(0), f32(levels)))
+def nearest(x, scale, base, fmt, bits):
+    codes = nearest_code(x, scale, base, fmt, bits)
     error = f32(0)
-    for v, c in zip(x, codes):
+    for v, c in zip(x, levels_of(fmt, bits)[codes]):
         e = v - (c * scale + base)
         error = f32(error + f32(e * e))
     return codes.astype(np.uint8), error
 
 
 def quantize(x, fmt, bits, fit):
-    levels = 2**bits - 1
+    levels = levels_of(fmt, bits)[-1]
     x = x.astype(f32)
     n = f32(len(x))
     lo, hi = x.min(), x.max()
     low, high = (lo, hi) if fmt == "affine" else (min(lo, f32(0)), max(hi, f32(0)))
     meta, scale, base = store(fmt, bits, (high - low) / f32(levels), None)(low)
-    codes, error = nearest(x, scale, base, levels)
+    codes, error = nearest(x, scale, base, fmt, bits)
     if not fit:
         return codes, meta
     middle = f32(0.5) * lo + f32(0.5) * hi
@@ -64,7 +77,7 @@ def quantize(x, fmt, bits, fit):
     s = max(f32((hi - lo) * (f32(0.8) / f32(levels))), SMALLEST)
     b = f32(s * f32(-0.5 * levels))
     for _ in range(3):
-        c = np.rint(np.clip((v - b) * (f32(1) / s), f32(0), f32(levels)))
+        c = levels_of(fmt, bits)[nearest_code(v, s, b, fmt, bits)]
         sx = sc = scc = sxc = f32(0)
         for vi, ci in zip(v, c):
             sx, sc, scc, sxc = f32(sx + vi), f32(sc + ci), f32(scc + ci * ci), f32(sxc + f32(vi * ci))
@@ -76,7 +89,7 @@ def quantize(x, fmt, bits, fit):
     with_base = store(fmt, bits, s, None)
     read = with_base(f32(0))[1]
     meta2, scale, base = with_base(f32(f32((sx - f32(read * sc)) / n) + middle))
-    codes2, error2 = nearest(x, scale, base, levels)
+    codes2, error2 = nearest(x, scale, base, fmt, bits)
     return (codes2, meta2) if error2 < error else (codes, meta)
 
 
@@ -97,6 +110,43 @@ def page(keys, values):
     return np.frombuffer(lanes_k.tobytes() + lanes_v.tobytes() + k_meta.tobytes() + v_meta.tobytes(), np.uint8)
 
 
+def grouped_page(keys, values):
+    """A page of 16 tokens of 64 channels in groups of 32: keys compact3 fitted, values affine2 fitted."""
+    tokens, channels = keys.shape
+    groups = channels // 32
+    lanes_k, lanes_v = np.zeros((6, 16), np.uint32), np.zeros((channels // 16, 16), np.uint32)
+    k_pair = np.zeros((groups, tokens), np.uint16)
+    v_scale, v_minimum = np.zeros((groups, tokens), np.uint16), np.zeros((groups, tokens), np.uint16)
+    for t in range(tokens):
+        for g in range(groups):
+            own = slice(g * 32, g * 32 + 32)
+            codes, (k_pair[g, t], _) = quantize(keys[t, own], "compact", 3, True)
+            for i, code in enumerate(codes):
+                c = g * 32 + i
+                lanes_k[c // 16, t] |= np.uint32((int(code) & 3) << (2 * (c % 16)))
+                lanes_k[4 + c // 32, t] |= np.uint32((int(code) >> 2) << (c % 32))
+            codes, (v_scale[g, t], v_minimum[g, t]) = quantize(values[t, own], "affine", 2, True)
+            for i, code in enumerate(codes):
+                c = g * 32 + i
+                lanes_v[c // 16, c % 16] |= np.uint32(int(code) << (8 * (t % 4) + 2 * (t // 4)))
+    return np.frombuffer(b"".join(x.tobytes() for x in (lanes_k, lanes_v, k_pair, v_scale, v_minimum)), np.uint8)
+
+
+def codebook_page(keys, values):
+    """A page of 16 tokens of 32 channels in codebook2, fitted."""
+    tokens, channels = keys.shape
+    lanes_k, lanes_v = np.zeros((2, 16), np.uint32), np.zeros((2, 16), np.uint32)
+    k_pair, v_pair = np.zeros(tokens, np.uint16), np.zeros(tokens, np.uint16)
+    for t in range(tokens):
+        codes, (k_pair[t], _) = quantize(keys[t], "codebook", 2, True)
+        for c, code in enumerate(codes):
+            lanes_k[c // 16, t] |= np.uint32(int(code) << (2 * (c % 16)))
+        codes, (v_pair[t], _) = quantize(values[t], "codebook", 2, True)
+        for c, code in enumerate(codes):
+            lanes_v[c // 16, c % 16] |= np.uint32(int(code) << (8 * (t % 4) + 2 * (t // 4)))
+    return np.frombuffer(b"".join(x.tobytes() for x in (lanes_k, lanes_v, k_pair, v_pair)), np.uint8)
+
+
 def main():
     rng = np.random.default_rng(5)
     out = {}
@@ -109,8 +159,8 @@ def main():
         x[7, 0] = 50
         x[8] *= f32(1e-5)
         out[f"d{d}.x"] = x
-        for fmt in ("affine", "compact"):
-            for bits in (2, 3, 4):
+        for fmt, widths in (("affine", (2, 3, 4)), ("compact", (2, 3, 4)), ("codebook", (2,))):
+            for bits in widths:
                 for fit in (False, True):
                     if fmt == "affine" and not fit:
                         continue  # quantizers.safetensors has the reference's
@@ -122,6 +172,13 @@ def main():
     keys, values = rng.standard_normal((2, 32, 32)).astype(f32)
     out["page.keys"], out["page.values"] = keys, values
     out["page.bytes"] = page(keys, values).copy()
+    keys, values = rng.standard_normal((2, 16, 64)).astype(f32)
+    keys[:, 5] *= 20
+    out["grouped.keys"], out["grouped.values"] = keys, values
+    out["grouped.bytes"] = grouped_page(keys, values).copy()
+    keys, values = rng.standard_normal((2, 16, 32)).astype(f32)
+    out["codebook.keys"], out["codebook.values"] = keys, values
+    out["codebook.bytes"] = codebook_page(keys, values).copy()
     save_file(out, sys.argv[1])
 
 

@@ -235,6 +235,8 @@ int main(int argc, char** argv) {
         encode<kv1::binary>("binary", t);
         encode<kv1::compact<2>>("compact", t);
         encode<kv1::compact<3>>("compact", t);
+        encode<kv1::codebook2>("codebook", t);
+        encode<kv1::least_squares<kv1::codebook2>>("least_squares codebook", t);
         encode<kv1::least_squares<kv1::affine<2>>>("least_squares affine", t);
         encode<kv1::least_squares<kv1::compact<2>>>("least_squares compact", t);
         encode<kv1::clip_search<kv1::affine<2>>>("clip_search affine", t);

@@ -28,6 +28,7 @@
 #include <kv1/kv_cache.hpp>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -41,15 +42,17 @@ namespace kv1_test {
 /// Relative error of an fp32 exp: xsimd's and the C library's are within 2 units in the last place.
 inline constexpr double exp_error = 4 * unit_roundoff;
 
-/// One KV head's K or V as the cache holds it: values, and the affine form value = slope * code + base.
+/// One KV head's K or V as the cache holds it: values, and the affine form value = slope * level + base.
 struct cached_side {
     bool coded = false;
     std::size_t dim = 0;
+    std::size_t groups = 1;    // of channels, each with metadata of its own
     std::vector<float> values; // [token][channel]
     std::vector<double> slope, centre,
-        deviation;                 // by token: centre = base + z slope, deviation = slope * sum |c - z|
-    std::vector<float> off_centre; // [token][channel]: c - z, exact
-    double half_code = 0.0;        // z
+        deviation;                 // [token][group]: centre = base + z slope, deviation = slope * sum |l - z|
+    std::vector<float> off_centre; // [token][channel]: l - z, exact
+    double half_level = 0.0;       // z
+    bool two_bits = false, codebook = false;
 
     cached_side() = default;
     template <class Cache>
@@ -59,7 +62,9 @@ struct cached_side {
         const bool keys = side == kv1::kv_side::key;
         const kv1::kv_format f = keys ? l.key_format : l.value_format;
         dim = keys ? l.key_dim : l.value_dim;
-        const std::size_t n = cache.length(id, layer);
+        if (const std::size_t group = keys ? l.key_group : l.value_group; group != 0)
+            groups = dim / group;
+        const std::size_t n = cache.length(id, layer), group_dim = dim / groups;
         values.resize(n * dim);
         cache.read(id, layer, side, head, 0, n, values);
         coded = f != kv1::kv_format::fp32 && f != kv1::kv_format::fp16;
@@ -67,13 +72,16 @@ struct cached_side {
             return;
         const std::size_t width = kv1::packed_bytes(f, dim), metadata = kv1::row_bytes(f, dim) - width;
         std::vector<std::byte> packed(n * width);
-        std::vector<kv1::float16> scales(metadata >= 2 ? n : 0), minima(metadata == 4 ? n : 0);
+        std::vector<kv1::float16> scales(metadata >= 2 ? n * groups : 0),
+            minima(metadata == 4 ? n * groups : 0);
         cache.export_rows(id, layer, side, head, 0, n, {packed, scales, minima});
         const auto bits = static_cast<std::size_t>(kv1::detail::traits_of(f).code_bits);
-        const double z = 0.5 * static_cast<double>((1 << bits) - 1);
-        half_code = z;
+        codebook = f == kv1::kv_format::codebook2; // codes 0 ... 3 are levels 0, 5, 9, 14
+        two_bits = bits == 2;
+        const double z = codebook ? 7.0 : 0.5 * static_cast<double>((1 << bits) - 1);
+        half_level = z;
         off_centre.resize(n * dim);
-        for (std::size_t t = 0; t < n; ++t) {
+        for (std::size_t t = 0; t < n * groups; ++t) { // and group
             double s = 1.0, base = 0.0;
             if (kv1::detail::traits_of(f).metadata == kv1::detail::metadata_kind::compact) {
                 const kv1::detail::affine_pair p = kv1::detail::decode_metadata(f, {scales[t].bits(), 0});
@@ -89,14 +97,16 @@ struct cached_side {
             slope.push_back(s);
             centre.push_back(base + z * s);
             double sum = 0.0;
-            for (std::size_t c = 0; c < dim; ++c) {
+            for (std::size_t c = 0; c < group_dim; ++c) {
                 unsigned code = 0;
                 for (std::size_t b = 0; b < bits; ++b) {
-                    const std::size_t at = c * bits + b;
-                    code |= (std::to_integer<unsigned>(packed[t * width + at / 8]) >> (at % 8) & 1u) << b;
+                    const std::size_t at = (t % groups * group_dim + c) * bits + b;
+                    code |= (std::to_integer<unsigned>(packed[t / groups * width + at / 8]) >> (at % 8) & 1u)
+                            << b;
                 }
-                off_centre[t * dim + c] = static_cast<float>(code - z);
-                sum += std::fabs(code - z);
+                const unsigned level = codebook ? std::array{0u, 5u, 9u, 14u}[code] : code;
+                off_centre[t * group_dim + c] = static_cast<float>(level - z);
+                sum += std::fabs(level - z);
             }
             deviation.push_back(s * sum);
         }
@@ -131,36 +141,42 @@ namespace oracle {
 struct paired_query {
     double step = 0.0, multiplier_sum = 0.0, half_steps = 0.0; // of all pairs: the largest errors
     std::vector<double> centred;                               // [pair][16]: multiplier * (t - 255 / 2)
+    std::array<float, 4> levels{};                             // of codes, about their middle
 
-    explicit paired_query(std::span<const float> q) {
+    paired_query() = default;
+    paired_query(std::span<const float> q, bool codebook)
+        : levels(codebook ? std::array{-7.0f, -2.0f, 2.0f, 7.0f} : std::array{-1.5f, -0.5f, 0.5f, 1.5f}) {
         const auto at = [&](std::size_t i) { return i < q.size() ? q[i] : 0.0f; };
         const std::size_t pairs = (q.size() + 1) / 2;
         float widest = 0.0f;
         for (std::size_t p = 0; p < pairs; ++p)
             widest = std::max(widest, std::fabs(at(2 * p)) + std::fabs(at(2 * p + 1)));
-        const float top = 1.5f * widest;
+        const float half = levels[3], top = half * widest;
         step = static_cast<double>(top / 127.0f * (2.0f / 255.0f));
         for (std::size_t p = 0; p < pairs; ++p) {
             const float a = at(2 * p), b = at(2 * p + 1);
-            const float reach = 1.5f * (std::fabs(a) + std::fabs(b));
+            const float reach = half * (std::fabs(a) + std::fabs(b));
             const float m = top > 0.0f ? std::ceil(127.0f * (reach / top)) : 0.0f;
             const float inverse = m > 0.0f ? 127.5f / (m * (top / 127.0f)) : 0.0f;
             const float first = a * inverse, second = b * inverse;
             for (int c = 0; c < 16; ++c) {
-                const float t = std::fma(second, static_cast<float>(c >> 2) - 1.5f,
-                                         std::fma(first, static_cast<float>(c & 3) - 1.5f, 127.5f));
+                const float t = std::fma(second, levels[static_cast<std::size_t>(c >> 2)],
+                                         std::fma(first, levels[static_cast<std::size_t>(c & 3)], 127.5f));
                 centred.push_back(static_cast<double>(m) * (static_cast<double>(std::nearbyint(t)) - 127.5));
             }
             multiplier_sum += static_cast<double>(m);
             half_steps += static_cast<double>(m) * step * (0.5 + 255 * gamma(8));
         }
     }
-    // off: c - 3/2 of each channel of a token
+    // off: levels of the channels of a token, about their middle
     [[nodiscard]] double dot(const float* off, std::size_t channels) const {
         double sum = 0.0;
         for (std::size_t c = 0; c < channels; c += 2) {
-            const auto low = static_cast<std::size_t>(off[c] + 1.5f);
-            const auto high = c + 1 < channels ? static_cast<std::size_t>(off[c + 1] + 1.5f) : 0;
+            const auto code = [&](float level) {
+                return static_cast<std::size_t>(std::find(levels.begin(), levels.end(), level) -
+                                                levels.begin());
+            };
+            const std::size_t low = code(off[c]), high = c + 1 < channels ? code(off[c + 1]) : 0;
             sum += centred[c * 8 + low + 4 * high];
         }
         return sum;
@@ -254,66 +270,85 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
     const bool fast_keys = mode == kv1::precision::fast && keys.coded;
     const bool fast_values = mode == kv1::precision::fast && values.coded;
 
-    // the query as the kernels prepare it
+    // the query as the kernels prepare it, group by group
+    const bool paired = fast_keys && keys.two_bits && kv1::detail::takes_pairs(kv1::current_target());
     std::vector<float> q(query.begin(), query.end());
-    float top = 0.0f;
-    double q_sum = 0.0, q_magnitude = 0.0;
-    for (float& x : q) {
-        x *= scale;
-        top = std::max(top, std::fabs(x));
-        q_sum += x;
-        q_magnitude += std::fabs(x);
-    }
-    const float step = top / 127.0f, inverse = top > 0.0f ? 127.0f / top : 0.0f;
     std::vector<double> i(d);
-    double i_sum = 0.0;
-    for (std::size_t c = 0; c < d; ++c) {
-        i[c] = std::nearbyint(q[c] * inverse);
-        i_sum += i[c];
+    struct query_part {
+        double step = 0.0, sum = 0.0, magnitude = 0.0, code_sum = 0.0;
+        oracle::paired_query pairs;
+    };
+    std::vector<query_part> parts(keys.groups);
+    const std::size_t part_dim = d / keys.groups;
+    for (std::size_t p = 0; p < parts.size(); ++p) {
+        query_part& part = parts[p];
+        const std::span<float> own(q.data() + p * part_dim, part_dim);
+        float top = 0.0f;
+        for (float& x : own) {
+            x *= scale;
+            top = std::max(top, std::fabs(x));
+            part.sum += x;
+            part.magnitude += std::fabs(x);
+        }
+        const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
+        part.step = top / 127.0f;
+        for (std::size_t c = 0; c < part_dim; ++c) {
+            i[p * part_dim + c] = std::nearbyint(own[c] * inverse);
+            part.code_sum += i[p * part_dim + c];
+        }
+        if (paired)
+            part.pairs = oracle::paired_query(own, keys.codebook);
     }
-
-    const bool paired = fast_keys && keys.half_code == 1.5 && kv1::detail::takes_pairs(kv1::current_target());
-    const oracle::paired_query pairs(paired ? std::span<const float>(q) : std::span<const float>());
 
     // scores: exact ones with the error of summing, and of rounding the query; and the path's own
     std::vector<double> scores(n), rounding(n), query_error(n), path_scores(n), path_rounding(n);
     const double terms = static_cast<double>(d) + 35; // padding to a multiple of 32, and 3
     for (std::size_t k = 0; k < n; ++k) {
         const std::size_t t = tokens[k];
-        double sum = 0.0, magnitude = 0.0, integer = 0.0;
+        double sum = 0.0, magnitude = 0.0;
         for (std::size_t c = 0; c < d; ++c) {
             const double product = static_cast<double>(q[c]) * keys.values[t * d + c];
             sum += product;
             magnitude += std::fabs(product);
-            if (fast_keys && !paired)
-                integer += i[c] * keys.off_centre[t * d + c];
         }
-        if (paired)
-            integer = pairs.dot(&keys.off_centre[t * d], d);
         // q is the rounded product of query and scale: one more rounding, already counted
         scores[k] = sum;
         rounding[k] = gamma(terms) * magnitude + terms * 0x1p-149;
         path_scores[k] = sum;
         path_rounding[k] = rounding[k];
-        if (fast_keys) {
-            const double own_step = paired ? pairs.step : step;
-            const double first = keys.slope[t] * own_step * integer, second = keys.centre[t] * q_sum;
-            path_scores[k] = first + second;
+        if (!fast_keys)
+            continue;
+        path_scores[k] = 0.0;
+        path_rounding[k] = terms * 0x1p-149;
+        query_error[k] = unit_roundoff * magnitude;
+        for (std::size_t p = 0; p < parts.size(); ++p) {
+            const query_part& part = parts[p];
+            const std::size_t at = t * keys.groups + p;
+            const float* off = &keys.off_centre[at * part_dim];
+            double integer = paired ? part.pairs.dot(off, part_dim) : 0.0;
+            for (std::size_t c = 0; c < part_dim && !paired; ++c)
+                integer += i[p * part_dim + c] * off[c];
+            const double own_step = paired ? part.pairs.step : part.step;
+            const double first = keys.slope[at] * own_step * integer, second = keys.centre[at] * part.sum;
+            path_scores[k] += first + second;
             // centre is one rounded sum of two numbers that may cancel
-            const double parts = std::fabs(keys.centre[t]) + 2 * keys.slope[t] * 255.0 * unit_roundoff;
+            const double terms_of_centre =
+                std::fabs(keys.centre[at]) + 2 * keys.slope[at] * 255.0 * unit_roundoff;
             // step * z * sum i, or step * 255/2 * sum m, is rounded before it is taken off the sum of
-            // products: at most 5 half units
+            // products: at most 5 half units; scores of groups are added to each other
             const double taken_off =
-                paired ? 127.5 * pairs.multiplier_sum : keys.half_code * std::fabs(i_sum);
-            path_rounding[k] = gamma(6) * std::fabs(first) + gamma(5) * keys.slope[t] * own_step * taken_off +
-                               gamma(terms) * parts * q_magnitude + gamma(3) * std::fabs(second) +
-                               terms * 0x1p-149;
+                paired ? 127.5 * part.pairs.multiplier_sum : keys.half_level * std::fabs(part.code_sum);
+            const auto additions = static_cast<double>(parts.size() - 1);
+            path_rounding[k] += gamma(6 + additions) * std::fabs(first) +
+                                gamma(5 + additions) * keys.slope[at] * own_step * taken_off +
+                                gamma(terms) * terms_of_centre * part.magnitude +
+                                gamma(3 + additions) * std::fabs(second);
             // |q - step i| <= step / 2, and what rounding of step and inverse adds at 127 steps; a key's
             // value is itself a rounded slope * c + base
-            query_error[k] = (paired ? keys.slope[t] * pairs.half_steps
-                                     : step * (0.5 + 127 * gamma(4)) * keys.deviation[t]) +
-                             unit_roundoff * magnitude + path_rounding[k];
+            query_error[k] += paired ? keys.slope[at] * part.pairs.half_steps
+                                     : part.step * (0.5 + 127 * gamma(4)) * keys.deviation[at];
         }
+        query_error[k] += path_rounding[k];
     }
     std::vector<double>& truth_rounding = fast_keys ? query_error : rounding;
     for (std::size_t k = 0; k < n; ++k) {
@@ -367,7 +402,8 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
         return r;
     }
 
-    // the integer path of values, block by block
+    // the integer path of values, block by block and group by group
+    const std::size_t group_dim = channels / values.groups;
     std::vector<double> numerator(channels, 0.0), error(channels, 0.0), coarse(channels, 0.0),
         magnitude(channels, 0.0);
     double denominator_error = path_sink;
@@ -377,37 +413,40 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
         std::size_t last = first;
         while (last < n && block_of(tokens[last]) == block_of(tokens[first]))
             ++last;
-        double largest = 0.0, h = 0.0;
-        for (std::size_t k = first; k < last; ++k) {
-            largest = std::max(largest, path.w[k] * values.slope[tokens[k]]);
-            h = std::max(h, path.h[k]);
-        }
-        const double top_code = values.half_code > 127.0 ? 127.0 : 255.0;
-        const double weight_step = largest / top_code;
-        std::vector<double> sum(channels, 0.0);
-        for (std::size_t k = first; k < last; ++k) {
-            const std::size_t t = tokens[k];
-            const double quotient = largest > 0.0 ? path.w[k] * values.slope[t] / weight_step : 0.0;
-            const double code = std::nearbyint(quotient);
-            // fp32 may see a quotient this far off, and take the other code
-            const double unsure = quotient * (std::expm1(path.h[k] + h) + gamma(6)) + 0x1p-100;
-            const bool either = std::fabs(quotient - std::floor(quotient) - 0.5) <= unsure;
-            const float* off = &values.off_centre[t * channels];
-            const double affine = path.w[k] * values.centre[t];
-            const double affine_error = std::fabs(affine) * (std::expm1(path.h[k]) + gamma(4)) +
-                                        2 * unit_roundoff * path.w[k] * values.slope[t] * 255.0;
-            for (std::size_t c = 0; c < channels; ++c) {
-                sum[c] += code * off[c];
-                numerator[c] += affine;
-                error[c] += affine_error + (either ? weight_step * std::fabs(off[c]) : 0.0);
-                magnitude[c] += std::fabs(affine);
-                coarse[c] += (weight_step * (0.5 + top_code * gamma(6))) * std::fabs(off[c]);
+        for (std::size_t p = 0; p < values.groups; ++p) {
+            double largest = 0.0, h = 0.0;
+            for (std::size_t k = first; k < last; ++k) {
+                largest = std::max(largest, path.w[k] * values.slope[tokens[k] * values.groups + p]);
+                h = std::max(h, path.h[k]);
             }
-        }
-        for (std::size_t c = 0; c < channels; ++c) {
-            numerator[c] += weight_step * sum[c];
-            error[c] += weight_step * std::fabs(sum[c]) * (std::expm1(h) + gamma(6));
-            magnitude[c] += weight_step * std::fabs(sum[c]);
+            const double top_code = values.half_level > 127.0 ? 127.0 : 255.0;
+            const double weight_step = largest / top_code;
+            const std::size_t first_channel = p * group_dim, end_channel = first_channel + group_dim;
+            std::vector<double> sum(channels, 0.0);
+            for (std::size_t k = first; k < last; ++k) {
+                const std::size_t t = tokens[k] * values.groups + p;
+                const double quotient = largest > 0.0 ? path.w[k] * values.slope[t] / weight_step : 0.0;
+                const double code = std::nearbyint(quotient);
+                // fp32 may see a quotient this far off, and take the other code
+                const double unsure = quotient * (std::expm1(path.h[k] + h) + gamma(6)) + 0x1p-100;
+                const bool either = std::fabs(quotient - std::floor(quotient) - 0.5) <= unsure;
+                const float* off = &values.off_centre[tokens[k] * channels];
+                const double affine = path.w[k] * values.centre[t];
+                const double affine_error = std::fabs(affine) * (std::expm1(path.h[k]) + gamma(4)) +
+                                            2 * unit_roundoff * path.w[k] * values.slope[t] * 255.0;
+                for (std::size_t c = first_channel; c < end_channel; ++c) {
+                    sum[c] += code * off[c];
+                    numerator[c] += affine;
+                    error[c] += affine_error + (either ? weight_step * std::fabs(off[c]) : 0.0);
+                    magnitude[c] += std::fabs(affine);
+                    coarse[c] += (weight_step * (0.5 + top_code * gamma(6))) * std::fabs(off[c]);
+                }
+            }
+            for (std::size_t c = first_channel; c < end_channel; ++c) {
+                numerator[c] += weight_step * sum[c];
+                error[c] += weight_step * std::fabs(sum[c]) * (std::expm1(h) + gamma(6));
+                magnitude[c] += weight_step * std::fabs(sum[c]);
+            }
         }
         first = last;
     }

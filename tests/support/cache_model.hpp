@@ -66,20 +66,27 @@ inline std::vector<float> through_format(kv1::kv_format f, const std::vector<flo
         return leveled(kv1::compact<3>{});
     case kv1::kv_format::compact2:
         return leveled(kv1::compact<2>{});
+    case kv1::kv_format::codebook2:
+        return leveled(kv1::codebook2{});
     }
     return y;
 }
 
-/// The same with what the layer's encoding does to a vector of this head first, and undoes when it is read.
+/// The same by groups of channels, with what the layer's encoding does to a vector of this head first, and
+/// undoes when it is read.
 /// Error weights are not modelled.
 inline std::vector<float> through_encoding(kv1::kv_format f, const kv1::vector_encoding& e, std::size_t head,
-                                           std::vector<float> x) {
-    const std::size_t n = x.size();
+                                           std::vector<float> x, std::size_t group = 0) {
+    const std::size_t n = x.size(), part = group == 0 ? n : group;
     for (std::size_t c = 0; c < n && !e.means.empty(); ++c)
         x[c] -= e.means[head * n + c];
     if (e.hadamard != 0)
         kv1::hadamard_transform(x, e.hadamard);
-    x = through_format(f, x, e.levels);
+    for (auto at = x.begin(); at != x.end(); at += static_cast<std::ptrdiff_t>(part)) {
+        const std::vector<float> y =
+            through_format(f, {at, at + static_cast<std::ptrdiff_t>(part)}, e.levels);
+        std::copy(y.begin(), y.end(), at);
+    }
     if (e.hadamard != 0)
         kv1::hadamard_transform(x, e.hadamard);
     for (std::size_t c = 0; c < n && !e.means.empty(); ++c)
@@ -173,7 +180,7 @@ public:
     [[nodiscard]] model_token token(std::uint64_t history, std::size_t layer) const {
         const kv1::layer_description& l = description_.layers[layer];
         model_token t;
-        const auto side = [&](kv1::kv_side which, std::size_t dim, kv1::kv_format f,
+        const auto side = [&](kv1::kv_side which, std::size_t dim, kv1::kv_format f, std::size_t group,
                               const kv1::vector_encoding& e, std::vector<float>& stored,
                               std::vector<float>& halves) {
             const std::vector<float> all = token_values(history, layer, which, l.kv_heads * dim);
@@ -181,13 +188,15 @@ public:
                 std::vector<float> x(all.begin() + static_cast<std::ptrdiff_t>(h * dim),
                                      all.begin() + static_cast<std::ptrdiff_t>((h + 1) * dim));
                 const std::vector<float> rounded = through_format(kv1::kv_format::fp16, x);
-                const std::vector<float> y = through_encoding(f, e, h, has_copies(layer) ? rounded : x);
+                const std::vector<float> y =
+                    through_encoding(f, e, h, has_copies(layer) ? rounded : x, group);
                 stored.insert(stored.end(), y.begin(), y.end());
                 halves.insert(halves.end(), rounded.begin(), rounded.end());
             }
         };
-        side(kv1::kv_side::key, l.key_dim, l.key_format, l.key_encoding, t.keys, t.keys16);
-        side(kv1::kv_side::value, l.value_dim, l.value_format, l.value_encoding, t.values, t.values16);
+        side(kv1::kv_side::key, l.key_dim, l.key_format, l.key_group, l.key_encoding, t.keys, t.keys16);
+        side(kv1::kv_side::value, l.value_dim, l.value_format, l.value_group, l.value_encoding, t.values,
+             t.values16);
         return t;
     }
 

@@ -73,11 +73,14 @@ private:
         generator g(5);
         d.layers[0].key_format = kv1::kv_format::compact3;
         d.layers[0].key_encoding = {level_choice::least_squares, 8, normal_values(g, 2 * 8)};
+        d.layers[0].value_format = kv1::kv_format::codebook2;
         d.layers[0].value_encoding = {level_choice::least_squares, 2};
         d.layers[1].value_encoding = {.means = normal_values(g, 7)};
-        if (d.layers.size() > 2) {
-            d.layers[2].key_encoding = {level_choice::least_squares, 0, normal_values(g, 8)};
-            d.layers[2].value_encoding = {.hadamard = 4};
+        if (d.layers.size() > 2) { // metadata by groups, with levels that are fitted and that are not
+            d.layers[2].key_dim = d.layers[2].value_dim = 64;
+            d.layers[2].key_group = d.layers[2].value_group = 32;
+            d.layers[2].key_encoding = {level_choice::least_squares, 0, normal_values(g, 64)};
+            d.layers[2].value_encoding = {.hadamard = 64};
         }
     }
 
@@ -430,21 +433,23 @@ private:
                 const std::size_t dim = keys ? d.key_dim : d.value_dim;
                 const std::size_t width = kv1::packed_bytes(f, dim),
                                   metadata = kv1::row_bytes(f, dim) - width;
-                const std::size_t at = keys ? 0 : 1;
+                const std::size_t at = keys ? 0 : 1, group = keys ? d.key_group : d.value_group;
+                const std::size_t groups = group == 0 ? 1 : dim / group;
                 packed[at].resize(n * d.kv_heads * width);
-                scales[at].resize(metadata >= 2 ? n * d.kv_heads : 0);
-                minima[at].resize(metadata == 4 ? n * d.kv_heads : 0);
+                scales[at].resize(metadata >= 2 ? n * d.kv_heads * groups : 0);
+                minima[at].resize(metadata == 4 ? n * d.kv_heads * groups : 0);
                 for (std::size_t t = 0; t < n; ++t)
                     for (std::size_t h = 0; h < d.kv_heads; ++h) {
                         const std::size_t row = t * d.kv_heads + h;
-                        require(cache_.try_export_rows(
-                                    l->id, layer, side, h, t, 1,
-                                    {std::span(packed[at]).subspan(row * width, width),
-                                     scales[at].empty() ? std::span<kv1::float16>{}
-                                                        : std::span(scales[at]).subspan(row, 1),
-                                     minima[at].empty() ? std::span<kv1::float16>{}
-                                                        : std::span(minima[at]).subspan(row, 1)}),
-                                "export");
+                        require(
+                            cache_.try_export_rows(
+                                l->id, layer, side, h, t, 1,
+                                {std::span(packed[at]).subspan(row * width, width),
+                                 scales[at].empty() ? std::span<kv1::float16>{}
+                                                    : std::span(scales[at]).subspan(row * groups, groups),
+                                 minima[at].empty() ? std::span<kv1::float16>{}
+                                                    : std::span(minima[at]).subspan(row * groups, groups)}),
+                            "export");
                     }
             }
             const kv1::status s = cache_.try_append_rows(*id, layer, n, {packed[0], scales[0], minima[0]},

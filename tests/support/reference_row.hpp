@@ -8,6 +8,8 @@
 #include <kv1/format.hpp>
 #include <kv1/quantizers/affine.hpp>
 #include <kv1/quantizers/binary.hpp>
+#include <kv1/quantizers/codebook.hpp>
+#include <kv1/quantizers/compact.hpp>
 #include <kv1/quantizers/scaled_binary.hpp>
 
 #include <cstddef>
@@ -79,6 +81,8 @@ inline reference_row make_reference_row(kv1::kv_format f, std::span<const float>
         return quantized_row<kv1::compact<3>>(x);
     case kv1::kv_format::compact2:
         return quantized_row<kv1::compact<2>>(x);
+    case kv1::kv_format::codebook2:
+        return quantized_row<kv1::codebook2>(x);
     }
     throw std::runtime_error("unknown format");
 }

@@ -41,6 +41,7 @@ struct problem {
     std::size_t window = 0;
     float soft_cap = 0.0f;
     bool alibi = false, sinks = false;
+    std::size_t key_group = 0, value_group = 0; // channels that share metadata
 };
 
 std::string describe(const problem& p) {
@@ -48,7 +49,8 @@ std::string describe(const problem& p) {
            std::to_string(p.key_dim) + " and " + std::to_string(p.value_dim) + ", " +
            std::to_string(p.kv_heads) + " x " + std::to_string(p.group) + " heads, " +
            std::to_string(p.queries) + " queries, " + std::to_string(p.tokens) + " tokens, pages of " +
-           std::to_string(p.page_tokens);
+           std::to_string(p.page_tokens) + ", groups of " + std::to_string(p.key_group) + " and " +
+           std::to_string(p.value_group);
 }
 
 // Position of query i of m among n tokens.
@@ -85,6 +87,13 @@ std::vector<T> as(const std::vector<float>& x) {
     return y;
 }
 
+kv1::layer_description layer_of(const problem& p) {
+    kv1::layer_description l{p.kv_heads, p.key_dim, p.value_dim, p.key_format, p.value_format};
+    l.key_group = p.key_group;
+    l.value_group = p.value_group;
+    return l;
+}
+
 // A cache with one sequence of one layer, filled with random tokens, and queries for it.
 struct world {
     problem p;
@@ -93,9 +102,7 @@ struct world {
     std::vector<float> queries, slopes, sinks;
 
     world(const problem& what, std::uint64_t seed)
-        : p(what),
-          cache(kv1::uniform_cache(1, {p.kv_heads, p.key_dim, p.value_dim, p.key_format, p.value_format},
-                                   p.tokens + 2 * p.page_tokens, p.page_tokens)) {
+        : p(what), cache(kv1::uniform_cache(1, layer_of(p), p.tokens + 2 * p.page_tokens, p.page_tokens)) {
         kv1_test::generator g(seed);
         const kv1::sequence_id other = cache.create_sequence();
         id = cache.create_sequence();
@@ -250,6 +257,50 @@ TEST_CASE("every pair of K and V formats is attended within its bounds", "[atten
                    .key_format = k,
                    .value_format = v},
                   ++seed, t);
+    KV1_REQUIRE_CLEAN(t);
+}
+
+TEST_CASE("metadata by groups of channels are attended within bounds", "[attention]") {
+    using enum kv_format;
+    tally t;
+    std::uint64_t seed = 150;
+    for (const kv_format f : {affine2, affine3, affine4, affine8, compact2, compact3, compact4, codebook2})
+        for (const std::size_t rows : {1u, 4u, 5u, 7u}) // one tile, two that differ
+            check({.key_dim = 96,
+                   .value_dim = 128,
+                   .kv_heads = 2,
+                   .group = rows,
+                   .tokens = 85,
+                   .page_tokens = 48,
+                   .key_format = f,
+                   .value_format = f,
+                   .key_group = 32,
+                   .value_group = 64},
+                  ++seed, t);
+    // one side alone; many groups; several blocks of weights, masks, everything that scores go through
+    check({.key_dim = 128, .value_dim = 64, .group = 4, .tokens = 40, .key_group = 64}, ++seed, t);
+    check({.key_dim = 64, .value_dim = 128, .group = 4, .tokens = 40, .value_group = 32}, ++seed, t);
+    check({.key_dim = 576,
+           .value_dim = 512,
+           .group = 3,
+           .tokens = 20,
+           .key_format = compact3,
+           .key_group = 32,
+           .value_group = 32},
+          ++seed, t);
+    check({.key_dim = 64,
+           .value_dim = 64,
+           .group = 3,
+           .tokens = 1200,
+           .page_tokens = 64,
+           .queries = 5,
+           .window = 700,
+           .soft_cap = 8.0f,
+           .alibi = true,
+           .sinks = true,
+           .key_group = 32,
+           .value_group = 32},
+          ++seed, t);
     KV1_REQUIRE_CLEAN(t);
 }
 

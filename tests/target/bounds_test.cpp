@@ -34,6 +34,7 @@ constexpr std::array both_ends{guarded_end::front, guarded_end::back};
 
 struct shape {
     std::size_t key_dim, value_dim, kv_heads, group, tokens, page_tokens;
+    std::size_t key_group = 0, value_group = 0; // channels that share metadata
 };
 
 // Fills a cache to the last token of its last page, and attends to it.
@@ -44,9 +45,11 @@ void fill_and_attend(const shape& s, kv_format key, kv_format value, guarded_end
                         << " tokens, pages of " << s.page_tokens
                         << (end == guarded_end::front ? ", front" : ", back"));
     kv1_test::guarded_arenas arenas{end, {}};
-    guarded_cache cache(
-        kv1::uniform_cache(1, {s.kv_heads, s.key_dim, s.value_dim, key, value}, s.tokens, s.page_tokens),
-        kv1_test::guarded_allocator<std::byte>(arenas));
+    kv1::layer_description layer{s.kv_heads, s.key_dim, s.value_dim, key, value};
+    layer.key_group = s.key_group;
+    layer.value_group = s.value_group;
+    guarded_cache cache(kv1::uniform_cache(1, layer, s.tokens, s.page_tokens),
+                        kv1_test::guarded_allocator<std::byte>(arenas));
     const kv1::sequence_id id = cache.create_sequence();
     kv1_test::generator g(1);
     // one token, then the rest at once
@@ -104,6 +107,9 @@ TEST_CASE("attention stays within arenas, queries and outputs, and writes to no 
                     fill_and_attend({dim, dim, 1, group, 1088, 64}, kv_format::affine2, kv_format::affine2,
                                     end);
             fill_and_attend({128, 64, 2, 4, 96, 32}, kv_format::affine4, kv_format::affine2, end);
+            for (const kv_format f : {kv_format::affine3, kv_format::compact2, kv_format::affine8})
+                fill_and_attend({128, 96, 1, 5, 240, 48, 64, 32}, f, f, end);
+            fill_and_attend({64, 512, 1, 4, 32, 32, 32, 32}, kv_format::compact3, kv_format::affine2, end);
         }
     });
 }

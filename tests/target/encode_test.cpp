@@ -22,6 +22,7 @@
 
 using kv1::affine;
 using kv1::clip_search;
+using kv1::codebook2;
 using kv1::compact;
 using kv1::least_squares;
 using kv1_test::generator;
@@ -127,7 +128,7 @@ outcome outcome_of(const kv1::status& s, const Metadata& m, std::vector<std::uin
 
 } // namespace
 
-#define KV1_FITTED affine<2>, affine<3>, affine<4>, affine<8>, compact<2>, compact<3>, compact<4>
+#define KV1_FITTED affine<2>, affine<3>, affine<4>, affine<8>, compact<2>, compact<3>, compact<4>, codebook2
 
 TEMPLATE_TEST_CASE("least squares and clip search are no worse than min/max on any vector", "[encode]",
                    KV1_FITTED) {
@@ -197,7 +198,7 @@ TEST_CASE(
 }
 
 TEMPLATE_TEST_CASE("what was decoded is encoded to itself where the outer levels are in use", "[encode]",
-                   affine<2>, affine<3>, affine<4>, compact<2>, compact<3>, compact<4>) {
+                   affine<2>, affine<3>, affine<4>, compact<2>, compact<3>, compact<4>, codebook2) {
     generator g(33);
     tally t;
     std::size_t seen = 0;
@@ -223,6 +224,48 @@ TEMPLATE_TEST_CASE("what was decoded is encoded to itself where the outer levels
     REQUIRE(seen > 200);
 }
 
+TEST_CASE("a codebook's codes are those of the nearest levels", "[encode]") {
+    generator g(40);
+    tally t;
+    constexpr double levels[] = {0.0, 5.0, 9.0, 14.0};
+    for (int i = 0; i < 300; ++i) {
+        const std::vector<float> x = kv1_test::normal_values(g, g.between(1, 140));
+        std::vector<std::uint8_t> codes(x.size());
+        kv1::compact_metadata m{};
+        REQUIRE((i % 2 == 0 ? codebook2::quantize(x, codes, m)
+                            : least_squares<codebook2>::quantize(x, codes, m)));
+        const kv1::detail::affine_pair p =
+            kv1::detail::decode_metadata(kv1::kv_format::codebook2, {m.scale.bits(), 0});
+        for (std::size_t c = 0; c < x.size(); ++c) {
+            const auto at = [&](std::size_t code) {
+                return levels[code] * static_cast<double>(p.slope) + static_cast<double>(p.base);
+            };
+            t.expect(static_cast<double>(codebook2::dequantize(codes[c], m)) == at(codes[c]), i, c, "value");
+            const double off = std::fabs(static_cast<double>(x[c]) - at(codes[c]));
+            for (std::size_t other = 0; other < 4; ++other) // but for what fp32 rounds half-way
+                t.expect(off <= std::fabs(static_cast<double>(x[c]) - at(other)) + 1e-5, i, c, x[c], codes[c],
+                         other);
+        }
+    }
+    KV1_REQUIRE_CLEAN(t);
+}
+
+TEST_CASE("a codebook takes a hundredth off the error of normal channels that even levels leave",
+          "[encode]") {
+    generator g(42);
+    for (const std::size_t n : {std::size_t{32}, std::size_t{128}}) {
+        double even = 0.0, uneven = 0.0;
+        for (int i = 0; i < 4000; ++i) {
+            const std::vector<float> x = kv1_test::normal_values(g, n);
+            even += measure<least_squares<compact<2>>>(x).error;
+            uneven += measure<least_squares<codebook2>>(x).error;
+        }
+        CAPTURE(n, even, uneven);
+        REQUIRE(uneven < even);
+        REQUIRE((n != 32 || uneven < 0.99 * even));
+    }
+}
+
 TEST_CASE("decoding a compact code rounds nothing", "[encode]") {
     tally t;
     for (unsigned bits = 0; bits < 0x10000u; ++bits) {
@@ -245,7 +288,8 @@ TEMPLATE_TEST_CASE("every target fits the same levels and codes, bit for bit", "
                    least_squares<affine<2>>, least_squares<affine<3>>, least_squares<affine<4>>,
                    least_squares<affine<8>>, compact<2>, compact<3>, compact<4>, least_squares<compact<2>>,
                    least_squares<compact<3>>, least_squares<compact<4>>, clip_search<affine<2>>,
-                   clip_search<affine<4>>, clip_search<compact<2>>, clip_search<compact<3>>) {
+                   clip_search<affine<4>>, clip_search<compact<2>>, clip_search<compact<3>>, codebook2,
+                   least_squares<codebook2>, clip_search<codebook2>) {
     auto vectors = vectors_of_every_kind(34, 90);
     generator g(35);
     for (int i = 0; i < 60; ++i) { // what is refused
@@ -277,8 +321,8 @@ TEST_CASE("every target follows recipes with means, rotations and error weights,
           "[encode]") {
     using kv1::kv_format;
     generator g(36);
-    for (const kv_format f :
-         {kv_format::affine2, kv_format::affine4, kv_format::compact2, kv_format::compact3})
+    for (const kv_format f : {kv_format::affine2, kv_format::affine4, kv_format::compact2,
+                              kv_format::compact3, kv_format::codebook2})
         for (const std::size_t n :
              {std::size_t{1}, std::size_t{24}, std::size_t{32}, std::size_t{96}, std::size_t{128}}) {
             const std::vector<float> mean = kv1_test::normal_values(g, n);
@@ -291,7 +335,7 @@ TEST_CASE("every target follows recipes with means, rotations and error weights,
                     variant == 2 ? kv1::level_choice::clip_search : kv1::level_choice::least_squares;
                 const bool rotated = variant != 0;
                 for (const int weights : {0, 1, 2}) { // none, common to the vectors, of some vectors
-                    const kv1::detail::encode_recipe recipe{f, levels, n,
+                    const kv1::detail::encode_recipe recipe{f, levels, n, n,
                                                             rotated ? kv1::hadamard_block(n) : 0};
                     std::vector<std::vector<float>> x;
                     std::vector<kv1::detail::encode_row> rows;
@@ -304,12 +348,10 @@ TEST_CASE("every target follows recipes with means, rotations and error weights,
                     const std::size_t stride = n + 3;
                     std::vector<std::uint8_t> expected(16 * stride, 0xee);
                     std::vector<kv1::detail::row_metadata> metadata(16);
-                    for (std::size_t i = 0; i < 16; ++i) {
-                        const auto r =
-                            kv1::detail::encode_reference(recipe, rows[i], expected.data() + i * stride);
-                        REQUIRE(r.code == kv1::errc::ok);
-                        metadata[i] = r.metadata;
-                    }
+                    for (std::size_t i = 0; i < 16; ++i)
+                        REQUIRE(kv1::detail::encode_reference(recipe, rows[i], expected.data() + i * stride,
+                                                              &metadata[i])
+                                    .code == kv1::errc::ok);
                     kv1_test::for_each_target([&](kv1::target) {
                         tally t;
                         for (std::size_t count = 1; count <= 16; ++count) {
@@ -334,6 +376,56 @@ TEST_CASE("every target follows recipes with means, rotations and error weights,
                 }
             }
         }
+}
+
+TEST_CASE("a group of channels is encoded as a vector of its own, on every target", "[encode]") {
+    using kv1::kv_format;
+    generator g(39);
+    for (const kv_format f : {kv_format::affine2, kv_format::affine3, kv_format::affine8, kv_format::compact2,
+                              kv_format::compact4, kv_format::codebook2})
+        for (const auto& [n, group] : {std::pair{64u, 32u}, {128u, 64u}, {96u, 32u}, {2048u, 512u}})
+            for (const kv1::level_choice levels :
+                 {kv1::level_choice::min_max, kv1::level_choice::least_squares,
+                  kv1::level_choice::clip_search}) {
+                const std::size_t groups = n / group;
+                const std::vector<float> mean = kv1_test::normal_values(g, n);
+                std::vector<std::vector<float>> x, prepared;
+                std::vector<kv1::detail::encode_row> rows;
+                const kv1::detail::encode_recipe recipe{f, levels, n, group, kv1::hadamard_block(n)};
+                for (std::size_t i = 0; i < 5; ++i) {
+                    x.push_back(kv1_test::normal_values(g, n));
+                    x[i][i] *= 30.0f;
+                    prepared.emplace_back(n);
+                }
+                for (std::size_t i = 0; i < 5; ++i) {
+                    rows.push_back({x[i].data(), mean.data(), nullptr});
+                    kv1::detail::prepare_vector(recipe, rows[i], prepared[i].data());
+                }
+                kv1_test::for_each_target([&](kv1::target) {
+                    tally t;
+                    std::vector<std::uint8_t> codes(5 * n), own(group);
+                    std::vector<kv1::detail::row_metadata> found(5 * groups);
+                    std::size_t failed = 0;
+                    const auto r = kv1::detail::common_kernels().encode_rows(
+                        recipe, rows.data(), 5, codes.data(), n, found.data(), failed);
+                    REQUIRE(r.code == kv1::errc::ok);
+                    for (std::size_t i = 0; i < 5; ++i)
+                        for (std::size_t k = 0; k < groups; ++k) {
+                            kv1::detail::row_metadata m;
+                            const float* part = prepared[i].data() + k * group;
+                            REQUIRE(kv1::detail::encode_reference({f, levels, group, group, 0},
+                                                                  {part, nullptr, nullptr}, own.data(), &m)
+                                        .code == kv1::errc::ok);
+                            const auto& its = found[i * groups + k];
+                            t.expect(m.scale == its.scale && m.minimum == its.minimum &&
+                                         std::equal(own.begin(), own.end(),
+                                                    codes.begin() +
+                                                        static_cast<std::ptrdiff_t>(i * n + k * group)),
+                                     to_string(f), n, group, static_cast<int>(levels), i, k);
+                        }
+                    KV1_REQUIRE_CLEAN(t);
+                });
+            }
 }
 
 TEST_CASE("the Hadamard transform keeps lengths, undoes itself and is the same on every target", "[encode]") {
@@ -386,13 +478,15 @@ TEST_CASE("error weights take cost off codes: less of it than nearest levels lea
             for (const float* with :
                  {static_cast<const float*>(nullptr), static_cast<const float*>(feedback.data())}) {
                 const kv1::detail::encode_recipe recipe{kv1::kv_format::compact3,
-                                                        kv1::level_choice::least_squares, n, block};
+                                                        kv1::level_choice::least_squares, n, n, block};
                 std::vector<std::uint8_t> codes(n);
-                const auto r = kv1::detail::encode_reference(recipe, {x.data(), nullptr, with}, codes.data());
+                kv1::detail::row_metadata stored;
+                const auto r =
+                    kv1::detail::encode_reference(recipe, {x.data(), nullptr, with}, codes.data(), &stored);
                 REQUIRE(r.code == kv1::errc::ok);
                 std::vector<float> y(n);
                 for (std::size_t c = 0; c < n; ++c)
-                    y[c] = compact<3>::dequantize(codes[c], {kv1::float16::from_bits(r.metadata.scale)});
+                    y[c] = compact<3>::dequantize(codes[c], {kv1::float16::from_bits(stored.scale)});
                 if (block != 0)
                     kv1::hadamard_transform(y, block);
                 double cost = 0.0;
@@ -439,7 +533,7 @@ TEST_CASE("of all candidates' levels and codes the cheapest are taken", "[encode
         const std::vector<float> x = kv1_test::normal_values(g, n);
         std::vector<std::uint8_t> codes(n);
         const kv1::detail::stored_levels start = kv1::detail::fit_levels<compact<2>>(x, codes.data());
-        kv1::detail::codes_with_feedback(x, start, 3.0f, feedback.data(), codes.data());
+        kv1::detail::codes_with_feedback<compact<2>>(x, start, feedback.data(), codes.data());
         const double before = cost(x, start, codes);
         const kv1::detail::stored_levels best =
             kv1::detail::weighted_levels<compact<2>>(x, start, feedback.data(), codes.data());

@@ -46,6 +46,27 @@ void check(const std::string& scheme, tally& t) {
     }
 }
 
+// A full page against golden bytes, on every target.
+void check_page(const std::string& name, const kv1::layer_description& l, std::size_t tokens,
+                std::size_t bytes_a_token) {
+    const auto keys = golden().values<float>(name + ".keys"),
+               values = golden().values<float>(name + ".values");
+    const auto expected = golden().values<std::uint8_t>(name + ".bytes");
+    kv1_test::for_each_target([&](kv1::target) {
+        kv1::kv_cache cache(kv1::uniform_cache(1, l, tokens, tokens));
+        const kv1::sequence_id id = cache.create_sequence();
+        cache.append(id, 0, {keys.data(), tokens, 1, l.key_dim}, {values.data(), tokens, 1, l.value_dim});
+        const std::span<const std::byte> bytes = cache.page(0, 0, 0);
+        std::vector<std::uint8_t> page;
+        for (const std::byte b : bytes)
+            page.push_back(std::to_integer<std::uint8_t>(b));
+        REQUIRE(page.size() == tokens * bytes_a_token);
+        REQUIRE(page.size() == expected.size());
+        CAPTURE(kv1_test::first_difference(page, expected));
+        REQUIRE(page == expected);
+    });
+}
+
 } // namespace
 
 TEST_CASE("compact formats and least squares give the golden codes and metadata on every target",
@@ -56,6 +77,8 @@ TEST_CASE("compact formats and least squares give the golden codes and metadata 
         check<compact<2>>("compact2", t);
         check<compact<3>>("compact3", t);
         check<compact<4>>("compact4", t);
+        check<kv1::codebook2>("codebook2", t);
+        check<least_squares<kv1::codebook2>>("codebook2.fit", t);
         check<least_squares<compact<2>>>("compact2.fit", t);
         check<least_squares<compact<3>>>("compact3.fit", t);
         check<least_squares<compact<4>>>("compact4.fit", t);
@@ -67,21 +90,20 @@ TEST_CASE("compact formats and least squares give the golden codes and metadata 
 }
 
 TEST_CASE("a page of compact formats is the golden one, byte for byte, on every target", "[encode]") {
-    const auto keys = golden().values<float>("page.keys"), values = golden().values<float>("page.values");
-    const auto expected = golden().values<std::uint8_t>("page.bytes");
     kv1::layer_description l{1, 32, 32, kv1::kv_format::compact3, kv1::kv_format::compact2};
     l.key_encoding.levels = l.value_encoding.levels = kv1::level_choice::least_squares;
-    kv1_test::for_each_target([&](kv1::target) {
-        kv1::kv_cache cache(kv1::uniform_cache(1, l, 32, 32));
-        const kv1::sequence_id id = cache.create_sequence();
-        cache.append(id, 0, {keys.data(), 32, 1, 32}, {values.data(), 32, 1, 32});
-        const std::span<const std::byte> bytes = cache.page(0, 0, 0);
-        std::vector<std::uint8_t> page;
-        for (const std::byte b : bytes)
-            page.push_back(std::to_integer<std::uint8_t>(b));
-        REQUIRE(page.size() == 32 * 24); // 12 bytes a vector
-        REQUIRE(page.size() == expected.size());
-        CAPTURE(kv1_test::first_difference(page, expected));
-        REQUIRE(page == expected);
-    });
+    check_page("page", l, 32, 12 + 12);
+}
+
+TEST_CASE("a page of codebooks is the golden one, byte for byte, on every target", "[encode]") {
+    kv1::layer_description l{1, 32, 32, kv1::kv_format::codebook2, kv1::kv_format::codebook2};
+    l.key_encoding.levels = l.value_encoding.levels = kv1::level_choice::least_squares;
+    check_page("codebook", l, 16, 10 + 10);
+}
+
+TEST_CASE("a page with metadata by groups is the golden one, byte for byte, on every target", "[encode]") {
+    kv1::layer_description l{1, 64, 64, kv1::kv_format::compact3, kv1::kv_format::affine2};
+    l.key_encoding.levels = l.value_encoding.levels = kv1::level_choice::least_squares;
+    l.key_group = l.value_group = 32;
+    check_page("grouped", l, 16, (24 + 2 * 2) + (16 + 2 * 4));
 }

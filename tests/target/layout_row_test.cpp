@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <span>
 #include <string>
 #include <vector>
@@ -73,6 +74,21 @@ void check_shape(const shape& s, std::uint64_t seed, tally& t) {
     }
 }
 
+// A row of groups, each as the reference stores a vector of its own.
+kv1_test::reference_row grouped_row(kv_format f, std::span<const float> x, std::size_t group,
+                                    std::vector<std::uint16_t>& scales, std::vector<std::uint16_t>& minima) {
+    kv1_test::reference_row all;
+    for (std::size_t c = 0; c < x.size(); c += group) {
+        const kv1_test::reference_row own = kv1_test::make_reference_row(f, x.subspan(c, group));
+        all.codes.insert(all.codes.end(), own.codes.begin(), own.codes.end());
+        all.values.insert(all.values.end(), own.values.begin(), own.values.end());
+        scales.push_back(own.scale);
+        minima.push_back(own.minimum);
+    }
+    all.packed = kv1_test::packed_model(all.codes, kv1::detail::traits_of(f).code_bits);
+    return all;
+}
+
 } // namespace
 
 TEST_CASE("exported rows and read values are the quantizer's, whatever the shape", "[rows]") {
@@ -114,4 +130,79 @@ TEST_CASE("exported rows decode to what read gives", "[rows]") {
                 {scales[i], minima[i]});
         REQUIRE(kv1_test::same_bits(decoded, std::span(values).subspan(50 * i, 50)));
     }
+}
+
+TEST_CASE("a group of channels is stored as a vector of its own, and goes out and in as one", "[layout]") {
+    constexpr std::size_t heads = 2, dim = 96, group = 32, groups = dim / group, count = 37;
+    using enum kv_format;
+    kv1_test::for_each_target([&](kv1::target) {
+        tally t;
+        for (const kv_format f :
+             {affine2, affine3, affine4, affine8, compact2, compact3, compact4, codebook2}) {
+            kv1::layer_description l{heads, dim, dim, f, f};
+            l.key_group = l.value_group = group;
+            kv1::kv_cache cache(kv1::uniform_cache(1, l, 256, 16));
+            const kv1::sequence_id id = cache.create_sequence(), twin = cache.create_sequence();
+            kv1_test::generator g(17);
+            std::vector<float> x = kv1_test::normal_values(g, count * heads * dim);
+            for (std::size_t i = 0; i < x.size(); i += 41)
+                x[i] *= 20.0f;
+            const kv1::tensor_view all{x.data(), count - 1, heads, dim};
+            const kv1::tensor_view last{x.data() + (count - 1) * heads * dim, 1, heads, dim};
+            cache.append(id, 0, all, all);
+            cache.append(id, 0, last, last);
+            const std::size_t width = kv1::packed_bytes(f, dim);
+            const std::size_t pairs = count * heads * groups;
+            const bool minimum = kv1::row_bytes(f, dim, group) - width == 4 * groups;
+            for (const kv_side side : {kv_side::key, kv_side::value}) {
+                std::vector<std::byte> packed(count * heads * width);
+                std::vector<kv1::float16> scales(pairs), minima(minimum ? pairs : 0);
+                for (std::size_t row = 0; row < count * heads; ++row) {
+                    std::vector<std::uint16_t> its_scales, its_minima;
+                    const kv1_test::reference_row expected =
+                        grouped_row(f, std::span(x).subspan(row * dim, dim), group, its_scales, its_minima);
+                    const auto packed_row = std::span(packed).subspan(row * width, width);
+                    const auto own = [&](std::vector<kv1::float16>& m) {
+                        return m.empty() ? std::span<kv1::float16>{}
+                                         : std::span(m).subspan(row * groups, groups);
+                    };
+                    cache.export_rows(id, 0, side, row % heads, row / heads, 1,
+                                      {packed_row, own(scales), own(minima)});
+                    std::vector<float> values(dim);
+                    cache.read(id, 0, side, row % heads, row / heads, 1, values);
+                    t.expect(std::ranges::equal(packed_row, expected.packed), to_string(f), row, "packed");
+                    t.expect(kv1_test::same_bits(values, expected.values), to_string(f), row, "values");
+                    for (std::size_t k = 0; k < groups; ++k) {
+                        t.expect(own(scales)[k].bits() == its_scales[k], to_string(f), row, k, "scale");
+                        t.expect(!minimum || own(minima)[k].bits() == its_minima[k], to_string(f), row, k,
+                                 "minimum");
+                    }
+                }
+                if (side == kv_side::value) { // rows of both sides are alike
+                    cache.append_rows(twin, 0, count, {packed, scales, minima}, {packed, scales, minima});
+                    std::vector<float> here(count * dim), there(here.size());
+                    cache.read(id, 0, side, 1, 0, count, here);
+                    cache.read(twin, 0, side, 1, 0, count, there);
+                    t.expect(kv1_test::same_bits(here, there), to_string(f), "in again");
+                    std::vector<kv1::float16> few(scales.begin(), scales.end() - 1);
+                    t.expect(
+                        cache.try_append_rows(twin, 0, count, {packed, scales, minima}, {packed, few, minima})
+                                .code() == kv1::errc::shape_mismatch,
+                        to_string(f), "a scale is missing");
+                    scales[pairs - 1] = kv1::float16::from_bits(0x7c00u);
+                    t.expect(cache.try_append_rows(twin, 0, count, {packed, scales, minima},
+                                                   {packed, scales, minima})
+                                     .code() == kv1::errc::non_finite,
+                             to_string(f), "an infinite scale");
+                }
+            }
+            std::vector<float> bad(x.begin(), x.begin() + heads * dim);
+            bad[dim + 70] = std::numeric_limits<float>::infinity();
+            const kv1::tensor_view v{bad.data(), 1, heads, dim};
+            const kv1::status s = cache.try_append(id, 0, v, v);
+            t.expect(s.code() == kv1::errc::non_finite && s.where().kv_head == 1 && s.where().channel == 70,
+                     to_string(f), s.message());
+        }
+        KV1_REQUIRE_CLEAN(t);
+    });
 }

@@ -341,6 +341,37 @@ TEST_CASE("a cache of another shape is named by what differs and where", "[io]")
     refused(d, -1);
 }
 
+TEST_CASE("metadata by groups of channels are saved, and others are named", "[io]") {
+    kv1::layer_description l{1, 64, 96, kv_format::affine2, kv_format::compact3};
+    l.key_group = l.value_group = 32;
+    kv_cache cache(kv1::uniform_cache(1, l, 128, 16));
+    const sequence_id id = cache.create_sequence();
+    append(cache, id, 21, 1);
+    const bytes b = saved(cache, {&id, 1});
+    sequence_id out;
+    REQUIRE(kv1::try_load(cache, kv1::memory_source(b), {&out, 1}));
+    std::vector<float> before(21 * 96), after(before.size());
+    cache.read(id, 0, kv1::kv_side::value, 0, 0, 21, before);
+    cache.read(out, 0, kv1::kv_side::value, 0, 0, 21, after);
+    REQUIRE(kv1_test::same_bits(before, after));
+    for (std::size_t kv1::layer_description::*group :
+         {&kv1::layer_description::key_group, &kv1::layer_description::value_group}) {
+        kv1::layer_description other = l;
+        other.*group = 0;
+        kv_cache stranger(kv1::uniform_cache(1, other, 64, 16));
+        const auto loaded = kv1::try_load(stranger, kv1::memory_source(b), {&out, 1});
+        REQUIRE(loaded.code() == errc::different_cache);
+        REQUIRE(loaded.reason().where().layer == 0);
+    }
+    bytes lie = b; // of the last group's last array, which is padded by nothing
+    write_number(lie,
+                 b.size() - 4 - cache.layout(0).bytes() + cache.layout(0).values().scale_offset +
+                     (2 * 16 + 3) * 2,
+                 0x7c01, 2);
+    reseal(lie);
+    REQUIRE(kv1::try_load(cache, kv1::memory_source(lie), {&out, 1}).code() == errc::non_finite);
+}
+
 TEST_CASE("stored numbers that are none are refused, though the checksums are right", "[io]") {
     kv_cache cache(kv1::uniform_cache(1, {1, 16, 16}, 64, 16));
     const sequence_id id = cache.create_sequence();

@@ -27,12 +27,13 @@ using kv1_test::tally;
 
 namespace {
 
-constexpr std::array evenly_spaced{kv_format::affine8, kv_format::affine4,  kv_format::affine3,
-                                   kv_format::affine2, kv_format::compact4, kv_format::compact3,
-                                   kv_format::compact2};
-constexpr std::array coded{kv_format::affine8,  kv_format::affine4,       kv_format::affine3,
-                           kv_format::affine2,  kv_format::compact4,      kv_format::compact3,
-                           kv_format::compact2, kv_format::scaled_binary, kv_format::binary};
+constexpr std::array evenly_spaced{kv_format::affine8,  kv_format::affine4,  kv_format::affine3,
+                                   kv_format::affine2,  kv_format::compact4, kv_format::compact3,
+                                   kv_format::compact2, kv_format::codebook2};
+constexpr std::array coded{kv_format::affine8,  kv_format::affine4,   kv_format::affine3,
+                           kv_format::affine2,  kv_format::compact4,  kv_format::compact3,
+                           kv_format::compact2, kv_format::codebook2, kv_format::scaled_binary,
+                           kv_format::binary};
 
 // Ordinary, shifted, with outliers, constant, tiny, with zeros of both signs.
 std::vector<float> awkward_vector(kv1_test::generator& g, std::size_t n, std::size_t kind) {
@@ -158,7 +159,7 @@ piece piece_of(kv_format f, std::span<const float> x, const options& o) {
 
 TEMPLATE_TEST_CASE("With rounded metadata training sees what the packed row gives back, bit for bit",
                    "[fake_quantize]", affine<1>, affine<2>, affine<3>, affine<4>, affine<8>, kv1::compact<2>,
-                   kv1::compact<3>, kv1::compact<4>, kv1::scaled_binary, kv1::binary) {
+                   kv1::compact<3>, kv1::compact<4>, kv1::codebook2, kv1::scaled_binary, kv1::binary) {
     using Q = TestType;
     kv1_test::generator g(11);
     tally t;

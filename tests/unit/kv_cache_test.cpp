@@ -516,6 +516,21 @@ TEST_CASE("descriptions that no cache can have are refused", "[cache]") {
         d.layers[0].*field = 4097;
         refused(errc::invalid_argument, d, 0);
     }
+    const auto refused_group = [&](kv_format f, std::size_t dim, std::size_t group) {
+        for (const bool keys : {true, false}) {
+            d = small_cache();
+            kv1::layer_description& l = d.layers[1];
+            (keys ? l.key_format : l.value_format) = f;
+            (keys ? l.key_dim : l.value_dim) = dim;
+            (keys ? l.key_group : l.value_group) = group;
+            refused(errc::invalid_argument, d, 1);
+        }
+    };
+    refused_group(kv_format::affine2, 64, 16); // lanes of 32 channels
+    refused_group(kv_format::affine2, 96, 64);
+    refused_group(kv_format::affine2, 64, 128);
+    refused_group(kv_format::fp16, 64, 32); // no metadata
+    refused_group(kv_format::scaled_binary, 64, 32);
     d = small_cache();
     d.layers[1].key_format = static_cast<kv_format>(99);
     refused(errc::unsupported_format, d, 1);
@@ -528,6 +543,17 @@ TEST_CASE("descriptions that no cache can have are refused", "[cache]") {
     d.page_tokens = std::size_t{1} << 40; // one page that no memory holds
     d.capacity_tokens = 1;
     refused(errc::out_of_memory, d, 0);
+}
+
+TEST_CASE("a cache with metadata by groups counts all of them", "[cache]") {
+    kv1::layer_description l{2, 128, 64, kv_format::affine2, kv_format::compact3};
+    l.key_group = l.value_group = 32;
+    kv_cache cache(kv1::uniform_cache(1, l, 64));
+    const sequence_id id = cache.create_sequence();
+    const std::vector<float> k(3 * 2 * 128, 1.0f), v(3 * 2 * 64, 2.0f);
+    cache.append(id, 0, {k.data(), 3, 2, 128}, {v.data(), 3, 2, 64});
+    REQUIRE(cache.statistics().bytes_stored == 3 * 2 * (32 + 4 * 4 + 24 + 2 * 2));
+    REQUIRE(kv1::bytes_per_page(cache.description()) == 2 * 64 * (32 + 4 * 4 + 24 + 2 * 2));
 }
 
 TEST_CASE("the 2-bit cache takes affine<2> alone", "[cache]") {

@@ -47,6 +47,7 @@ std::size_t bits_of_value(kv_format f) {
         return 3;
     case kv_format::affine2:
     case kv_format::compact2:
+    case kv_format::codebook2:
         return 2;
     case kv_format::scaled_binary:
     case kv_format::binary:
@@ -217,6 +218,52 @@ TEST_CASE("metadata comes back from where it was stored", "[layout]") {
                 }
         }
     KV1_REQUIRE_CLEAN(t);
+}
+
+TEST_CASE("a group's share of a section holds its channels' codes and metadata", "[layout]") {
+    kv1_test::generator g(4);
+    tally t;
+    for (const kv_format f : kv1::all_kv_formats)
+        for (const std::size_t tokens : page_sizes)
+            for (const auto& [d, group] : {std::pair{64u, 32u}, {96u, 32u}, {192u, 64u}, {128u, 128u}}) {
+                const page_layout layout(f, d, f, d, tokens, group, group), one(f, d, f, d, tokens);
+                std::vector<std::byte> page = random_page(g, layout.bytes());
+                for (const section_layout* s : {&layout.keys(), &layout.values()}) {
+                    const section_layout& same = s->keys ? one.keys() : one.values();
+                    t.expect(s->groups() == d / group && s->bytes() == same.bytes(), describe(*s), "lines");
+                    for (std::size_t k = 0; k < s->groups(); ++k) {
+                        const section_layout own = s->group(k);
+                        t.expect(own.groups() == 1 && own.channels == group, describe(own));
+                        for (std::size_t i = 0; i < tokens; ++i) {
+                            const kv1::detail::row_metadata m{static_cast<std::uint16_t>(g.bits()),
+                                                              static_cast<std::uint16_t>(g.bits())};
+                            kv1::detail::store_metadata(*s, page.data(), i, m, k);
+                            const auto its = kv1::detail::load_metadata(own, page.data(), i);
+                            const std::size_t kept = s->traits().metadata_bytes();
+                            t.expect(its.scale == (kept >= 2 ? m.scale : 0) &&
+                                         its.minimum == (kept == 4 ? m.minimum : 0),
+                                     describe(*s), "metadata", k, i);
+                            for (std::size_t c = 0; c < group; c += 7)
+                                t.expect(kv1::detail::load_code(own, page.data(), i, c) ==
+                                             kv1::detail::load_code(*s, page.data(), i, k * group + c),
+                                         describe(*s), "codes", k, i, c);
+                        }
+                    }
+                }
+                // arrays of metadata follow the lines, [group][token], and nothing lies where another does
+                std::size_t at = layout.values().offset + layout.values().bytes();
+                for (const section_layout* s : {&layout.keys(), &layout.values()}) {
+                    const std::size_t array = 2 * tokens * s->groups(), kept = s->traits().metadata_bytes();
+                    t.expect(kept < 2 || s->scale_offset == at, describe(*s), "scales");
+                    at += kept >= 2 ? array : 0;
+                    t.expect(kept < 4 || s->minimum_offset == at, describe(*s), "minima");
+                    at += kept == 4 ? array : 0;
+                }
+                t.expect(layout.bytes() == (at + 63) / 64 * 64, describe(layout.keys()), "bytes");
+            }
+    KV1_REQUIRE_CLEAN(t);
+    REQUIRE(kv1::row_bytes(kv_format::affine2, 128, 32) == 48);
+    REQUIRE(kv1::row_bytes(kv_format::compact2, 128, 64) == 36);
 }
 
 TEST_CASE("a K line holds sixteen tokens, each lane that token's four row-format bytes", "[layout]") {

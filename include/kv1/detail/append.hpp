@@ -33,9 +33,11 @@ struct append_job {
     [[nodiscard]] const vector_codec* codec(const section_layout& s) const noexcept {
         return s.keys ? key_codec : value_codec;
     }
-    [[nodiscard]] bool is_plain(const section_layout& s) const noexcept { // nothing but the format's own rule
+    // 2 bits, and nothing but the format's own rule: append_affine2()
+    [[nodiscard]] bool takes_tiles(const section_layout& s) const noexcept {
         const vector_codec* c = codec(s);
-        return c == nullptr || !(c->by_recipe || c->prepares());
+        return s.format == kv_format::affine2 && s.groups() == 1 &&
+               (c == nullptr || !(c->by_recipe || c->prepares()));
     }
 };
 
@@ -96,8 +98,17 @@ inline encode_result insert_vector(const target_kernels& kernels, const section_
     encode_result encoded;
     switch (t.metadata) {
     case metadata_kind::scale_and_minimum:
-        encoded = kernels.encode_affine(x, s.channels, t.code_bits, codes);
-        break;
+        for (std::size_t g = 0; g < s.groups(); ++g) {
+            const std::size_t first = g * s.group_channels;
+            encoded = kernels.encode_affine(x + first, s.group_channels, t.code_bits, codes + first);
+            if (encoded.code != errc::ok) {
+                encoded.channel += encoded.channel == no_channel ? 0 : first;
+                return encoded;
+            }
+            store_metadata(s, page, token, encoded.metadata, g);
+        }
+        kernels.insert_codes(s, page, token, codes);
+        return encoded;
     case metadata_kind::scale:
         encoded = kernels.encode_scaled_binary(x, s.channels, codes);
         break;
@@ -209,17 +220,17 @@ public:
         if (count == 0)
             return {};
         std::size_t failed = 0;
-        row_metadata metadata[tile_tokens];
         const encode_result r =
-            job_.kernels->encode_rows(codec_.recipe, rows_, count, codes_, stride_, metadata, failed);
+            job_.kernels->encode_rows(codec_.recipe, rows_, count, codes_, stride_, metadata_, failed);
         if (r.code != errc::ok)
             return append_error(r, heads_[failed], tokens_[failed]);
-        const std::size_t page_tokens = job_.layout->page_tokens();
+        const std::size_t page_tokens = job_.layout->page_tokens(), groups = section_.groups();
         for (std::size_t k = 0; k < count; ++k) {
             const std::size_t token = job_.first_token + tokens_[k];
             std::byte* page = page_of(job_, heads_[k], token / page_tokens);
             job_.kernels->insert_codes(section_, page, token % page_tokens, codes_ + k * stride_);
-            store_metadata(section_, page, token % page_tokens, metadata[k]);
+            for (std::size_t g = 0; g < groups; ++g)
+                store_metadata(section_, page, token % page_tokens, metadata_[k * groups + g], g);
         }
         return {};
     }
@@ -234,6 +245,7 @@ private:
     std::size_t count_ = 0;
     alignas(64) float converted_[max_head_dim];
     alignas(64) std::uint8_t codes_[max_head_dim]; // zero past the channels
+    row_metadata metadata_[max_groups];            // [row][group]
 };
 
 // All new tokens of one KV head, of K or V; 2-bit codes in batches, others one by one.
@@ -247,7 +259,7 @@ inline status append_section(const append_job& job, const section_layout& s, std
                 return added;
         return batch.flush();
     }
-    if (s.format == kv_format::affine2 && job.is_plain(s)) {
+    if (job.takes_tiles(s)) {
         affine2_batch batch(job);
         for (std::size_t i = 0; i < source.tokens(); ++i) {
             // batches are tiles, so that the lines of V are written once
@@ -306,8 +318,7 @@ status append_heads(const append_job& job, std::size_t kv_heads, E& run) noexcep
         run(1, task_view(all));
         return s;
     }
-    if (job.keys.tokens() == 1 && keys.format == kv_format::affine2 && values.format == kv_format::affine2 &&
-        job.is_plain(keys) && job.is_plain(values)) {
+    if (job.keys.tokens() == 1 && job.takes_tiles(keys) && job.takes_tiles(values)) {
         // one token of decoding: less work than a thread's wake-up, and cheapest over all heads at once
         status s;
         auto all = [&](std::size_t) {

@@ -26,9 +26,10 @@ inline std::size_t bits_of(const section_layout& section) noexcept {
 inline bool fits(const section_layout& section, std::size_t rows, std::size_t bytes, std::size_t scales,
                  std::size_t minima) noexcept {
     const metadata_kind kind = section.traits().metadata;
+    const std::size_t pairs = rows * section.groups();
     return bytes == rows * packed_bytes(section.format, section.channels) &&
-           scales == (kind != metadata_kind::none ? rows : 0) &&
-           minima == (kind == metadata_kind::scale_and_minimum ? rows : 0);
+           scales == (kind != metadata_kind::none ? pairs : 0) &&
+           minima == (kind == metadata_kind::scale_and_minimum ? pairs : 0);
 }
 
 // Row i of the buffers, from a page.
@@ -42,18 +43,22 @@ inline void export_row(const section_layout& section, const std::byte* page, std
         for (std::size_t k = 0; k < (c * bits % 8 + bits + 7) / 8; ++k)
             packed[c * bits / 8 + k] |= static_cast<std::byte>(shifted >> (8 * k) & 0xffu);
     }
-    const row_metadata m = load_metadata(section, page, token);
-    if (!out.scales.empty())
-        out.scales[row] = float16::from_bits(m.scale);
-    if (!out.minima.empty())
-        out.minima[row] = float16::from_bits(m.minimum);
+    for (std::size_t g = 0; g < section.groups(); ++g) {
+        const row_metadata m = load_metadata(section, page, token, g);
+        if (!out.scales.empty())
+            out.scales[row * section.groups() + g] = float16::from_bits(m.scale);
+        if (!out.minima.empty())
+            out.minima[row * section.groups() + g] = float16::from_bits(m.minimum);
+    }
 }
 
 inline void decode_row(const section_layout& section, const std::byte* page, std::size_t token,
                        std::span<float> out) noexcept {
-    const row_metadata m = load_metadata(section, page, token);
-    for (std::size_t c = 0; c < section.channels; ++c)
-        out[c] = decode_value(section.format, load_code(section, page, token, c), m);
+    for (std::size_t g = 0, c = 0; g < section.groups(); ++g) {
+        const row_metadata m = load_metadata(section, page, token, g);
+        for (const std::size_t end = c + section.group_channels; c < end; ++c)
+            out[c] = decode_value(section.format, load_code(section, page, token, c), m);
+    }
 }
 
 // Code, or plain bits, c of a row.
@@ -70,9 +75,12 @@ inline std::uint32_t row_code(const section_layout& section, const const_row_buf
 
 inline status check_rows_finite(const section_layout& section, std::size_t rows,
                                 const const_row_buffers& from) noexcept {
+    const std::size_t groups = section.groups();
     for (std::size_t i = 0; i < rows; ++i) {
-        bool fine = (from.scales.empty() || is_finite(from.scales[i])) &&
-                    (from.minima.empty() || is_finite(from.minima[i]));
+        bool fine = true;
+        for (std::size_t at = i * groups; at < (i + 1) * groups; ++at)
+            fine = fine && (from.scales.empty() || is_finite(from.scales[at])) &&
+                   (from.minima.empty() || is_finite(from.minima[at]));
         if (section.traits().code_bits == 0)
             for (std::size_t c = 0; fine && c < section.channels; ++c)
                 fine = is_finite(decode_value(section.format, row_code(section, from, i, c), {}));
@@ -87,12 +95,14 @@ inline void store_row(const section_layout& section, std::byte* page, std::size_
                       const const_row_buffers& from, std::size_t row) noexcept {
     for (std::size_t c = 0; c < section.channels; ++c)
         store_code(section, page, token, c, row_code(section, from, row, c));
-    row_metadata m;
-    if (!from.scales.empty())
-        m.scale = from.scales[row].bits();
-    if (!from.minima.empty())
-        m.minimum = from.minima[row].bits();
-    store_metadata(section, page, token, m);
+    for (std::size_t g = 0; g < section.groups(); ++g) {
+        row_metadata m;
+        if (!from.scales.empty())
+            m.scale = from.scales[row * section.groups() + g].bits();
+        if (!from.minima.empty())
+            m.minimum = from.minima[row * section.groups() + g].bits();
+        store_metadata(section, page, token, m, g);
+    }
 }
 
 } // namespace kv1::inline KV1_ABI::detail

@@ -491,7 +491,8 @@ private:
                 q.pages[body.group].dropped.load(std::memory_order_relaxed) * page_tokens();
             const std::size_t length = q.length(i), held = length > gone ? length - gone : 0;
             s.bytes_stored += held * d.kv_heads *
-                              (row_bytes(d.key_format, d.key_dim) + row_bytes(d.value_format, d.value_dim));
+                              (row_bytes(d.key_format, d.key_dim, d.key_group) +
+                               row_bytes(d.value_format, d.value_dim, d.value_group));
             s.bytes_as_fp16 += held * d.kv_heads * 2 * (d.key_dim + d.value_dim);
             const std::size_t open = length % page_tokens();
             s.bytes_unfilled += open == 0 ? 0 : (page_tokens() - open) * body.block_bytes / page_tokens();

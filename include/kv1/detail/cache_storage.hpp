@@ -175,6 +175,12 @@ private:
         return true;
     }
 
+    static bool groups_fit(kv_format f, std::size_t head_dim, std::size_t group) noexcept {
+        const metadata_kind kind = traits_of(f).metadata;
+        return group == 0 || (group % group_unit == 0 && head_dim % group == 0 &&
+                              (kind == metadata_kind::scale_and_minimum || kind == metadata_kind::compact));
+    }
+
     template <class Formats>
     status add_layer(std::size_t i, const Allocator& allocator) noexcept {
         const layer_description& l = description_.layers[i];
@@ -184,6 +190,12 @@ private:
             return {errc::invalid_argument, "head dims are at most 4096", at_layer(i)};
         if (!Formats::contains(l.key_format) || !Formats::contains(l.value_format))
             return {errc::unsupported_format, "the cache type was not compiled for this format", at_layer(i)};
+        if (!groups_fit(l.key_format, l.key_dim, l.key_group) ||
+            !groups_fit(l.value_format, l.value_dim, l.value_group))
+            return {errc::invalid_argument,
+                    "a group is a multiple of 32 channels that divides the head dim of an affine or compact "
+                    "format",
+                    at_layer(i)};
         if (l.sliding_window > most_tokens)
             return {errc::invalid_argument, "a sliding window is less than 2^48 tokens", at_layer(i)};
         std::size_t group = 0;
@@ -193,13 +205,15 @@ private:
             groups_.emplace_back(); // within the reserved capacity
             groups_.back().window = l.sliding_window;
         }
-        const page_layout layout(l.key_format, l.key_dim, l.value_format, l.value_dim, page_tokens());
-        if (const status s = add_plane(i, group, layout, allocator); !s)
+        if (const status s = add_plane(i, group, layout_of(l, page_tokens()), allocator); !s)
             return s;
         layer_planes planes;
-        if (status s = make_codec(l.key_format, l.key_encoding, l.kv_heads, l.key_dim, planes.keys); !s)
+        if (status s =
+                make_codec(l.key_format, l.key_encoding, l.kv_heads, l.key_dim, l.key_group, planes.keys);
+            !s)
             return {s.code(), s.rule(), at_layer(i)};
-        if (status s = make_codec(l.value_format, l.value_encoding, l.kv_heads, l.value_dim, planes.values);
+        if (status s = make_codec(l.value_format, l.value_encoding, l.kv_heads, l.value_dim, l.value_group,
+                                  planes.values);
             !s)
             return {s.code(), s.rule(), at_layer(i)};
         planes.body = planes_.size() - 1;

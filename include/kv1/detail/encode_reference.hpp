@@ -18,6 +18,7 @@
 #include <kv1/hadamard.hpp>
 #include <kv1/quantizers/affine.hpp>
 #include <kv1/quantizers/clip_search.hpp>
+#include <kv1/quantizers/codebook.hpp>
 #include <kv1/quantizers/compact.hpp>
 #include <kv1/quantizers/least_squares.hpp>
 
@@ -39,16 +40,17 @@ inline constexpr int weighted_candidates = first_move + static_cast<int>(std::si
 
 // feedback: [n][n], row i what the error of channel i asks of channels 0 ... i - 1, and what is left of it
 // costs. What all errors cost.
-inline float codes_with_feedback(std::span<const float> x, const stored_levels& levels, float max_code,
-                                 const float* feedback, std::uint8_t* codes) noexcept {
+template <class Q>
+float codes_with_feedback(std::span<const float> x, const stored_levels& levels, const float* feedback,
+                          std::uint8_t* codes) noexcept {
     const std::size_t n = x.size();
-    const float inverse = 1.0f / as_written(levels.scale);
+    const code_rule<Q> rule(levels.scale, levels.base);
     float wanted[max_vector_length];
     std::copy(x.begin(), x.end(), wanted);
     float cost = 0.0f;
     for (std::size_t i = n; i-- > 0;) {
-        const float code = std::nearbyint(std::clamp((wanted[i] - levels.base) * inverse, 0.0f, max_code));
-        const float value = code * levels.scale + levels.base; // codes and stored scales: an exact product
+        const float code = rule.code(wanted[i]);
+        const float value = rule.level(code) * levels.scale + levels.base; // an exact product
         const float error = x[i] - value, rest = wanted[i] - value;
         cost = as_written(cost + product_of(product_of(feedback[i * n + i], rest), rest));
         for (std::size_t j = 0; j < i; ++j)
@@ -63,10 +65,10 @@ template <class Q>
 stored_levels weighted_levels(std::span<const float> x, const stored_levels& start, const float* feedback,
                               std::uint8_t* codes) noexcept {
     using format = level_format<Q>;
-    constexpr float half_range = 0.5f * format::max_code;
+    constexpr float half_range = 0.5f * format::top, step = format::top / format::max_code;
     const float middle = start.base + product_of(start.scale, half_range);
     stored_levels best = start, from = start;
-    float least = codes_with_feedback(x, start, format::max_code, feedback, codes);
+    float least = codes_with_feedback<Q>(x, start, feedback, codes);
     std::uint8_t its_codes[max_vector_length];
     for (int k = 1; k < weighted_candidates; ++k) {
         if (k == first_move)
@@ -74,12 +76,13 @@ stored_levels weighted_levels(std::span<const float> x, const stored_levels& sta
         const bool moves = k >= first_move;
         const float wider = moves ? from.scale : product_of(from.scale, weighted_scales[k - 1]);
         const std::uint16_t scale = format::round_scale(wider);
-        const float base = moves ? from.base + product_of(from.scale, weighted_moves[k - first_move])
-                                 : middle - product_of(format::scale_of(scale), half_range);
+        const float base =
+            moves ? from.base + product_of(product_of(from.scale, step), weighted_moves[k - first_move])
+                  : middle - product_of(format::scale_of(scale), half_range);
         const stored_levels candidate = format::store(scale, base);
         if (!candidate.fits)
             continue;
-        const float cost = codes_with_feedback(x, candidate, format::max_code, feedback, its_codes);
+        const float cost = codes_with_feedback<Q>(x, candidate, feedback, its_codes);
         if (!(cost < least))
             continue;
         best = candidate;
@@ -97,9 +100,31 @@ inline void prepare_vector(const encode_recipe& recipe, const encode_row& row, f
         hadamard_transform({out, recipe.channels}, recipe.hadamard);
 }
 
+// Levels and codes of a group of channels.
 template <class Q>
-encode_result encode_reference(const encode_recipe& recipe, const encode_row& row,
-                               std::uint8_t* codes) noexcept {
+stored_levels encode_group(level_choice choice, std::span<const float> x, const float* feedback,
+                           std::uint8_t* codes) noexcept {
+    stored_levels levels;
+    switch (choice) {
+    case level_choice::least_squares:
+        levels = fit_levels<Q>(x, codes);
+        break;
+    case level_choice::clip_search:
+        levels = search_levels<Q>(x, codes);
+        break;
+    case level_choice::min_max: {
+        const auto [lo, hi] = plain_range(x);
+        levels = range_levels<Q>(lo, hi);
+        if (levels.fits)
+            nearest_codes<Q>(x, levels, codes);
+    }
+    }
+    return levels.fits && feedback != nullptr ? weighted_levels<Q>(x, levels, feedback, codes) : levels;
+}
+
+template <class Q>
+encode_result encode_reference(const encode_recipe& recipe, const encode_row& row, std::uint8_t* codes,
+                               row_metadata* metadata) noexcept {
     const std::size_t n = recipe.channels;
     if (const std::size_t bad = first_non_finite({row.x, n}); bad != n)
         return {errc::non_finite, rule_finite, bad, {}};
@@ -108,50 +133,40 @@ encode_result encode_reference(const encode_recipe& recipe, const encode_row& ro
             return {errc::not_representable, rule_fp16_value, c, {}};
     float x[max_vector_length];
     prepare_vector(recipe, row, x);
-    const std::span<const float> prepared(x, n);
-    constexpr float max_code = level_format<Q>::max_code;
-    stored_levels levels;
-    switch (recipe.levels) {
-    case level_choice::least_squares:
-        levels = fit_levels<Q>(prepared, codes);
-        break;
-    case level_choice::clip_search:
-        levels = search_levels<Q>(prepared, codes);
-        break;
-    case level_choice::min_max: {
-        const auto [lo, hi] = plain_range(prepared);
-        levels = range_levels<Q>(lo, hi);
-        if (levels.fits)
-            nearest_codes(prepared, levels, max_code, codes);
+    for (std::size_t g = 0; g < recipe.groups(); ++g) {
+        const std::size_t first = g * recipe.group;
+        const stored_levels levels =
+            encode_group<Q>(recipe.levels, {x + first, recipe.group}, row.feedback, codes + first);
+        if (!levels.fits)
+            return {errc::not_representable, rule_fp16_metadata, no_channel, {}};
+        metadata[g] = levels.bits;
     }
-    }
-    if (!levels.fits)
-        return {errc::not_representable, rule_fp16_metadata, no_channel, {}};
-    if (row.feedback != nullptr)
-        levels = weighted_levels<Q>(prepared, levels, row.feedback, codes);
-    return {errc::ok, "", 0, levels.bits};
+    return {errc::ok, "", 0, metadata[0]};
 }
 
 #include <kv1/detail/precise_math_end.inl>
 
-// Precondition: a format whose levels recipes can choose.
-inline encode_result encode_reference(const encode_recipe& recipe, const encode_row& row,
-                                      std::uint8_t* codes) noexcept {
+// metadata: of each group; the result has the first of them. Precondition: a format whose levels recipes can
+// choose.
+inline encode_result encode_reference(const encode_recipe& recipe, const encode_row& row, std::uint8_t* codes,
+                                      row_metadata* metadata) noexcept {
     switch (recipe.format) {
     case kv_format::affine8:
-        return encode_reference<affine<8>>(recipe, row, codes);
+        return encode_reference<affine<8>>(recipe, row, codes, metadata);
     case kv_format::affine4:
-        return encode_reference<affine<4>>(recipe, row, codes);
+        return encode_reference<affine<4>>(recipe, row, codes, metadata);
     case kv_format::affine3:
-        return encode_reference<affine<3>>(recipe, row, codes);
+        return encode_reference<affine<3>>(recipe, row, codes, metadata);
     case kv_format::affine2:
-        return encode_reference<affine<2>>(recipe, row, codes);
+        return encode_reference<affine<2>>(recipe, row, codes, metadata);
     case kv_format::compact4:
-        return encode_reference<compact<4>>(recipe, row, codes);
+        return encode_reference<compact<4>>(recipe, row, codes, metadata);
     case kv_format::compact3:
-        return encode_reference<compact<3>>(recipe, row, codes);
+        return encode_reference<compact<3>>(recipe, row, codes, metadata);
+    case kv_format::codebook2:
+        return encode_reference<codebook2>(recipe, row, codes, metadata);
     default:
-        return encode_reference<compact<2>>(recipe, row, codes);
+        return encode_reference<compact<2>>(recipe, row, codes, metadata);
     }
 }
 

@@ -29,7 +29,7 @@
 namespace kv1::inline KV1_ABI::detail {
 
 inline constexpr std::array<char, 8> saved_magic{'K', 'V', '1', 'C', 'A', 'C', 'H', 'E'};
-inline constexpr std::uint32_t saved_version = 2;  // 2: rotations and means
+inline constexpr std::uint32_t saved_version = 3;  // 2: rotations and means, 3: groups of channels
 inline constexpr std::uint32_t layout_version = 1; // of layout.hpp
 inline constexpr std::size_t saved_fixed_bytes = 64;
 // the form's own numbers of formats and the like do not move when an enumeration does
@@ -57,6 +57,8 @@ constexpr std::uint8_t saved_format(kv_format f) noexcept {
         return 10;
     case kv_format::compact2:
         return 11;
+    case kv_format::codebook2:
+        return 12;
     }
     return 0;
 }
@@ -157,7 +159,8 @@ inline status read_fixed(std::span<const std::byte, saved_fixed_bytes> bytes, sa
 inline void clear_slot(const section_layout& s, std::byte* page, std::size_t token) noexcept {
     for (std::size_t c = 0; c < s.channels; ++c)
         store_code(s, page, token, c, 0);
-    store_metadata(s, page, token, {});
+    for (std::size_t g = 0; g < s.groups(); ++g)
+        store_metadata(s, page, token, {}, g);
 }
 
 // Whether all that kernels read of a page as numbers is finite.
@@ -180,8 +183,9 @@ inline bool finite_section(const section_layout& s, const std::byte* page) noexc
         return true;
     }
     const metadata_kind kind = s.traits().metadata;
-    return (kind == metadata_kind::none || halves(s.scale_offset, s.tokens)) &&
-           (kind != metadata_kind::scale_and_minimum || halves(s.minimum_offset, s.tokens));
+    const std::size_t n = s.groups() * s.tokens;
+    return (kind == metadata_kind::none || halves(s.scale_offset, n)) &&
+           (kind != metadata_kind::scale_and_minimum || halves(s.minimum_offset, n));
 }
 
 // Writing and reading the form. Cache is a cache_state.
@@ -270,6 +274,9 @@ struct saved_cache {
             }
             for (const vector_codec* c : {&s.cache.planes_of(i).keys, &s.cache.planes_of(i).values})
                 fine = fine && w.number(u32(c->recipe.hadamard)) && w.number(c->means_checksum());
+            const page_layout& layout = s.cache.body_of(i).layout;
+            fine = fine && w.number(u32(layout.keys().group_channels)) &&
+                   w.number(u32(layout.values().group_channels));
         }
         for (std::size_t g = 0; fine && g < s.cache.groups().size(); ++g)
             fine = w.number(u32(s.pages[g].blocks.size())) &&
@@ -390,6 +397,10 @@ struct saved_cache {
                 if (hadamard != c->recipe.hadamard || means != c->means_checksum())
                     return differs("another rotation, or other means", i);
             }
+            const page_layout& layout = cache.body_of(i).layout;
+            const auto key_group = r.number<std::uint32_t>(), value_group = r.number<std::uint32_t>();
+            if (key_group != layout.keys().group_channels || value_group != layout.values().group_channels)
+                return differs("other groups of channels", i);
         }
         if (sizes.groups != cache.groups().size())
             return differs("another number of page groups");

@@ -99,7 +99,7 @@ inline bool factor_weights(std::span<const float> weights, std::size_t n, std::s
 
 // Errors: invalid_argument, shape_mismatch, non_finite, out_of_memory.
 inline status make_codec(kv_format format, const vector_encoding& e, std::size_t heads, std::size_t channels,
-                         vector_codec& out) noexcept {
+                         std::size_t group, vector_codec& out) noexcept {
     const format_traits t = traits_of(format);
     const bool levels_differ =
         t.metadata == metadata_kind::scale_and_minimum || t.metadata == metadata_kind::compact;
@@ -117,10 +117,12 @@ inline status make_codec(kv_format format, const vector_encoding& e, std::size_t
         return {errc::shape_mismatch, "error weights are a square matrix for each KV head"};
     if (!e.error_weights.empty() && e.levels == level_choice::min_max)
         return {errc::invalid_argument, "error weights need least squares or a clip search"};
+    if (!e.error_weights.empty() && group != 0 && group != channels)
+        return {errc::invalid_argument, "error weights need one scale for all channels of a vector"};
     for (const std::vector<float>* all : {&e.means, &e.error_weights})
         if (first_non_finite(*all) != all->size())
             return {errc::non_finite, "means and error weights are finite"};
-    out.recipe = {format, e.levels, channels, e.hadamard};
+    out.recipe = {format, e.levels, channels, group == 0 ? channels : group, e.hadamard};
     out.by_recipe = e.levels != level_choice::min_max || t.metadata == metadata_kind::compact;
     bool semidefinite = true;
     const status s = guarded([&] {

@@ -32,21 +32,20 @@ stored_levels clipped_levels(float lo, float hi, int k) noexcept {
     using format = level_format<Q>;
     const float middle = 0.5f * lo + 0.5f * hi;
     const std::uint16_t scale =
-        format::round_scale(product_of(hi - lo, clip_share(k)) / as_written(format::max_code));
-    return format::store(scale, middle - product_of(format::scale_of(scale), 0.5f * format::max_code));
+        format::round_scale(product_of(hi - lo, clip_share(k)) / as_written(format::top));
+    return format::store(scale, middle - product_of(format::scale_of(scale), 0.5f * format::top));
 }
 
 // As fit_levels.
 template <class Q>
 stored_levels search_levels(std::span<const float> x, std::uint8_t* codes) noexcept {
-    constexpr float max_code = level_format<Q>::max_code;
     const auto [lo, hi] = plain_range(x);
     const stored_levels range = range_levels<Q>(lo, hi);
     if (!range.fits)
         return range;
-    level_selection best{range, nearest_codes(x, range, max_code, codes), codes};
+    level_selection best{range, nearest_codes<Q>(x, range, codes), codes};
     for (int k = 1; k < clip_candidates; ++k)
-        best.consider(x, clipped_levels<Q>(lo, hi, k), max_code);
+        best.consider<Q>(x, clipped_levels<Q>(lo, hi, k));
     return best.levels;
 }
 

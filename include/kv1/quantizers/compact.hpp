@@ -44,15 +44,21 @@ constexpr std::uint16_t plain_zero(std::uint16_t half) noexcept {
     return half == 0x8000u ? std::uint16_t{0} : half;
 }
 
-// How a format keeps evenly spaced levels. All of a target's kernels do the same, in this order.
+// How a format keeps levels 0 ... top, of which codes 0 ... max_code stand for some. All of a target's
+// kernels do the same, in this order.
 template <class Q>
 struct level_format;
 
+// Evenly spaced levels are their codes.
+template <int Top>
+struct even_levels {
+    static constexpr float top = static_cast<float>(Top), max_code = top;
+};
+
 #include <kv1/detail/precise_math_begin.inl>
 
-template <int Bits>
-struct level_format<compact<Bits>> {
-    static constexpr float max_code = static_cast<float>((1 << Bits) - 1);
+template <int Top>
+struct compact_levels {
     static constexpr float low(float lo) noexcept { return lo < 0.0f ? lo : 0.0f; }
     static constexpr float high(float hi) noexcept { return hi > 0.0f ? hi : 0.0f; }
 
@@ -66,28 +72,63 @@ struct level_format<compact<Bits>> {
         stored_levels s;
         s.scale = scale_of(scale_bits);
         s.fits = (scale_bits & 0x7c00u) != 0x7c00u;
-        const float steps = base / as_written(s.scale * max_code) * 128.0f + 64.0f; // the product is exact
+        const float steps =
+            base / as_written(s.scale * static_cast<float>(Top)) * 128.0f + 64.0f; // the product is exact
         const float nearest = std::nearbyint(std::clamp(steps, -63.0f, 63.0f));
         const int w = static_cast<int>(nearest);
         s.bits.scale = static_cast<std::uint16_t>(scale_bits | (w < 0 ? 0x8000 | -w : w));
-        s.base = s.scale * compact_pair::offset(s.bits.scale, (1 << Bits) - 1);
+        s.base = s.scale * compact_pair::offset(s.bits.scale, Top);
         return s;
     }
 };
+template <int Bits>
+struct level_format<compact<Bits>> : compact_levels<(1 << Bits) - 1>, even_levels<(1 << Bits) - 1> {};
+
+// The nearest code of levels at scale * level + base, and the level of a code.
+template <class Q>
+struct code_rule {
+    float inverse, base;
+
+    code_rule(float scale, float level_base) noexcept : inverse(1.0f / as_written(scale)), base(level_base) {}
+    [[nodiscard]] float code(float x) const noexcept {
+        return std::nearbyint(std::clamp((x - base) * inverse, 0.0f, level_format<Q>::max_code));
+    }
+    static constexpr float level(float code) noexcept { return code; }
+};
 
 // Codes of the nearest levels; the sum of squared errors, channel by channel in order.
-inline float nearest_codes(std::span<const float> x, const stored_levels& levels, float max_code,
-                           std::uint8_t* codes) noexcept {
-    const float inverse = 1.0f / as_written(levels.scale);
+template <class Q>
+float nearest_codes(std::span<const float> x, const stored_levels& levels, std::uint8_t* codes) noexcept {
+    const code_rule<Q> rule(levels.scale, levels.base);
     float error = 0.0f;
     for (std::size_t i = 0; i < x.size(); ++i) {
-        const float code = std::nearbyint(std::clamp((x[i] - levels.base) * inverse, 0.0f, max_code));
-        const float e =
-            x[i] - (code * levels.scale + levels.base); // codes and stored scales: an exact product
+        const float code = rule.code(x[i]);
+        const float value = rule.level(code) * levels.scale + levels.base; // an exact product
+        const float e = x[i] - value;
         error = as_written(error + product_of(e, e));
         codes[i] = static_cast<std::uint8_t>(code);
     }
     return error;
+}
+
+// quantize() of compact formats and codebooks: the range of the vector, and zero.
+template <class Q>
+status quantize_range(std::span<const float> x, std::span<std::uint8_t> codes,
+                      compact_metadata& out) noexcept {
+    using format = level_format<Q>;
+    if (const status s = check_vector(x, codes); !s)
+        return s;
+    if (const status s = check_fp16_range(x); !s)
+        return s;
+    const auto [lo, hi] = plain_range(x);
+    const float low = format::low(lo), high = format::high(hi);
+    const stored_levels levels =
+        format::store(format::round_scale((high - low) / as_written(format::top)), low);
+    if (!levels.fits)
+        return {errc::not_representable, rule_fp16_metadata};
+    nearest_codes<Q>(x, levels, codes.data());
+    out.scale = float16::from_bits(levels.bits.scale);
+    return {};
 }
 
 #include <kv1/detail/precise_math_end.inl>
@@ -105,20 +146,7 @@ struct compact {
     /// One code per channel, and the metadata. Errors: shape_mismatch, invalid_argument (no channel),
     /// non_finite, not_representable (a value beyond fp16); outputs are then untouched.
     static status quantize(std::span<const float> x, std::span<std::uint8_t> codes, metadata& out) noexcept {
-        using format = detail::level_format<compact>;
-        if (const status s = detail::check_vector(x, codes); !s)
-            return s;
-        if (const status s = detail::check_fp16_range(x); !s)
-            return s;
-        const auto [lo, hi] = detail::plain_range(x);
-        const float low = format::low(lo), high = format::high(hi);
-        const detail::stored_levels levels =
-            format::store(format::round_scale((high - low) / detail::as_written(format::max_code)), low);
-        if (!levels.fits)
-            return {errc::not_representable, detail::rule_fp16_metadata};
-        detail::nearest_codes(x, levels, format::max_code, codes.data());
-        out.scale = float16::from_bits(levels.bits.scale);
-        return {};
+        return detail::quantize_range<compact>(x, codes, out);
     }
 
     /// The value that a code stands for; exact.

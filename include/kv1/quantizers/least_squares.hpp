@@ -36,8 +36,7 @@ inline constexpr float fit_start = 0.8f;
 #include <kv1/detail/precise_math_begin.inl>
 
 template <int Bits>
-struct level_format<affine<Bits>> {
-    static constexpr float max_code = static_cast<float>((1 << Bits) - 1);
+struct level_format<affine<Bits>> : even_levels<(1 << Bits) - 1> {
     static constexpr float low(float lo) noexcept { return lo; }
     static constexpr float high(float hi) noexcept { return hi; }
     static std::uint16_t round_scale(float scale) noexcept {
@@ -54,30 +53,30 @@ struct level_format<affine<Bits>> {
     }
 };
 
-// The candidate that alternating assignment and refit ends with, and, where asked for, the codes that it was
+// The candidate that alternating assignment and refit ends with, and, where asked for, the levels that it was
 // last refitted to. Precondition: lo and hi are x's, and finite.
 template <class Q>
 stored_levels refine_levels(std::span<const float> x, float lo, float hi,
-                            std::uint8_t* refit_codes = nullptr) noexcept {
+                            std::uint8_t* refit_levels = nullptr) noexcept {
     using format = level_format<Q>;
     const auto n = static_cast<float>(x.size());
     const float middle = 0.5f * lo + 0.5f * hi;
-    float scale = std::max(product_of(hi - lo, fit_start / format::max_code), smallest_scale);
-    float base = product_of(scale, -0.5f * format::max_code);
+    float scale = std::max(product_of(hi - lo, fit_start / format::top), smallest_scale);
+    float base = product_of(scale, -0.5f * format::top);
     float sum_c = 0.0f, sum_x = 0.0f;
     for (int round = 0; round < fit_rounds; ++round) {
-        const float inverse = 1.0f / as_written(scale);
+        const code_rule<Q> rule(scale, base);
         float sum_cc = 0.0f, sum_xc = 0.0f;
         sum_c = sum_x = 0.0f;
         for (std::size_t i = 0; i < x.size(); ++i) {
             const float v = x[i] - middle;
-            const float c = std::nearbyint(std::clamp((v - base) * inverse, 0.0f, format::max_code));
+            const float c = rule.level(rule.code(v));
             sum_x = as_written(sum_x + v);
             sum_c = sum_c + c; // of integers below 2^24: exact
             sum_cc = sum_cc + c * c;
             sum_xc = as_written(sum_xc + product_of(v, c));
-            if (refit_codes != nullptr)
-                refit_codes[i] = static_cast<std::uint8_t>(c);
+            if (refit_levels != nullptr)
+                refit_levels[i] = static_cast<std::uint8_t>(c);
         }
         const float variance = product_of(n, sum_cc) - product_of(sum_c, sum_c);
         const float covariance = product_of(n, sum_xc) - product_of(sum_x, sum_c);
@@ -97,7 +96,7 @@ template <class Q>
 stored_levels range_levels(float lo, float hi) noexcept {
     using format = level_format<Q>;
     const float low = format::low(lo), high = format::high(hi);
-    return format::store(format::round_scale((high - low) / as_written(format::max_code)), low);
+    return format::store(format::round_scale((high - low) / as_written(format::top)), low);
 }
 
 // What is chosen, with its codes and squared error; replaced where a candidate's error is smaller.
@@ -106,11 +105,12 @@ struct level_selection {
     float error;
     std::uint8_t* codes;
 
-    void consider(std::span<const float> x, const stored_levels& candidate, float max_code) noexcept {
+    template <class Q>
+    void consider(std::span<const float> x, const stored_levels& candidate) noexcept {
         std::array<std::uint8_t, max_vector_length> its_codes;
         if (!candidate.fits)
             return;
-        const float its_error = nearest_codes(x, candidate, max_code, its_codes.data());
+        const float its_error = nearest_codes<Q>(x, candidate, its_codes.data());
         if (!(its_error < error))
             return;
         levels = candidate;
@@ -120,16 +120,15 @@ struct level_selection {
 };
 
 // Levels and codes of a vector whose channels are within fp16's range. fits is false where metadata overflow.
-// refit_codes: those that levels were refitted to last; may be null.
+// refit_levels: those of the codes that scale and base were refitted to last; may be null.
 template <class Q>
-stored_levels fit_levels(std::span<const float> x, std::uint8_t* codes, std::uint8_t* refit_codes) noexcept {
-    constexpr float max_code = level_format<Q>::max_code;
+stored_levels fit_levels(std::span<const float> x, std::uint8_t* codes, std::uint8_t* refit_levels) noexcept {
     const auto [lo, hi] = plain_range(x);
     const stored_levels range = range_levels<Q>(lo, hi);
     if (!range.fits)
         return range;
-    level_selection best{range, nearest_codes(x, range, max_code, codes), codes};
-    best.consider(x, refine_levels<Q>(x, lo, hi, refit_codes), max_code);
+    level_selection best{range, nearest_codes<Q>(x, range, codes), codes};
+    best.consider<Q>(x, refine_levels<Q>(x, lo, hi, refit_levels));
     return best.levels;
 }
 

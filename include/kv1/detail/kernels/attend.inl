@@ -4,7 +4,7 @@
 // online per block of tokens (running maximum and sum; Milakov and Gimelshein 2018, FlashAttention). Parsed
 // once per target. Scratch lies on the stack, about 110 KiB, 32 more where keys are taken in pairs.
 
-KV1_INLINE float maximum_of(const float* scores, std::size_t slots, float start) {
+KV1_LAZY KV1_INLINE float maximum_of(const float* scores, std::size_t slots, float start) {
     f32 largest(start);
     for (std::size_t i = 0; i < slots; i += lanes)
         largest = xs::max(largest, f32::load_aligned(scores + i));
@@ -22,7 +22,7 @@ KV1_INLINE void scatter_query(const std::int8_t* plain, std::size_t padded, std:
 
 // The 8-bit query of the fast path, reordered so that four consecutive bytes meet the four bytes of a lane.
 // codes: by part, of the row's tile; row r of R rows in it.
-inline void round_query(const float* query, std::size_t padded, const format_traits& t,
+KV1_LAZY inline void round_query(const float* query, std::size_t padded, const format_traits& t,
                         std::int8_t* const (&codes)[2], std::size_t r, std::size_t rows, float& scale,
                         std::int32_t& sum) noexcept {
     f32 largest(0.0f);
@@ -65,7 +65,7 @@ struct block_tiles {
     std::size_t count = 0;
 };
 
-inline void list_tiles(const attention_job& job, std::size_t granule, std::size_t first, std::size_t last,
+KV1_LAZY inline void list_tiles(const attention_job& job, std::size_t granule, std::size_t first, std::size_t last,
                        block_tiles& out) noexcept {
     const std::size_t page_tokens = job.layout->page_tokens();
     std::size_t index = first / page_tokens, in_page = first - index * page_tokens, count = 0;
@@ -89,7 +89,7 @@ struct row_view {
     std::size_t first, last;
 };
 
-inline row_view view_of(const attention_job& job, std::size_t row) noexcept {
+KV1_LAZY inline row_view view_of(const attention_job& job, std::size_t row) noexcept {
     const std::size_t token = (job.first_row + row) / job.group;
     const std::size_t limit = job.visible_base + token * job.visible_step;
     row_view v{job.first_visible, limit < job.last_token ? limit : job.last_token};
@@ -103,7 +103,7 @@ inline row_view view_of(const attention_job& job, std::size_t row) noexcept {
 }
 
 // Soft cap and position bias of a row's scores; then lowest_score wherever the row does not see.
-inline void adjust_scores(const attention_job& job, std::size_t row, const row_view& seen,
+KV1_LAZY inline void adjust_scores(const attention_job& job, std::size_t row, const row_view& seen,
                           const block_tiles& block, float shift, float* scores) noexcept {
     const std::size_t token = (job.first_row + row) / job.group, head = (job.first_row + row) % job.group;
     if (job.soft_cap > 0.0f) {
@@ -142,6 +142,57 @@ inline void adjust_scores(const attention_job& job, std::size_t row, const row_v
     }
 }
 
+// Scores of keys with metadata by groups of channels: each group's scores, added up. q: of the first group, the
+// others behind it, [group][row].
+template <class Kernels>
+KV1_NOINLINE void add_group_scores(const Kernels& kernels, std::size_t mode, const block_view& view,
+                                   const query_rows& q, float* scores, float* tops) noexcept {
+    alignas(64) float own[max_rows * score_stride];
+    const std::size_t groups = view.layout->groups(), slots = view.count * tile_tokens;
+    for (std::size_t g = 0; g < groups; ++g) {
+        const section_layout keys = view.layout->group(g), next = fetched_with(view, g, groups);
+        const std::size_t row = g * q.rows, at = row * q.stride;
+        kernels.key_scores[mode]({&keys, view.tiles, view.count, &next, view.next_tiles, view.next_count,
+                                  view.next_share},
+                                 {q.rows, q.stride, q.values + at, q.sums + row, {q.codes[0] + at, q.codes[1] + at},
+                                  q.tables == nullptr ? nullptr : q.tables + 8 * at, q.code_scales + row,
+                                  q.code_offsets + row},
+                                 g == 0 ? scores : own, tops);
+        for (std::size_t r = 0; g != 0 && r < q.rows; ++r)
+            for (std::size_t i = 0; i < slots; i += lanes) {
+                float* sum = scores + r * score_stride + i;
+                (f32::load_aligned(sum) + f32::load_aligned(own + r * score_stride + i)).store_aligned(sum);
+            }
+    }
+    for (std::size_t r = 0; r < q.rows; ++r)
+        tops[r] = maximum_of(scores + r * score_stride, slots, lowest_score);
+}
+
+// Sums of values with metadata by groups of channels, group by group. Each takes the exponentials anew.
+template <class Kernels>
+KV1_NOINLINE void add_group_sums(const Kernels& kernels, std::size_t mode, const block_view& view,
+                                 const softmax_rows& w, float* sums, std::size_t stride) noexcept {
+    alignas(64) float scores[max_rows * score_stride]; // a copy, which a group uses up
+    const std::size_t groups = view.layout->groups();
+    for (std::size_t g = 0; g < groups; ++g) {
+        const section_layout values = view.layout->group(g), next = fetched_with(view, g, groups);
+        float denominators[max_rows];
+        softmax_rows own = w;
+        if (g + 1 < groups) {
+            for (std::size_t r = 0; r < w.rows; ++r) {
+                std::memcpy(scores + r * score_stride, w.scores + r * score_stride,
+                            view.count * tile_tokens * sizeof(float));
+                denominators[r] = w.denominators[r];
+            }
+            own.scores = scores;
+            own.denominators = denominators;
+        }
+        kernels.value_sums[mode](
+            {&values, view.tiles, view.count, &next, view.next_tiles, view.next_count, view.next_share}, own,
+            sums + g * values.channels, stride);
+    }
+}
+
 // Pairs: the kernels of 2-bit keys are those of pairs.inl.
 template <bool Pairs>
 inline void attend_rows(const attention_job& job) noexcept {
@@ -149,6 +200,7 @@ inline void attend_rows(const attention_job& job) noexcept {
     const section_layout& values = job.layout->values();
     const std::size_t key_stride = round_up(keys.channels, 32);
     const std::size_t value_stride = round_up(values.channels, 32);
+    const std::size_t groups = keys.groups(), part = key_stride / groups; // of a query, which meets one group
     const bool integer_keys = job.mode == precision::fast && keys.traits().code_bits != 0;
     const std::size_t mode = static_cast<std::size_t>(job.mode);
 
@@ -158,19 +210,19 @@ inline void attend_rows(const attention_job& job) noexcept {
     alignas(64) std::int8_t codes[2][scratch_floats];
     alignas(64) std::uint8_t tables[Pairs ? 8 * scratch_floats : 1];
     const bool in_pairs = Pairs && integer_keys && takes_pairs(keys.traits());
-    float query_sums[max_rows], code_scales[max_rows], code_offsets[max_rows], tops[max_rows], maxima[max_rows],
-        denominators[max_rows], rescale[max_rows];
+    float query_sums[max_groups], code_scales[max_groups], code_offsets[max_groups]; // [group][row]
+    float tops[max_rows], maxima[max_rows], denominators[max_rows], rescale[max_rows];
     float shifts[max_rows]; // of scores, for the mean that keys were stored without
     row_view seen[max_rows];
 
-    const float half_code = 0.5f * static_cast<float>((1 << keys.traits().code_bits) - 1);
+    const float half_code = 0.5f * static_cast<float>(keys.traits().top_level());
     row_view any{job.last_token, 0}, all{0, job.last_token}; // tokens that some row, and every row, may see
     std::size_t tile_row = 0, tile = 0;                      // of the row tile
     for (std::size_t r = 0; r < job.rows; ++r) {
         if (r == tile_row + row_tile_size(job.rows, tile))
             tile_row += row_tile_size(job.rows, tile++);
         const std::size_t token = (job.first_row + r) / job.group, head = (job.first_row + r) % job.group;
-        float* row = query + r * key_stride;
+        float* row = groups == 1 ? query + r * key_stride : scores; // there for a moment
         const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(token) * job.query_token_stride +
                                   static_cast<std::ptrdiff_t>(head) * job.query_head_stride;
         const std::ptrdiff_t size = job.query_type == scalar_type::fp32 ? 4 : 2;
@@ -181,24 +233,27 @@ inline void attend_rows(const attention_job& job) noexcept {
             rotate(row, keys.channels, job.key_hadamard);
         for (std::size_t i = keys.channels; i < key_stride; ++i)
             row[i] = 0.0f;
-        f32 sum(0.0f);
-        for (std::size_t i = 0; i < key_stride; i += lanes) {
-            const f32 scaled = f32::load_aligned(row + i) * f32(job.scale);
-            scaled.store_aligned(row + i);
-            sum = sum + scaled;
-        }
-        query_sums[r] = xs::reduce_add(sum);
-        if (in_pairs) {
+        for (std::size_t g = 0; g < groups; ++g) {
+            const std::size_t n = g * job.rows + r, tile_at = (g * job.rows + tile_row) * part;
+            float* own = query + n * part;
+            f32 sum(0.0f);
+            for (std::size_t i = 0; i < part; i += lanes) {
+                const f32 scaled = f32::load_aligned(row + g * part + i) * f32(job.scale);
+                scaled.store_aligned(own + i);
+                sum = sum + scaled;
+            }
+            query_sums[n] = xs::reduce_add(sum);
+            if (in_pairs) {
 #if defined(KV1_ISA_PAIRS)
-            pair_query(row, key_stride, tables + tile_row * 8 * key_stride, codes[0] + tile_row * key_stride,
-                       r - tile_row, row_tile_size(job.rows, tile), code_scales[r], code_offsets[r]);
+                pair_query(own, part, keys.traits(), tables + tile_at * 8, codes[0] + tile_at, r - tile_row,
+                           row_tile_size(job.rows, tile), code_scales[n], code_offsets[n]);
 #endif
-        } else if (integer_keys) {
-            std::int32_t code_sum = 0;
-            round_query(row, key_stride, keys.traits(),
-                        {codes[0] + tile_row * key_stride, codes[1] + tile_row * key_stride}, r - tile_row,
-                        row_tile_size(job.rows, tile), code_scales[r], code_sum);
-            code_offsets[r] = -code_scales[r] * (half_code * static_cast<float>(code_sum));
+            } else if (integer_keys) {
+                std::int32_t code_sum = 0;
+                round_query(own, part, keys.traits(), {codes[0] + tile_at, codes[1] + tile_at}, r - tile_row,
+                            row_tile_size(job.rows, tile), code_scales[n], code_sum);
+                code_offsets[n] = -code_scales[n] * (half_code * static_cast<float>(code_sum));
+            }
         }
         for (std::size_t i = 0; i < value_stride; ++i)
             sums[r * value_stride + i] = 0.0f;
@@ -211,7 +266,7 @@ inline void attend_rows(const attention_job& job) noexcept {
         all.last = seen[r].last < all.last ? seen[r].last : all.last;
     }
 
-    const query_rows q{job.rows, key_stride, query, query_sums, {codes[0], codes[1]}, in_pairs ? tables : nullptr,
+    const query_rows q{job.rows, part, query, query_sums, {codes[0], codes[1]}, in_pairs ? tables : nullptr,
                        code_scales, code_offsets};
     const std::size_t page_tokens = keys.tokens, granule = granule_of(values);
     // a tile's share of K's and of V's bytes
@@ -240,8 +295,11 @@ inline void attend_rows(const attention_job& job) noexcept {
         if (last < fetched)
             list_tiles(job, granule, last, fetched, after);
         const std::size_t slots = block.count * tile_tokens;
-        job.key_kernels->key_scores[mode](
-            {&keys, block.tiles, block.count, &values, block.tiles, block.count, value_share}, q, scores, tops);
+        const block_view key_view{&keys, block.tiles, block.count, &values, block.tiles, block.count, value_share};
+        if (groups == 1)
+            job.key_kernels->key_scores[mode](key_view, q, scores, tops);
+        else
+            add_group_scores(*job.key_kernels, mode, key_view, q, scores, tops);
 
         const bool whole = !adjusted && last - first == slots && first >= all.first && last <= all.last;
         for (std::size_t r = 0; r < job.rows; ++r) {
@@ -256,9 +314,12 @@ inline void attend_rows(const attention_job& job) noexcept {
             rescale[r] = m == maxima[r] && m != lowest_score ? 1.0f : softmax_rescale(maxima[r], m);
             maxima[r] = m;
         }
-        job.value_kernels->value_sums[mode](
-            {&values, block.tiles, block.count, &keys, after.tiles, after.count, key_share},
-            {job.rows, scores, maxima, rescale, denominators}, sums, value_stride);
+        const block_view value_view{&values, block.tiles, block.count, &keys, after.tiles, after.count, key_share};
+        const softmax_rows weights{job.rows, scores, maxima, rescale, denominators};
+        if (values.groups() == 1)
+            job.value_kernels->value_sums[mode](value_view, weights, sums, value_stride);
+        else
+            add_group_sums(*job.value_kernels, mode, value_view, weights, sums, value_stride);
         first = last;
         last = after_last;
         now = 1 - now;
@@ -283,7 +344,7 @@ inline void attend_rows(const attention_job& job) noexcept {
         const f32 inverse(state.denominator > 0.0f ? factor / state.denominator : 0.0f);
         for (std::size_t i = 0; i < value_stride; i += lanes)
             (f32::load_aligned(row + i) * inverse).store_aligned(row + i);
-        restore_output(job, state.denominator > 0.0f ? factor * seen_weights / state.denominator : 0.0f, row, rotate);
+        restore_output(job, state.denominator > 0.0f ? factor * seen_weights / state.denominator : 0.0f, row, rotate<>);
         const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(token) * job.output_token_stride +
                                   static_cast<std::ptrdiff_t>(head) * job.output_head_stride;
         const std::ptrdiff_t size = job.output_type == scalar_type::fp32 ? 4 : 2;

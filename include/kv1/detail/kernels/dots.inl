@@ -14,7 +14,7 @@
 // need accumulators of their own for every plane.
 
 // Into the second-level cache: two sections of a block and their scores do not fit the first.
-KV1_INLINE void prefetch(const void* p) {
+KV1_LAZY KV1_INLINE void prefetch(const void* p) {
 #if defined(__GNUC__)
     __builtin_prefetch(p, 0, 2);
 #else
@@ -43,14 +43,18 @@ struct value_walk {
     KV1_INLINE const std::byte* ahead(std::size_t l, std::size_t n) const { return next[l] + next_offset[n]; }
 };
 
+// Levels of codebook2 for bytes 0 ... 3: 5 c - c / 2, which borrows nothing from the next byte.
+KV1_LAZY KV1_INLINE u32 spread(u32 codes) {
+    return ((codes << 2) + codes) - ((codes >> 1) & u32(0x01010101u));
+}
+
 // Lines first ... last - 1 into running sums. Unsigned: the rows' 8-bit numbers are 0 ... 255, as weights of codes below
 // 128 may be.
-template <int Bits, bool Unsigned, std::size_t R, std::size_t N, class Walk, class Sum>
+template <int Bits, bool Unsigned, int Top, std::size_t R, std::size_t N, class Walk, class Sum>
 KV1_INLINE void run_dots(const Walk& walk, std::size_t first, std::size_t last, const std::int8_t* rows,
                          Sum (&sum)[R][N]) {
     constexpr std::size_t planes = 8 / Bits;
-    constexpr int max_code = (1 << Bits) - 1;
-    const u32 mask(static_cast<std::uint32_t>(max_code) * 0x01010101u);
+    const u32 mask(((1u << Bits) - 1u) * 0x01010101u);
     for (std::size_t l = first; l < last; ++l) {
         u32 packed[N];
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
@@ -64,50 +68,53 @@ KV1_INLINE void run_dots(const Walk& walk, std::size_t first, std::size_t last, 
                 codes[n] = f == 0 ? packed[n] : packed[n] >> (Bits * static_cast<int>(f));
                 if (Bits != 8)
                     codes[n] = codes[n] & mask;
+                if (Top != (1 << Bits) - 1)
+                    codes[n] = spread(codes[n]);
             }
             KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
                 std::int32_t four;
                 std::memcpy(&four, rows + ((l * R + r) * planes + f) * 4, 4);
                 const dot_row broadcast = dot_broadcast<Unsigned>(four);
                 KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
-                    sum[r][n] = dot_add<max_code, Unsigned>(sum[r][n], codes[n], broadcast);
+                    sum[r][n] = dot_add<Top, Unsigned>(sum[r][n], codes[n], broadcast);
             }
         }
     }
 }
 
-template <int Bits, int Shift, bool Unsigned, std::size_t R, std::size_t N, class Walk>
+// Top: the largest level, which is the largest code but for codebook2.
+template <int Bits, int Shift, bool Unsigned, int Top = (1 << Bits) - 1, std::size_t R, std::size_t N, class Walk>
 KV1_INLINE void add_dots(const Walk& walk, std::size_t line_count, const std::int8_t* rows, i32 (&total)[R][N]) {
     constexpr std::size_t planes = 8 / Bits;
-    constexpr int max_code = (1 << Bits) - 1;
-    constexpr std::size_t limit = dot_limit<max_code, Unsigned>;
+    constexpr std::size_t limit = dot_limit<Top, Unsigned>;
     if constexpr (dot_sums_are_totals && Shift == 0) {
         // not both: they would not fit the registers
-        run_dots<Bits, Unsigned>(walk, 0, line_count, rows, total);
+        run_dots<Bits, Unsigned, Top>(walk, 0, line_count, rows, total);
     } else {
         constexpr std::size_t run = limit / planes; // lines between finishes
+        static_assert(run > 0);
         for (std::size_t first = 0; first < line_count;) {
             const std::size_t last = line_count - first < run ? line_count : first + run;
             dot_sum sum[R][N];
             KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
                 KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
                     sum[r][n] = dot_start();
-            run_dots<Bits, Unsigned>(walk, first, last, rows, sum);
+            run_dots<Bits, Unsigned, Top>(walk, first, last, rows, sum);
             KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
                 KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
-                    total[r][n] = total[r][n] + (dot_finish<max_code, Unsigned>(sum[r][n]) << Shift);
+                    total[r][n] = total[r][n] + (dot_finish<Top, Unsigned>(sum[r][n]) << Shift);
             first = last;
         }
     }
 }
 
 // What is fetched for tile k of a block: its share of the section that will be walked next.
-KV1_INLINE const std::byte* share_of(const block_view& view, std::size_t k) {
+KV1_LAZY KV1_INLINE const std::byte* share_of(const block_view& view, std::size_t k) {
     const tile_ref& t = view.next_tiles[k];
     return t.page + view.next_layout->offset + t.token / tile_tokens * view.next_share;
 }
 // And its metadata, on the way: half a line of each array.
-KV1_INLINE void prefetch_metadata(const block_view& view, std::size_t k) {
+KV1_LAZY KV1_INLINE void prefetch_metadata(const block_view& view, std::size_t k) {
     if (k >= view.next_count)
         return;
     const tile_ref& t = view.next_tiles[k];

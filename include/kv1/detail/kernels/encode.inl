@@ -9,13 +9,13 @@
 // rounds of 11 for least squares, 8 for the errors of each candidate, 6 for codes: at 32 channels about 70, 4 a value on
 // 16 lanes. With error weights 2 more per channel that comes after, and that nine times over.
 //
-// One function serves all formats, and what it calls is inlined: a function whose only floats are batches would take
-// over the flags of the translation unit from xsimd's (quantize.inl).
+// One function serves all evenly spaced levels, another the codebook, and what they call is inlined: a function whose
+// only floats are batches would take over the flags of the translation unit from xsimd's (quantize.inl).
 
 #include <kv1/detail/precise_math_begin.inl>
 
 // a * b, rounded; see product_of() of floats.
-KV1_INLINE f32 product_of(f32 a, f32 b) {
+KV1_LAZY KV1_INLINE f32 product_of(f32 a, f32 b) {
     f32 product = a * b;
 #if defined(__GNUC__) && defined(__SSE2__)
     f32::register_type r = product;
@@ -36,7 +36,7 @@ KV1_INLINE f32 product_of(f32 a, f32 b) {
     return product;
 }
 
-KV1_INLINE f32 nearest_code(f32 steps, f32 max_code) {
+KV1_LAZY KV1_INLINE f32 nearest_code(f32 steps, f32 max_code) {
     return nearest(xs::min(xs::max(steps, f32(0.0f)), max_code));
 }
 
@@ -48,22 +48,46 @@ struct lane_levels {
     lane_mask fits;
 };
 
-// How a format keeps them: level_format<affine> or <compact>.
+// How a format keeps them: level_format<affine>, <compact> or <codebook2>.
+template <bool Codebook>
 struct lane_format {
     f32 max_code;
+    float top; // level
     bool compact;
 };
 
-KV1_INLINE u32 half_bits(f32 x) {
+// code_rule of a format: nearest codes, and levels of codes.
+template <bool Codebook>
+struct lane_rule {
+    f32 inverse, base, max_code;
+
+    KV1_INLINE lane_rule(f32 scale, f32 level_base, const lane_format<Codebook>& format)
+        : inverse(scale), base(level_base), max_code(format.max_code) {
+        if constexpr (Codebook) {
+            inverse = product_of(scale, f32(codebook_step));
+            base = sum_of(level_base, product_of(scale, f32(codebook_lead)));
+        }
+        inverse = quotient_of(f32(1.0f), inverse);
+    }
+    KV1_INLINE f32 code(f32 x) const { return nearest_code(difference_of(x, base) * inverse, max_code); }
+    KV1_INLINE static f32 level(f32 code) {
+        if constexpr (Codebook)
+            code = code * f32(5.0f) - xs::select(code >= f32(2.0f), f32(1.0f), f32(0.0f)); // small integers
+        return code;
+    }
+};
+
+KV1_LAZY KV1_INLINE u32 half_bits(f32 x) {
     alignas(64) std::uint16_t bits[lanes];
     store_half(x, bits);
     return load_u16(bits);
 }
-KV1_INLINE lane_mask is_finite_half(u32 bits) {
+KV1_LAZY KV1_INLINE lane_mask is_finite_half(u32 bits) {
     return xs::batch_bool_cast<float>((bits & u32(0x7c00u)) != u32(0x7c00u));
 }
 
-KV1_INLINE void round_scale(f32 scale, const lane_format& format, lane_levels& l) {
+template <bool Codebook>
+KV1_INLINE void round_scale(f32 scale, const lane_format<Codebook>& format, lane_levels& l) {
     u32 bits = half_bits(xs::max(scale, f32(smallest_scale)));
     if (format.compact) {
         bits = (bits + u32(0x20u)) & u32(compact_pair::scale_mask);
@@ -74,15 +98,16 @@ KV1_INLINE void round_scale(f32 scale, const lane_format& format, lane_levels& l
     l.fits = is_finite_half(bits);
 }
 
-KV1_INLINE void store_levels(f32 base, const lane_format& format, lane_levels& l) {
+template <bool Codebook>
+KV1_INLINE void store_levels(f32 base, const lane_format<Codebook>& format, lane_levels& l) {
     if (format.compact) {
-        const f32 steps = product_of(quotient_of(base, l.scale * format.max_code), f32(128.0f)) + f32(64.0f);
+        const f32 steps = product_of(quotient_of(base, l.scale * f32(format.top)), f32(128.0f)) + f32(64.0f);
         const f32 w = nearest(xs::min(xs::max(steps, f32(-63.0f)), f32(63.0f)));
         const u32 magnitude = xs::bitwise_cast<std::uint32_t>(xs::to_int(xs::abs(w)));
         const u32 sign = xs::select(xs::batch_bool_cast<std::uint32_t>(w < f32(0.0f)), u32(0x8000u), u32(0u));
         l.scale_bits = l.scale_bits | magnitude | sign;
         l.minimum_bits = u32(0u);
-        l.base = l.scale * (format.max_code * (w - f32(64.0f)) * f32(1.0f / 128.0f));
+        l.base = l.scale * (f32(format.top) * (w - f32(64.0f)) * f32(1.0f / 128.0f));
     } else {
         const u32 bits = half_bits(base);
         l.minimum_bits = xs::select(bits == u32(0x8000u), u32(0u), bits); // plain_zero()
@@ -92,26 +117,27 @@ KV1_INLINE void store_levels(f32 base, const lane_format& format, lane_levels& l
 }
 
 // Squared errors of the nearest of two choices of levels; x: [n][lanes].
-KV1_INLINE void errors_of(const float* x, std::size_t n, const lane_levels (&l)[2], f32 max_code, f32 (&error)[2]) {
-    f32 inverse[2];
-    KV1_UNROLL for (std::size_t k = 0; k < 2; ++k) {
-        inverse[k] = quotient_of(f32(1.0f), l[k].scale);
-        error[k] = f32(0.0f);
-    }
+template <bool Codebook>
+KV1_INLINE void errors_of(const float* x, std::size_t n, const lane_levels (&l)[2], const lane_format<Codebook>& format,
+                          f32 (&error)[2]) {
+    const lane_rule<Codebook> rule[2] = {{l[0].scale, l[0].base, format}, {l[1].scale, l[1].base, format}};
+    error[0] = error[1] = f32(0.0f);
     for (std::size_t c = 0; c < n; ++c) {
         const f32 v = f32::load_aligned(x + c * lanes);
         KV1_UNROLL for (std::size_t k = 0; k < 2; ++k) {
-            const f32 code = nearest_code(difference_of(v, l[k].base) * inverse[k], max_code);
-            const f32 e = difference_of(v, sum_of(code * l[k].scale, l[k].base));
+            const f32 level = rule[k].level(rule[k].code(v));
+            const f32 e = difference_of(v, sum_of(level * l[k].scale, l[k].base));
             error[k] = sum_of(error[k], product_of(e, e));
         }
     }
 }
 
 // refine_levels() of least_squares.hpp. The sum of x is that of every round.
-KV1_INLINE void refine(const float* x, std::size_t n, f32 lo, f32 hi, const lane_format& format, float top,
+template <bool Codebook>
+KV1_INLINE void refine(const float* x, std::size_t n, f32 lo, f32 hi, const lane_format<Codebook>& format,
                        lane_levels& l) {
-    const f32 max_code = format.max_code, count(static_cast<float>(n));
+    const float top = format.top;
+    const f32 count(static_cast<float>(n));
     const f32 middle = f32(0.5f) * lo + f32(0.5f) * hi;
     f32 scale = xs::max(product_of(hi - lo, f32(fit_start / top)), f32(smallest_scale));
     f32 base = product_of(scale, f32(-0.5f * top));
@@ -119,15 +145,15 @@ KV1_INLINE void refine(const float* x, std::size_t n, f32 lo, f32 hi, const lane
     for (std::size_t c = 0; c < n; ++c)
         sum_x = sum_of(sum_x, difference_of(f32::load_aligned(x + c * lanes), middle));
     for (int round = 0; round < fit_rounds; ++round) {
-        const f32 inverse = quotient_of(f32(1.0f), scale);
+        const lane_rule<Codebook> rule(scale, base, format);
         f32 sum_cc(0.0f), sum_xc(0.0f);
         sum_c = f32(0.0f);
         for (std::size_t c = 0; c < n; ++c) {
             const f32 v = difference_of(f32::load_aligned(x + c * lanes), middle);
-            const f32 code = nearest_code(difference_of(v, base) * inverse, max_code);
-            sum_c = sum_of(sum_c, code);
-            sum_cc = xs::fma(code, code, sum_cc); // of integers below 2^24: exact
-            sum_xc = sum_of(sum_xc, product_of(v, code));
+            const f32 level = rule.level(rule.code(v));
+            sum_c = sum_of(sum_c, level);
+            sum_cc = xs::fma(level, level, sum_cc); // of integers below 2^24: exact
+            sum_xc = sum_of(sum_xc, product_of(v, level));
         }
         const f32 variance = product_of(count, sum_cc) - product_of(sum_c, sum_c);
         const f32 covariance = product_of(count, sum_xc) - product_of(sum_x, sum_c);
@@ -142,13 +168,14 @@ KV1_INLINE void refine(const float* x, std::size_t n, f32 lo, f32 hi, const lane
 }
 
 // clipped_levels() of clip_search.hpp.
-KV1_INLINE void clip(f32 lo, f32 hi, float share, const lane_format& format, float top, lane_levels& l) {
+template <bool Codebook>
+KV1_INLINE void clip(f32 lo, f32 hi, float share, const lane_format<Codebook>& format, lane_levels& l) {
     const f32 middle = f32(0.5f) * lo + f32(0.5f) * hi;
-    round_scale(quotient_of(product_of(hi - lo, f32(share)), format.max_code), format, l);
-    store_levels(middle - product_of(l.scale, f32(0.5f * top)), format, l);
+    round_scale(quotient_of(product_of(hi - lo, f32(share)), f32(format.top)), format, l);
+    store_levels(middle - product_of(l.scale, f32(0.5f * format.top)), format, l);
 }
 
-KV1_INLINE void take(lane_mask where, const lane_levels& from, lane_levels& l) {
+KV1_LAZY KV1_INLINE void take(lane_mask where, const lane_levels& from, lane_levels& l) {
     const auto where_bits = xs::batch_bool_cast<std::uint32_t>(where);
     l.scale = xs::select(where, from.scale, l.scale);
     l.base = xs::select(where, from.base, l.base);
@@ -157,16 +184,18 @@ KV1_INLINE void take(lane_mask where, const lane_levels& from, lane_levels& l) {
 }
 
 // Codes, four channels a word: words [channels / 4, rounded up][lanes].
-KV1_INLINE u32 add_code(u32 word, f32 code) { return (word << 8) | xs::bitwise_cast<std::uint32_t>(xs::to_int(code)); }
+KV1_LAZY KV1_INLINE u32 add_code(u32 word, f32 code) { return (word << 8) | xs::bitwise_cast<std::uint32_t>(xs::to_int(code)); }
 
-KV1_INLINE void nearest_words(const float* x, std::size_t n, const lane_levels& l, f32 max_code, std::uint32_t* words) {
-    const f32 inverse = quotient_of(f32(1.0f), l.scale);
+template <bool Codebook>
+KV1_INLINE void nearest_words(const float* x, std::size_t n, const lane_levels& l, const lane_format<Codebook>& format,
+                              std::uint32_t* words) {
+    const lane_rule<Codebook> rule(l.scale, l.base, format);
     for (std::size_t end = n; end > 0;) {
         const std::size_t first = (end - 1) / 4 * 4;
         u32 word(0u);
         while (end > first) {
             const f32 v = f32::load_aligned(x + --end * lanes);
-            word = add_code(word, nearest_code(difference_of(v, l.base) * inverse, max_code));
+            word = add_code(word, rule.code(v));
         }
         word.store_aligned(words + first / 4 * lanes);
     }
@@ -174,9 +203,11 @@ KV1_INLINE void nearest_words(const float* x, std::size_t n, const lane_levels& 
 
 // The same with feedback common to the lanes, and what the errors cost. A block of four channels gathers what all
 // later ones ask of it, in their order, before its own are quantized; errors: [n][lanes].
-KV1_INLINE f32 words_with_feedback(const float* x, std::size_t n, const lane_levels& l, f32 max_code,
-                                   const float* feedback, float* errors, std::uint32_t* words) {
-    const f32 inverse = quotient_of(f32(1.0f), l.scale);
+template <bool Codebook>
+KV1_INLINE f32 words_with_feedback(const float* x, std::size_t n, const lane_levels& l,
+                                   const lane_format<Codebook>& format, const float* feedback, float* errors,
+                                   std::uint32_t* words) {
+    const lane_rule<Codebook> rule(l.scale, l.base, format);
     f32 cost(0.0f);
     for (std::size_t end = n; end > 0;) {
         const std::size_t first = (end - 1) / 4 * 4;
@@ -190,13 +221,13 @@ KV1_INLINE f32 words_with_feedback(const float* x, std::size_t n, const lane_lev
                 wanted[k] = sum_of(wanted[k], product_of(f32(factors[k]), error));
         }
         u32 word(0u);
-        KV1_UNROLL for (std::size_t k = 4; k-- > 0;) {
-            const std::size_t i = first + k;
+        KV1_UNROLL for (std::size_t left = 0; left < 4; ++left) {
+            const std::size_t k = 3 - left, i = first + k;
             if (i >= n)
                 continue;
-            const f32 code = nearest_code(difference_of(wanted[k], l.base) * inverse, max_code);
+            const f32 code = rule.code(wanted[k]);
             word = add_code(word, code);
-            const f32 value = sum_of(code * l.scale, l.base);
+            const f32 value = sum_of(rule.level(code) * l.scale, l.base);
             const f32 error = difference_of(f32::load_aligned(x + i * lanes), value);
             const f32 rest = difference_of(wanted[k], value);
             cost = sum_of(cost, product_of(product_of(f32(feedback[i * n + i]), rest), rest));
@@ -212,17 +243,20 @@ KV1_INLINE f32 words_with_feedback(const float* x, std::size_t n, const lane_lev
 }
 
 // The same of one lane with feedback of its own: channels side by side.
-KV1_INLINE float words_of_lane(const float* x, std::size_t n, std::size_t lane, float scale, float base, f32 max_code,
-                               const float* feedback, float* wanted, std::uint32_t* words) {
+template <bool Codebook>
+KV1_INLINE float words_of_lane(const float* x, std::size_t n, std::size_t lane, float scale, float base,
+                               const lane_format<Codebook>& format, const float* feedback, float* wanted,
+                               std::uint32_t* words) {
     float cost = 0.0f;
-    const f32 s(scale), b(base), inverse = quotient_of(f32(1.0f), s);
+    const f32 s(scale), b(base);
+    const lane_rule<Codebook> rule(s, b, format);
     for (std::size_t c = 0; c < round_up(n, lanes); ++c)
         wanted[c] = c < n ? x[c * lanes + lane] : 0.0f;
     for (std::size_t i = 0; i < n; i += 4)
         words[i / 4 * lanes + lane] = 0;
     for (std::size_t i = n; i-- > 0;) {
-        const f32 code = nearest_code(difference_of(f32(wanted[i]), b) * inverse, max_code);
-        const f32 value = sum_of(code * s, b), error = difference_of(f32(x[i * lanes + lane]), value);
+        const f32 code = rule.code(f32(wanted[i]));
+        const f32 value = sum_of(rule.level(code) * s, b), error = difference_of(f32(x[i * lanes + lane]), value);
         const float* factors = feedback + i * n;
         alignas(64) float values[lanes];
         value.store_aligned(values);
@@ -247,17 +281,19 @@ KV1_INLINE float words_of_lane(const float* x, std::size_t n, std::size_t lane, 
 }
 
 // Candidate k > 0 of weighted_levels() of encode_reference.hpp, from levels whose middle is given.
-KV1_INLINE void weighted_candidate(int k, const lane_levels& from, f32 middle, const lane_format& format, float top,
+template <bool Codebook>
+KV1_INLINE void weighted_candidate(int k, const lane_levels& from, f32 middle, const lane_format<Codebook>& format,
                                    lane_levels& l) {
+    const f32 step = product_of(from.scale, quotient_of(f32(format.top), format.max_code));
     const bool moves = k >= first_move;
     round_scale(moves ? from.scale : product_of(from.scale, f32(weighted_scales[k - 1])), format, l);
-    const f32 base = moves ? sum_of(from.base, product_of(from.scale, f32(weighted_moves[k - first_move])))
-                           : difference_of(middle, product_of(l.scale, f32(0.5f * top)));
+    const f32 base = moves ? sum_of(from.base, product_of(step, f32(weighted_moves[k - first_move])))
+                           : difference_of(middle, product_of(l.scale, f32(0.5f * format.top)));
     store_levels(base, format, l);
 }
 
 // x: [n][lanes], transformed block by block: two steps at a time where two are left, the norm with the last.
-KV1_INLINE void rotate_lanes(float* x, std::size_t n, std::size_t block) {
+KV1_LAZY KV1_INLINE void rotate_lanes(float* x, std::size_t n, std::size_t block) {
     const f32 norm(hadamard_norm(block));
     if (block == 1) // nothing but the norm, which is 1
         return;
@@ -293,7 +329,7 @@ KV1_INLINE void rotate_lanes(float* x, std::size_t n, std::size_t block) {
 }
 
 // The same for one vector, channels side by side.
-inline void rotate(float* x, std::size_t n, std::size_t block) noexcept {
+KV1_LAZY inline void rotate(float* x, std::size_t n, std::size_t block) noexcept {
     for (std::size_t half = 1; half < block; half *= 2)
         for (std::size_t at = 0; at < n; at += 2 * half) {
             std::size_t i = at;
@@ -324,7 +360,7 @@ struct lane_scratch {
 };
 
 // Vectors less their means, transposed; zeros in lanes without one. False where a value is beyond fp16, or none.
-KV1_INLINE bool load_vectors(const encode_row* rows, std::size_t count, std::size_t n, float* x) {
+KV1_LAZY KV1_INLINE bool load_vectors(const encode_row* rows, std::size_t count, std::size_t n, float* x) {
     i32 largest(0); // magnitude bits, NaN above infinity
     for (std::size_t c = 0; c < n; c += lanes) {
         const bool whole = c + lanes <= n;
@@ -346,68 +382,26 @@ KV1_INLINE bool load_vectors(const encode_row* rows, std::size_t count, std::siz
     return xs::reduce_max(largest) <= std::bit_cast<std::int32_t>(largest_half);
 }
 
-// Codes of up to `lanes` vectors to scratch.words. False: metadata overflow.
-inline bool encode_lanes(const encode_recipe& recipe, const encode_row* rows, std::size_t count, lane_scratch& scratch,
-                         row_metadata* metadata) noexcept {
-    const std::size_t n = recipe.channels;
-    const format_traits traits = traits_of(recipe.format);
-    const auto top = static_cast<float>((1 << traits.code_bits) - 1);
-    const lane_format format{f32(top), traits.metadata == metadata_kind::compact};
-    const f32 max_code = format.max_code;
-    float* const x = scratch.x;
-    if (recipe.hadamard != 0)
-        rotate_lanes(x, n, recipe.hadamard);
-    f32 lo = f32::load_aligned(x) + f32(0.0f), hi = lo;
-    for (std::size_t c = 0; c < n; ++c) {
-        const f32 v = f32::load_aligned(x + c * lanes) + f32(0.0f);
-        lo = xs::min(v, lo);
-        hi = xs::max(v, hi);
-    }
-    const f32 low = format.compact ? xs::min(lo, f32(0.0f)) : lo, high = format.compact ? xs::max(hi, f32(0.0f)) : hi;
-    lane_levels l;
-    round_scale(quotient_of(high - low, max_code), format, l);
-    store_levels(low, format, l);
-    if (!xs::all(l.fits)) // lanes without a vector hold zeros, which fit
-        return false;
-    f32 best_error(std::numeric_limits<float>::max());
-    const int candidates = recipe.levels == level_choice::min_max ? 0
-                           : recipe.levels == level_choice::least_squares ? 2 : clip_candidates;
-    const lane_levels range = l;
-    for (int k = 0; k < candidates; k += 2) { // the range is the first of them
-        lane_levels pair[2] = {range, range};
-        if (recipe.levels == level_choice::least_squares)
-            refine(x, n, lo, hi, format, top, pair[1]);
-        else
-            for (int i = k == 0 ? 1 : 0; i < 2; ++i)
-                clip(lo, hi, clip_share(k + i), format, top, pair[i]);
-        f32 errors[2];
-        errors_of(x, n, pair, max_code, errors);
-        for (int i = 0; i < 2; ++i) {
-            const lane_mask better = (errors[i] < best_error) & pair[i].fits;
-            take(better, pair[i], l);
-            best_error = xs::select(better, errors[i], best_error);
-        }
-    }
-    bool alike = true, weighted = false;
-    for (std::size_t i = 0; i < count; ++i) {
-        alike = alike && rows[i].feedback == rows[0].feedback;
-        weighted = weighted || rows[i].feedback != nullptr;
-    }
-    if (!weighted || !alike || count == 1)
-        nearest_words(x, n, l, max_code, scratch.words);
-    lane_levels from = l;
-    const f32 middle = sum_of(l.base, product_of(l.scale, f32(0.5f * top)));
+// weighted_levels() of encode_reference.hpp: levels and codes of the least cost, from levels that fit best. For vectors
+// of one group. alike: feedback is common to several of them. Out of line, where its loops have the registers.
+template <bool Codebook>
+KV1_NOINLINE void weigh_levels(const encode_row* rows, std::size_t count, std::size_t n, bool alike,
+                               const lane_format<Codebook>& how, lane_scratch& scratch, lane_levels& best) noexcept {
+    const lane_format<Codebook> format = how;
+    const float* const x = scratch.x;
+    lane_levels l = best, from = l;
+    const f32 middle = sum_of(l.base, product_of(l.scale, f32(0.5f * format.top)));
     f32 least(0.0f);
-    for (int k = 0; weighted && k < weighted_candidates; ++k) {
+    for (int k = 0; k < weighted_candidates; ++k) {
         lane_levels candidate = l;
         if (k == first_move)
             from = l;
         if (k > 0)
-            weighted_candidate(k, from, middle, format, top, candidate);
+            weighted_candidate(k, from, middle, format, candidate);
         std::uint32_t* const words = k == 0 ? scratch.words : scratch.candidate_words;
         f32 cost(0.0f);
-        if (alike && count > 1) {
-            cost = words_with_feedback(x, n, candidate, max_code, rows[0].feedback, scratch.errors, words);
+        if (alike) {
+            cost = words_with_feedback(x, n, candidate, format, rows[0].feedback, scratch.errors, words);
         } else {
             alignas(64) float scales[lanes], bases[lanes], costs[lanes] = {};
             candidate.scale.store_aligned(scales);
@@ -415,7 +409,7 @@ inline bool encode_lanes(const encode_recipe& recipe, const encode_row* rows, st
             for (std::size_t i = 0; i < count; ++i)
                 if (rows[i].feedback != nullptr)
                     costs[i] =
-                        words_of_lane(x, n, i, scales[i], bases[i], max_code, rows[i].feedback, scratch.errors, words);
+                        words_of_lane(x, n, i, scales[i], bases[i], format, rows[i].feedback, scratch.errors, words);
             cost = f32::load_aligned(costs); // lanes without feedback keep their levels: nothing costs less
         }
         if (k == 0) {
@@ -430,28 +424,98 @@ inline bool encode_lanes(const encode_recipe& recipe, const encode_row* rows, st
             xs::select(better_words, u32::load_aligned(words + w), u32::load_aligned(scratch.words + w))
                 .store_aligned(scratch.words + w);
     }
+    best = l;
+}
+
+// Codes of a group's channels x of up to `lanes` vectors to words. False: metadata overflow.
+template <bool Codebook>
+bool encode_group(const encode_recipe& recipe, const encode_row* rows, std::size_t count, const float* x,
+                  std::uint32_t* words, lane_scratch& scratch, row_metadata* metadata) noexcept {
+    const std::size_t n = recipe.group;
+    const format_traits traits = traits_of(recipe.format);
+    const lane_format<Codebook> format{f32(static_cast<float>((1 << traits.code_bits) - 1)), static_cast<float>(traits.top_level()),
+                                       traits.metadata == metadata_kind::compact};
+    f32 lo = f32::load_aligned(x) + f32(0.0f), hi = lo;
+    for (std::size_t c = 0; c < n; ++c) {
+        const f32 v = f32::load_aligned(x + c * lanes) + f32(0.0f);
+        lo = xs::min(v, lo);
+        hi = xs::max(v, hi);
+    }
+    const f32 low = format.compact ? xs::min(lo, f32(0.0f)) : lo, high = format.compact ? xs::max(hi, f32(0.0f)) : hi;
+    lane_levels l;
+    round_scale(quotient_of(high - low, f32(format.top)), format, l);
+    store_levels(low, format, l);
+    if (!xs::all(l.fits)) // lanes without a vector hold zeros, which fit
+        return false;
+    f32 best_error(std::numeric_limits<float>::max());
+    const int candidates = recipe.levels == level_choice::min_max ? 0
+                           : recipe.levels == level_choice::least_squares ? 2 : clip_candidates;
+    const lane_levels range = l;
+    for (int k = 0; k < candidates; k += 2) { // the range is the first of them
+        lane_levels pair[2] = {range, range};
+        if (recipe.levels == level_choice::least_squares)
+            refine(x, n, lo, hi, format, pair[1]);
+        else
+            for (int i = k == 0 ? 1 : 0; i < 2; ++i)
+                clip(lo, hi, clip_share(k + i), format, pair[i]);
+        f32 errors[2];
+        errors_of(x, n, pair, format, errors);
+        for (int i = 0; i < 2; ++i) {
+            const lane_mask better = (errors[i] < best_error) & pair[i].fits;
+            take(better, pair[i], l);
+            best_error = xs::select(better, errors[i], best_error);
+        }
+    }
+    bool alike = true, weighted = false;
+    for (std::size_t i = 0; i < count; ++i) {
+        alike = alike && rows[i].feedback == rows[0].feedback;
+        weighted = weighted || rows[i].feedback != nullptr;
+    }
+    if (!weighted || !alike || count == 1)
+        nearest_words(x, n, l, format, words);
+    if (weighted)
+        weigh_levels(rows, count, n, alike && count > 1, format, scratch, l);
     alignas(64) std::uint32_t scale_bits[lanes], minimum_bits[lanes];
     l.scale_bits.store_aligned(scale_bits);
     l.minimum_bits.store_aligned(minimum_bits);
+    const std::size_t groups = recipe.groups();
     for (std::size_t i = 0; i < count; ++i)
-        metadata[i] = {static_cast<std::uint16_t>(scale_bits[i]), static_cast<std::uint16_t>(minimum_bits[i])};
+        metadata[i * groups] = {static_cast<std::uint16_t>(scale_bits[i]),
+                                static_cast<std::uint16_t>(minimum_bits[i])};
+    return true;
+}
+
+// Codes of up to `lanes` vectors to scratch.words. False: metadata overflow.
+KV1_LAZY inline bool encode_lanes(const encode_recipe& recipe, const encode_row* rows, std::size_t count, lane_scratch& scratch,
+                         row_metadata* metadata) noexcept {
+    if (recipe.hadamard != 0)
+        rotate_lanes(scratch.x, recipe.channels, recipe.hadamard);
+    for (std::size_t g = 0; g < recipe.groups(); ++g) {
+        const std::size_t first = g * recipe.group;
+        const float* x = scratch.x + first * lanes;
+        std::uint32_t* words = scratch.words + first / 4 * lanes;
+        if (!(recipe.format == kv_format::codebook2
+                  ? encode_group<true>(recipe, rows, count, x, words, scratch, metadata + g)
+                  : encode_group<false>(recipe, rows, count, x, words, scratch, metadata + g)))
+            return false;
+    }
     return true;
 }
 
 // Vectors one by one, by the definition: those that are too long, and those of which one will be refused.
-inline encode_result encode_one_by_one(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
+KV1_LAZY inline encode_result encode_one_by_one(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
                                        std::uint8_t* codes, std::size_t stride, row_metadata* metadata,
                                        std::size_t& failed) noexcept {
     for (failed = 0; failed < count; ++failed) {
-        const encode_result r = encode_reference(recipe, rows[failed], codes + failed * stride);
+        const encode_result r = encode_reference(recipe, rows[failed], codes + failed * stride,
+                                                 metadata + failed * recipe.groups());
         if (r.code != errc::ok)
             return r;
-        metadata[failed] = r.metadata;
     }
     return {};
 }
 
-inline encode_result encode_rows(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
+KV1_LAZY inline encode_result encode_rows(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
                                  std::uint8_t* codes, std::size_t stride, row_metadata* metadata,
                                  std::size_t& failed) noexcept {
     const std::size_t n = recipe.channels;
@@ -461,7 +525,7 @@ inline encode_result encode_rows(const encode_recipe& recipe, const encode_row* 
     for (std::size_t first = 0; first < count; first += lanes) {
         const std::size_t some = count - first < lanes ? count - first : lanes;
         if (!load_vectors(rows + first, some, n, scratch.x) ||
-            !encode_lanes(recipe, rows + first, some, scratch, metadata + first))
+            !encode_lanes(recipe, rows + first, some, scratch, metadata + first * recipe.groups()))
             return encode_one_by_one(recipe, rows, count, codes, stride, metadata, failed);
         for (std::size_t i = 0; i < some; ++i) {
             std::uint8_t* out = codes + (first + i) * stride;

@@ -30,6 +30,7 @@ inline constexpr std::size_t max_rows = 16;
 inline constexpr std::size_t max_block_tokens = 512;
 inline constexpr std::size_t max_head_dim = 4096;
 inline constexpr std::size_t scratch_floats = 4096; // rows * padded head_dim fits, with at least one row
+inline constexpr std::size_t max_groups = max_head_dim / group_unit; // rows * groups fits, too
 
 // Tokens that share a line of a section, at least a tile: blocks end between granules of V.
 constexpr std::size_t granule_of(const section_layout& s) noexcept {
@@ -103,9 +104,10 @@ struct block_view {
 };
 
 // Query rows prepared for one KV head: scaled by the softmax scale, padded with zeros to a multiple of 32.
+// Where keys have metadata by groups of channels, kernels see one group after the other as if it were all.
 struct query_rows {
     std::size_t rows;
-    std::size_t stride;  // floats between rows: padded key_dim
+    std::size_t stride;  // floats between rows: channels, padded
     const float* values; // [rows][stride]
     const float* sums;   // [rows]: sum of the values
     // values / code_scale rounded (fast only), by part; in row tiles, stride bytes a row. On the scalar
@@ -113,7 +115,7 @@ struct query_rows {
     const std::int8_t* codes[2];
     const std::uint8_t* tables; // of pairs, in row tiles, 8 stride bytes a row; null where not in pairs
     const float* code_scales;   // [rows]
-    // [rows]: -code_scale * max_code / 2 * sum of codes, which centres the stored codes
+    // [rows]: -code_scale * top level / 2 * sum of codes, which centres the stored levels
     const float* code_offsets;
 };
 
@@ -137,6 +139,18 @@ struct softmax_rows {
     float* denominators;  // [rows]: updated by the block's weights
 };
 
+// Of groups of channels, each of which is walked as a section of its own: what group g of `count` is to fetch
+// of the section walked next, a share of it and one group's metadata.
+inline section_layout fetched_with(const block_view& view, std::size_t g, std::size_t count) noexcept {
+    const std::size_t its_groups = view.next_layout->groups();
+    const section_layout its = view.next_layout->group(g < its_groups ? g : its_groups - 1);
+    section_layout s = *view.next_layout;
+    s.offset += g * (view.next_share / count / line_bytes * line_bytes);
+    s.scale_offset = its.scale_offset;
+    s.minimum_offset = its.minimum_offset;
+    return s;
+}
+
 inline constexpr std::size_t no_channel = static_cast<std::size_t>(-1);
 
 // Outcome of encoding one vector; channel is the offending one, where one alone offends.
@@ -152,13 +166,17 @@ struct encode_recipe {
     kv_format format; // affine or compact
     level_choice levels;
     std::size_t channels;
+    std::size_t group;    // channels that share levels; divides them
     std::size_t hadamard; // channels of a block; 0: no rotation
+
+    [[nodiscard]] constexpr std::size_t groups() const noexcept { return channels / group; }
 };
 
 struct encode_row {
     const float* x;
-    const float* mean;     // null: none
-    const float* feedback; // null, or [channels][channels]; see encode_reference.hpp
+    const float* mean; // null: none
+    // null, or [channels][channels]; see encode_reference.hpp. Where there is one group alone
+    const float* feedback;
 };
 
 // A vector and where it goes.
@@ -243,8 +261,8 @@ struct target_kernels {
     // each other. On failure nothing is inserted, and failed is the first offending row
     encode_result (*append_affine2)(const append_row* rows, std::size_t count, std::size_t& failed) noexcept;
 
-    // Up to tile_tokens vectors: codes [count][stride] and metadata. Outputs are unspecified on failure, and
-    // failed is the first offending row
+    // Up to tile_tokens vectors: codes [count][stride] and metadata [count][groups]. Outputs are unspecified
+    // on failure, and failed is the first offending row
     encode_result (*encode_rows)(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
                                  std::uint8_t* codes, std::size_t stride, row_metadata* metadata,
                                  std::size_t& failed) noexcept;

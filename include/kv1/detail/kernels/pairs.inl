@@ -13,6 +13,8 @@
 // are made in parallel (vpermb: FP1, FP2; vpdpbusd: FP0, FP1). Their rounding, at
 // most m max R / (127 * 255), follows the pair, where that of single 8-bit queries follows the largest of all channels.
 //
+// For codebook2 the codes' levels less 7 take the place of c - 3/2, and 7 that of 3/2 in R.
+//
 //   line of K      lane = token, byte j of it = channels 4 j ... 4 j + 3: pairs (0, 1) in its low half, (2, 3) above
 //   tables         [line][half][row of the tile][64]: entry 16 j + c_a + 4 c_b
 //   multipliers    [line][half][row of the tile][4]
@@ -25,22 +27,23 @@
 inline constexpr float pair_top = 255.0f, multiplier_top = 127.0f;
 
 // The table and multipliers of a row: r of R rows of its tile. `padded` channels, a multiple of 32.
-inline void pair_query(const float* query, std::size_t padded, std::uint8_t* tables, std::int8_t* multipliers,
-                       std::size_t r, std::size_t rows, float& scale, float& offset) noexcept {
+KV1_LAZY inline void pair_query(const float* query, std::size_t padded, const format_traits& keys,
+                       std::uint8_t* tables, std::int8_t* multipliers, std::size_t r, std::size_t rows, float& scale, float& offset) noexcept {
     f32 widest(0.0f);
     for (std::size_t i = 0; i < padded; i += 2 * lanes) {
         f32 a, b;
         split_pairs(query + i, a, b);
         widest = xs::max(widest, xs::abs(a) + xs::abs(b));
     }
-    const float top = 1.5f * xs::reduce_max(widest);
+    const float middle = 0.5f * static_cast<float>(keys.top_level());
+    const float top = middle * xs::reduce_max(widest);
     alignas(64) float first[max_head_dim / 2], second[max_head_dim / 2];
     alignas(64) std::uint8_t plain[max_head_dim / 2];
     f32 total(0.0f);
     for (std::size_t i = 0; i < padded; i += 2 * lanes) {
         f32 a, b;
         split_pairs(query + i, a, b);
-        const f32 reach = f32(1.5f) * (xs::abs(a) + xs::abs(b));
+        const f32 reach = f32(middle) * (xs::abs(a) + xs::abs(b));
         // a NaN, or nothing at all, ends as 0
         const f32 multiplier =
             xs::min(xs::max(xs::ceil(f32(multiplier_top) * (reach / f32(top))), f32(0.0f)), f32(multiplier_top));
@@ -56,8 +59,8 @@ inline void pair_query(const float* query, std::size_t padded, std::uint8_t* tab
 
     alignas(64) float codes_a[16], codes_b[16];
     for (int c = 0; c < 16; ++c) {
-        codes_a[c] = static_cast<float>(c & 3) - 1.5f;
-        codes_b[c] = static_cast<float>(c >> 2) - 1.5f;
+        codes_a[c] = static_cast<float>(keys.level(static_cast<std::uint32_t>(c & 3))) - middle;
+        codes_b[c] = static_cast<float>(keys.level(static_cast<std::uint32_t>(c >> 2))) - middle;
     }
     const f32 a = f32::load_aligned(codes_a), b = f32::load_aligned(codes_b);
     for (std::size_t line = 0; line < padded / 16; ++line)

@@ -126,10 +126,10 @@ inline encode_result encode_rows(const encode_recipe& recipe, const encode_row* 
                                  std::uint8_t* codes, std::size_t stride, row_metadata* metadata,
                                  std::size_t& failed) noexcept {
     for (failed = 0; failed < count; ++failed) {
-        const encode_result r = encode_reference(recipe, rows[failed], codes + failed * stride);
+        const encode_result r = encode_reference(recipe, rows[failed], codes + failed * stride,
+                                                 metadata + failed * recipe.groups());
         if (r.code != errc::ok)
             return r;
-        metadata[failed] = r.metadata;
     }
     return {};
 }
@@ -153,12 +153,13 @@ float decoded(const block_view& view, std::size_t slot, std::size_t channel) noe
                         load_metadata(*view.layout, at.page, at.token));
 }
 
-// code - max_code / 2, doubled to stay integral
+// level - top_level / 2, doubled to stay integral
 template <storage_format Format>
 std::int64_t centred_twice(const block_view& view, std::size_t slot, std::size_t channel) noexcept {
+    constexpr format_traits t = traits_of(kv_format_of<Format>);
     const slot_place at = place_of(view, slot);
-    return 2 * static_cast<std::int64_t>(load_code(*view.layout, at.page, at.token, channel)) -
-           ((1 << traits_of(kv_format_of<Format>).code_bits) - 1);
+    return 2 * static_cast<std::int64_t>(t.level(load_code(*view.layout, at.page, at.token, channel))) -
+           t.top_level();
 }
 
 template <storage_format Format>
@@ -169,8 +170,8 @@ affine_pair affine_of(const block_view& view, std::size_t slot) noexcept {
 
 template <storage_format Format>
 float centre_of(const affine_pair& p) noexcept {
-    constexpr auto max_code = static_cast<float>((1 << traits_of(kv_format_of<Format>).code_bits) - 1);
-    return p.base + p.slope * (0.5f * max_code);
+    constexpr auto top = static_cast<float>(traits_of(kv_format_of<Format>).top_level());
+    return p.base + p.slope * (0.5f * top);
 }
 
 template <storage_format Format>
@@ -199,7 +200,7 @@ template <storage_format Format>
 void key_scores_fast(const block_view& view, const query_rows& q, float* scores, float*) noexcept {
     for (std::size_t r = 0; r < q.rows; ++r)
         for (std::size_t t = 0; t < view.count * tile_tokens; ++t) {
-            std::int64_t twice = 0; // 2 * sum i (c - max_code / 2)
+            std::int64_t twice = 0; // 2 * sum i (level - top / 2)
             for (std::size_t c = 0; c < view.layout->channels; ++c)
                 twice += q.codes[0][r * q.stride + c] * centred_twice<Format>(view, t, c);
             const affine_pair p = affine_of<Format>(view, t);
@@ -277,8 +278,10 @@ inline void attend_rows(const attention_job& job) noexcept {
     const section_layout& keys = job.layout->keys();
     const section_layout& values = job.layout->values();
     const auto mode = static_cast<std::size_t>(job.mode);
-    float query[max_head_dim], sums[max_head_dim], scores[score_stride];
+    float query[max_head_dim], sums[max_head_dim], scores[score_stride], group_scores[score_stride];
+    float query_sums[max_groups], steps[max_groups];
     std::int8_t codes[max_head_dim];
+    const std::size_t key_groups = keys.groups(), key_group = keys.group_channels;
     for (std::size_t r = 0; r < job.rows; ++r) {
         const std::size_t token = (job.first_row + r) / job.group, head = (job.first_row + r) % job.group;
         const std::ptrdiff_t query_size = job.query_type == scalar_type::fp32 ? 4 : 2;
@@ -291,17 +294,21 @@ inline void attend_rows(const attention_job& job) noexcept {
         const float shift = key_shift(job, query);
         if (job.key_hadamard != 0)
             rotate(query, keys.channels, job.key_hadamard);
-        float query_sum = 0.0f, top = 0.0f;
-        for (std::size_t c = 0; c < keys.channels; ++c) {
-            query[c] *= job.scale;
-            query_sum += query[c];
-            top = std::max(top, std::fabs(query[c]));
+        for (std::size_t g = 0; g < key_groups; ++g) {
+            const std::span<float> part(query + g * key_group, key_group);
+            float top = 0.0f;
+            query_sums[g] = 0.0f;
+            for (float& x : part) {
+                x *= job.scale;
+                query_sums[g] += x;
+                top = std::max(top, std::fabs(x));
+            }
+            const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
+            steps[g] = top / 127.0f;
+            for (std::size_t c = 0; c < key_group; ++c)
+                codes[g * key_group + c] = rounded_code(part[c] * inverse);
         }
-        const float step = top / 127.0f, inverse = top > 0.0f ? 127.0f / top : 0.0f;
-        for (std::size_t c = 0; c < keys.channels; ++c)
-            codes[c] = rounded_code(query[c] * inverse);
         std::fill_n(sums, values.channels, 0.0f);
-        const query_rows q{1, keys.channels, query, &query_sum, {codes, codes}, nullptr, &step, nullptr};
 
         softmax_state state;
         const std::size_t last = std::min(job.visible_base + token * job.visible_step, job.last_token);
@@ -313,8 +320,22 @@ inline void attend_rows(const attention_job& job) noexcept {
                 tiles[count++] = {job.pages + static_cast<std::size_t>(job.block_table[t / keys.tokens]) *
                                                   job.block_stride,
                                   t % keys.tokens};
-            job.key_kernels->key_scores[mode]({&keys, tiles, count, nullptr, nullptr, 0, 0}, q, scores,
-                                              nullptr);
+            for (std::size_t g = 0; g < key_groups; ++g) {
+                const section_layout own = keys.group(g);
+                std::int8_t* const own_codes = codes + g * key_group;
+                job.key_kernels->key_scores[mode]({&own, tiles, count, nullptr, nullptr, 0, 0},
+                                                  {1,
+                                                   key_group,
+                                                   query + g * key_group,
+                                                   query_sums + g,
+                                                   {own_codes, own_codes},
+                                                   nullptr,
+                                                   steps + g,
+                                                   nullptr},
+                                                  g == 0 ? scores : group_scores, nullptr);
+                for (std::size_t i = 0; g != 0 && i < count * tile_tokens; ++i)
+                    scores[i] += group_scores[i];
+            }
             float maximum = lowest_score;
             for (std::size_t i = 0; i < count * tile_tokens; ++i) {
                 const std::size_t t = first + i;
@@ -335,9 +356,15 @@ inline void attend_rows(const attention_job& job) noexcept {
                 std::max(maximum == lowest_score ? lowest_score : maximum * log2_e, state.maximum);
             const float rescale = softmax_rescale(state.maximum, m);
             state.maximum = m;
-            job.value_kernels->value_sums[mode]({&values, tiles, count, nullptr, nullptr, 0, 0},
-                                                {1, scores, &m, &rescale, &state.denominator}, sums,
-                                                max_head_dim);
+            const float denominator = state.denominator;
+            for (std::size_t g = 0; g < values.groups(); ++g) { // all see the same scores
+                const section_layout own = values.group(g);
+                std::copy_n(scores, score_stride, group_scores);
+                state.denominator = denominator;
+                job.value_kernels->value_sums[mode]({&own, tiles, count, nullptr, nullptr, 0, 0},
+                                                    {1, group_scores, &m, &rescale, &state.denominator},
+                                                    sums + g * values.group_channels, max_head_dim);
+            }
             first = end;
         }
         if (job.partials != nullptr) {

@@ -3,7 +3,7 @@
 // Scores of query rows against the keys of a block of tokens. Parsed once per target.
 //
 // A register holds 16 / pieces tokens, one a lane, so a chain of dot products over the channels ends with one
-// score a lane. With decoded key k = slope * c + base, codes centred at z = max_code / 2, and a query rounded
+// score a lane. With decoded key k = slope * c + base, levels c centred at z = top / 2, and a query rounded
 // to q ~ step * i (i 8-bit):
 //
 //   score = slope * step * (sum i c - z sum i) + (base + z * slope) * sum q
@@ -15,7 +15,7 @@
 
 // Quotients by the step to 8-bit codes. A NaN in a query spoils its row, but must not make sums overflow:
 // clamping takes it to -127 on x86 (the second operand of maxps), and conversion to 0 on ARM.
-KV1_INLINE i32 rounded_codes(f32 quotients) {
+KV1_LAZY KV1_INLINE i32 rounded_codes(f32 quotients) {
     return xs::to_int(nearest(xs::min(xs::max(quotients, f32(-127.0f)), f32(127.0f))));
 }
 
@@ -26,9 +26,9 @@ struct affine_slots {
 };
 
 // Of a compact section. Out of line: one copy for all kernels, and none of its constants in their registers.
-KV1_NOINLINE inline void decode_compact(const block_view& view, affine_slots& out) noexcept {
+KV1_LAZY KV1_NOINLINE inline void decode_compact(const block_view& view, affine_slots& out) noexcept {
     const section_layout& s = *view.layout;
-    const f32 steps(static_cast<float>((1 << s.traits().code_bits) - 1) / 128.0f);
+    const f32 steps(static_cast<float>(s.traits().top_level()) / 128.0f);
     for (std::size_t slot = 0; slot < view.count * tile_tokens; slot += lanes) {
         const tile_ref& ref = view.tiles[slot / tile_tokens];
         const u32 pair = load_u16(reinterpret_cast<const std::uint16_t*>(ref.page + s.scale_offset) + ref.token +
@@ -90,10 +90,13 @@ struct single_dots {
     template <class Format, std::size_t R, std::size_t N>
     KV1_INLINE void add(key_walk<N>& walk, const section_layout& s, i32 (&total)[R][N]) const {
         constexpr format_traits t = traits_of(kv_format_of<Format>);
-        add_dots<t.parts[0].bits, t.parts[0].shift, false>(walk, s.part_lines(0), codes[0], total);
+        if constexpr (t.codebook)
+            add_dots<2, 0, false, t.top_level()>(walk, s.part_lines(0), codes[0], total);
+        else
+            add_dots<t.parts[0].bits, t.parts[0].shift, false>(walk, s.part_lines(0), codes[0], total);
         if constexpr (t.part_count() == 2) {
             KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
-                walk.first[n] += s.part_lines(0) * line_lanes;
+                walk.first[n] += s.second_part() * line_lanes;
             add_dots<t.parts[1].bits, t.parts[1].shift, false>(walk, s.part_lines(1), codes[1], total);
         }
     }
@@ -110,7 +113,7 @@ template <class Format, std::size_t R, std::size_t N, class Dots>
 KV1_INLINE void fast_score_step(const block_view& view, const section_layout& s,
                                 const block_metadata<Format>& metadata, const Dots& dots, const score_rows<R>& q,
                                 std::size_t at, float* scores, f32 (&top)[R]) {
-    constexpr auto max_code = static_cast<float>((1 << traits_of(kv_format_of<Format>).code_bits) - 1);
+    constexpr auto top_level = static_cast<float>(traits_of(kv_format_of<Format>).top_level());
     key_walk<N> walk;
     KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
         const std::size_t tile = (at + n) / pieces;
@@ -131,7 +134,7 @@ KV1_INLINE void fast_score_step(const block_view& view, const section_layout& s,
         f32 slope, base;
         const tile_ref& ref = view.tiles[(at + n) / pieces];
         metadata.load(s, (at + n) * lanes, ref.page, ref.token + (at + n) % pieces * lanes, slope, base);
-        const f32 centre = xs::fma(slope, f32(0.5f * max_code), base);
+        const f32 centre = xs::fma(slope, f32(0.5f * top_level), base);
         KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
             const f32 dot = xs::fma(xs::to_float(total[r][n]), f32(q.scale[r]), f32(q.offset[r]));
             const f32 score = xs::fma(slope, dot, centre * f32(q.sum[r]));
@@ -212,6 +215,8 @@ struct field_reader {
 
     // code * slope is exact (at most 8 + 11 significant bits), so fma equals the format's definition
     KV1_INLINE static f32 decode(u32 code, f32 slope, f32 base) {
+        if constexpr (t.codebook)
+            code = spread(code);
         return xs::fma(xs::to_float(xs::bitwise_cast<std::int32_t>(code)), slope, base);
     }
 };
@@ -247,7 +252,7 @@ KV1_INLINE void exact_score_step(const block_view& view, const block_metadata<Fo
     for (std::size_t run = 0; run < runs; ++run, query += reader::fields) {
         reader lane[N];
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
-            lane[n].load(first[n], s.part_lines(0), run);
+            lane[n].load(first[n], s.second_part(), run);
             if (n % pieces == 0)
                 prefetch(next[n] + run * reader::lines0 * line_bytes);
         }

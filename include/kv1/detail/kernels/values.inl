@@ -4,8 +4,8 @@
 // scores.inl.
 //
 // A register holds 16 / pieces channels, one a lane; a lane's fields are tokens. With decoded value
-// v = slope * c + base, softmax weight p, u = p * slope rounded to u ~ step * i (one step per row and
-// block; i an unsigned byte, up to 127 where codes themselves take 8 bits), codes centred at z = max_code / 2:
+// v = slope * c + base (c a level), softmax weight p, u = p * slope rounded to u ~ step * i (one step per row and
+// block; i an unsigned byte, up to 127 where codes themselves take 8 bits), levels centred at z = top / 2:
 //
 //   sum p v = step * (sum i c - z sum i) + sum p (base + z * slope)
 //
@@ -15,7 +15,7 @@
 
 // 2^t for t <= 0, within 3 units of 2^-24: t = n + f, |f| <= 1/2, and a polynomial for 2^f that errs by 1.54
 // units at most (minimax of degree 5 with constant term 1; its rounding adds 1.2). Zero far below 2^-126.
-KV1_INLINE f32 exp2_nonpositive(f32 t) {
+KV1_LAZY KV1_INLINE f32 exp2_nonpositive(f32 t) {
     const f32 clamped = xs::max(t, f32(exp2_zero_from));
     const f32 n = nearest(clamped);
     const f32 f = clamped - n;
@@ -28,7 +28,7 @@ KV1_INLINE f32 exp2_nonpositive(f32 t) {
 
 // What is subtracted from a row's scores in units of log2. Where nothing was seen yet scores are all lowest_score,
 // and their weights zero.
-KV1_INLINE f32 softmax_shift(float maximum) {
+KV1_LAZY KV1_INLINE f32 softmax_shift(float maximum) {
     return f32(maximum == lowest_score ? 0.0f : -maximum);
 }
 
@@ -58,7 +58,7 @@ template <class Format, std::size_t R>
 KV1_INLINE void round_weights(const block_view& view, const block_metadata<Format>& metadata, const softmax_rows& w,
                               std::size_t row, rounded_weights<R>& out) {
     constexpr format_traits t = traits_of(kv_format_of<Format>);
-    constexpr auto max_code = static_cast<float>((1 << t.code_bits) - 1);
+    constexpr auto top_level = static_cast<float>(t.top_level());
     constexpr auto top_weight = static_cast<float>(top_weight_code(t.code_bits));
     const f32 log2e(log2_e);
     f32 shift[R], sum[R], affine[R], largest[R];
@@ -73,7 +73,7 @@ KV1_INLINE void round_weights(const block_view& view, const block_metadata<Forma
         KV1_UNROLL for (std::size_t i = 0; i < pieces; ++i) {
             f32 slope, base;
             metadata.load(*view.layout, k * tile_tokens + i * lanes, ref.page, ref.token + i * lanes, slope, base);
-            const f32 centre = xs::fma(slope, f32(0.5f * max_code), base);
+            const f32 centre = xs::fma(slope, f32(0.5f * top_level), base);
             KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
                 float* at = scores + r * score_stride + k * tile_tokens + i * lanes;
                 const f32 p = exp2_nonpositive(xs::fma(f32::load_aligned(at), log2e, shift[r]));
@@ -154,7 +154,7 @@ template <class Format, std::size_t R, std::size_t N>
 KV1_INLINE void fast_sum_step(const section_layout& s, const value_lines& lines, const rounded_weights<R>& rounded,
                               const float* rescale, std::size_t channel, float* sums, std::size_t sum_stride) {
     constexpr format_traits t = traits_of(kv_format_of<Format>);
-    constexpr std::int32_t max_code = (1 << t.code_bits) - 1;
+    constexpr std::int32_t top_level = t.top_level();
     constexpr int top_weight = top_weight_code(t.code_bits);
     const std::size_t unit = s.unit_lines() * line_bytes;
     value_walk<N> walk{lines.at[0], lines.next, {}, {}};
@@ -167,7 +167,10 @@ KV1_INLINE void fast_sum_step(const section_layout& s, const value_lines& lines,
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
             total[r][n] = i32(0);
-    add_dots<t.parts[0].bits, t.parts[0].shift, top_weight == 255>(walk, lines.count[0], rounded.codes[0], total);
+    if constexpr (t.codebook)
+        add_dots<2, 0, true, top_level>(walk, lines.count[0], rounded.codes[0], total);
+    else
+        add_dots<t.parts[0].bits, t.parts[0].shift, top_weight == 255>(walk, lines.count[0], rounded.codes[0], total);
     if constexpr (t.part_count() == 2) {
         walk.lines = lines.at[1];
         add_dots<t.parts[1].bits, t.parts[1].shift, top_weight == 255>(walk, lines.count[1], rounded.codes[1], total);
@@ -175,7 +178,7 @@ KV1_INLINE void fast_sum_step(const section_layout& s, const value_lines& lines,
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
             float* out = sums + r * sum_stride + channel + n * lanes;
-            const i32 centred = total[r][n] + total[r][n] - i32(max_code * rounded.code_sum[r]);
+            const i32 centred = total[r][n] + total[r][n] - i32(top_level * rounded.code_sum[r]);
             const f32 earlier = xs::fma(f32::load_aligned(out), f32(rescale[r]), f32(rounded.affine_sum[r]));
             xs::fma(xs::to_float(centred), f32(0.5f * rounded.step[r]), earlier).store_aligned(out);
         }
