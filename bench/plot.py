@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 """Plots what long_context printed: memory and attention time per token against context length; or what kv1-lm sweep
-wrote with --csv: what a policy costs against what it takes; or kv1-train's log: its curves.
+wrote with --csv: what a policy costs against what it takes; or kv1-train's logs: their curves.
 
 usage: plot.py RESULT.json OUTPUT_FOLDER        writes context_memory.svg and context_time.svg
        plot.py RESULT.csv OUTPUT_FOLDER         writes policies.svg, or training.svg of a log
+       plot.py LOG.csv LOG.csv .. OUTPUT_FOLDER writes training.svg of several logs, named as their files
 """
 import csv
 import json
@@ -94,16 +95,59 @@ def draw_training(rows, path):
     figure.savefig(path, metadata={"Date": None})
 
 
+def smoothed(points, span):
+    """Means of `span` neighbours; single batches differ more than runs do."""
+    return [
+        (points[i][0], sum(y for _, y in points[i - span + 1 : i + 1]) / span) for i in range(span - 1, len(points))
+    ]
+
+
+def draw_runs(runs, path):
+    """Left: cross entropy in training, of the pass through the cache. Right: on held-out text, where it was measured
+    often enough for a curve, or else the divergence in training."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
+
+    def points(rows, field):
+        return [(float(r["tokens"]) / 1e6, float(r[field])) for r in rows if r[field]]
+
+    held_out = all(len(points(rows, "validation_kv")) > 2 for rows in runs.values())
+    for (name, rows), colour in zip(runs.items(), ("#0b6e4f", "#c17c18", "#6c757d")):
+        loss = points(rows, "loss")
+        left.plot(*zip(*smoothed(loss, max(1, len(loss) // 30))), label=name, color=colour, linewidth=1.2)
+        with_cache = any(r["divergence"] for r in rows)
+        if held_out:
+            label = f"{name}, its cache" if with_cache else name
+            right.plot(*zip(*points(rows, "validation_kv")), label=label, color=colour, linewidth=1.2)
+            if with_cache:
+                plain = points(rows, "validation_16bit")
+                right.plot(*zip(*plain), label=f"{name}, plain", color=colour, linewidth=1.2, linestyle=":")
+        elif with_cache:
+            right.plot(*zip(*points(rows, "divergence")), label=name, color=colour, linewidth=1.2)
+    left.set_title("cross entropy in training, nats per token", fontsize="medium")
+    right.set_title("cross entropy on held-out text" if held_out else "KL(plain || cache) in training", fontsize="medium")
+    for axes in (left, right):
+        axes.set_xlabel("tokens (millions)")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def read_rows(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def main():
-    if len(sys.argv) != 3:
+    if len(sys.argv) < 3 or (len(sys.argv) > 3 and not all(a.endswith(".csv") for a in sys.argv[1:-1])):
         sys.exit(__doc__)
     if sys.argv[1].endswith(".csv"):
-        with open(sys.argv[1], newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        folder = pathlib.Path(sys.argv[2])
+        rows = read_rows(sys.argv[1])
+        folder = pathlib.Path(sys.argv[-1])
         folder.mkdir(parents=True, exist_ok=True)
         matplotlib.rcParams.update({"svg.hashsalt": "kv1", "svg.fonttype": "none"})
-        if rows and "learning_rate" in rows[0]:
+        if len(sys.argv) > 3:
+            draw_runs({pathlib.Path(log).stem: read_rows(log) for log in sys.argv[1:-1]}, folder / "training.svg")
+        elif rows and "learning_rate" in rows[0]:
             draw_training(rows, folder / "training.svg")
         else:
             draw_policies(rows, folder / "policies.svg")

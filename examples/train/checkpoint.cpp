@@ -50,18 +50,28 @@ std::vector<std::pair<std::int64_t, std::filesystem::path>> checkpoints(const st
     return found;
 }
 
+// As kv1-lm reads it (model_cache.hpp).
 json describe(const kv_policy& p) {
-    return {{"key_format", to_string(p.formats.key)},
-            {"value_format", to_string(p.formats.value)},
-            {"encoder", p.least_squares ? "least_squares" : "min_max"},
-            {"hadamard", p.hadamard},
-            {"centre", p.centre},
-            {"round_metadata", p.round_metadata}};
+    json all{{"key_format", to_string(p.formats.key)},
+             {"value_format", to_string(p.formats.value)},
+             {"encoder", p.least_squares ? "least_squares" : "min_max"},
+             {"hadamard", p.hadamard},
+             {"centre", p.centre},
+             {"round_metadata", p.round_metadata}};
+    for (const auto& [layer, formats] : p.layers) {
+        json& differs = all["layers"][std::to_string(layer)];
+        differs = json::object();
+        if (formats.key != p.formats.key)
+            differs["key_format"] = to_string(formats.key);
+        if (formats.value != p.formats.value)
+            differs["value_format"] = to_string(formats.value);
+    }
+    return all;
 }
 
 json bits_of(const kv_policy& p) {
     // the reference's key: 0 is an unquantized cache
-    if (is_plain(p.formats.key) && is_plain(p.formats.value))
+    if (p.layers.empty() && is_plain(p.formats.key) && is_plain(p.formats.value))
         return 0;
     const std::string text = kv1_lm::to_string(p.formats);
     return text.find_first_of(",c") == std::string::npos ? json::parse(text) : json(text);

@@ -20,6 +20,7 @@ void evaluate(const evaluate_options& options, std::ostream& out) {
     const torch::Device device = device_of(options.device);
     const torch::ScalarType type = type_of(options.type, device);
     const auto model = read_model(options.model, device, true);
+    check_layers(options.kv, model->config().layers, "--kv");
     const token_file text = token_file::open(options.data);
     if (text.vocab_size() > model->config().vocab_size)
         throw kv1_lm::input_error(options.data.string(),

@@ -7,39 +7,44 @@
 
 #include <kv1/format.hpp>
 
+#include <cstddef>
+#include <map>
 #include <string>
+#include <string_view>
 
 namespace kv1_train {
 
 struct kv_policy {
     kv1_lm::kv_formats formats{kv1::kv_format::fp32, kv1::kv_format::fp32};
-    bool least_squares = false;  ///< else minimum and maximum, as the reference
-    bool hadamard = false;       ///< quantized in a rotated basis
+    std::map<std::size_t, kv1_lm::kv_formats> layers; ///< those that differ
+    bool least_squares = false;                       ///< else minimum and maximum, as the reference
+    bool hadamard = false;                            ///< quantized in a rotated basis
     bool centre = false;         ///< without the means of every layer and head, which are added again
     bool round_metadata = false; ///< scale and minimum through fp16, as a cache stores them
+
+    [[nodiscard]] const kv1_lm::kv_formats& formats_of(std::size_t layer) const {
+        const auto own = layers.find(layer);
+        return own == layers.end() ? formats : own->second;
+    }
     friend bool operator==(const kv_policy&, const kv_policy&) = default;
 };
 
 /// Keys and values as they are: what a 16-bit cache is to a model in training.
-inline constexpr kv_policy plain_kv{};
+inline const kv_policy plain_kv{};
 
 /// Whether the format leaves values as they are (fp16's rounding counts for nothing beside bf16's).
 [[nodiscard]] constexpr bool is_plain(kv1::kv_format f) noexcept {
     return f == kv1::kv_format::fp32 || f == kv1::kv_format::fp16;
 }
 
-/// "2 least_squares hadamard", for logs.
-[[nodiscard]] inline std::string to_string(const kv_policy& p) {
-    std::string text = kv1_lm::to_string(p.formats);
-    if (p.least_squares)
-        text += " least_squares";
-    if (p.hadamard)
-        text += " hadamard";
-    if (p.centre)
-        text += " centre";
-    if (p.round_metadata)
-        text += " round_metadata";
-    return text;
-}
+/// Formats as `--kv` takes them, FORMATS[/LAYER:FORMATS]..., such as c3,c2/0:c2/3:c3: the policy's `formats`
+/// and `layers`. Throws input_error, which names `option`.
+[[nodiscard]] kv_policy parse_formats(std::string_view text, std::string_view option);
+
+/// Throws input_error for a layer that a model of so many does not have.
+void check_layers(const kv_policy& p, std::size_t layers, std::string_view option);
+
+/// "c3,c2/0:c2 least_squares hadamard", for logs.
+[[nodiscard]] std::string to_string(const kv_policy& p);
 
 } // namespace kv1_train

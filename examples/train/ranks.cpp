@@ -17,6 +17,7 @@
 #endif
 
 #include <charconv>
+#include <chrono>
 #include <cstdlib>
 #include <functional>
 #include <string>
@@ -50,6 +51,9 @@ summation sum_with(c10::intrusive_ptr<Group> group) {
     };
 }
 
+// Without it a rank waits half an hour for one that hangs.
+std::chrono::milliseconds patience() { return std::chrono::seconds(number_from("KV1_RANK_TIMEOUT", 300)); }
+
 c10::intrusive_ptr<c10d::Store> meet(std::int64_t rank, std::int64_t size) {
     const char* address = std::getenv("MASTER_ADDR");
     c10d::TCPStoreOptions options;
@@ -63,14 +67,17 @@ c10::intrusive_ptr<c10d::Store> meet(std::int64_t rank, std::int64_t size) {
 summation join([[maybe_unused]] std::int64_t rank, [[maybe_unused]] std::int64_t size, torch::Device device) {
     if (device.is_cuda()) {
 #ifdef KV1_TRAIN_NCCL
+        const auto options = c10d::ProcessGroupNCCL::Options::create();
+        options->timeout = patience();
         return sum_with(c10::make_intrusive<c10d::ProcessGroupNCCL>(meet(rank, size), static_cast<int>(rank),
-                                                                    static_cast<int>(size)));
+                                                                    static_cast<int>(size), options));
 #else
         throw kv1_lm::input_error("WORLD_SIZE: this kv1-train was built without NCCL");
 #endif
     }
 #ifdef KV1_TRAIN_GLOO
     const auto options = c10d::ProcessGroupGloo::Options::create();
+    options->timeout = patience();
     const char* interface = std::getenv("GLOO_SOCKET_IFNAME");
     options->devices.push_back(interface != nullptr
                                    ? c10d::ProcessGroupGloo::createDeviceForInterface(interface)

@@ -161,6 +161,7 @@ private:
     };
 
     void check() {
+        check_layers(o_.kv, model_->config().layers, "--kv");
         if (text_.vocab_size() > model_->config().vocab_size)
             throw input_error(o_.data.string(), "was made with a larger vocabulary than the model's");
         if (o_.length < 1 || static_cast<std::size_t>(o_.length) > model_->config().max_positions)

@@ -33,29 +33,32 @@ void add_share(CLI::App& command, const char* name, double& value, const char* d
 // Options of a cache, until they are known to be right.
 struct cache_texts {
     std::string formats = "16", encoder = "min_max";
-    kv_policy rest;
+    bool hadamard = false, centre = false, round_metadata = false;
 };
 
 void add_cache(CLI::App& command, cache_texts& t) {
     command
         .add_option(
             "--kv", t.formats,
-            "Bits of the cache: 1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4 (compact), cb2, or K,V such as c3,c2")
+            "Bits of the cache: 1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4 (compact), cb2, or K,V such as "
+            "c3,c2; /LAYER:K,V for a layer that differs, such as c3,c2/0:c2/3:c3")
         ->capture_default_str();
     command.add_option("--encoder", t.encoder, "How levels are chosen")
         ->check(CLI::IsMember({"min_max", "least_squares"}))
         ->capture_default_str();
-    command.add_flag("--hadamard", t.rest.hadamard, "Quantize in a rotated basis");
+    command.add_flag("--hadamard", t.hadamard, "Quantize in a rotated basis");
     command.add_flag(
-        "--centre", t.rest.centre,
+        "--centre", t.centre,
         "Quantize without the means of every layer and head; training has them follow the model");
-    command.add_flag("--round-metadata", t.rest.round_metadata, "Scale and minimum through fp16");
+    command.add_flag("--round-metadata", t.round_metadata, "Scale and minimum through fp16");
 }
 
 kv_policy parse(const cache_texts& t) {
-    kv_policy p = t.rest;
-    p.formats = kv1_lm::parse_kv(t.formats, "--kv");
+    kv_policy p = parse_formats(t.formats, "--kv");
     p.least_squares = t.encoder == "least_squares";
+    p.hadamard = t.hadamard;
+    p.centre = t.centre;
+    p.round_metadata = t.round_metadata;
     return p;
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cli.hpp"
 
+#include "calibrate.hpp"
 #include "error.hpp"
 #include "generate.hpp"
 #include "info.hpp"
@@ -173,6 +174,14 @@ int run_or_throw(int argc, const char* const* argv, std::istream& in, std::ostre
     sweep_command->add_option("--json", s.json, "File of results; one that is there is continued");
     sweep_command->add_option("--csv", s.csv, "File to write the table to");
 
+    calibrate_options c;
+    CLI::App* calibrate_command = app.add_subcommand(
+        "calibrate", "Add error weights, from a text, to the cache that a model folder names");
+    add_common(*calibrate_command, c.model);
+    calibrate_command->get_option("--model")->required();
+    calibrate_command->add_option("--text", c.text, "UTF-8 text; not one to measure on")->required();
+    add_count(*calibrate_command, "--tokens", c.tokens, "Tokens of it to use");
+
     CLI::App* info_command = app.add_subcommand("info", "Show a model's shape and what its cache costs");
     add_common(*info_command, info_model);
 
@@ -202,6 +211,8 @@ int run_or_throw(int argc, const char* const* argv, std::istream& in, std::ostre
         s.precision = parse_attention(sweep_texts.attention);
         s.show_progress = error_output_is_a_terminal();
         sweep(s, out, err);
+    } else if (*calibrate_command) {
+        calibrate_folder(c, out);
     } else if (*info_command) {
         info(info_model, out);
     }

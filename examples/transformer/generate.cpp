@@ -45,7 +45,7 @@ public:
         std::vector<std::int32_t> tokens = tokenizer_.encode(prompt);
         check(tokens.size());
         kv1::kv_cache cache(
-            describe(model_, cache_.policy, cache_.means, std::max<std::size_t>(1, room(tokens.size()))));
+            describe(model_, cache_.policy, cache_.calibrated, std::max<std::size_t>(1, room(tokens.size()))));
         const kv1::sequence_id sequence = cache.create_sequence();
         stream_decoder text(tokenizer_);
         for (const std::int32_t token : tokens)

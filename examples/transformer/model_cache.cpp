@@ -10,14 +10,13 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <span>
 #include <string>
 #include <vector>
 
 namespace kv1_lm {
 
 namespace {
-
-constexpr const char* means_file = "kv1_means.safetensors";
 
 kv1::kv_format read_format(const json_view& name) {
     for (const kv1::kv_format f : kv1::all_kv_formats)
@@ -51,6 +50,7 @@ side_policy side_of(kv1::kv_format format, const side_policy& wanted) {
                                  t.metadata == kv1::detail::metadata_kind::compact);
     side.hadamard = wanted.hadamard;
     side.means = wanted.means;
+    side.error_weights = wanted.error_weights && side.least_squares;
     return side;
 }
 
@@ -71,18 +71,50 @@ void read_layers(const json_view& layers, const model_config& config, const side
     }
 }
 
-std::vector<float> read_means(const safetensors& file, std::size_t layer, const char* side,
-                              const model_config& config) {
-    const std::string name = "layers." + std::to_string(layer) + "." + side + "_means";
-    const tensor* found = file.find(name);
-    if (found == nullptr)
-        throw input_error(file.origin() + ": tensor " + name + " is missing");
-    if (found->shape != std::vector<std::size_t>{config.kv_heads, config.head_dim})
-        throw input_error(found->place, "has another shape than config.json says");
-    std::vector<float> means = to_floats(*found);
-    if (!std::ranges::all_of(means, [](float m) { return std::isfinite(m); }))
-        throw input_error(found->place, "holds a value that is not finite");
-    return means;
+// A tensor of every layer.
+std::vector<std::vector<float>> read_tensors(const safetensors& file, std::size_t layers, const char* name,
+                                             const std::vector<std::size_t>& shape) {
+    std::vector<std::vector<float>> all;
+    for (std::size_t i = 0; i < layers; ++i) {
+        const std::string full = "layers." + std::to_string(i) + "." + name;
+        const tensor* found = file.find(full);
+        if (found == nullptr)
+            throw input_error(file.origin() + ": tensor " + full + " is missing");
+        if (found->shape != shape)
+            throw input_error(found->place, "has another shape than config.json says");
+        all.push_back(to_floats(*found));
+        if (!std::ranges::all_of(all.back(), [](float x) { return std::isfinite(x); }))
+            throw input_error(found->place, "holds a value that is not finite");
+    }
+    return all;
+}
+
+void no_more_than(const safetensors& file, std::size_t tensors) {
+    if (file.tensors().size() != tensors)
+        throw input_error(file.origin(), "has tensors that are not this model's");
+}
+
+// The matrices of x x^T are symmetric, and no entry is above what those on the diagonal allow.
+void check_moments(const safetensors& file, std::span<const std::vector<float>> layers,
+                   const model_config& config) {
+    const std::size_t n = config.head_dim;
+    for (std::size_t layer = 0; layer < layers.size(); ++layer)
+        for (std::size_t head = 0; head < config.kv_heads; ++head) {
+            const auto m = std::span(layers[layer]).subspan(head * n * n, n * n);
+            for (std::size_t i = 0; i < n; ++i)
+                for (std::size_t j = 0; j <= i; ++j) {
+                    const double ii = m[i * n + i], jj = m[j * n + j], ij = m[i * n + j];
+                    if (m[j * n + i] != m[i * n + j] || ii < 0.0 || ij * ij > 1.001 * ii * jj)
+                        throw input_error(file.origin() + ": layers." + std::to_string(layer) +
+                                          ".query_moments, head " + std::to_string(head) +
+                                          ": is no matrix of second moments");
+                }
+        }
+}
+
+bool any_side(const cache_policy& policy, const auto& wants) {
+    return wants(policy.common) ||
+           std::ranges::any_of(policy.layers, [&](const auto& layer) { return wants(layer.second); });
 }
 
 } // namespace
@@ -104,7 +136,10 @@ model_cache choose_cache(const std::filesystem::path& folder, const model_config
 
     const side_policy wanted{.least_squares = read_least_squares(*cache),
                              .hadamard = read_flag(*cache, "hadamard"),
-                             .means = read_flag(*cache, "centre")};
+                             .means = read_flag(*cache, "centre"),
+                             .error_weights = read_flag(*cache, "error_weights")};
+    if (wanted.error_weights && !wanted.least_squares)
+        cache->member("error_weights").fail("is for levels by least_squares");
     layer_policy& common = choice.policy.common;
     common.key = side_of(read_format(cache->member("key_format")), wanted);
     common.value = side_of(read_format(cache->member("value_format")), wanted);
@@ -113,15 +148,20 @@ model_cache choose_cache(const std::filesystem::path& folder, const model_config
     choice.policy.text = to_string(common);
     for (const auto& [layer, differs] : choice.policy.layers)
         choice.policy.text.append("/").append(std::to_string(layer)).append(":").append(to_string(differs));
-    if (!choice.policy.calibrated())
-        return choice;
-    const safetensors file = safetensors::read(folder / means_file);
-    for (std::size_t i = 0; i < config.layers; ++i) {
-        choice.means.key_means.push_back(read_means(file, i, "key", config));
-        choice.means.value_means.push_back(read_means(file, i, "value", config));
+    if (any_side(choice.policy, [](const layer_policy& l) { return l.key.means || l.value.means; })) {
+        const safetensors file = safetensors::read(folder / means_file);
+        const std::vector<std::size_t> shape{config.kv_heads, config.head_dim};
+        choice.calibrated.key_means = read_tensors(file, config.layers, "key_means", shape);
+        choice.calibrated.value_means = read_tensors(file, config.layers, "value_means", shape);
+        no_more_than(file, 2 * config.layers);
     }
-    if (file.tensors().size() != 2 * config.layers)
-        throw input_error(file.origin(), "has tensors that are not this model's");
+    if (any_side(choice.policy, [](const layer_policy& l) { return l.key.error_weights; })) {
+        const safetensors file = safetensors::read(folder / moments_file);
+        choice.calibrated.query_moments = read_tensors(file, config.layers, "query_moments",
+                                                       {config.kv_heads, config.head_dim, config.head_dim});
+        no_more_than(file, config.layers);
+        check_moments(file, choice.calibrated.query_moments, config);
+    }
     return choice;
 }
 

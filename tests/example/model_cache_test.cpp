@@ -5,6 +5,7 @@
 
 #include "command_line.hpp"
 #include "file.hpp"
+#include "float_tensors.hpp"
 #include "json_file.hpp"
 #include "refusal.hpp"
 #include "shipped_model.hpp"
@@ -32,7 +33,8 @@ namespace {
 struct trained_model {
     json config = kv1_lm::read_json_file(std::filesystem::path(KV1_LM_MODEL_DIR) / "config.json").value;
     std::vector<std::pair<std::string, std::vector<std::size_t>>> means;
-    float value = 0.125f; // of every mean
+    float value = 0.125f;                      // of every mean
+    std::vector<kv1_lm::float_tensor> moments; // written where there are any
 
     trained_model() {
         config["kv1"] = {{"key_format", "compact3"},
@@ -61,6 +63,23 @@ struct trained_model {
         std::string file(sizeof length, '\0');
         std::memcpy(file.data(), &length, sizeof length);
         folder.write("kv1_means.safetensors", file + text + data);
+        if (!moments.empty())
+            folder.write("kv1_moments.safetensors", kv1_lm::to_safetensors(moments));
+    }
+
+    // With error weights: moments are layer + 1 on the diagonal, a half beside it.
+    void weigh_errors() {
+        config["kv1"]["error_weights"] = true;
+        for (std::size_t layer = 0; layer < 8; ++layer) {
+            std::vector<float> m(2 * 32 * 32);
+            for (std::size_t i = 0; i < m.size(); ++i) {
+                const std::size_t row = i / 32 % 32, column = i % 32;
+                m[i] = row == column                            ? static_cast<float>(layer + 1)
+                       : row + 1 == column || column + 1 == row ? 0.5f
+                                                                : 0.0f;
+            }
+            moments.push_back({"layers." + std::to_string(layer) + ".query_moments", {2, 32, 32}, m});
+        }
     }
 };
 
@@ -89,7 +108,7 @@ TEST_CASE("a model's folder names its cache", "[model_cache]") {
     CHECK(cache.policy.text == "c3+ls+had+mean,c2+ls+had+mean");
     CHECK(cache.formats() == kv1_lm::parse_kv("c3,c2", "--kv"));
 
-    const kv1::cache_description d = describe(kv1_test::shipped_model(), cache.policy, cache.means, 64);
+    const kv1::cache_description d = describe(kv1_test::shipped_model(), cache.policy, cache.calibrated, 64);
     const kv1::vector_encoding expected{.levels = kv1::level_choice::least_squares,
                                         .hadamard = kv1::hadamard_block(32),
                                         .means = std::vector<float>(64, 0.125f)};
@@ -111,13 +130,63 @@ TEST_CASE("layers of a model may have formats of their own", "[model_cache]") {
     const kv1_lm::model_cache cache = cache_of(folder);
     CHECK(cache.policy.text ==
           "c3+ls+had+mean,c2+ls+had+mean/0:c2+ls+had+mean,c2+ls+had+mean/7:16,c4+ls+had+mean");
-    const kv1::cache_description d = describe(kv1_test::shipped_model(), cache.policy, cache.means, 64);
+    const kv1::cache_description d = describe(kv1_test::shipped_model(), cache.policy, cache.calibrated, 64);
     CHECK(d.layers[0].key_format == kv1::kv_format::compact2);
     CHECK(d.layers[0].value_format == kv1::kv_format::compact2);
     CHECK(d.layers[1].key_format == kv1::kv_format::compact3);
     CHECK(d.layers[7].key_format == kv1::kv_format::fp16);
     CHECK(d.layers[7].value_format == kv1::kv_format::compact4);
     CHECK(kv1::kv_cache::create(d));
+}
+
+TEST_CASE("a model's folder names error weights", "[model_cache]") {
+    const kv1_test::temporary_folder folder;
+    trained_model m;
+    m.weigh_errors();
+    m.config["kv1"]["layers"] = {{"3", {{"key_format", "fp16"}}}};
+    m.write(folder);
+    const kv1_lm::model_cache cache = cache_of(folder);
+    CHECK(cache.policy.text == "c3+ls+had+mean+ew,c2+ls+had+mean+ew/3:16,c2+ls+had+mean+ew");
+    const kv1_lm::model& shipped = kv1_test::shipped_model();
+    const kv1::cache_description d = describe(shipped, cache.policy, cache.calibrated, 64);
+    CHECK(kv1::kv_cache::create(d));
+    for (const std::size_t i : {0u, 7u}) {
+        CHECK(d.layers[i].key_encoding.error_weights == m.moments[i].values);
+        CHECK(d.layers[i].value_encoding.error_weights == shipped.value_weights(i));
+    }
+    CHECK(d.layers[3].key_encoding == kv1::vector_encoding{});
+}
+
+TEST_CASE("moments that are not this model's are refused", "[model_cache]") {
+    const auto refuses_moments = [](const std::function<void(trained_model&)>& spoil,
+                                    const std::string& what) {
+        refuses(
+            [&](trained_model& m) {
+                m.weigh_errors();
+                spoil(m);
+            },
+            what);
+    };
+    const auto entry = [](std::size_t at, float value) {
+        return [at, value](trained_model& m) { m.moments[2].values[at] = value; };
+    };
+    refuses_moments([](trained_model& m) { m.moments.clear(); }, "kv1_moments.safetensors");
+    refuses_moments([](trained_model& m) { m.moments.pop_back(); },
+                    "tensor layers.7.query_moments is missing");
+    refuses_moments([](trained_model& m) { m.moments[3].shape = {32, 2, 32}; }, "layers.3.query_moments");
+    refuses_moments(
+        [](trained_model& m) {
+            m.moments.push_back({"layers.8.query_moments", {1}, {1.0f}});
+        },
+        "has tensors that are not this model's");
+    refuses_moments(entry(5, std::numeric_limits<float>::quiet_NaN()), "not finite");
+    const char* no_moments = "layers.2.query_moments, head 1: is no matrix of second moments";
+    refuses_moments(entry(1024 + 7, 0.25f), no_moments);  // not symmetric
+    refuses_moments(entry(1024 + 33, -1.0f), no_moments); // a negative square
+    refuses_moments(entry(1024 + 33, 0.0f), no_moments);  // a channel that is zero has no products
+    refuses_moments([](trained_model& m) { m.config["kv1"]["encoder"] = "min_max"; },
+                    "kv1.error_weights: is for levels by least_squares");
+    refuses_moments([](trained_model& m) { m.config["kv1"]["error_weights"] = 1; }, "kv1.error_weights");
 }
 
 TEST_CASE("an encoding leaves out what a format has no use for", "[model_cache]") {
@@ -128,7 +197,7 @@ TEST_CASE("an encoding leaves out what a format has no use for", "[model_cache]"
     m.write(folder);
     const kv1_lm::model_cache cache = cache_of(folder);
     CHECK(cache.policy.text == "16,1.5+had+mean");
-    CHECK(kv1::kv_cache::create(describe(kv1_test::shipped_model(), cache.policy, cache.means, 64)));
+    CHECK(kv1::kv_cache::create(describe(kv1_test::shipped_model(), cache.policy, cache.calibrated, 64)));
 }
 
 TEST_CASE("--kv takes the place of the cache that a model names", "[model_cache]") {

@@ -12,7 +12,7 @@
 TEST_CASE("A model that learnt a text under a 2-bit cache recites it from one", "[train]") {
     const kv1_test::training_fixture f;
     const auto trained = kv1_test::run_kv1_train(
-        f.train("run", {"--kv", "c2", "--encoder", "least_squares", "--hadamard", "--centre",
+        f.train("run", {"--kv", "c2/1:c3,c2", "--encoder", "least_squares", "--hadamard", "--centre",
                         "--round-metadata", "--steps", "500", "--log-every", "100"}));
     INFO(trained.out << trained.err);
     REQUIRE(trained.code == 0);
@@ -25,7 +25,7 @@ TEST_CASE("A model that learnt a text under a 2-bit cache recites it from one", 
     REQUIRE(measured.code == 0);
     const auto result = kv1_lm::read_json_file(f.path() / "kld.json");
     INFO(result.value.dump(1));
-    REQUIRE(result.value.at("kv_policy") == "c2+ls+had+mean,c2+ls+had+mean");
+    REQUIRE(result.value.at("kv_policy") == "c2+ls+had+mean,c2+ls+had+mean/1:c3+ls+had+mean,c2+ls+had+mean");
     // the 288 words at random are at 288; a text known by heart is near 1
     REQUIRE(result.value.at("ppl_quantized").get<double>() < 2.0);
 

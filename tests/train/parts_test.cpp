@@ -18,6 +18,8 @@
 
 #include <kv1/fake_quantize.hpp>
 
+#include <catch2/matchers/catch_matchers.hpp>
+
 #include <torch/autograd.h>
 #include <torch/utils.h>
 
@@ -56,6 +58,45 @@ TEST_CASE("The model's logits are the reference's, whatever its keys and values 
             REQUIRE(near(logits, torch::tensor(file.values<float>(name)).view(logits.sizes()), 2e-3));
         }
     }
+}
+
+TEST_CASE("Formats are named for all layers and for one", "[train]") {
+    using kv1::kv_format;
+    const kv1_train::kv_policy p = kv1_train::parse_formats("c3,c2/0:c2/11:c3,16", "--kv");
+    REQUIRE(p.formats == kv1_lm::kv_formats{kv_format::compact3, kv_format::compact2});
+    REQUIRE(p.formats_of(0) == kv1_lm::kv_formats{kv_format::compact2, kv_format::compact2});
+    REQUIRE(p.formats_of(1) == p.formats);
+    REQUIRE(p.formats_of(11) == kv1_lm::kv_formats{kv_format::compact3, kv_format::fp16});
+    REQUIRE(to_string(p) == "c3,c2/0:c2/11:c3,16");
+    REQUIRE(kv1_train::parse_formats(to_string(p), "--kv") == p);
+    kv1_train::check_layers(p, 12, "--kv");
+    REQUIRE_THROWS_WITH(kv1_train::check_layers(p, 11, "--kv"),
+                        "--kv: layer 11: the model has layers 0 to 10");
+    for (const auto& [text, why] :
+         {std::pair{"c3,c2/0", "--kv: \"0\" is no LAYER:FORMATS"},
+          {"c3,c2/-1:c2", "--kv: \"-1:c2\" is no LAYER:FORMATS"},
+          {"c3,c2/1:c2/1:c3", "--kv: \"1:c3\" names a layer again"},
+          {"c3/", "--kv: \"c3/\" ends with a slash"},
+          {"2/1:5", "--kv: '5' is none of 1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4, nor a pair of them such "
+                    "as 4,2"}})
+        REQUIRE_THROWS_WITH(kv1_train::parse_formats(text, "--kv"), why);
+}
+
+TEST_CASE("A layer's own formats are what its keys and values go through", "[train]") {
+    const torch::NoGradGuard no_gradient;
+    const std::filesystem::path folder = KV1_LM_MODEL_DIR;
+    kv1_train::language_model model(kv1_lm::model_config::read(folder / "config.json"), torch::kCPU);
+    model.load(kv1_lm::safetensors::read(folder / "model.safetensors"));
+    const Tensor tokens = torch::arange(40, torch::kInt64).unsqueeze(0);
+    const auto logits = [&](const char* formats) {
+        return model.logits(tokens, kv1_train::parse_formats(formats, "--kv"), torch::kFloat32);
+    };
+    std::string all = "16";
+    for (std::size_t i = 0; i < model.config().layers; ++i)
+        all.append("/").append(std::to_string(i)).append(":2");
+    REQUIRE(torch::equal(logits(all.c_str()), logits("2")));
+    REQUIRE_FALSE(torch::equal(logits("2/3:16"), logits("2")));
+    REQUIRE_FALSE(torch::equal(logits("2/3:16"), logits("2/4:16")));
 }
 
 TEST_CASE("Rotation's gradient is its own inverse, and quantization lets it through", "[train]") {

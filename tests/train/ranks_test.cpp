@@ -3,13 +3,18 @@
 // Two processes that share a batch train as one does with all of it.
 #include "training_fixture.hpp"
 
+#include "file.hpp"
 #include "safetensors.hpp"
 
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <cmath>
+#include <algorithm>
+#include <chrono>
+#include <csignal>
 #include <cstdlib>
+#include <filesystem>
+#include <thread>
 
 namespace {
 
@@ -30,6 +35,11 @@ pid_t start(const std::vector<std::string>& arguments, int rank, const std::stri
     argv.push_back(nullptr);
     ::execv(KV1_TRAIN_PROGRAM, argv.data());
     ::_exit(127);
+}
+
+bool has_logged(const std::filesystem::path& log) {
+    std::error_code ignored;
+    return std::filesystem::exists(log, ignored) && std::ranges::count(kv1_lm::read_text_file(log), '\n') > 1;
 }
 
 int exit_code(pid_t child) {
@@ -64,4 +74,32 @@ TEST_CASE("Two ranks reach the weights of one at the same global batch", "[train
     // Both add two micro-batches of four; only the place where they are added differs, and a sum of two does
     // not depend on the order.
     REQUIRE(one == two);
+}
+
+TEST_CASE("A rank whose peer dies or hangs fails, too", "[train]") {
+    const kv1_test::training_fixture f;
+    ::setenv("KV1_RANK_TIMEOUT", "3", 1);
+    for (const int fate : {SIGKILL, SIGSTOP}) {
+        const std::string run = "run" + std::to_string(fate),
+                          port = std::to_string(20000 + (::getpid() + fate) % 20000);
+        const auto arguments = f.train(run, {"--kv", "2", "--steps", "1000000", "--log-every", "1"});
+        const pid_t first = start(arguments, 0, port), second = start(arguments, 1, port);
+        const std::filesystem::path log = f.path() / run / "log.csv";
+        pid_t ended = 0;
+        int status = 0;
+        while (ended == 0 && !has_logged(log)) {
+            std::this_thread::sleep_for(std::chrono::milliseconds(20));
+            ended = ::waitpid(first, &status, WNOHANG);
+        }
+        if (ended == 0)
+            ::kill(second, fate);
+        const int code = ended == 0 ? exit_code(first) : WEXITSTATUS(status);
+        ::kill(second, SIGKILL);
+        (void)exit_code(second);
+        if (code == 2)
+            SKIP("this LibTorch comes without Gloo");
+        INFO("signal " << fate);
+        REQUIRE(code == 1);
+    }
+    ::unsetenv("KV1_RANK_TIMEOUT");
 }

@@ -13,8 +13,10 @@
 
 namespace kv1::inline KV1_ABI::detail {
 
-inline constexpr auto crc32c_tables = [] {
-    std::array<std::array<std::uint32_t, 256>, 8> t{};
+using crc32c_table = std::array<std::array<std::uint32_t, 256>, 8>;
+
+inline crc32c_table make_crc32c_table() noexcept {
+    crc32c_table t{};
     for (std::uint32_t i = 0; i < 256; ++i) {
         std::uint32_t c = i;
         for (int bit = 0; bit < 8; ++bit)
@@ -25,11 +27,12 @@ inline constexpr auto crc32c_tables = [] {
         for (std::size_t i = 0; i < 256; ++i)
             t[k][i] = (t[k - 1][i] >> 8) ^ t[0][t[k - 1][i] & 0xffu];
     return t;
-}();
+}
 
 // Continues a checksum; begin with 0.
 inline std::uint32_t crc32c(std::uint32_t crc, std::span<const std::byte> bytes) noexcept {
-    const auto& t = crc32c_tables;
+    // made at the first use: at compile time it would be a sixteenth of what including the library costs
+    static const crc32c_table t = make_crc32c_table();
     const auto at = [&](std::size_t i) { return std::to_integer<std::uint32_t>(bytes[i]); };
     std::uint32_t c = ~crc;
     std::size_t i = 0;

@@ -18,7 +18,7 @@
 
 #include <kv1/detail/precise_math_begin.inl>
 
-KV1_INLINE u32 next_float(f32 x, std::uint32_t step) { return xs::bitwise_cast<std::uint32_t>(x) + u32(step); }
+KV1_LAZY KV1_INLINE u32 next_float(f32 x, std::uint32_t step) { return xs::bitwise_cast<std::uint32_t>(x) + u32(step); }
 
 // Thresholds of up to 16 rows.
 struct tile_thresholds {
@@ -26,7 +26,7 @@ struct tile_thresholds {
     alignas(64) float half[tile_tokens], three_halves[tile_tokens], five_halves[tile_tokens];
 };
 
-KV1_INLINE void find_thresholds(const float* high, tile_thresholds& t, std::uint16_t* scales,
+KV1_LAZY KV1_INLINE void find_thresholds(const float* high, tile_thresholds& t, std::uint16_t* scales,
                                 std::uint16_t* minima) {
     for (std::size_t i = 0; i < tile_tokens; i += lanes) {
         const f32 lo = f32::load_aligned(t.low + i);
@@ -53,7 +53,7 @@ KV1_INLINE void find_thresholds(const float* high, tile_thresholds& t, std::uint
 }
 
 // Bits of x at the even places of the result.
-KV1_INLINE std::uint32_t at_even_bits(std::uint32_t x) {
+KV1_LAZY KV1_INLINE std::uint32_t at_even_bits(std::uint32_t x) {
 #if !KV1_ISA_PDEP
     x = (x | x << 8) & 0x00ff00ffu;
     x = (x | x << 4) & 0x0f0f0f0fu;
@@ -67,17 +67,17 @@ KV1_INLINE std::uint32_t at_even_bits(std::uint32_t x) {
 struct passed {
     xs::batch_bool<float, arch> half, three_halves, five_halves;
 };
-KV1_INLINE passed passes(f32 x, const tile_thresholds& t, std::size_t i) {
+KV1_LAZY KV1_INLINE passed passes(f32 x, const tile_thresholds& t, std::size_t i) {
     const f32 d = x - f32(t.low[i]);
     return {d > f32(t.half[i]), d >= f32(t.three_halves[i]), d > f32(t.five_halves[i])};
 }
 
-KV1_INLINE f32 load_channels(const float* x, std::size_t n, std::size_t from) {
+KV1_LAZY KV1_INLINE f32 load_channels(const float* x, std::size_t n, std::size_t from) {
     return from + lanes <= n ? f32::load_unaligned(x + from) : load_tail(x, n, from);
 }
 
 // Rows i of one tile's tokens token ... token + count - 1 into a K section.
-KV1_INLINE void insert_keys(const append_row* rows, std::size_t count, std::size_t first, const tile_thresholds& t) {
+KV1_LAZY KV1_INLINE void insert_keys(const append_row* rows, std::size_t count, std::size_t first, const tile_thresholds& t) {
     const section_layout& s = *rows[0].section;
     const std::size_t n = s.channels, groups = round_up(n, line_lanes) / line_lanes;
     std::byte* const tile = rows[0].page + s.offset + rows[0].token / tile_tokens * s.unit_lines() * line_bytes;
@@ -143,7 +143,7 @@ KV1_INLINE void insert_value_step(const append_row* rows, std::size_t count, std
 }
 
 // Rows of one tile's tokens into a V section. Lanes past the channels were zero and remain it.
-KV1_INLINE void insert_values(const append_row* rows, std::size_t count, std::size_t first, const tile_thresholds& t) {
+KV1_LAZY KV1_INLINE void insert_values(const append_row* rows, std::size_t count, std::size_t first, const tile_thresholds& t) {
     std::uint32_t replaced = 0;
     int shifts[tile_tokens];
     for (std::size_t i = 0; i < count; ++i) {
@@ -160,7 +160,7 @@ KV1_INLINE void insert_values(const append_row* rows, std::size_t count, std::si
 }
 
 // The first offending row, in the order in which single vectors would have been refused.
-inline encode_result first_failure(const append_row* rows, std::size_t count, std::size_t& failed) noexcept {
+KV1_LAZY inline encode_result first_failure(const append_row* rows, std::size_t count, std::size_t& failed) noexcept {
     alignas(64) std::uint8_t codes[max_head_dim];
     for (std::size_t i = 0; i < count; ++i) {
         const encode_result r = encode_affine(rows[i].x, rows[i].section->channels, 2, codes);
@@ -171,7 +171,7 @@ inline encode_result first_failure(const append_row* rows, std::size_t count, st
     return {};
 }
 
-inline encode_result append_affine2(const append_row* rows, std::size_t count, std::size_t& failed) noexcept {
+KV1_LAZY inline encode_result append_affine2(const append_row* rows, std::size_t count, std::size_t& failed) noexcept {
     alignas(64) float high[tile_tokens] = {};
     alignas(64) std::uint16_t scales[tile_tokens], minima[tile_tokens];
     tile_thresholds t{};

@@ -4,7 +4,7 @@
 // online per block of tokens (running maximum and sum; Milakov and Gimelshein 2018, FlashAttention). Parsed
 // once per target. Scratch lies on the stack, about 110 KiB, 32 more where keys are taken in pairs.
 
-KV1_INLINE float maximum_of(const float* scores, std::size_t slots, float start) {
+KV1_LAZY KV1_INLINE float maximum_of(const float* scores, std::size_t slots, float start) {
     f32 largest(start);
     for (std::size_t i = 0; i < slots; i += lanes)
         largest = xs::max(largest, f32::load_aligned(scores + i));
@@ -22,7 +22,7 @@ KV1_INLINE void scatter_query(const std::int8_t* plain, std::size_t padded, std:
 
 // The 8-bit query of the fast path, reordered so that four consecutive bytes meet the four bytes of a lane.
 // codes: by part, of the row's tile; row r of R rows in it.
-inline void round_query(const float* query, std::size_t padded, const format_traits& t,
+KV1_LAZY inline void round_query(const float* query, std::size_t padded, const format_traits& t,
                         std::int8_t* const (&codes)[2], std::size_t r, std::size_t rows, float& scale,
                         std::int32_t& sum) noexcept {
     f32 largest(0.0f);
@@ -65,7 +65,7 @@ struct block_tiles {
     std::size_t count = 0;
 };
 
-inline void list_tiles(const attention_job& job, std::size_t granule, std::size_t first, std::size_t last,
+KV1_LAZY inline void list_tiles(const attention_job& job, std::size_t granule, std::size_t first, std::size_t last,
                        block_tiles& out) noexcept {
     const std::size_t page_tokens = job.layout->page_tokens();
     std::size_t index = first / page_tokens, in_page = first - index * page_tokens, count = 0;
@@ -89,7 +89,7 @@ struct row_view {
     std::size_t first, last;
 };
 
-inline row_view view_of(const attention_job& job, std::size_t row) noexcept {
+KV1_LAZY inline row_view view_of(const attention_job& job, std::size_t row) noexcept {
     const std::size_t token = (job.first_row + row) / job.group;
     const std::size_t limit = job.visible_base + token * job.visible_step;
     row_view v{job.first_visible, limit < job.last_token ? limit : job.last_token};
@@ -103,7 +103,7 @@ inline row_view view_of(const attention_job& job, std::size_t row) noexcept {
 }
 
 // Soft cap and position bias of a row's scores; then lowest_score wherever the row does not see.
-inline void adjust_scores(const attention_job& job, std::size_t row, const row_view& seen,
+KV1_LAZY inline void adjust_scores(const attention_job& job, std::size_t row, const row_view& seen,
                           const block_tiles& block, float shift, float* scores) noexcept {
     const std::size_t token = (job.first_row + row) / job.group, head = (job.first_row + row) % job.group;
     if (job.soft_cap > 0.0f) {
@@ -344,7 +344,7 @@ inline void attend_rows(const attention_job& job) noexcept {
         const f32 inverse(state.denominator > 0.0f ? factor / state.denominator : 0.0f);
         for (std::size_t i = 0; i < value_stride; i += lanes)
             (f32::load_aligned(row + i) * inverse).store_aligned(row + i);
-        restore_output(job, state.denominator > 0.0f ? factor * seen_weights / state.denominator : 0.0f, row, rotate);
+        restore_output(job, state.denominator > 0.0f ? factor * seen_weights / state.denominator : 0.0f, row, rotate<>);
         const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(token) * job.output_token_stride +
                                   static_cast<std::ptrdiff_t>(head) * job.output_head_stride;
         const std::ptrdiff_t size = job.output_type == scalar_type::fp32 ? 4 : 2;

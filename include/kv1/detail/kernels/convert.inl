@@ -3,7 +3,7 @@
 // fp16 and bf16 to and from fp32. Parsed once per target; cost: one load, one conversion, one store a
 // register.
 
-inline void load_floats(scalar_type type, const void* source, std::size_t n, float* out) noexcept {
+KV1_LAZY inline void load_floats(scalar_type type, const void* source, std::size_t n, float* out) noexcept {
     std::size_t i = 0;
     switch (type) {
     case scalar_type::fp32:
@@ -35,7 +35,7 @@ inline void load_floats(scalar_type type, const void* source, std::size_t n, flo
     }
 }
 
-inline void store_floats(scalar_type type, const float* source, std::size_t n, void* out) noexcept {
+KV1_LAZY inline void store_floats(scalar_type type, const float* source, std::size_t n, void* out) noexcept {
     std::size_t i = 0;
     switch (type) {
     case scalar_type::fp32:

@@ -14,7 +14,7 @@
 // need accumulators of their own for every plane.
 
 // Into the second-level cache: two sections of a block and their scores do not fit the first.
-KV1_INLINE void prefetch(const void* p) {
+KV1_LAZY KV1_INLINE void prefetch(const void* p) {
 #if defined(__GNUC__)
     __builtin_prefetch(p, 0, 2);
 #else
@@ -104,12 +104,12 @@ KV1_INLINE void add_dots(const Walk& walk, std::size_t line_count, const std::in
 }
 
 // What is fetched for tile k of a block: its share of the section that will be walked next.
-KV1_INLINE const std::byte* share_of(const block_view& view, std::size_t k) {
+KV1_LAZY KV1_INLINE const std::byte* share_of(const block_view& view, std::size_t k) {
     const tile_ref& t = view.next_tiles[k];
     return t.page + view.next_layout->offset + t.token / tile_tokens * view.next_share;
 }
 // And its metadata, on the way: half a line of each array.
-KV1_INLINE void prefetch_metadata(const block_view& view, std::size_t k) {
+KV1_LAZY KV1_INLINE void prefetch_metadata(const block_view& view, std::size_t k) {
     if (k >= view.next_count)
         return;
     const tile_ref& t = view.next_tiles[k];

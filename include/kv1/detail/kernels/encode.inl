@@ -15,7 +15,7 @@
 #include <kv1/detail/precise_math_begin.inl>
 
 // a * b, rounded; see product_of() of floats.
-KV1_INLINE f32 product_of(f32 a, f32 b) {
+KV1_LAZY KV1_INLINE f32 product_of(f32 a, f32 b) {
     f32 product = a * b;
 #if defined(__GNUC__) && defined(__SSE2__)
     f32::register_type r = product;
@@ -36,7 +36,7 @@ KV1_INLINE f32 product_of(f32 a, f32 b) {
     return product;
 }
 
-KV1_INLINE f32 nearest_code(f32 steps, f32 max_code) {
+KV1_LAZY KV1_INLINE f32 nearest_code(f32 steps, f32 max_code) {
     return nearest(xs::min(xs::max(steps, f32(0.0f)), max_code));
 }
 
@@ -77,12 +77,12 @@ struct lane_rule {
     }
 };
 
-KV1_INLINE u32 half_bits(f32 x) {
+KV1_LAZY KV1_INLINE u32 half_bits(f32 x) {
     alignas(64) std::uint16_t bits[lanes];
     store_half(x, bits);
     return load_u16(bits);
 }
-KV1_INLINE lane_mask is_finite_half(u32 bits) {
+KV1_LAZY KV1_INLINE lane_mask is_finite_half(u32 bits) {
     return xs::batch_bool_cast<float>((bits & u32(0x7c00u)) != u32(0x7c00u));
 }
 
@@ -175,7 +175,7 @@ KV1_INLINE void clip(f32 lo, f32 hi, float share, const lane_format<Codebook>& f
     store_levels(middle - product_of(l.scale, f32(0.5f * format.top)), format, l);
 }
 
-KV1_INLINE void take(lane_mask where, const lane_levels& from, lane_levels& l) {
+KV1_LAZY KV1_INLINE void take(lane_mask where, const lane_levels& from, lane_levels& l) {
     const auto where_bits = xs::batch_bool_cast<std::uint32_t>(where);
     l.scale = xs::select(where, from.scale, l.scale);
     l.base = xs::select(where, from.base, l.base);
@@ -184,7 +184,7 @@ KV1_INLINE void take(lane_mask where, const lane_levels& from, lane_levels& l) {
 }
 
 // Codes, four channels a word: words [channels / 4, rounded up][lanes].
-KV1_INLINE u32 add_code(u32 word, f32 code) { return (word << 8) | xs::bitwise_cast<std::uint32_t>(xs::to_int(code)); }
+KV1_LAZY KV1_INLINE u32 add_code(u32 word, f32 code) { return (word << 8) | xs::bitwise_cast<std::uint32_t>(xs::to_int(code)); }
 
 template <bool Codebook>
 KV1_INLINE void nearest_words(const float* x, std::size_t n, const lane_levels& l, const lane_format<Codebook>& format,
@@ -293,7 +293,7 @@ KV1_INLINE void weighted_candidate(int k, const lane_levels& from, f32 middle, c
 }
 
 // x: [n][lanes], transformed block by block: two steps at a time where two are left, the norm with the last.
-KV1_INLINE void rotate_lanes(float* x, std::size_t n, std::size_t block) {
+KV1_LAZY KV1_INLINE void rotate_lanes(float* x, std::size_t n, std::size_t block) {
     const f32 norm(hadamard_norm(block));
     if (block == 1) // nothing but the norm, which is 1
         return;
@@ -329,7 +329,7 @@ KV1_INLINE void rotate_lanes(float* x, std::size_t n, std::size_t block) {
 }
 
 // The same for one vector, channels side by side.
-inline void rotate(float* x, std::size_t n, std::size_t block) noexcept {
+KV1_LAZY inline void rotate(float* x, std::size_t n, std::size_t block) noexcept {
     for (std::size_t half = 1; half < block; half *= 2)
         for (std::size_t at = 0; at < n; at += 2 * half) {
             std::size_t i = at;
@@ -360,7 +360,7 @@ struct lane_scratch {
 };
 
 // Vectors less their means, transposed; zeros in lanes without one. False where a value is beyond fp16, or none.
-KV1_INLINE bool load_vectors(const encode_row* rows, std::size_t count, std::size_t n, float* x) {
+KV1_LAZY KV1_INLINE bool load_vectors(const encode_row* rows, std::size_t count, std::size_t n, float* x) {
     i32 largest(0); // magnitude bits, NaN above infinity
     for (std::size_t c = 0; c < n; c += lanes) {
         const bool whole = c + lanes <= n;
@@ -486,7 +486,7 @@ bool encode_group(const encode_recipe& recipe, const encode_row* rows, std::size
 }
 
 // Codes of up to `lanes` vectors to scratch.words. False: metadata overflow.
-inline bool encode_lanes(const encode_recipe& recipe, const encode_row* rows, std::size_t count, lane_scratch& scratch,
+KV1_LAZY inline bool encode_lanes(const encode_recipe& recipe, const encode_row* rows, std::size_t count, lane_scratch& scratch,
                          row_metadata* metadata) noexcept {
     if (recipe.hadamard != 0)
         rotate_lanes(scratch.x, recipe.channels, recipe.hadamard);
@@ -503,7 +503,7 @@ inline bool encode_lanes(const encode_recipe& recipe, const encode_row* rows, st
 }
 
 // Vectors one by one, by the definition: those that are too long, and those of which one will be refused.
-inline encode_result encode_one_by_one(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
+KV1_LAZY inline encode_result encode_one_by_one(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
                                        std::uint8_t* codes, std::size_t stride, row_metadata* metadata,
                                        std::size_t& failed) noexcept {
     for (failed = 0; failed < count; ++failed) {
@@ -515,7 +515,7 @@ inline encode_result encode_one_by_one(const encode_recipe& recipe, const encode
     return {};
 }
 
-inline encode_result encode_rows(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
+KV1_LAZY inline encode_result encode_rows(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
                                  std::uint8_t* codes, std::size_t stride, row_metadata* metadata,
                                  std::size_t& failed) noexcept {
     const std::size_t n = recipe.channels;

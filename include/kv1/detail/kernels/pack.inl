@@ -66,7 +66,7 @@ KV1_INLINE void unpack_fields(const std::uint8_t* bytes, std::size_t n, std::uin
             bytes[i / per_byte] >> (static_cast<unsigned>(Bits) * (i % per_byte)) & ((1u << Bits) - 1u));
 }
 
-inline void pack(int bits, const std::uint8_t* codes, std::size_t n, std::uint8_t* bytes) noexcept {
+KV1_LAZY inline void pack(int bits, const std::uint8_t* codes, std::size_t n, std::uint8_t* bytes) noexcept {
     switch (bits) {
     case 1:
         return pack_fields<1>(codes, n, bytes);
@@ -80,7 +80,7 @@ inline void pack(int bits, const std::uint8_t* codes, std::size_t n, std::uint8_
     }
 }
 
-inline void unpack(int bits, const std::uint8_t* bytes, std::size_t n, std::uint8_t* codes) noexcept {
+KV1_LAZY inline void unpack(int bits, const std::uint8_t* bytes, std::size_t n, std::uint8_t* codes) noexcept {
     switch (bits) {
     case 1:
         return unpack_fields<1>(bytes, n, codes);
@@ -97,7 +97,7 @@ inline void unpack(int bits, const std::uint8_t* bytes, std::size_t n, std::uint
 // A vector's codes into the lanes of one token of a page section. K: the packed words of the vector go to one
 // lane of consecutive lines; V: one field of 16 lanes is replaced in each channel group.
 // `codes` holds round_up(channels, 32) bytes, zero past the channels.
-inline void insert_codes(const section_layout& s, std::byte* page, std::size_t token,
+KV1_LAZY inline void insert_codes(const section_layout& s, std::byte* page, std::size_t token,
                          const std::uint8_t* codes) noexcept {
     const format_traits t = s.traits();
     std::byte* const section = page + s.offset;

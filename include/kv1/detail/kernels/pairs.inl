@@ -27,7 +27,7 @@
 inline constexpr float pair_top = 255.0f, multiplier_top = 127.0f;
 
 // The table and multipliers of a row: r of R rows of its tile. `padded` channels, a multiple of 32.
-inline void pair_query(const float* query, std::size_t padded, const format_traits& keys,
+KV1_LAZY inline void pair_query(const float* query, std::size_t padded, const format_traits& keys,
                        std::uint8_t* tables, std::int8_t* multipliers, std::size_t r, std::size_t rows, float& scale, float& offset) noexcept {
     f32 widest(0.0f);
     for (std::size_t i = 0; i < padded; i += 2 * lanes) {

@@ -9,25 +9,25 @@
 // Sums, differences and quotients whose bits matter. The region's pragma acts on clang's own operators, not on intrinsics, which
 // keep the flags of the place where their header was included; and xsimd divides by an estimated reciprocal on NEON.
 #if defined(__clang__) && defined(__x86_64__)
-KV1_INLINE f32 sum_of(f32 a, f32 b) { return f32(f32::register_type(a) + f32::register_type(b)); }
-KV1_INLINE f32 difference_of(f32 a, f32 b) { return f32(f32::register_type(a) - f32::register_type(b)); }
-KV1_INLINE f32 quotient_of(f32 a, f32 b) { return f32(f32::register_type(a) / f32::register_type(b)); }
+KV1_LAZY KV1_INLINE f32 sum_of(f32 a, f32 b) { return f32(f32::register_type(a) + f32::register_type(b)); }
+KV1_LAZY KV1_INLINE f32 difference_of(f32 a, f32 b) { return f32(f32::register_type(a) - f32::register_type(b)); }
+KV1_LAZY KV1_INLINE f32 quotient_of(f32 a, f32 b) { return f32(f32::register_type(a) / f32::register_type(b)); }
 #elif defined(__GNUC__) && defined(__ARM_NEON) && !defined(__ARM_FEATURE_SVE)
-KV1_INLINE f32 sum_of(f32 a, f32 b) {
+KV1_LAZY KV1_INLINE f32 sum_of(f32 a, f32 b) {
     f32::register_type sum = a + b;
 #if defined(__clang__) && defined(__FAST_MATH__)
     __asm__ volatile("" : "+w"(sum));
 #endif
     return f32(sum);
 }
-KV1_INLINE f32 difference_of(f32 a, f32 b) {
+KV1_LAZY KV1_INLINE f32 difference_of(f32 a, f32 b) {
     f32::register_type difference = a - b;
 #if defined(__clang__) && defined(__FAST_MATH__)
     __asm__ volatile("" : "+w"(difference));
 #endif
     return f32(difference);
 }
-KV1_INLINE f32 quotient_of(f32 a, f32 b) {
+KV1_LAZY KV1_INLINE f32 quotient_of(f32 a, f32 b) {
     f32::register_type divisor = b;
 #if defined(__clang__) && defined(__FAST_MATH__)
     __asm__ volatile("" : "+w"(divisor));
@@ -38,32 +38,32 @@ KV1_INLINE f32 quotient_of(f32 a, f32 b) {
     (defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__))
 // A function whose only floats are batches takes over the flags of the first of xsimd's that g++ inlines into it, until
 // it is inlined itself: there (1.5 s) / s became 1.5.
-KV1_INLINE f32 sum_of(f32 a, f32 b) { return a + b; }
-KV1_INLINE f32 difference_of(f32 a, f32 b) { return a - b; }
-KV1_INLINE f32 quotient_of(f32 a, f32 b) {
+KV1_LAZY KV1_INLINE f32 sum_of(f32 a, f32 b) { return a + b; }
+KV1_LAZY KV1_INLINE f32 difference_of(f32 a, f32 b) { return a - b; }
+KV1_LAZY KV1_INLINE f32 quotient_of(f32 a, f32 b) {
     f32::register_type divisor = b;
     __asm__("" : "+x"(divisor));
     return f32(f32::register_type(a) / divisor);
 }
 #elif defined(_M_ARM64)
-KV1_INLINE f32 sum_of(f32 a, f32 b) { return a + b; }
-KV1_INLINE f32 difference_of(f32 a, f32 b) { return a - b; }
-KV1_INLINE f32 quotient_of(f32 a, f32 b) { return f32(vdivq_f32(a, b)); }
+KV1_LAZY KV1_INLINE f32 sum_of(f32 a, f32 b) { return a + b; }
+KV1_LAZY KV1_INLINE f32 difference_of(f32 a, f32 b) { return a - b; }
+KV1_LAZY KV1_INLINE f32 quotient_of(f32 a, f32 b) { return f32(vdivq_f32(a, b)); }
 #else
-KV1_INLINE f32 sum_of(f32 a, f32 b) { return a + b; }
-KV1_INLINE f32 difference_of(f32 a, f32 b) { return a - b; }
-KV1_INLINE f32 quotient_of(f32 a, f32 b) { return a / b; }
+KV1_LAZY KV1_INLINE f32 sum_of(f32 a, f32 b) { return a + b; }
+KV1_LAZY KV1_INLINE f32 difference_of(f32 a, f32 b) { return a - b; }
+KV1_LAZY KV1_INLINE f32 quotient_of(f32 a, f32 b) { return a / b; }
 #endif
 
 // Order-preserving integer image of a float: min and max of images are min and max of the reals with -0
 // before +0, and a NaN or infinity shows as an image outside the finite range. Immune to -ffast-math.
-KV1_INLINE i32 ordered_bits(f32 x) {
+KV1_LAZY KV1_INLINE i32 ordered_bits(f32 x) {
     const i32 bits = xs::bitwise_cast<std::int32_t>(x);
     return bits ^ ((bits >> 31) & i32(0x7fffffff));
 }
 
 // The last, partial register of a vector, filled up with copies of its first channel.
-KV1_INLINE f32 load_tail(const float* x, std::size_t n, std::size_t from) {
+KV1_LAZY KV1_INLINE f32 load_tail(const float* x, std::size_t n, std::size_t from) {
     alignas(64) float tail[lanes];
     for (std::size_t k = 0; k < lanes; ++k)
         tail[k] = from + k < n ? x[from + k] : x[0];
@@ -75,7 +75,7 @@ struct value_range {
     bool finite;
 };
 
-KV1_INLINE value_range range_of(const float* x, std::size_t n) {
+KV1_LAZY KV1_INLINE value_range range_of(const float* x, std::size_t n) {
     const i32 first = ordered_bits(f32(x[0]));
     i32 low = first, high = first;
     for (std::size_t i = 0; i < n; i += lanes) {
@@ -91,17 +91,17 @@ KV1_INLINE value_range range_of(const float* x, std::size_t n) {
 }
 
 // Codes past n up to the register's end are written as 0: the buffer holds round_up(n, 16) bytes.
-KV1_INLINE void store_codes(u32 c, std::uint8_t* codes, std::size_t i, std::size_t n) {
+KV1_LAZY KV1_INLINE void store_codes(u32 c, std::uint8_t* codes, std::size_t i, std::size_t n) {
     store_u8(c, codes + i);
     for (std::size_t k = n; k < i + lanes; ++k)
         codes[k] = 0;
 }
 
-inline encode_result refuse_non_finite(const float* x, std::size_t n) noexcept {
+KV1_LAZY inline encode_result refuse_non_finite(const float* x, std::size_t n) noexcept {
     return {errc::non_finite, rule_finite, first_non_finite({x, n}), {}};
 }
 
-inline encode_result encode_affine(const float* x, std::size_t n, int bits, std::uint8_t* codes) noexcept {
+KV1_LAZY inline encode_result encode_affine(const float* x, std::size_t n, int bits, std::uint8_t* codes) noexcept {
     const value_range range = range_of(x, n);
     if (!range.finite)
         return refuse_non_finite(x, n);
@@ -121,7 +121,7 @@ inline encode_result encode_affine(const float* x, std::size_t n, int bits, std:
     return {errc::ok, "", 0, stored};
 }
 
-KV1_INLINE void encode_signs(const float* x, std::size_t n, std::uint8_t* codes) {
+KV1_LAZY KV1_INLINE void encode_signs(const float* x, std::size_t n, std::uint8_t* codes) {
     for (std::size_t i = 0; i < n; i += lanes) {
         const f32 v = i + lanes <= n ? f32::load_unaligned(x + i) : load_tail(x, n, i);
         // v >= 0, by the bits: the image of -0 is -1
@@ -130,14 +130,14 @@ KV1_INLINE void encode_signs(const float* x, std::size_t n, std::uint8_t* codes)
     }
 }
 
-inline encode_result encode_binary(const float* x, std::size_t n, std::uint8_t* codes) noexcept {
+KV1_LAZY inline encode_result encode_binary(const float* x, std::size_t n, std::uint8_t* codes) noexcept {
     if (!range_of(x, n).finite)
         return refuse_non_finite(x, n);
     encode_signs(x, n, codes);
     return {};
 }
 
-inline encode_result encode_scaled_binary(const float* x, std::size_t n, std::uint8_t* codes) noexcept {
+KV1_LAZY inline encode_result encode_scaled_binary(const float* x, std::size_t n, std::uint8_t* codes) noexcept {
     if (!range_of(x, n).finite)
         return refuse_non_finite(x, n);
     f32 sums[pieces]; // 16 partial sums, the definition's order on any lane count

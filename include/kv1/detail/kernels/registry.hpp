@@ -24,7 +24,9 @@ struct format_registry<formats<Fs...>> {
     [[nodiscard]] static const format_kernels* find(target t, kv_format f) noexcept;
 };
 
-inline const target_kernels& common_kernels() noexcept { return common_registry<>::at(current_target()); }
+// A template, too: who never calls it compiles no kernel.
+template <class = void>
+const target_kernels& common_kernels() noexcept { return common_registry<>::at(current_target()); }
 
 } // namespace kv1::inline KV1_ABI::detail
 

@@ -15,7 +15,7 @@
 
 // Quotients by the step to 8-bit codes. A NaN in a query spoils its row, but must not make sums overflow:
 // clamping takes it to -127 on x86 (the second operand of maxps), and conversion to 0 on ARM.
-KV1_INLINE i32 rounded_codes(f32 quotients) {
+KV1_LAZY KV1_INLINE i32 rounded_codes(f32 quotients) {
     return xs::to_int(nearest(xs::min(xs::max(quotients, f32(-127.0f)), f32(127.0f))));
 }
 
@@ -26,7 +26,7 @@ struct affine_slots {
 };
 
 // Of a compact section. Out of line: one copy for all kernels, and none of its constants in their registers.
-KV1_NOINLINE inline void decode_compact(const block_view& view, affine_slots& out) noexcept {
+KV1_LAZY KV1_NOINLINE inline void decode_compact(const block_view& view, affine_slots& out) noexcept {
     const section_layout& s = *view.layout;
     const f32 steps(static_cast<float>(s.traits().top_level()) / 128.0f);
     for (std::size_t slot = 0; slot < view.count * tile_tokens; slot += lanes) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The tables a target hands out. Parsed once per target, last.
+// The tables a target hands out: templates, since a table compiles every kernel in it. Parsed once per target, last.
 
-inline const target_kernels& kernels() noexcept {
+KV1_LAZY const target_kernels& kernels() noexcept {
     static constexpr target_kernels table{load_floats,   store_floats, encode_affine, encode_scaled_binary,
                                           encode_binary, pack,         unpack,        insert_codes,
                                           append_affine2, encode_rows,  rotate,        attend_rows<false>};
@@ -27,7 +27,7 @@ inline const format_kernels& kernels_for() noexcept {
 
 // The same with keys of 2 bits in pairs, where the target can.
 #if defined(KV1_ISA_PAIRS)
-inline const target_kernels& best_kernels() noexcept {
+KV1_LAZY const target_kernels& best_kernels() noexcept {
     static constexpr target_kernels table{load_floats,   store_floats, encode_affine, encode_scaled_binary,
                                           encode_binary, pack,         unpack,        insert_codes,
                                           append_affine2, encode_rows,  rotate,        attend_rows<true>};
@@ -48,7 +48,9 @@ inline const format_kernels& best_kernels_for() noexcept {
     }
 }
 #else
-inline const target_kernels& best_kernels() noexcept { return kernels(); }
+KV1_LAZY const target_kernels& best_kernels() noexcept {
+    return kernels();
+}
 template <class Format>
 inline const format_kernels& best_kernels_for() noexcept {
     return kernels_for<Format>();

@@ -15,7 +15,7 @@
 
 // 2^t for t <= 0, within 3 units of 2^-24: t = n + f, |f| <= 1/2, and a polynomial for 2^f that errs by 1.54
 // units at most (minimax of degree 5 with constant term 1; its rounding adds 1.2). Zero far below 2^-126.
-KV1_INLINE f32 exp2_nonpositive(f32 t) {
+KV1_LAZY KV1_INLINE f32 exp2_nonpositive(f32 t) {
     const f32 clamped = xs::max(t, f32(exp2_zero_from));
     const f32 n = nearest(clamped);
     const f32 f = clamped - n;
@@ -28,7 +28,7 @@ KV1_INLINE f32 exp2_nonpositive(f32 t) {
 
 // What is subtracted from a row's scores in units of log2. Where nothing was seen yet scores are all lowest_score,
 // and their weights zero.
-KV1_INLINE f32 softmax_shift(float maximum) {
+KV1_LAZY KV1_INLINE f32 softmax_shift(float maximum) {
     return f32(maximum == lowest_score ? 0.0f : -maximum);
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Primitives of the AVX2 + FMA + F16C targets that xsimd does not have; KV1_ISA_VNNI says whether dot4 is one
-// instruction (AVX-VNNI). Parsed inside a target namespace that defines `xs` and `arch`, in an AVX2 region.
+// Primitives of the AVX2 + FMA + F16C targets that xsimd does not have, but for dot products (dots_avx2.inl). Parsed inside
+// a target namespace that defines `xs` and `arch`, in an AVX2 region.
 
 using f32 = xs::batch<float, arch>;
 using i32 = xs::batch<std::int32_t, arch>;
@@ -10,76 +10,24 @@ inline constexpr std::size_t lanes = 8;
 inline constexpr std::size_t pieces = line_lanes / lanes;
 inline constexpr bool many_registers = false;
 
-using dot_row = i32; // four 8-bit numbers of a row, for every lane
-template <bool>
-KV1_INLINE dot_row dot_broadcast(std::int32_t four) {
-    return i32(four);
-}
-
-#if KV1_ISA_VNNI
-// A running sum of dot4 products, in 32 bits: one vpdpbusd each. See the other branch for the interface.
-using dot_sum = i32;
-inline constexpr bool dot_sums_are_totals = true;
-template <int MaxCode, bool Unsigned>
-inline constexpr std::size_t dot_limit = ~std::size_t{0};
-KV1_INLINE dot_sum dot_start() { return i32(0); }
-template <int MaxCode, bool Unsigned>
-KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, i32 b) {
-    return Unsigned ? i32(_mm256_dpbusd_avx_epi32(__m256i(sum), __m256i(b), __m256i(a)))
-                    : i32(_mm256_dpbusd_avx_epi32(__m256i(sum), __m256i(a), __m256i(b)));
-}
-template <int MaxCode, bool Unsigned>
-KV1_INLINE i32 dot_finish(dot_sum sum) {
-    return sum;
-}
-#else
-// A running sum of dot4 products: add, then finish to lanes of 32 bits. dot_limit is how many products of
-// codes up to MaxCode may be added before finishing: pairs of products are summed in 16 bits, which take
-// 32767 / (2 * 127 * MaxCode) of them, half as many for unsigned rows. Codes above 15 would saturate at once; they go nibble by nibble, in 32 bits.
-using dot_sum = __m256i;
-inline constexpr bool dot_sums_are_totals = false;
-template <int MaxCode, bool Unsigned>
-inline constexpr std::size_t dot_limit = MaxCode > 15 ? ~std::size_t{0} : 32767 / (2 * (Unsigned ? 255 : 127) * MaxCode);
-KV1_INLINE dot_sum dot_start() { return _mm256_setzero_si256(); }
-template <int MaxCode, bool Unsigned>
-KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, i32 b) {
-    if constexpr (MaxCode > 15) {
-        const __m256i ones = _mm256_set1_epi16(1);
-        const u32 low = a & u32(0x0f0f0f0fu), high = (a >> 4) & u32(0x0f0f0f0fu);
-        const __m256i low_pairs = _mm256_maddubs_epi16(__m256i(low), __m256i(b));
-        const __m256i high_pairs = _mm256_maddubs_epi16(__m256i(high), __m256i(b));
-        const __m256i high_sums = _mm256_slli_epi32(_mm256_madd_epi16(high_pairs, ones), 4);
-        return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(low_pairs, ones), high_sums));
-    } else {
-        sum = _mm256_add_epi16(sum, Unsigned ? _mm256_maddubs_epi16(__m256i(b), __m256i(a)) : _mm256_maddubs_epi16(__m256i(a), __m256i(b)));
-        KV1_IN_ORDER(sum, "x");
-        return sum;
-    }
-}
-template <int MaxCode, bool Unsigned>
-KV1_INLINE i32 dot_finish(dot_sum sum) {
-    return MaxCode > 15 ? i32(sum) : i32(_mm256_madd_epi16(sum, _mm256_set1_epi16(1)));
-}
-#endif
-
-KV1_INLINE u32 load_u16(const std::uint16_t* p) {
+KV1_LAZY KV1_INLINE u32 load_u16(const std::uint16_t* p) {
     return u32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
-KV1_INLINE f32 load_half(const std::uint16_t* p) {
+KV1_LAZY KV1_INLINE f32 load_half(const std::uint16_t* p) {
     return f32(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
-KV1_INLINE f32 half_to_float(u32 h) {
+KV1_LAZY KV1_INLINE f32 half_to_float(u32 h) {
     const __m256i packed =
         _mm256_packus_epi32(_mm256_and_si256(__m256i(h), _mm256_set1_epi32(0xffff)), __m256i(h));
     return f32(_mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08))));
 }
-KV1_INLINE void store_half(f32 x, std::uint16_t* p) {
+KV1_LAZY KV1_INLINE void store_half(f32 x, std::uint16_t* p) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(__m256(x), _MM_FROUND_TO_NEAREST_INT));
 }
-KV1_INLINE u32 load_u8(const std::uint8_t* p) {
+KV1_LAZY KV1_INLINE u32 load_u8(const std::uint8_t* p) {
     return u32(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
-KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
+KV1_LAZY KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
     const __m256i low_bytes = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0,
                                                4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
     const __m256i bytes = _mm256_shuffle_epi8(__m256i(x), low_bytes);
@@ -88,23 +36,23 @@ KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), joined);
 }
 // Sixteen numbers 0 ... 255 to bytes, in one store: they are read again at once, in other pieces.
-KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) {
+KV1_LAZY KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) {
     const __m256i words = _mm256_packs_epi32(__m256i(x[0]), __m256i(x[1])); // by halves of both
     const __m256i bytes = _mm256_packus_epi16(words, words);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
 }
 // Levels of codebook2 for bytes 0 ... 3.
-KV1_INLINE u32 levels_of(u32 codes) {
+KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
     return u32(_mm256_shuffle_epi8(_mm256_set1_epi32(packed_codebook), __m256i(codes)));
 }
 // A square of lanes x lanes numbers.
-KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }
+KV1_LAZY KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }
 // To the nearest integer, ties to even.
-KV1_INLINE f32 nearest(f32 x) { return xs::nearbyint(x); }
-KV1_INLINE i32 round_to_int(f32 x) { return i32(_mm256_cvtps_epi32(__m256(x))); }
+KV1_LAZY KV1_INLINE f32 nearest(f32 x) { return xs::nearbyint(x); }
+KV1_LAZY KV1_INLINE i32 round_to_int(f32 x) { return i32(_mm256_cvtps_epi32(__m256(x))); }
 // x * 2^n for integral n >= exp2_zero_from, which gives zero.
 inline constexpr float exp2_zero_from = -127.0f;
-KV1_INLINE f32 times_power_of_2(f32 x, f32 n) {
+KV1_LAZY KV1_INLINE f32 times_power_of_2(f32 x, f32 n) {
     return x * xs::bitwise_cast<float>((round_to_int(n) + i32(127)) << 23);
 }

@@ -38,7 +38,7 @@ using dot_sum = i32;
 inline constexpr bool dot_sums_are_totals = true;
 template <int MaxCode, bool Unsigned>
 inline constexpr std::size_t dot_limit = ~std::size_t{0};
-KV1_INLINE dot_sum dot_start() { return i32(0); }
+KV1_LAZY KV1_INLINE dot_sum dot_start() { return i32(0); }
 template <int MaxCode, bool Unsigned>
 KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, i32 b) {
     return dot4<Unsigned>(sum, a, b);
@@ -49,7 +49,7 @@ KV1_INLINE i32 dot_finish(dot_sum sum) {
 }
 
 // fp16 bits in the low halves of the lanes, finite; no denormal float appears on the way.
-KV1_INLINE f32 half_to_float(u32 h) {
+KV1_LAZY KV1_INLINE f32 half_to_float(u32 h) {
     const u32 magnitude = (h & u32(0x7fffu)) << 13;
     const u32 sign = (h & u32(0x8000u)) << 16;
     const u32 normal = magnitude + u32(112u << 23);
@@ -59,47 +59,47 @@ KV1_INLINE f32 half_to_float(u32 h) {
     const u32 value = xs::select(is_subnormal, xs::bitwise_cast<std::uint32_t>(subnormal), normal);
     return xs::bitwise_cast<float>(value | sign);
 }
-KV1_INLINE u32 load_u16(const std::uint16_t* p) {
+KV1_LAZY KV1_INLINE u32 load_u16(const std::uint16_t* p) {
     alignas(64) std::uint32_t wide[lanes];
     for (std::size_t i = 0; i < lanes; ++i)
         wide[i] = p[i];
     return u32::load_aligned(wide);
 }
-KV1_INLINE f32 load_half(const std::uint16_t* p) { return half_to_float(load_u16(p)); }
-KV1_INLINE void store_half(f32 x, std::uint16_t* p) {
+KV1_LAZY KV1_INLINE f32 load_half(const std::uint16_t* p) { return half_to_float(load_u16(p)); }
+KV1_LAZY KV1_INLINE void store_half(f32 x, std::uint16_t* p) {
     alignas(64) float narrow[lanes];
     x.store_aligned(narrow);
     for (std::size_t i = 0; i < lanes; ++i)
         p[i] = float_to_half(narrow[i]);
 }
-KV1_INLINE u32 load_u8(const std::uint8_t* p) {
+KV1_LAZY KV1_INLINE u32 load_u8(const std::uint8_t* p) {
     alignas(64) std::uint32_t wide[lanes];
     for (std::size_t i = 0; i < lanes; ++i)
         wide[i] = p[i];
     return u32::load_aligned(wide);
 }
-KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
+KV1_LAZY KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
     alignas(64) std::uint32_t wide[lanes];
     x.store_aligned(wide);
     for (std::size_t i = 0; i < lanes; ++i)
         p[i] = static_cast<std::uint8_t>(wide[i]);
 }
 // Sixteen numbers 0 ... 255 to bytes.
-KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) {
+KV1_LAZY KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) {
     for (std::size_t i = 0; i < pieces; ++i)
         store_u8(xs::bitwise_cast<std::uint32_t>(x[i]), p + i * lanes);
 }
 // A square of lanes x lanes numbers.
-KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }
+KV1_LAZY KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }
 // To the nearest integer, ties to even.
-KV1_INLINE f32 nearest(f32 x) { return xs::nearbyint(x); }
-KV1_INLINE i32 round_to_int(f32 x) { return xs::to_int(xs::nearbyint(x)); }
+KV1_LAZY KV1_INLINE f32 nearest(f32 x) { return xs::nearbyint(x); }
+KV1_LAZY KV1_INLINE i32 round_to_int(f32 x) { return xs::to_int(xs::nearbyint(x)); }
 // Levels of codebook2 for bytes 0 ... 3: 5 c - c / 2, which borrows nothing from the next byte.
-KV1_INLINE u32 levels_of(u32 codes) {
+KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
     return ((codes << 2) + codes) - ((codes >> 1) & u32(0x01010101u));
 }
 // x * 2^n for integral n >= exp2_zero_from, which gives zero.
 inline constexpr float exp2_zero_from = -127.0f;
-KV1_INLINE f32 times_power_of_2(f32 x, f32 n) {
+KV1_LAZY KV1_INLINE f32 times_power_of_2(f32 x, f32 n) {
     return x * xs::bitwise_cast<float>((xs::to_int(n) + i32(127)) << 23);
 }

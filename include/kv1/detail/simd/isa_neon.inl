@@ -15,10 +15,10 @@ template <bool>
 KV1_INLINE dot_row dot_broadcast(std::int32_t four) {
     return vreinterpretq_s8_s32(vdupq_n_s32(four));
 }
-KV1_INLINE int8x16_t signed_bytes(u32 a) { return vreinterpretq_s8_u32(uint32x4_t(a)); }
+KV1_LAZY KV1_INLINE int8x16_t signed_bytes(u32 a) { return vreinterpretq_s8_u32(uint32x4_t(a)); }
 
 // Four products a lane, summed in 32 bits; a's bytes are at most 127.
-KV1_INLINE int32x4_t dot4(int32x4_t sum, int8x16_t a, dot_row b) {
+KV1_LAZY KV1_INLINE int32x4_t dot4(int32x4_t sum, int8x16_t a, dot_row b) {
 #if KV1_ISA_DOTPROD
     return vdotq_s32(sum, a, b);
 #else
@@ -37,7 +37,7 @@ struct dot_sum {
     int32x4_t wide;
     int16x8_t low, high;
 };
-KV1_INLINE dot_sum dot_start() { return {vdupq_n_s32(0), vdupq_n_s16(0), vdupq_n_s16(0)}; }
+KV1_LAZY KV1_INLINE dot_sum dot_start() { return {vdupq_n_s32(0), vdupq_n_s16(0), vdupq_n_s16(0)}; }
 template <int MaxCode, bool Unsigned>
 KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, dot_row b) {
     if constexpr (MaxCode > 15) {
@@ -70,46 +70,46 @@ KV1_INLINE i32 dot_finish(dot_sum sum) {
         return i32(vpaddq_s32(vpaddlq_s16(sum.low), vpaddlq_s16(sum.high)));
 }
 
-KV1_INLINE u32 load_u16(const std::uint16_t* p) { return u32(vmovl_u16(vld1_u16(p))); }
-KV1_INLINE f32 load_half(const std::uint16_t* p) {
+KV1_LAZY KV1_INLINE u32 load_u16(const std::uint16_t* p) { return u32(vmovl_u16(vld1_u16(p))); }
+KV1_LAZY KV1_INLINE f32 load_half(const std::uint16_t* p) {
     return f32(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))));
 }
-KV1_INLINE f32 half_to_float(u32 h) {
+KV1_LAZY KV1_INLINE f32 half_to_float(u32 h) {
     return f32(vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(uint32x4_t(h)))));
 }
-KV1_INLINE void store_half(f32 x, std::uint16_t* p) {
+KV1_LAZY KV1_INLINE void store_half(f32 x, std::uint16_t* p) {
     vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(float32x4_t(x))));
 }
-KV1_INLINE u32 load_u8(const std::uint8_t* p) {
+KV1_LAZY KV1_INLINE u32 load_u8(const std::uint8_t* p) {
     std::uint32_t four;
     std::memcpy(&four, p, sizeof four);
     const uint8x8_t bytes = vreinterpret_u8_u32(vdup_n_u32(four));
     return u32(vmovl_u16(vget_low_u16(vmovl_u8(bytes))));
 }
-KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
+KV1_LAZY KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
     const uint16x4_t words = vmovn_u32(uint32x4_t(x));
     const std::uint32_t four = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(words, words))), 0);
     std::memcpy(p, &four, sizeof four);
 }
 // Sixteen numbers 0 ... 255 to bytes, in one store: they are read again at once, in other pieces.
-KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) {
+KV1_LAZY KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) {
     const auto words = [](i32 a, i32 b) {
         return vcombine_u16(vmovn_u32(vreinterpretq_u32_s32(a)), vmovn_u32(vreinterpretq_u32_s32(b)));
     };
     vst1q_u8(p, vcombine_u8(vmovn_u16(words(x[0], x[1])), vmovn_u16(words(x[2], x[3]))));
 }
 // Levels of codebook2 for bytes 0 ... 3.
-KV1_INLINE u32 levels_of(u32 codes) {
+KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
     const uint8x16_t table = vreinterpretq_u8_s32(vdupq_n_s32(packed_codebook));
     return u32(vreinterpretq_u32_u8(vqtbl1q_u8(table, vreinterpretq_u8_u32(uint32x4_t(codes)))));
 }
 // A square of lanes x lanes numbers.
-KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }
+KV1_LAZY KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }
 // To the nearest integer, ties to even.
-KV1_INLINE f32 nearest(f32 x) { return f32(vrndnq_f32(float32x4_t(x))); }
-KV1_INLINE i32 round_to_int(f32 x) { return i32(vcvtnq_s32_f32(float32x4_t(x))); }
+KV1_LAZY KV1_INLINE f32 nearest(f32 x) { return f32(vrndnq_f32(float32x4_t(x))); }
+KV1_LAZY KV1_INLINE i32 round_to_int(f32 x) { return i32(vcvtnq_s32_f32(float32x4_t(x))); }
 // x * 2^n for integral n >= exp2_zero_from, which gives zero.
 inline constexpr float exp2_zero_from = -127.0f;
-KV1_INLINE f32 times_power_of_2(f32 x, f32 n) {
+KV1_LAZY KV1_INLINE f32 times_power_of_2(f32 x, f32 n) {
     return x * xs::bitwise_cast<float>((round_to_int(n) + i32(127)) << 23);
 }

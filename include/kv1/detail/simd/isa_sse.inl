@@ -21,7 +21,7 @@ using dot_sum = __m128i;
 inline constexpr bool dot_sums_are_totals = false;
 template <int MaxCode, bool Unsigned>
 inline constexpr std::size_t dot_limit = MaxCode > 15 ? ~std::size_t{0} : 32767 / (2 * (Unsigned ? 255 : 127) * MaxCode);
-KV1_INLINE dot_sum dot_start() { return _mm_setzero_si128(); }
+KV1_LAZY KV1_INLINE dot_sum dot_start() { return _mm_setzero_si128(); }
 template <int MaxCode, bool Unsigned>
 KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, dot_row b) {
     if constexpr (MaxCode > 15) {
@@ -41,11 +41,11 @@ template <int MaxCode, bool Unsigned>
 KV1_INLINE i32 dot_finish(dot_sum sum) {
     return MaxCode > 15 ? i32(sum) : i32(_mm_madd_epi16(sum, _mm_set1_epi16(1)));
 }
-KV1_INLINE f32 nearest(f32 x) {
+KV1_LAZY KV1_INLINE f32 nearest(f32 x) {
     return f32(_mm_round_ps(__m128(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 // Levels of codebook2 for bytes 0 ... 3.
-KV1_INLINE u32 levels_of(u32 codes) {
+KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
     return u32(_mm_shuffle_epi8(_mm_set1_epi32(packed_codebook), __m128i(codes)));
 }
 #else
@@ -65,7 +65,7 @@ using dot_sum = i32;
 inline constexpr bool dot_sums_are_totals = true;
 template <int MaxCode, bool Unsigned>
 inline constexpr std::size_t dot_limit = ~std::size_t{0};
-KV1_INLINE dot_sum dot_start() { return i32(0); }
+KV1_LAZY KV1_INLINE dot_sum dot_start() { return i32(0); }
 template <int MaxCode, bool Unsigned>
 KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, const dot_row& b) {
     const __m128i even = _mm_and_si128(__m128i(a), _mm_set1_epi16(0xff)), odd = _mm_srli_epi16(__m128i(a), 8);
@@ -77,18 +77,18 @@ KV1_INLINE i32 dot_finish(dot_sum sum) {
     return sum;
 }
 // For numbers that fit 32 bits.
-KV1_INLINE f32 nearest(f32 x) { return f32(_mm_cvtepi32_ps(_mm_cvtps_epi32(__m128(x)))); }
+KV1_LAZY KV1_INLINE f32 nearest(f32 x) { return f32(_mm_cvtepi32_ps(_mm_cvtps_epi32(__m128(x)))); }
 // Levels of codebook2 for bytes 0 ... 3: 5 c - c / 2, which borrows nothing from the next byte.
-KV1_INLINE u32 levels_of(u32 codes) {
+KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
     return ((codes << 2) + codes) - ((codes >> 1) & u32(0x01010101u));
 }
 #endif
 
-KV1_INLINE u32 load_u16(const std::uint16_t* p) {
+KV1_LAZY KV1_INLINE u32 load_u16(const std::uint16_t* p) {
     return u32(_mm_unpacklo_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), _mm_setzero_si128()));
 }
 // fp16 bits in the low halves of the lanes, finite; no denormal float appears on the way.
-KV1_INLINE f32 half_to_float(u32 h) {
+KV1_LAZY KV1_INLINE f32 half_to_float(u32 h) {
     const u32 magnitude = (h & u32(0x7fffu)) << 13;
     const u32 sign = (h & u32(0x8000u)) << 16;
     const u32 normal = magnitude + u32(112u << 23);
@@ -99,36 +99,36 @@ KV1_INLINE f32 half_to_float(u32 h) {
                                        _mm_andnot_si128(is_subnormal, __m128i(normal)));
     return xs::bitwise_cast<float>(u32(value) | sign);
 }
-KV1_INLINE f32 load_half(const std::uint16_t* p) { return half_to_float(load_u16(p)); }
-KV1_INLINE void store_half(f32 x, std::uint16_t* p) {
+KV1_LAZY KV1_INLINE f32 load_half(const std::uint16_t* p) { return half_to_float(load_u16(p)); }
+KV1_LAZY KV1_INLINE void store_half(f32 x, std::uint16_t* p) {
     alignas(16) float narrow[lanes];
     x.store_aligned(narrow);
     for (std::size_t i = 0; i < lanes; ++i)
         p[i] = float_to_half(narrow[i]);
 }
-KV1_INLINE u32 load_u8(const std::uint8_t* p) {
+KV1_LAZY KV1_INLINE u32 load_u8(const std::uint8_t* p) {
     std::int32_t four;
     std::memcpy(&four, p, sizeof four);
     const __m128i zero = _mm_setzero_si128();
     return u32(_mm_unpacklo_epi16(_mm_unpacklo_epi8(_mm_cvtsi32_si128(four), zero), zero));
 }
-KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
+KV1_LAZY KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
     const __m128i bytes = _mm_and_si128(__m128i(x), _mm_set1_epi32(0xff));
     const __m128i words = _mm_packs_epi32(bytes, bytes);
     const std::int32_t four = _mm_cvtsi128_si32(_mm_packus_epi16(words, words));
     std::memcpy(p, &four, sizeof four);
 }
 // Sixteen numbers 0 ... 255 to bytes, in one store: they are read again at once, in other pieces.
-KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) {
+KV1_LAZY KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) {
     const __m128i low = _mm_packs_epi32(__m128i(x[0]), __m128i(x[1])), high = _mm_packs_epi32(__m128i(x[2]), __m128i(x[3]));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(low, high));
 }
 // A square of lanes x lanes numbers.
-KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }
+KV1_LAZY KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }
 // To the nearest integer, ties to even.
-KV1_INLINE i32 round_to_int(f32 x) { return i32(_mm_cvtps_epi32(__m128(x))); }
+KV1_LAZY KV1_INLINE i32 round_to_int(f32 x) { return i32(_mm_cvtps_epi32(__m128(x))); }
 // x * 2^n for integral n >= exp2_zero_from, which gives zero.
 inline constexpr float exp2_zero_from = -127.0f;
-KV1_INLINE f32 times_power_of_2(f32 x, f32 n) {
+KV1_LAZY KV1_INLINE f32 times_power_of_2(f32 x, f32 n) {
     return x * xs::bitwise_cast<float>((round_to_int(n) + i32(127)) << 23);
 }

@@ -11,7 +11,8 @@
 //
 // xsimd is parsed once for the baseline (its real namespace, which users share), once for AVX2, once for
 // AVX-512: its include guards and settings are forgotten in between. The SSE4.1 target shares the baseline's
-// xsimd, the AVX-VNNI target that of AVX2, the AVX-512 VNNI target that of AVX-512; each has its own region.
+// xsimd, the AVX-VNNI target that of AVX2, the AVX-512 VNNI target that of AVX-512; each has its own region. The
+// VNNI targets share their kernels without dot products, too.
 // g++ and clang attach a region's target to the functions and templates that are defined in it; tests/codegen
 // checks the outcome on object files.
 #pragma once
@@ -67,6 +68,10 @@
 #define KV1_NOINLINE
 #endif
 
+// Makes a function of a region a template: its body, and all that it needs of xsimd, is compiled where it is used, not
+// wherever the library is included.
+#define KV1_LAZY template <class = void>
+
 // Before a loop over registers: both compilers keep arrays in registers only where such loops are unrolled.
 #if defined(__clang__)
 #define KV1_UNROLL _Pragma("clang loop unroll(full)")
@@ -121,6 +126,7 @@ using arch = xs::best_arch;
 #define KV1_ISA_PAIRS 1
 #endif
 #include <kv1/detail/simd/isa_avx512.inl>
+#include <kv1/detail/simd/dots_avx512.inl>
 #undef KV1_ISA_VNNI
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #if defined(__AVXVNNI__)
@@ -129,6 +135,7 @@ using arch = xs::best_arch;
 #define KV1_ISA_VNNI 0
 #endif
 #include <kv1/detail/simd/isa_avx2.inl>
+#include <kv1/detail/simd/dots_avx2.inl>
 #undef KV1_ISA_VNNI
 #elif defined(__SSE2__) && !defined(__AVX__)
 #if defined(__SSSE3__) && defined(__SSE4_1__)
@@ -151,7 +158,8 @@ using arch = xs::best_arch;
 #define KV1_ISA_GENERIC 1
 #include <kv1/detail/simd/isa_generic.inl>
 #endif
-#include <kv1/detail/kernels/all.inl>
+#include <kv1/detail/kernels/storing.inl>
+#include <kv1/detail/kernels/attending.inl>
 #undef KV1_ISA_GENERIC
 #undef KV1_ISA_PDEP
 #undef KV1_ISA_PAIRS
@@ -176,7 +184,8 @@ using arch = xs::sse2;
 #define KV1_ISA_GENERIC 1
 #define KV1_ISA_PDEP 0
 #include <kv1/detail/simd/isa_sse.inl>
-#include <kv1/detail/kernels/all.inl>
+#include <kv1/detail/kernels/storing.inl>
+#include <kv1/detail/kernels/attending.inl>
 #undef KV1_ISA_PDEP
 #undef KV1_ISA_GENERIC
 #undef KV1_ISA_SSE41
@@ -210,8 +219,10 @@ namespace xs = ::kv1_xsimd_avx2;
 using arch = xs::fma3<xs::avx2>;
 #define KV1_ISA_VNNI 0
 #include <kv1/detail/simd/isa_avx2.inl>
+#include <kv1/detail/simd/dots_avx2.inl>
 #undef KV1_ISA_VNNI
-#include <kv1/detail/kernels/all.inl>
+#include <kv1/detail/kernels/storing.inl>
+#include <kv1/detail/kernels/attending.inl>
 } // namespace kv1::inline KV1_ABI::detail::avx2
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -229,12 +240,11 @@ using arch = xs::fma3<xs::avx2>;
 #pragma GCC target("sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,fma,f16c,bmi,bmi2,avxvnni")
 #endif
 namespace kv1::inline KV1_ABI::detail::avx_vnni {
-namespace xs = ::kv1_xsimd_avx2;
-using arch = xs::fma3<xs::avx2>;
+using namespace avx2;
 #define KV1_ISA_VNNI 1
-#include <kv1/detail/simd/isa_avx2.inl>
+#include <kv1/detail/simd/dots_avx2.inl>
 #undef KV1_ISA_VNNI
-#include <kv1/detail/kernels/all.inl>
+#include <kv1/detail/kernels/attending.inl>
 } // namespace kv1::inline KV1_ABI::detail::avx_vnni
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -266,8 +276,10 @@ namespace xs = ::kv1_xsimd_avx512;
 using arch = xs::avx512bw;
 #define KV1_ISA_VNNI 0
 #include <kv1/detail/simd/isa_avx512.inl>
+#include <kv1/detail/simd/dots_avx512.inl>
 #undef KV1_ISA_VNNI
-#include <kv1/detail/kernels/all.inl>
+#include <kv1/detail/kernels/storing.inl>
+#include <kv1/detail/kernels/attending.inl>
 } // namespace kv1::inline KV1_ABI::detail::avx512
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -290,13 +302,12 @@ using arch = xs::avx512bw;
     "avx512bw,avx512vnni")
 #endif
 namespace kv1::inline KV1_ABI::detail::avx512_vnni {
-namespace xs = ::kv1_xsimd_avx512;
-using arch = xs::avx512bw;
+using namespace avx512;
 #define KV1_ISA_VNNI 1
 #define KV1_ISA_PAIRS 1
-#include <kv1/detail/simd/isa_avx512.inl>
+#include <kv1/detail/simd/dots_avx512.inl>
 #undef KV1_ISA_VNNI
-#include <kv1/detail/kernels/all.inl>
+#include <kv1/detail/kernels/attending.inl>
 #undef KV1_ISA_PAIRS
 } // namespace kv1::inline KV1_ABI::detail::avx512_vnni
 #if defined(__clang__)
@@ -321,4 +332,5 @@ using arch = xs::avx512bw;
 #undef KV1_INLINE
 #undef KV1_NOINLINE
 #undef KV1_UNROLL
+#undef KV1_LAZY
 #undef KV1_IN_ORDER

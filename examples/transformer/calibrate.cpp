@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "calibrate.hpp"
+
+#include "cache_policy.hpp"
+#include "error.hpp"
+#include "file.hpp"
+#include "float_tensors.hpp"
+#include "json_file.hpp"
+#include "model.hpp"
+#include "model_cache.hpp"
+#include "output_file.hpp"
+#include "tokenizer.hpp"
+
+#include <algorithm>
+#include <ostream>
+#include <string>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+namespace kv1_lm {
+
+namespace {
+
+void add_layers(std::vector<float_tensor>& file, const char* name, const std::vector<std::size_t>& shape,
+                const std::vector<std::vector<float>>& layers) {
+    for (std::size_t i = 0; i < layers.size(); ++i)
+        file.push_back({"layers." + std::to_string(i) + "." + name, shape, layers[i]});
+}
+
+} // namespace
+
+void calibrate_folder(const calibrate_options& options, std::ostream& out) {
+    const std::filesystem::path config_file = options.model / "config.json";
+    json_document document = read_json_file(config_file);
+    const auto cache = document.root().find("kv1");
+    if (!cache)
+        throw input_error(config_file.string(), "kv1 names no cache that weights could be added to");
+    const auto encoder = cache->find("encoder");
+    if (!encoder || encoder->string() != "least_squares")
+        throw input_error(cache->place(), "error weights are for levels by least_squares");
+    const auto centre = cache->find("centre");
+    std::error_code unreadable;
+    const bool lacks_means =
+        centre && centre->boolean() && !std::filesystem::exists(options.model / means_file, unreadable);
+
+    const model m = model::read(options.model);
+    const model_config& c = m.config();
+    std::vector<std::int32_t> tokens =
+        tokenizer::read(options.model / "tokenizer.json").encode(read_text_file(options.text));
+    tokens.resize(std::min(tokens.size(), options.tokens));
+    if (tokens.empty())
+        throw input_error(options.text.string(), "no tokens to calibrate on");
+    const std::size_t used = tokens.size();
+    const calibration found = calibrate(m, std::move(tokens), c.max_positions);
+
+    std::vector<float_tensor> moments, means;
+    add_layers(moments, "query_moments", {c.kv_heads, c.head_dim, c.head_dim}, found.query_moments);
+    output_file(options.model / moments_file).commit(to_safetensors(moments));
+    if (lacks_means) {
+        add_layers(means, "key_means", {c.kv_heads, c.head_dim}, found.key_means);
+        add_layers(means, "value_means", {c.kv_heads, c.head_dim}, found.value_means);
+        output_file(options.model / means_file).commit(to_safetensors(means));
+    }
+    document.value["kv1"]["error_weights"] = true;
+    output_file(config_file).commit(document.value.dump(2) + "\n");
+    out << "error weights from " << used << " tokens; the model's cache is now "
+        << choose_cache(options.model, c, {}).policy.text << '\n';
+}
+
+} // namespace kv1_lm

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "float_tensors.hpp"
+
+#include <nlohmann/json.hpp>
+
+#include <bit>
+#include <cstdint>
+
+namespace kv1_lm {
+
+namespace {
+
+void append_little_endian(std::string& out, std::uint64_t value, std::size_t bytes) {
+    for (std::size_t i = 0; i < bytes; ++i)
+        out += static_cast<char>(static_cast<unsigned char>(value >> (8 * i)));
+}
+
+} // namespace
+
+std::string to_safetensors(std::span<const float_tensor> tensors) {
+    nlohmann::json header = nlohmann::json::object();
+    std::string data;
+    for (const float_tensor& t : tensors) {
+        const std::size_t begin = data.size();
+        for (const float value : t.values)
+            append_little_endian(data, std::bit_cast<std::uint32_t>(value), sizeof value);
+        header[t.name] = {{"dtype", "F32"}, {"shape", t.shape}, {"data_offsets", {begin, data.size()}}};
+    }
+    std::string text = header.dump();
+    text.resize((text.size() + 7) / 8 * 8, ' '); // data aligned to 8 bytes
+    std::string file;
+    append_little_endian(file, text.size(), 8);
+    return file + text + data;
+}
+
+} // namespace kv1_lm

@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// kv1-lm calibrate: error weights for the cache that a model's folder names.
+#include "command_line.hpp"
+#include "file.hpp"
+#include "json_file.hpp"
+#include "model_cache.hpp"
+#include "shipped_model.hpp"
+#include "temporary_folder.hpp"
+#include "tokenizer.hpp"
+
+#include <catch2/catch_test_macros.hpp>
+#include <catch2/matchers/catch_matchers_string.hpp>
+
+#include <string>
+#include <vector>
+
+using Catch::Matchers::ContainsSubstring;
+using nlohmann::json;
+
+namespace {
+
+// The shipped model in a folder that can be written to.
+class writable_model {
+public:
+    explicit writable_model(const json& cache) {
+        json config = kv1_lm::read_json_file(std::filesystem::path(KV1_LM_MODEL_DIR) / "config.json").value;
+        if (!cache.is_null())
+            config["kv1"] = cache;
+        folder_.write("config.json", config.dump());
+        for (const char* file : {"model.safetensors", "tokenizer.json"})
+            std::filesystem::create_symlink(std::filesystem::path(KV1_LM_MODEL_DIR) / file, path() / file);
+        // the test text's end, of which nothing is measured
+        const std::string text = kv1_lm::read_text_file(KV1_LM_TEXT_FILE);
+        folder_.write("other.txt", text.substr(text.size() - 12000));
+    }
+
+    [[nodiscard]] const std::filesystem::path& path() const noexcept { return folder_.path(); }
+    [[nodiscard]] auto calibrate(const std::string& text = "other.txt") const {
+        return kv1_test::run_kv1_lm({"calibrate", "--model", path().string(), "--text",
+                                     (path() / text).string(), "--tokens", "2048"});
+    }
+    [[nodiscard]] kv1_lm::model_cache cache() const {
+        return kv1_lm::choose_cache(path(), kv1_lm::model_config::read(path() / "config.json"), {});
+    }
+    [[nodiscard]] double divergence() const {
+        const std::filesystem::path report = path() / "report.json";
+        const auto r = kv1_test::run_kv1_lm({"kld", "--model", path().string(), "--text", KV1_LM_TEXT_FILE,
+                                             "--max-tokens", "512", "--seq-len", "512", "--threads", "1",
+                                             "--json", report.string()});
+        INFO(r.err);
+        REQUIRE(r.code == 0);
+        return kv1_lm::read_json_file(report).value.at("kld_nats_per_token").get<double>();
+    }
+    void write(const char* file, const std::string& text) const { folder_.write(file, text); }
+
+private:
+    kv1_test::temporary_folder folder_;
+};
+
+const json fitted{{"key_format", "compact2"},
+                  {"value_format", "compact2"},
+                  {"encoder", "least_squares"},
+                  {"hadamard", true}};
+
+} // namespace
+
+TEST_CASE("calibrate adds error weights to a model's cache, which then costs less", "[calibrate]") {
+    const writable_model m(fitted);
+    const double before = m.divergence();
+    const auto r = m.calibrate();
+    INFO(r.err);
+    REQUIRE(r.code == 0);
+    CHECK_THAT(r.out, ContainsSubstring("error weights from 2048 tokens"));
+    CHECK_THAT(r.out, ContainsSubstring("c2+ls+had+ew,c2+ls+had+ew"));
+    CHECK_FALSE(std::filesystem::exists(m.path() / kv1_lm::means_file)); // the cache has no use for them
+
+    const kv1_lm::model& shipped = kv1_test::shipped_model();
+    std::vector<std::int32_t> tokens = kv1_lm::tokenizer::read(m.path() / "tokenizer.json")
+                                           .encode(kv1_lm::read_text_file(m.path() / "other.txt"));
+    tokens.resize(2048);
+    const kv1_lm::model_cache cache = m.cache();
+    CHECK(cache.calibrated.query_moments == calibrate(shipped, tokens, 1024).query_moments);
+    CHECK(kv1::kv_cache::create(describe(shipped, cache.policy, cache.calibrated, 64)));
+    CHECK(m.divergence() < 0.95 * before);
+}
+
+TEST_CASE("calibrate takes means where a cache lacks them, and leaves those that are there", "[calibrate]") {
+    json centred = fitted;
+    centred["centre"] = true;
+    const writable_model m(centred);
+    REQUIRE(m.calibrate().code == 0);
+    CHECK(m.cache().policy.text == "c2+ls+had+mean+ew,c2+ls+had+mean+ew");
+    CHECK(m.cache().calibrated.value_means.size() == 8);
+
+    const auto means = kv1_lm::read_binary_file(m.path() / kv1_lm::means_file);
+    const auto moments = kv1_lm::read_binary_file(m.path() / kv1_lm::moments_file);
+    const std::string config = kv1_lm::read_text_file(m.path() / "config.json");
+    m.write("third.txt", "Another text, which is short.");
+    REQUIRE(m.calibrate("third.txt").code == 0);
+    CHECK(kv1_lm::read_binary_file(m.path() / kv1_lm::means_file) == means);
+    CHECK(kv1_lm::read_binary_file(m.path() / kv1_lm::moments_file) != moments);
+    CHECK(kv1_lm::read_text_file(m.path() / "config.json") == config);
+}
+
+TEST_CASE("calibrate refuses a cache that has no use for weights, and an empty text", "[calibrate]") {
+    const auto refused = [](const json& cache, const char* text, const char* why) {
+        const writable_model m(cache);
+        m.write("empty.txt", "");
+        const std::string config = kv1_lm::read_text_file(m.path() / "config.json");
+        const auto r = m.calibrate(text);
+        CHECK(r.code == 2);
+        CHECK_THAT(r.err, ContainsSubstring(why));
+        CHECK(kv1_lm::read_text_file(m.path() / "config.json") == config);
+        CHECK_FALSE(std::filesystem::exists(m.path() / kv1_lm::moments_file));
+    };
+    refused(nullptr, "other.txt", "config.json: kv1 names no cache");
+    json min_max = fitted;
+    min_max["encoder"] = "min_max";
+    refused(min_max, "other.txt", "config.json: kv1: error weights are for levels by least_squares");
+    refused(fitted, "empty.txt", "empty.txt: no tokens to calibrate on");
+    refused(fitted, "none.txt", "none.txt");
+}
