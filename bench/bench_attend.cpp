@@ -2,7 +2,7 @@
 //
 // Decode attention: one query token over n cached tokens, softmax included, one thread.
 //
-//   attend/decode/<K>/<V>/<precision>/<target>/h<heads>/kv<kv_heads>/d<head_dim>/n<tokens>/<cold|warm>
+//   attend/decode/<K>/<V>/<precision>/<target>/h<heads>/kv<kv_heads>/d<head_dim>/n<tokens>/<cold|warm>[/g<group>]
 //
 // cold: calls rotate over enough layers that both this cache and one of the same shape in fp16 exceed 256 MB;
 // warm: one layer. Bytes are row-format bytes read. Counters:
@@ -27,11 +27,12 @@ struct decode_case {
     bench::attention_shape shape;
     std::size_t tokens;
     bool cold;
+    std::size_t group = 0; // channels that share metadata
 };
 
 std::size_t bytes_per_token(const decode_case& c) {
-    return c.shape.kv_heads *
-           (kv1::row_bytes(c.key, c.shape.head_dim) + kv1::row_bytes(c.value, c.shape.head_dim));
+    return c.shape.kv_heads * (kv1::row_bytes(c.key, c.shape.head_dim, c.group) +
+                               kv1::row_bytes(c.value, c.shape.head_dim, c.group));
 }
 
 bool is_integer(kv_format f) { return f != kv_format::fp32 && f != kv_format::fp16; }
@@ -39,8 +40,9 @@ bool is_integer(kv_format f) { return f != kv_format::fp32 && f != kv_format::fp
 void decode(benchmark::State& state, const decode_case& c, kv1::precision mode) {
     const std::size_t layer_bytes = c.tokens * bytes_per_token(c);
     const std::size_t layers = c.cold ? (std::size_t{256} << 20) / layer_bytes + 1 : 1;
-    kv1::kv_cache cache(kv1::uniform_cache(
-        layers, {c.shape.kv_heads, c.shape.head_dim, c.shape.head_dim, c.key, c.value}, c.tokens));
+    kv1::layer_description layer_shape{c.shape.kv_heads, c.shape.head_dim, c.shape.head_dim, c.key, c.value};
+    layer_shape.key_group = layer_shape.value_group = c.group;
+    kv1::kv_cache cache(kv1::uniform_cache(layers, layer_shape, c.tokens));
     const kv1::target measured = kv1::current_target();
     kv1::set_target(kv1::best_target()); // filling is not what is measured
     const kv1::sequence_id sequence = bench::fill(cache, c.tokens);
@@ -82,7 +84,8 @@ void register_decode(const decode_case& c, kv1::precision mode, kv1::target t) {
                              (mode == kv1::precision::fast ? "/fast/" : "/exact/") + bench::name_of(t) +
                              "/h" + std::to_string(c.shape.heads) + "/kv" + std::to_string(c.shape.kv_heads) +
                              "/d" + std::to_string(c.shape.head_dim) + "/n" + std::to_string(c.tokens) +
-                             (c.cold ? "/cold" : "/warm");
+                             (c.cold ? "/cold" : "/warm") +
+                             (c.group == 0 ? "" : "/g" + std::to_string(c.group));
     bench::register_on(t, name, [c, mode](benchmark::State& state) { decode(state, c, mode); });
 }
 
@@ -106,6 +109,8 @@ int main(int argc, char** argv) {
         for (const std::size_t dim :
              {std::size_t{64}, std::size_t{80}, std::size_t{96}, std::size_t{192}, std::size_t{256}})
             register_decode({two, two, {32, 8, dim}, 4096, false}, kv1::precision::fast, t);
+        for (const std::size_t group : {std::size_t{32}, std::size_t{64}})
+            register_decode({two, two, large, 4096, false, group}, kv1::precision::fast, t);
         for (const kv_format f : kv1::all_kv_formats)
             if (f != two)
                 for (const bool cold : {false, true})

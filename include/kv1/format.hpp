@@ -144,6 +144,9 @@ struct format_traits {
     }
 };
 
+// Levels of codebook2's codes, a byte each.
+inline constexpr std::int32_t packed_codebook = 14 << 24 | 9 << 16 | 5 << 8;
+
 constexpr format_traits coded(kv_format id, int bits, metadata_kind metadata) noexcept {
     return {id,
             bits,

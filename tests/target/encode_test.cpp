@@ -383,11 +383,11 @@ TEST_CASE("a group of channels is encoded as a vector of its own, on every targe
     generator g(39);
     for (const kv_format f : {kv_format::affine2, kv_format::affine3, kv_format::affine8, kv_format::compact2,
                               kv_format::compact4, kv_format::codebook2})
-        for (const auto& [n, group] : {std::pair{64u, 32u}, {128u, 64u}, {96u, 32u}, {2048u, 512u}})
+        for (const auto& size : {std::pair{64u, 32u}, {128u, 64u}, {96u, 32u}, {2048u, 512u}})
             for (const kv1::level_choice levels :
                  {kv1::level_choice::min_max, kv1::level_choice::least_squares,
                   kv1::level_choice::clip_search}) {
-                const std::size_t groups = n / group;
+                const std::size_t n = size.first, group = size.second, groups = n / group;
                 const std::vector<float> mean = kv1_test::normal_values(g, n);
                 std::vector<std::vector<float>> x, prepared;
                 std::vector<kv1::detail::encode_row> rows;

@@ -43,11 +43,6 @@ struct value_walk {
     KV1_INLINE const std::byte* ahead(std::size_t l, std::size_t n) const { return next[l] + next_offset[n]; }
 };
 
-// Levels of codebook2 for bytes 0 ... 3: 5 c - c / 2, which borrows nothing from the next byte.
-KV1_LAZY KV1_INLINE u32 spread(u32 codes) {
-    return ((codes << 2) + codes) - ((codes >> 1) & u32(0x01010101u));
-}
-
 // Lines first ... last - 1 into running sums. Unsigned: the rows' 8-bit numbers are 0 ... 255, as weights of codes below
 // 128 may be.
 template <int Bits, bool Unsigned, int Top, std::size_t R, std::size_t N, class Walk, class Sum>
@@ -69,7 +64,7 @@ KV1_INLINE void run_dots(const Walk& walk, std::size_t first, std::size_t last, 
                 if (Bits != 8)
                     codes[n] = codes[n] & mask;
                 if (Top != (1 << Bits) - 1)
-                    codes[n] = spread(codes[n]);
+                    codes[n] = levels_of(codes[n]);
             }
             KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
                 std::int32_t four;

@@ -56,6 +56,10 @@ KV1_LAZY KV1_INLINE void transpose(f32 (&x)[lanes]) {
         x[k + 12] = f32(_mm512_castsi512_ps(_mm512_shuffle_i32x4(t[k + 4], t[k + 12], 0xdd)));
     }
 }
+// Levels of codebook2 for bytes 0 ... 3.
+KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
+    return u32(_mm512_shuffle_epi8(_mm512_set1_epi32(packed_codebook), __m512i(codes)));
+}
 // To the nearest integer, ties to even.
 KV1_LAZY KV1_INLINE f32 nearest(f32 x) { return xs::nearbyint(x); }
 KV1_LAZY KV1_INLINE i32 round_to_int(f32 x) { return i32(_mm512_cvtps_epi32(__m512(x))); }
