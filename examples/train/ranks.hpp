@@ -2,8 +2,8 @@
 //
 // The processes that train together. One process alone needs nothing; several are started with RANK,
 // WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set, as torchrun sets them, and speak NCCL on CUDA,
-// Gloo on the CPU. One that hears nothing of another for KV1_RANK_TIMEOUT seconds (300) fails, instead of waiting
-// for what has died.
+// Gloo on the CPU. One that hears nothing of another for KV1_RANK_TIMEOUT seconds (300) fails, instead of
+// waiting for what has died.
 #pragma once
 
 #include <torch/types.h>

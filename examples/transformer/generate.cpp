@@ -44,8 +44,8 @@ public:
     void run(const std::string& prompt) {
         std::vector<std::int32_t> tokens = tokenizer_.encode(prompt);
         check(tokens.size());
-        kv1::kv_cache cache(
-            describe(model_, cache_.policy, cache_.calibrated, std::max<std::size_t>(1, room(tokens.size()))));
+        kv1::kv_cache cache(describe(model_, cache_.policy, cache_.calibrated,
+                                     std::max<std::size_t>(1, room(tokens.size()))));
         const kv1::sequence_id sequence = cache.create_sequence();
         stream_decoder text(tokenizer_);
         for (const std::int32_t token : tokens)

@@ -18,7 +18,6 @@
 #include <cstdint>
 #include <cstring>
 #include <iterator>
-#include <ranges>
 #include <span>
 #include <type_traits>
 
@@ -335,10 +334,10 @@ private:
 };
 
 static_assert(std::random_access_iterator<packed_span<3>::iterator>);
-static_assert(std::ranges::random_access_range<packed_span<2>>);
 
 } // namespace kv1::inline KV1_ABI
 
+// <span>, which does the same, declares them; all of <ranges> takes long to parse
 template <int Bits, class Byte>
 inline constexpr bool std::ranges::enable_borrowed_range<kv1::packed_span<Bits, Byte>> = true;
 template <int Bits, class Byte>

@@ -26,7 +26,9 @@ struct format_registry<formats<Fs...>> {
 
 // A template, too: who never calls it compiles no kernel.
 template <class = void>
-const target_kernels& common_kernels() noexcept { return common_registry<>::at(current_target()); }
+const target_kernels& common_kernels() noexcept {
+    return common_registry<>::at(current_target());
+}
 
 } // namespace kv1::inline KV1_ABI::detail
 

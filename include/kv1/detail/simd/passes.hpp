@@ -11,10 +11,9 @@
 //
 // xsimd is parsed once for the baseline (its real namespace, which users share), once for AVX2, once for
 // AVX-512: its include guards and settings are forgotten in between. The SSE4.1 target shares the baseline's
-// xsimd, the AVX-VNNI target that of AVX2, the AVX-512 VNNI target that of AVX-512; each has its own region. The
-// VNNI targets share their kernels without dot products, too.
-// g++ and clang attach a region's target to the functions and templates that are defined in it; tests/codegen
-// checks the outcome on object files.
+// xsimd, the AVX-VNNI target that of AVX2, the AVX-512 VNNI target that of AVX-512; each has its own region.
+// The VNNI targets share their kernels without dot products, too. g++ and clang attach a region's target to
+// the functions and templates that are defined in it; tests/codegen checks the outcome on object files.
 #pragma once
 
 #include <kv1/detail/kernels/interface.hpp>
@@ -39,7 +38,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <initializer_list>
 #include <limits>
 #include <memory>
@@ -68,8 +66,8 @@
 #define KV1_NOINLINE
 #endif
 
-// Makes a function of a region a template: its body, and all that it needs of xsimd, is compiled where it is used, not
-// wherever the library is included.
+// Makes a function of a region a template: its body, and all that it needs of xsimd, is compiled where it is
+// used, not wherever the library is included.
 #define KV1_LAZY template <class = void>
 
 // Before a loop over registers: both compilers keep arrays in registers only where such loops are unrolled.
@@ -99,6 +97,10 @@
 #endif
 
 // ---- baseline: the instruction set of the translation unit
+#include <xsimd/config/xsimd_config.hpp>
+#if XSIMD_VERSION_MAJOR > 13
+#include <functional> // costs time, and older ones do without
+#endif
 #include <xsimd/xsimd.hpp>
 
 #if XSIMD_VERSION_MAJOR < 13 || (XSIMD_VERSION_MAJOR == 13 && XSIMD_VERSION_MINOR < 2)
