@@ -202,11 +202,12 @@ KV1_INLINE void nearest_words(const float* x, std::size_t n, const lane_levels& 
 }
 
 // The same with feedback common to the lanes, and what the errors cost. A block of four channels gathers what all
-// later ones ask of it, in their order, before its own are quantized; errors: [n][lanes].
+// later ones ask of it, in their order, before its own are quantized; errors: [n][lanes]. Out of line, so that what it
+// gathers stays in registers.
 template <bool Codebook>
-KV1_INLINE f32 words_with_feedback(const float* x, std::size_t n, const lane_levels& l,
-                                   const lane_format<Codebook>& format, const float* feedback, float* errors,
-                                   std::uint32_t* words) {
+KV1_NOINLINE f32 words_with_feedback(const float* x, std::size_t n, const lane_levels& l,
+                                     const lane_format<Codebook>& format, const float* feedback, float* errors,
+                                     std::uint32_t* words) {
     const lane_rule<Codebook> rule(l.scale, l.base, format);
     f32 cost(0.0f);
     for (std::size_t end = n; end > 0;) {
