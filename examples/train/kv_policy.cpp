@@ -3,24 +3,11 @@
 
 #include "error.hpp"
 
-#include <algorithm>
 #include <charconv>
 #include <system_error>
 #include <utility>
 
 namespace kv1_train {
-
-namespace {
-
-// Cuts what comes before the first `mark` off the front of `text`, and the mark.
-std::string_view take_until(std::string_view& text, char mark) {
-    const std::size_t at = std::min(text.find(mark), text.size());
-    const std::string_view part = text.substr(0, at);
-    text.remove_prefix(std::min(at + 1, text.size()));
-    return part;
-}
-
-} // namespace
 
 kv_policy parse_formats(std::string_view text, std::string_view option) {
     const auto refuse = [&](std::string_view part, const char* why) {
@@ -28,13 +15,13 @@ kv_policy parse_formats(std::string_view text, std::string_view option) {
     };
     std::string_view rest = text;
     kv_policy p;
-    p.formats = kv1_lm::parse_kv(take_until(rest, '/'), option);
+    p.formats = kv1_lm::parse_kv(kv1_lm::take_until(rest, '/'), option);
     if (text.ends_with('/'))
         refuse(text, " ends with a slash");
     while (!rest.empty()) {
-        const std::string_view part = take_until(rest, '/');
+        const std::string_view part = kv1_lm::take_until(rest, '/');
         std::string_view formats = part;
-        const std::string_view number = take_until(formats, ':');
+        const std::string_view number = kv1_lm::take_until(formats, ':');
         std::size_t layer = 0;
         const auto [end, error] = std::from_chars(number.data(), number.data() + number.size(), layer);
         if (error != std::errc() || end != number.data() + number.size() || number.size() == part.size())

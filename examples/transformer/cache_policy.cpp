@@ -21,14 +21,6 @@ namespace {
     throw input_error(std::string("policy '").append(text).append("'"), why);
 }
 
-// Cuts what comes before the first `mark` off the front of `text`.
-std::string_view take_until(std::string_view& text, char mark) {
-    const std::size_t at = std::min(text.find(mark), text.size());
-    const std::string_view part = text.substr(0, at);
-    text.remove_prefix(std::min(at + 1, text.size()));
-    return part;
-}
-
 std::size_t parse_count(std::string_view text, std::string_view whole) {
     std::size_t n = 0;
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), n);

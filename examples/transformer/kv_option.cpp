@@ -25,6 +25,13 @@ std::string_view width_of(kv_format format) {
 
 } // namespace
 
+std::string_view take_until(std::string_view& text, char mark) {
+    const std::size_t at = std::min(text.find(mark), text.size());
+    const std::string_view part = text.substr(0, at);
+    text.remove_prefix(std::min(at + 1, text.size()));
+    return part;
+}
+
 kv_formats parse_kv(std::string_view text, std::string_view option) {
     const auto format_of = [&](std::string_view width) {
         const auto found = std::find(kv_widths.begin(), kv_widths.end(), width);

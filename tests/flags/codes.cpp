@@ -148,15 +148,33 @@ void encode(const char* name, kv1::target t) {
     }
 }
 
+using cache_type = kv1::basic_kv_cache<kv1::formats<kv1::affine<2>, kv1::codebook2>>;
+
+// Levels and codes chosen by what errors cost: correlated channels, exactly the same numbers with any flags.
+kv1::vector_encoding weighted(std::size_t heads, std::size_t dim) {
+    kv1::vector_encoding e{.levels = kv1::level_choice::least_squares};
+    e.hadamard = kv1::hadamard_block(dim);
+    for (std::size_t i = 0; i < heads * dim * dim; ++i) {
+        const std::size_t row = i / dim % dim, column = i % dim;
+        e.error_weights.push_back(row == column           ? static_cast<float>(2 + row % 5)
+                                  : row % 2 == column % 2 ? 0.0625f
+                                                          : 0.0f);
+    }
+    return e;
+}
+
 // What a cache stores of tokens that are appended many at once.
-void append(kv1::target t) {
+void append(kv1::target t, kv1::kv_format format, bool weights) {
     for (const kind k : kinds) {
         generator g{static_cast<std::uint64_t>(k) + 77};
         digest d;
         std::size_t refused = 0;
         for (const std::size_t dim : {std::size_t{20}, std::size_t{64}, std::size_t{128}}) {
             constexpr std::size_t tokens = 150, heads = 2;
-            auto cache = kv1::kv2_cache::create(kv1::uniform_cache(1, {heads, dim, dim}, 2 * tokens));
+            kv1::layer_description layer{heads, dim, dim, format, format};
+            if (weights)
+                layer.key_encoding = layer.value_encoding = weighted(heads, dim);
+            auto cache = cache_type::create(kv1::uniform_cache(1, layer, 2 * tokens));
             const auto sequence = cache->try_create_sequence();
             std::vector<float> x(tokens * heads * dim);
             for (std::size_t i = 0; i < tokens * heads; ++i)
@@ -169,7 +187,8 @@ void append(kv1::target t) {
             if (!s)
                 continue;
             std::vector<std::byte> packed(tokens * dim / 4);
-            std::vector<kv1::float16> scales(tokens, kv1::float16(0.0f)), minima(scales);
+            std::vector<kv1::float16> scales(tokens, kv1::float16(0.0f)),
+                minima(format == kv1::kv_format::affine2 ? tokens : 0, kv1::float16(0.0f));
             for (const kv1::kv_side side : {kv1::kv_side::key, kv1::kv_side::value})
                 for (std::size_t head = 0; head < heads; ++head) {
                     static_cast<void>(cache->try_export_rows(*sequence, 0, side, head, 0, tokens,
@@ -178,11 +197,12 @@ void append(kv1::target t) {
                         d.add(b);
                     for (std::size_t i = 0; i < tokens; ++i) {
                         d.add(scales[i].bits());
-                        d.add(minima[i].bits());
+                        d.add(minima.empty() ? 0u : minima[i].bits());
                     }
                 }
         }
-        std::printf("%s append %s: %016llx, %zu refused\n", to_string(t).data(),
+        std::printf("%s append %s%s %s: %016llx, %zu refused\n", to_string(t).data(),
+                    kv1::to_string(format).data(), weights ? " weighted" : "",
                     kind_names[static_cast<int>(k)], static_cast<unsigned long long>(d.value()), refused);
     }
 }
@@ -241,7 +261,9 @@ int main(int argc, char** argv) {
         encode<kv1::least_squares<kv1::compact<2>>>("least_squares compact", t);
         encode<kv1::clip_search<kv1::affine<2>>>("clip_search affine", t);
         encode<kv1::clip_search<kv1::compact<2>>>("clip_search compact", t);
-        append(t);
+        append(t, kv1::kv_format::affine2, false);
+        append(t, kv1::kv_format::affine2, true);
+        append(t, kv1::kv_format::codebook2, true);
         convert<kv1::float16>("float16", t);
         convert<kv1::bfloat16>("bfloat16", t);
     }

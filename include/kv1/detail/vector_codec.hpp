@@ -50,6 +50,8 @@ struct vector_codec {
     }
 };
 
+#include <kv1/detail/precise_math_begin.inl>
+
 // The transpose of R's part above the diagonal and D, in parts of W's mean diagonal, on it where W, rotated,
 // is R^T D R: feedback of one head (encode_reference.hpp). W gets a hundredth of its mean diagonal added, so
 // that channels that cost nothing do not ask for the impossible. False: W is not positive semidefinite.
@@ -96,6 +98,8 @@ inline bool factor_weights(std::span<const float> weights, std::size_t n, std::s
                                            : 0.0f;
     return true;
 }
+
+#include <kv1/detail/precise_math_end.inl>
 
 // Errors: invalid_argument, shape_mismatch, non_finite, out_of_memory.
 inline status make_codec(kv_format format, const vector_encoding& e, std::size_t heads, std::size_t channels,

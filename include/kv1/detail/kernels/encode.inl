@@ -9,8 +9,9 @@
 // rounds of 11 for least squares, 8 for the errors of each candidate, 6 for codes: at 32 channels about 70, 4 a value on
 // 16 lanes. With error weights 2 more per channel that comes after, and that nine times over.
 //
-// One function serves all evenly spaced levels, another the codebook, and what they call is inlined: a function whose
-// only floats are batches would take over the flags of the translation unit from xsimd's (quantize.inl).
+// One function serves all evenly spaced levels, another the codebook. What they call is inlined, but for what weighs
+// errors: a function whose only floats are batches would take over the flags of the translation unit from xsimd's
+// (quantize.inl); tests/flags has them all.
 
 #include <kv1/detail/precise_math_begin.inl>
 
