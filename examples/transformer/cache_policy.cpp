@@ -35,14 +35,15 @@ side_policy parse_side(std::string_view text, std::string_view whole) {
     p.format = parse_kv(format, std::string("policy '").append(whole).append("'")).key;
     while (!text.empty()) {
         const std::string_view option = take_until(text, '+');
-        bool* flag = option == "ls"     ? &p.least_squares
-                     : option == "cs"   ? &p.clip_search
-                     : option == "had"  ? &p.hadamard
-                     : option == "mean" ? &p.means
-                     : option == "ew"   ? &p.error_weights
-                                        : nullptr;
+        bool* flag = option == "ls"        ? &p.least_squares
+                     : option == "cs"      ? &p.clip_search
+                     : option == "had"     ? &p.hadamard
+                     : option == "mean"    ? &p.means
+                     : option == "ew"      ? &p.error_weights
+                     : option == "channel" ? &p.per_channel
+                                           : nullptr;
         if (flag == nullptr)
-            refuse(whole, quote(option) + " is none of ls, cs, had, mean, ew");
+            refuse(whole, quote(option) + " is none of ls, cs, had, mean, ew, channel");
         *flag = true;
     }
     if (p.least_squares && p.clip_search)
@@ -54,7 +55,10 @@ layer_policy parse_layer(std::string_view text, std::string_view whole) {
     const std::string_view key = take_until(text, ',');
     if (text.empty())
         refuse(whole, "keys and values are parted by a comma");
-    return {parse_side(key, whole), parse_side(text, whole)};
+    const layer_policy p{parse_side(key, whole), parse_side(text, whole)};
+    if (p.value.per_channel)
+        refuse(whole, "channel is for keys alone");
+    return p;
 }
 
 } // namespace
@@ -75,7 +79,8 @@ std::string to_string(const layer_policy& policy) {
                                          {side->clip_search, "+cs"},
                                          {side->hadamard, "+had"},
                                          {side->means, "+mean"},
-                                         {side->error_weights, "+ew"}})
+                                         {side->error_weights, "+ew"},
+                                         {side->per_channel, "+channel"}})
             text.append(flag ? name : "");
     }
     return text;
@@ -154,6 +159,8 @@ kv1::cache_description describe(const model& m, const cache_policy& policy, cons
         };
         l.key_format = p.key.format;
         l.value_format = p.value.format;
+        if (p.key.per_channel)
+            l.key_axis = kv1::quantization_axis::per_channel;
         l.key_encoding = encoding(
             p.key, l.key_dim, [&] { return c.key_means.at(i); }, [&] { return c.query_moments.at(i); });
         l.value_encoding = encoding(
@@ -171,6 +178,8 @@ double bytes_per_vector(const kv1::cache_description& d, std::size_t tokens) {
         const auto half = static_cast<double>(2 * (l.key_dim + l.value_dim));
         vectors += 2.0 * heads * n;
         bytes += heads * n * static_cast<double>(page.bytes()) / static_cast<double>(d.page_tokens);
+        if (l.key_axis == kv1::quantization_axis::per_channel)
+            bytes += heads * static_cast<double>(2 * l.key_dim * (tokens % d.page_tokens));
         bytes += 2.0 * static_cast<double>(l.key_encoding.means.size() + l.value_encoding.means.size());
         bytes += heads * half * std::min(n, static_cast<double>(d.fp16_sinks + d.fp16_window));
     }
