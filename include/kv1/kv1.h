@@ -3,7 +3,8 @@
  * kv1 for C, and for languages that call C. The library behind it is kv1_c (CMake: -DKV1_BUILD_C=ON, target
  * kv1::c), or one C++ file of yours that includes kv1/c_api.hpp.
  *
- *   kv1_layer layer = {8, 128, 128, KV1_AFFINE2, KV1_AFFINE2};
+ *   kv1_layer layer = {.kv_heads = 8, .key_dim = 128, .value_dim = 128, .key_format = KV1_AFFINE2,
+ *                      .value_format = KV1_AFFINE2};
  *   kv1_cache* cache;
  *   kv1_error error;
  *   if (kv1_cache_create(&layer, 1, 32, 4096, 64, &cache, &error) != KV1_OK) ...
@@ -101,6 +102,9 @@ typedef struct kv1_layer {
     size_t value_dim;        /**< channels of a value and an output */
     kv1_format key_format;   /**< of keys */
     kv1_format value_format; /**< of values */
+    size_t key_group;        /**< channels of a key that share a scale and minimum; 0: all of them. Affine and
+                                  compact formats; a multiple of 32 that divides key_dim */
+    size_t value_group;      /**< the same of values */
 } kv1_layer;
 
 /** [tokens][heads][channels], read by the call; strides in elements, channels are contiguous. */
