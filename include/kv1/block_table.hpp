@@ -53,6 +53,14 @@ public:
         return page - before;
     }
 
+    /// The first page at or after `page` that is not dropped; pages() where none is. O(holes).
+    [[nodiscard]] std::size_t next_kept(std::size_t page) const noexcept {
+        for (const page_hole& h : holes_)
+            if (page >= h.first && page < h.last)
+                page = h.last;
+        return std::min(page, pages());
+    }
+
     /// The hole that a page lies in. O(holes).
     [[nodiscard]] std::optional<page_hole> hole_at(std::size_t page) const noexcept {
         for (const page_hole& h : holes_)
@@ -87,11 +95,28 @@ public:
 
     /// The block of the next page. Precondition: room is reserved.
     void push_back(std::uint32_t block) noexcept { blocks_.push_back(block); }
-    /// Dropped pages at the end. Preconditions: room for a hole, the last page is not dropped.
+    /// Dropped pages at the end. Preconditions: room for a hole, pages_dropped > 0.
     void append_hole(std::uint32_t pages_dropped) noexcept {
         const auto first = static_cast<std::uint32_t>(pages());
-        holes_.push_back({first, first + pages_dropped});
+        if (!holes_.empty() && holes_.back().last == first)
+            holes_.back().last += pages_dropped;
+        else
+            holes_.push_back({first, first + pages_dropped});
         dropped_ += pages_dropped;
+    }
+    /// Gives a dropped page a block. Preconditions: the page lies in a hole; room for a block and a hole.
+    void fill(std::uint32_t page, std::uint32_t block) noexcept {
+        std::size_t at = 0;
+        while (holes_[at].last <= page)
+            ++at;
+        blocks_.insert(live_before(page), block);
+        const page_hole hole = holes_[at];
+        holes_.erase(at, at + 1);
+        if (page + 1 < hole.last)
+            holes_.insert(at, {page + 1, hole.last});
+        if (hole.first < page)
+            holes_.insert(at, {hole.first, page});
+        --dropped_;
     }
     /// Puts another block in a place of blocks().
     void replace(std::size_t place, std::uint32_t block) noexcept { blocks_[place] = block; }

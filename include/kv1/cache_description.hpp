@@ -35,6 +35,12 @@ struct layer_description {
     std::size_t key_group = 0;
     std::size_t value_group = 0;
     /// @}
+    /// per_channel: a channel's keys share a scale and minimum over all tokens of a page, which suits keys
+    /// some of whose channels are large in every token. A page's keys are kept in fp16 until it is full
+    /// (kv_cache.hpp says what follows from that). In affine and compact formats of up to 4 bits and
+    /// codebook2, without key_group and error weights, on pages of at most 4096 tokens, in caches that carry
+    /// fp16.
+    quantization_axis key_axis = quantization_axis::per_token;
     /// Whether all fields are the same.
     friend bool operator==(const layer_description&, const layer_description&) = default;
 };
@@ -53,8 +59,9 @@ struct cache_description {
     std::size_t fp16_window = 0;
     /// @}
 
-    /// Capacity of the layers with a sliding window, and of the fp16 copies; 0: capacity_tokens. Memory that
-    /// is never used is reserved only, so smaller numbers matter where address space or overcommitment does.
+    /// Capacity of the layers with a sliding window, and of the fp16 copies and open pages (two of which do
+    /// for a sequence); 0: capacity_tokens. Memory that is never used is reserved only, so smaller numbers
+    /// matter where address space or overcommitment does.
     /// @{
     std::size_t window_capacity_tokens = 0;
     std::size_t fp16_capacity_tokens = 0;
@@ -68,10 +75,11 @@ struct cache_description {
 
 /// How a page of one layer and KV head lies.
 [[nodiscard]] constexpr page_layout layout_of(const layer_description& l, std::size_t page_tokens) noexcept {
-    return {l.key_format, l.key_dim, l.value_format, l.value_dim, page_tokens, l.key_group, l.value_group};
+    return {l.key_format, l.key_dim,   l.value_format, l.value_dim,
+            page_tokens,  l.key_group, l.value_group,  l.key_axis};
 }
 
-/// Bytes of one page of every layer, all KV heads, fp16 copies left out.
+/// Bytes of one page of every layer, all KV heads, fp16 copies and fp16 keys of open pages left out.
 [[nodiscard]] inline std::size_t bytes_per_page(const cache_description& d) noexcept {
     std::size_t bytes = 0;
     for (const layer_description& l : d.layers)
@@ -102,14 +110,15 @@ struct cache_statistics {
     std::size_t sequences = 0; ///< how many
     std::size_t tokens = 0; ///< length (of the layer that holds most, per sequence), dropped tokens included
     std::size_t layers = 0; ///< of the cache
-    std::size_t pages_in_use = 0;      ///< each page_tokens tokens of every layer of its group
-    std::size_t pages_total = 0;       ///< that the pools have
-    std::size_t bytes_reserved = 0;    ///< arenas of all layers
-    std::size_t bytes_in_use = 0;      ///< pages in use, padding and unfilled tokens included
-    std::size_t bytes_stored = 0;      ///< row-format bytes of the tokens held: values and metadata
-    std::size_t bytes_as_fp16 = 0;     ///< the same tokens in fp16
-    std::size_t bytes_fp16_copies = 0; ///< part of bytes_in_use: pages of fp16 sinks and windows
-    std::size_t bytes_unfilled = 0;    ///< token slots of open pages that hold nothing yet
+    std::size_t pages_in_use = 0;   ///< each page_tokens tokens of every layer of its group
+    std::size_t pages_total = 0;    ///< that the pools have
+    std::size_t bytes_reserved = 0; ///< arenas of all layers
+    std::size_t bytes_in_use = 0;   ///< pages in use, padding and unfilled tokens included
+    std::size_t bytes_stored = 0;   ///< of the tokens held: packed values and metadata, no padding
+    std::size_t bytes_as_fp16 = 0;  ///< the same tokens in fp16
+    /// Part of bytes_in_use: pages of fp16 sinks and windows, and fp16 keys of open pages.
+    std::size_t bytes_fp16_copies = 0;
+    std::size_t bytes_unfilled = 0; ///< token slots of open pages that hold nothing yet
     /// Of all sequences: what sharing saves. Of one sequence: its pages that others hold too, the prefix
     /// index included.
     std::size_t bytes_shared = 0;
@@ -156,7 +165,7 @@ struct cache_statistics {
     };
     line("reserved", s.bytes_reserved);
     line("in use", s.bytes_in_use);
-    line("of it fp16 sinks and windows", s.bytes_fp16_copies);
+    line("of it fp16 sinks, windows and open keys", s.bytes_fp16_copies);
     line("unfilled slots of open pages", s.bytes_unfilled);
     line("shared", s.bytes_shared);
     return text;

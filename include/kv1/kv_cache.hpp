@@ -39,6 +39,13 @@
 // back: a token that once left the window stays quantized, until it is appended anew. Keys and values must
 // then fit fp16. read() and export_rows() give the quantized rows.
 //
+// Keys per channel. In a layer whose key_axis is per_channel a query sees the keys of pages that are full
+// when it attends as codes, and those of the open page in fp16. What a page becomes depends on its tokens
+// alone, however they were appended. Keys, less their means and rotated, must fit fp16. There is no way back
+// from codes: a cut within a full page is refused, unless the last commit lies in that page (its fp16 keys
+// are kept for rollback()), and prefixes are shared by whole pages, or by an open page that was stored as
+// such. Rows of such keys can not be exported or appended.
+//
 // Errors: each call has a noexcept `try_` form that returns status or result, and a form that throws
 // kv1::error. A failed call leaves the cache as it was; out_of_memory and capacity_exceeded may have cost
 // unpinned pages of the prefix index. K and V must be finite: NaN, infinity and values that the format's fp16
@@ -96,8 +103,8 @@ struct cache_access;
 }
 
 /// The cache. Formats lists the storage formats it carries kernels for; Allocator provides the arenas.
-/// Memory: one arena per layer (two with fp16 copies), reserved at construction and touched page by page as
-/// sequences grow.
+/// Memory: one arena per layer (two with fp16 copies or keys per channel, three with both), reserved at
+/// construction and touched page by page as sequences grow.
 template <class Formats = all_formats, class Allocator = std::allocator<std::byte>>
 class basic_kv_cache {
 public:
@@ -203,8 +210,9 @@ public:
     }
 
     /// Cuts every layer to its first `tokens`. O(pages freed). Errors: invalid_sequence; out_of_range where a
-    /// layer holds fewer; dropped_tokens where the cut lies within a dropped page, or where a sliding window
-    /// has given up tokens that the next query would see; with fp16 windows capacity_exceeded, out_of_memory.
+    /// layer holds fewer; dropped_tokens where the cut lies within a dropped page, where a sliding window has
+    /// given up tokens that the next query would see, or within a full page of keys per channel that the last
+    /// commit does not lie in; with fp16 windows capacity_exceeded, out_of_memory.
     status try_truncate(sequence_id id, std::size_t tokens) noexcept {
         detail::sequence_state* q = state_->find(id);
         if (q == nullptr)
@@ -266,12 +274,9 @@ public:
         if (const status s = state_->open_layer(*q, layer, keys.tokens()); !s)
             return s;
         const status s = store(*q, layer, keys, values, run);
-        state_->close_layer(*q, layer, static_cast<bool>(s));
-        if (!s)
-            return detail::placed(s,
-                                  layer); // what was written lies past the sequence's length: it is not data
-        q->set_length(layer, q->length(layer) + keys.tokens());
-        return {};
+        state_->close_layer(*q, layer, keys.tokens(), static_cast<bool>(s));
+        // on failure what was written lies past the sequence's length: it is not data
+        return s ? s : detail::placed(s, layer);
     }
 
     /// The next tokens of one layer for several sequences, all or none: sequence i takes rows indptr[i] ...
@@ -326,16 +331,15 @@ public:
         for (std::size_t i = 0; i < opened; ++i) {
             detail::sequence_state* q = state_->find(ids[i]);
             q->appending = false;
-            state_->close_layer(*q, layer, static_cast<bool>(s));
-            if (s)
-                q->set_length(layer, q->length(layer) + indptr[i + 1] - indptr[i]);
+            state_->close_layer(*q, layer, indptr[i + 1] - indptr[i], static_cast<bool>(s));
         }
         return s ? s : detail::placed(s, layer);
     }
 
     /// Appends rows that are quantized already, bit for bit, as export_rows gives them: [tokens][kv_heads].
     /// O(values). Errors as append; shape_mismatch (a buffer's size); non_finite for metadata or plain values
-    /// that are no numbers; invalid_argument for a layer with fp16 copies, which rows do not have.
+    /// that are no numbers; invalid_argument for a layer with fp16 copies, which rows do not have, and for
+    /// one with keys quantized per channel.
     status try_append_rows(sequence_id id, std::size_t layer, std::size_t tokens, const_row_buffers keys,
                            const_row_buffers values) noexcept {
         detail::sequence_state* q = state_->find(id);
@@ -345,6 +349,8 @@ public:
             return detail::no_such_layer(layer);
         if (state_->planes_of(layer).copy != detail::no_plane)
             return detail::placed({errc::invalid_argument, "rows have no fp16 copies"}, layer);
+        if (state_->planes_of(layer).open != detail::no_plane)
+            return detail::placed({errc::invalid_argument, rule_channel_rows}, layer);
         const detail::plane<Allocator>& body = state_->body_of(layer);
         const std::size_t rows = tokens * body.kv_heads;
         if (tokens > std::numeric_limits<std::uint32_t>::max() ||
@@ -367,8 +373,7 @@ public:
             detail::store_row(body.layout.keys(), page, token % state_->page_tokens(), keys, i);
             detail::store_row(body.layout.values(), page, token % state_->page_tokens(), values, i);
         }
-        state_->close_layer(*q, layer, true);
-        q->set_length(layer, q->length(layer) + tokens);
+        state_->close_layer(*q, layer, tokens, true);
         return {};
     }
 
@@ -443,12 +448,15 @@ public:
 
     /// Copies cached vectors out in row format, bit for bit what the quantizer made of them: of encoded ones
     /// (encoding.hpp) as they were rotated and less their means. Compact metadata go as scales, 16 bits each.
-    /// Errors: invalid_sequence, out_of_range, dropped_tokens, shape_mismatch (a buffer's size).
+    /// Errors: invalid_sequence, out_of_range, dropped_tokens, shape_mismatch (a buffer's size),
+    /// invalid_argument for keys quantized per channel.
     status try_export_rows(sequence_id id, std::size_t layer, kv_side side, std::size_t kv_head,
                            std::size_t first, std::size_t count, row_buffers out) const noexcept {
         if (const status s = check_rows(id, layer, kv_head, first, count); !s)
             return s;
         const section_layout& section = section_of(layer, side);
+        if (section.axis == quantization_axis::per_channel)
+            return detail::placed({errc::invalid_argument, rule_channel_rows}, layer);
         if (!detail::fits(section, count, out.packed.size(), out.scales.size(), out.minima.size()))
             return {errc::shape_mismatch, "the buffers do not fit the rows"};
         for (std::size_t i = 0; i < count; ++i)
@@ -470,8 +478,7 @@ public:
         const detail::vector_codec& codec = side == kv_side::key ? planes.keys : planes.values;
         for (std::size_t i = 0; i < count; ++i) {
             const std::span<float> row = out.subspan(i * section.channels, section.channels);
-            detail::decode_row(section, page_of(*state_->find(id), layer, kv_head, first + i),
-                               (first + i) % state_->page_tokens(), row);
+            read_row(*state_->find(id), layer, side, kv_head, first + i, row);
             codec.restore(row, kv_head);
         }
         return {};
@@ -523,7 +530,8 @@ public:
         return *total;
     }
 
-    /// The bytes of one KV head's page in layout(layer). Errors: out_of_range for a block that is not in use.
+    /// The bytes of one KV head's page in layout(layer). Keys quantized per channel are there once the page
+    /// is full; before that, try_open_keys(). Errors: out_of_range for a block that is not in use.
     [[nodiscard]] result<std::span<const std::byte>> try_page(std::size_t layer, std::size_t kv_head,
                                                               std::uint32_t block) const noexcept {
         if (layer >= layers())
@@ -535,6 +543,26 @@ public:
             return status{errc::out_of_range, "the block is not in use"};
         return std::span<const std::byte>(body.block(block) + kv_head * body.layout.bytes(),
                                           body.layout.bytes());
+    }
+
+    /// Keys quantized per channel, of the open page: fp16, rotated and less their means, in the keys' half of
+    /// a page_layout(fp16, key_dim, fp16, 0, page_tokens). Errors: invalid_sequence; out_of_range where the
+    /// layer has no such keys, or no open page.
+    [[nodiscard]] result<std::span<const std::byte>> try_open_keys(sequence_id id, std::size_t layer,
+                                                                   std::size_t kv_head) const noexcept {
+        const detail::sequence_state* q = state_->find(id);
+        if (q == nullptr)
+            return detail::stale();
+        if (layer >= layers())
+            return detail::no_such_layer(layer);
+        const detail::layer_planes& planes = state_->planes_of(layer);
+        if (kv_head >= planes.shape.kv_heads)
+            return detail::no_such_head(kv_head);
+        if (planes.open == detail::no_plane || q->length(layer) % state_->page_tokens() == 0)
+            return detail::placed({errc::out_of_range, "no page of keys per channel is open"}, layer);
+        const detail::plane<Allocator>& open = state_->open_keys_of(layer);
+        return std::span<const std::byte>(
+            open.block(state_->open_block(*q, layer)) + kv_head * open.layout.bytes(), open.layout.bytes());
     }
 
     // ---- prefixes
@@ -649,6 +677,10 @@ public:
                                                   std::uint32_t block) const {
         return try_page(layer, kv_head, block).value();
     }
+    [[nodiscard]] std::span<const std::byte> open_keys(sequence_id id, std::size_t layer,
+                                                       std::size_t kv_head) const {
+        return try_open_keys(id, layer, kv_head).value();
+    }
     std::size_t store_prefix(sequence_id id, std::span<const token_id> tokens, prefix_salt salt = {},
                              bool partial = false) {
         return try_store_prefix(id, tokens, salt, partial).value();
@@ -665,6 +697,7 @@ private:
     friend struct detail::cache_access;
 
     static constexpr std::size_t long_sequence = 16384; // query rows * tokens
+    static constexpr const char* rule_channel_rows = "keys per channel have no rows of their own";
 
     basic_kv_cache() = default;
 
@@ -698,43 +731,44 @@ private:
                 table.blocks().data(),
                 table.kept_before(length, state_->page_tokens()),
                 keys,
-                values,
-                false,
-                nullptr,
-                nullptr};
+                values};
     }
 
-    // The new tokens of one layer, to pages that are open: the fp16 copies first, since what they refuse is
-    // refused.
+    // The new tokens of one layer, to pages that are open: one job a plane that takes them, given to
+    // `append`, the fp16 copies first, since what they refuse is refused.
+    template <class Append>
+    status store_planes(const detail::sequence_state& q, std::size_t layer, const tensor_view& keys,
+                        const tensor_view& values, Append&& append) const noexcept {
+        const detail::layer_planes& planes = state_->planes_of(layer);
+        const std::size_t length = q.length(layer);
+        const bool copied = planes.copy != detail::no_plane;
+        if (copied)
+            if (const status s = append(append_job_for(q, state_->copy_of(layer), length, keys, values)); !s)
+                return s;
+        detail::append_job job = append_job_for(q, state_->body_of(layer), length, keys, values);
+        job.through_fp16 = copied;
+        job.key_codec = &planes.keys;
+        job.value_codec = &planes.values;
+        if (planes.open != detail::no_plane) {
+            const detail::plane<Allocator>& open = state_->open_keys_of(layer);
+            job.open_layout = &open.layout;
+            const auto [before, after] = state_->open_key_blocks(q, layer, keys.tokens());
+            job.open_before = open.block(before);
+            job.open_after = open.block(after);
+        }
+        return append(job);
+    }
     template <executor E>
     status store(const detail::sequence_state& q, std::size_t layer, const tensor_view& keys,
                  const tensor_view& values, E& run) const noexcept {
-        const bool copied = state_->planes_of(layer).copy != detail::no_plane;
-        if (copied)
-            if (const status s = detail::append_heads(
-                    append_job_for(q, state_->copy_of(layer), q.length(layer), keys, values),
-                    state_->body_of(layer).kv_heads, run);
-                !s)
-                return s;
-        detail::append_job job = append_job_for(q, state_->body_of(layer), q.length(layer), keys, values);
-        job.through_fp16 = copied;
-        job.key_codec = &state_->planes_of(layer).keys;
-        job.value_codec = &state_->planes_of(layer).values;
-        return detail::append_heads(job, state_->body_of(layer).kv_heads, run);
+        return store_planes(q, layer, keys, values, [&](const detail::append_job& job) {
+            return detail::append_heads(job, state_->body_of(layer).kv_heads, run);
+        });
     }
     status store_head(const detail::sequence_state& q, std::size_t layer, std::size_t head,
                       const tensor_view& keys, const tensor_view& values) const noexcept {
-        const bool copied = state_->planes_of(layer).copy != detail::no_plane;
-        if (copied)
-            if (const status s = detail::append_head(
-                    append_job_for(q, state_->copy_of(layer), q.length(layer), keys, values), head);
-                !s)
-                return s;
-        detail::append_job job = append_job_for(q, state_->body_of(layer), q.length(layer), keys, values);
-        job.through_fp16 = copied;
-        job.key_codec = &state_->planes_of(layer).keys;
-        job.value_codec = &state_->planes_of(layer).values;
-        return detail::append_head(job, head);
+        return store_planes(q, layer, keys, values,
+                            [&](const detail::append_job& job) { return detail::append_head(job, head); });
     }
 
     // ---- checks
@@ -802,6 +836,20 @@ private:
         const block_table& table = q.pages[body.group].table;
         return body.block(table.blocks()[*table.find(token / state_->page_tokens())]) +
                kv_head * body.layout.bytes();
+    }
+
+    void read_row(const detail::sequence_state& q, std::size_t layer, kv_side side, std::size_t kv_head,
+                  std::size_t token, std::span<float> out) const noexcept {
+        const section_layout& section = section_of(layer, side);
+        const std::size_t page = token / state_->page_tokens(), slot = token % state_->page_tokens();
+        if (section.axis == quantization_axis::per_channel &&
+            page == q.length(layer) / state_->page_tokens()) {
+            const detail::plane<Allocator>& open = state_->open_keys_of(layer);
+            const std::byte* keys = open.block(state_->open_block(q, layer)) + kv_head * open.layout.bytes();
+            detail::decode_row(open.layout.keys(), keys, slot, out);
+        } else {
+            detail::decode_row(section, page_of(q, layer, kv_head, token), slot, out);
+        }
     }
 
     std::unique_ptr<detail::cache_state<Allocator>> state_;

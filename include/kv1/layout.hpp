@@ -20,7 +20,8 @@
 //
 // Where channels have their metadata by groups, such an array is [group][page_tokens]; the lines stay as they
 // are. A group is a multiple of 32 channels, so that its codes are whole lanes of K and whole lines of V:
-// what walks a section walks one group's share of it just as well (section_layout::group).
+// what walks a section walks one group's share of it just as well (section_layout::group). Where keys are
+// quantized per channel, the arrays are [channels], and the lines stay as they are again.
 //
 // padded to whole lines. K channels are padded to whole lanes, V channels to 16; padding is counted in
 // page_layout::bytes(). Bytes past the stored tokens of an open page hold finite garbage or zero and carry no
@@ -45,6 +46,10 @@ inline constexpr std::size_t line_lanes = 16;
 inline constexpr std::size_t tile_tokens = 16;
 /// Channels that share metadata are all of a vector's, or a multiple of this many.
 inline constexpr std::size_t group_unit = 32;
+
+/// Which values share a scale and minimum: the channels of one token, or a channel's values in all tokens of
+/// a page, once it is full (KIVI, Liu et al. 2024).
+enum class quantization_axis : std::uint8_t { per_token, per_channel };
 
 static_assert(std::endian::native == std::endian::little, "kv1 stores little-endian lanes");
 
@@ -72,23 +77,25 @@ constexpr int value_field_shift(int b, std::size_t n) noexcept {
 
 /// Geometry of the K or the V half of a page.
 struct section_layout {
-    kv_format format{};             ///< of this half
-    bool keys = false;              ///< whether it is the K half
-    std::size_t channels = 0;       ///< head_dim
-    std::size_t tokens = 0;         ///< page_tokens
-    std::size_t group_channels = 0; ///< that share metadata
-    std::size_t offset = 0;         ///< of the lines in the page, in bytes
-    std::size_t scale_offset = 0;   ///< of the fp16 scales in the page, in bytes
-    std::size_t minimum_offset = 0; ///< of the fp16 minima in the page, in bytes
+    kv_format format{};                                    ///< of this half
+    bool keys = false;                                     ///< whether it is the K half
+    std::size_t channels = 0;                              ///< head_dim
+    std::size_t tokens = 0;                                ///< page_tokens
+    std::size_t group_channels = 0;                        ///< that share metadata
+    quantization_axis axis = quantization_axis::per_token; ///< per_channel: of keys alone, in one group
+    std::size_t offset = 0;                                ///< of the lines in the page, in bytes
+    std::size_t scale_offset = 0;                          ///< of the fp16 scales in the page, in bytes
+    std::size_t minimum_offset = 0;                        ///< of the fp16 minima in the page, in bytes
 
     /// No section at all.
     constexpr section_layout() = default;
     /// Geometry for head_dim channels and page_tokens tokens; offsets are set by page_layout. group: channels
     /// that share metadata; 0: all.
     constexpr section_layout(bool is_keys, kv_format f, std::size_t head_dim, std::size_t page_tokens,
-                             std::size_t group = 0) noexcept
+                             std::size_t group = 0,
+                             quantization_axis a = quantization_axis::per_token) noexcept
         : format(f), keys(is_keys), channels(head_dim), tokens(page_tokens),
-          group_channels(group == 0 ? head_dim : group) {
+          group_channels(group == 0 ? head_dim : group), axis(a) {
         const detail::format_traits t = traits();
         const std::size_t fields = detail::round_up(keys ? channels : tokens, t.fields_per_lane());
         for (int p = 0; p < t.part_count(); ++p)
@@ -100,6 +107,10 @@ struct section_layout {
     /// How many there are.
     [[nodiscard]] constexpr std::size_t groups() const noexcept {
         return channels == 0 ? 1 : channels / group_channels;
+    }
+    /// Elements of an array of metadata.
+    [[nodiscard]] constexpr std::size_t metadata_count() const noexcept {
+        return axis == quantization_axis::per_channel ? channels : groups() * tokens;
     }
     /// The share of group g, as a section with one group: its channels, and the metadata that go with them.
     [[nodiscard]] constexpr section_layout group(std::size_t g) const noexcept {
@@ -162,18 +173,20 @@ class page_layout {
 public:
     /// No page at all.
     constexpr page_layout() = default;
-    /// Preconditions: head dims > 0, page_tokens a multiple of tile_tokens and > 0; groups (channels that
-    /// share metadata; 0: all) are multiples of group_unit that divide the head dim.
+    /// Preconditions: key_dim > 0 (a value_dim of 0 makes a page of keys), page_tokens a multiple of
+    /// tile_tokens and > 0; groups (channels that share metadata; 0: all) are multiples of group_unit that
+    /// divide the head dim; of keys per channel there is one.
     constexpr page_layout(kv_format key_format, std::size_t key_dim, kv_format value_format,
                           std::size_t value_dim, std::size_t page_tokens, std::size_t key_group = 0,
-                          std::size_t value_group = 0) noexcept
-        : keys_(true, key_format, key_dim, page_tokens, key_group),
+                          std::size_t value_group = 0,
+                          quantization_axis key_axis = quantization_axis::per_token) noexcept
+        : keys_(true, key_format, key_dim, page_tokens, key_group, key_axis),
           values_(false, value_format, value_dim, page_tokens, value_group) {
         values_.offset = keys_.bytes();
         std::size_t end = values_.offset + values_.bytes();
         for (section_layout* s : {&keys_, &values_}) {
             const detail::metadata_kind kind = s->traits().metadata;
-            const std::size_t array = s->groups() * page_tokens * sizeof(float16);
+            const std::size_t array = s->metadata_count() * sizeof(float16);
             s->scale_offset = end;
             end += kind != detail::metadata_kind::none ? array : 0;
             s->minimum_offset = end;
@@ -203,6 +216,9 @@ static_assert(page_layout(kv_format::affine2, 32, kv_format::affine2, 32, 16).by
 static_assert(page_layout(kv_format::affine2, 128, kv_format::affine2, 128, 64).bytes() == 64 * 2 * 36);
 static_assert(page_layout(kv_format::affine2, 128, kv_format::compact2, 128, 64, 32, 64).bytes() ==
               64 * (48 + 36));
+static_assert(page_layout(kv_format::affine2, 32, kv_format::affine2, 32, 64, 0, 0,
+                          quantization_axis::per_channel)
+                  .bytes() == 64 * (10 + 12));
 
 namespace detail {
 
@@ -294,6 +310,27 @@ struct compact_pair {
         return static_cast<float>(top_level * (w - 64)) * (1.0f / 128.0f);
     }
 };
+
+// Of keys per channel: a channel's metadata.
+inline row_metadata load_channel_metadata(const section_layout& s, const std::byte* page,
+                                          std::size_t channel) noexcept {
+    row_metadata m;
+    const metadata_kind kind = s.traits().metadata;
+    if (kind != metadata_kind::none)
+        std::memcpy(&m.scale, page + s.scale_offset + 2 * channel, 2);
+    if (kind == metadata_kind::scale_and_minimum)
+        std::memcpy(&m.minimum, page + s.minimum_offset + 2 * channel, 2);
+    return m;
+}
+
+inline void store_channel_metadata(const section_layout& s, std::byte* page, std::size_t channel,
+                                   row_metadata m) noexcept {
+    const metadata_kind kind = s.traits().metadata;
+    if (kind != metadata_kind::none)
+        std::memcpy(page + s.scale_offset + 2 * channel, &m.scale, 2);
+    if (kind == metadata_kind::scale_and_minimum)
+        std::memcpy(page + s.minimum_offset + 2 * channel, &m.minimum, 2);
+}
 
 // Every coded format's value is slope * level + base; this is the pair, in fp32.
 struct affine_pair {

@@ -147,6 +147,25 @@ def codebook_page(keys, values):
     return np.frombuffer(b"".join(x.tobytes() for x in (lanes_k, lanes_v, k_pair, v_pair)), np.uint8)
 
 
+def channel_page(keys, values):
+    """A full page of 32 tokens of 32 channels: keys affine2 fitted per channel, from fp16, values compact2 fitted."""
+    tokens, channels = keys.shape
+    keys = keys.astype(np.float16).astype(f32)
+    lanes_k = np.zeros((tokens // 16, 2, 16), np.uint32)
+    lanes_v = np.zeros((channels // 16, tokens // 16, 16), np.uint32)
+    k_scale, k_minimum, v_pair = (np.zeros(n, np.uint16) for n in (channels, channels, tokens))
+    for c in range(channels):
+        codes, (k_scale[c], k_minimum[c]) = quantize(keys[:, c], "affine", 2, True)
+        for t, code in enumerate(codes):
+            lanes_k[t // 16, c // 16, t % 16] |= np.uint32(int(code) << (2 * (c % 16)))
+    for t in range(tokens):
+        codes, (v_pair[t], _) = quantize(values[t], "compact", 2, True)
+        for c, code in enumerate(codes):
+            n = t % 16
+            lanes_v[c // 16, t // 16, c % 16] |= np.uint32(int(code) << (8 * (n % 4) + 2 * (n // 4)))
+    return np.frombuffer(b"".join(x.tobytes() for x in (lanes_k, lanes_v, k_scale, k_minimum, v_pair)), np.uint8)
+
+
 def main():
     rng = np.random.default_rng(5)
     out = {}
@@ -179,6 +198,10 @@ def main():
     keys, values = rng.standard_normal((2, 16, 32)).astype(f32)
     out["codebook.keys"], out["codebook.values"] = keys, values
     out["codebook.bytes"] = codebook_page(keys, values).copy()
+    keys, values = rng.standard_normal((2, 32, 32)).astype(f32)
+    keys[:, 7] = keys[:, 7] * 3 + 20
+    out["channels.keys"], out["channels.values"] = keys, values
+    out["channels.bytes"] = channel_page(keys, values).copy()
     save_file(out, sys.argv[1])
 
 

@@ -53,6 +53,11 @@ struct cached_side {
     std::vector<float> off_centre; // [token][channel]: l - z, exact
     double half_level = 0.0;       // z
     bool two_bits = false, codebook = false;
+    // keys quantized per channel: of full pages scales and minima [page][channel], in place of slope, centre
+    // and deviation; tokens from `sealed` on are fp16
+    bool per_channel = false;
+    std::size_t page_tokens = 0, sealed = 0;
+    std::vector<float> scales, minima;
 
     cached_side() = default;
     template <class Cache>
@@ -70,6 +75,10 @@ struct cached_side {
         coded = f != kv1::kv_format::fp32 && f != kv1::kv_format::fp16;
         if (!coded)
             return;
+        if (keys && l.key_axis == kv1::quantization_axis::per_channel) {
+            read_pages(cache, id, layer, head, f);
+            return;
+        }
         const std::size_t width = kv1::packed_bytes(f, dim), metadata = kv1::row_bytes(f, dim) - width;
         std::vector<std::byte> packed(n * width);
         std::vector<kv1::float16> scales(metadata >= 2 ? n * groups : 0),
@@ -109,6 +118,35 @@ struct cached_side {
                 sum += std::fabs(level - z);
             }
             deviation.push_back(s * sum);
+        }
+    }
+
+private:
+    template <class Cache>
+    void read_pages(const Cache& cache, kv1::sequence_id id, std::size_t layer, std::size_t head,
+                    kv1::kv_format f) {
+        const kv1::section_layout& section = cache.layout(layer).keys();
+        const kv1::detail::format_traits traits = section.traits();
+        per_channel = true;
+        page_tokens = section.tokens;
+        sealed = cache.length(id, layer) / page_tokens * page_tokens;
+        two_bits = traits.code_bits == 2;
+        codebook = traits.codebook;
+        half_level = 0.5 * traits.top_level();
+        std::vector<std::int32_t> indptr(2), indices(cache.count_blocks({&id, 1}, layer)), last(1);
+        cache.export_block_tables({&id, 1}, layer, {indptr, indices, last});
+        off_centre.resize(sealed * dim);
+        for (std::size_t p = 0; p < sealed / page_tokens; ++p) {
+            const std::byte* page = cache.page(layer, head, static_cast<std::uint32_t>(indices[p])).data();
+            for (std::size_t c = 0; c < dim; ++c) {
+                const kv1::detail::affine_pair pair =
+                    kv1::detail::decode_metadata(f, kv1::detail::load_channel_metadata(section, page, c));
+                scales.push_back(pair.slope);
+                minima.push_back(pair.base);
+                for (std::size_t t = 0; t < page_tokens; ++t)
+                    off_centre[(p * page_tokens + t) * dim + c] = static_cast<float>(
+                        traits.level(kv1::detail::load_code(section, page, t, c)) - half_level);
+            }
         }
     }
 };
@@ -240,6 +278,81 @@ inline void bound_lse(const weights& w, double additions, bounded_row& row) {
                     2 * unit_roundoff * (std::fabs(row.lse) + std::fabs(w.maximum));
 }
 
+// A query against keys quantized per channel, page by page: rows of the query times a page's scales.
+class channel_queries {
+public:
+    // q: scaled, one row
+    channel_queries(const cached_side& keys, const std::vector<float>& q, bool paired)
+        : keys_(keys), paired_(paired) {
+        for (std::size_t p = 0; p < keys.sealed / keys.page_tokens; ++p) {
+            page& at = pages_.emplace_back();
+            float top = 0.0f;
+            for (std::size_t c = 0; c < keys.dim; ++c) {
+                at.row.push_back(q[c] * keys.scales[p * keys.dim + c]);
+                at.sum += at.row[c];
+                at.magnitude += std::fabs(at.row[c]);
+                at.shift += static_cast<double>(q[c]) * keys.minima[p * keys.dim + c];
+                at.shift_magnitude += std::fabs(static_cast<double>(q[c]) * keys.minima[p * keys.dim + c]);
+                top = std::max(top, std::fabs(at.row[c]));
+            }
+            const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
+            at.step = top / 127.0f;
+            for (const float x : at.row) {
+                at.codes.push_back(std::nearbyint(x * inverse));
+                at.code_sum += at.codes.back();
+            }
+            if (paired)
+                at.pairs = paired_query(at.row, keys.codebook);
+        }
+    }
+
+    struct score {
+        double value, rounding;   // of the path
+        double query_error = 0.0; // how far rounding the query may move it
+    };
+    // terms: additions of a sum over channels. A key that is read is a rounded sum, and the score one of two.
+    [[nodiscard]] score exact(std::size_t t, double terms) const {
+        const page& p = pages_[t / keys_.page_tokens];
+        double sum = p.shift, magnitude = p.shift_magnitude;
+        for (std::size_t c = 0; c < keys_.dim; ++c) {
+            const double product = p.row[c] * (off(t)[c] + keys_.half_level);
+            sum += product;
+            magnitude += std::fabs(product);
+        }
+        return {sum, gamma(terms + 4) * magnitude + terms * 0x1p-149};
+    }
+    [[nodiscard]] score fast(std::size_t t, double terms) const {
+        const page& p = pages_[t / keys_.page_tokens];
+        double integer = paired_ ? p.pairs.dot(off(t), keys_.dim) : 0.0, deviation = 0.0;
+        for (std::size_t c = 0; c < keys_.dim; ++c) {
+            integer += paired_ ? 0.0 : p.codes[c] * off(t)[c];
+            deviation += std::fabs(off(t)[c]);
+        }
+        const double step = paired_ ? p.pairs.step : p.step, first = step * integer,
+                     second = keys_.half_level * p.sum;
+        const double taken_off =
+            paired_ ? 127.5 * p.pairs.multiplier_sum : keys_.half_level * std::fabs(p.code_sum);
+        return {first + second + p.shift,
+                gamma(7) * std::fabs(first) + gamma(6) * step * taken_off +
+                    gamma(terms + 4) * (keys_.half_level * p.magnitude + p.shift_magnitude) +
+                    terms * 0x1p-149,
+                paired_ ? p.pairs.half_steps : p.step * (0.5 + 127 * gamma(4)) * deviation};
+    }
+
+private:
+    struct page {
+        std::vector<float> row;
+        std::vector<double> codes;
+        double step = 0.0, sum = 0.0, magnitude = 0.0, code_sum = 0.0, shift = 0.0, shift_magnitude = 0.0;
+        paired_query pairs;
+    };
+    [[nodiscard]] const float* off(std::size_t t) const { return &keys_.off_centre[t * keys_.dim]; }
+
+    const cached_side& keys_;
+    bool paired_;
+    std::vector<page> pages_;
+};
+
 } // namespace oracle
 
 /// On the target in use. query: the row as given, widened to fp32; tokens: those it sees, ascending;
@@ -299,6 +412,9 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
         if (paired)
             part.pairs = oracle::paired_query(own, keys.codebook);
     }
+    std::optional<oracle::channel_queries> channels_of_keys;
+    if (keys.per_channel)
+        channels_of_keys.emplace(keys, q, paired);
 
     // scores: exact ones with the error of summing, and of rounding the query; and the path's own
     std::vector<double> scores(n), rounding(n), query_error(n), path_scores(n), path_rounding(n);
@@ -316,7 +432,17 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
         rounding[k] = gamma(terms) * magnitude + terms * 0x1p-149;
         path_scores[k] = sum;
         path_rounding[k] = rounding[k];
-        if (!fast_keys)
+        if (keys.per_channel && t < keys.sealed) {
+            rounding[k] = channels_of_keys->exact(t, terms).rounding;
+            const auto path =
+                fast_keys ? channels_of_keys->fast(t, terms) : channels_of_keys->exact(t, terms);
+            path_scores[k] = fast_keys ? path.value : sum;
+            path_rounding[k] = path.rounding;
+            query_error[k] = path.query_error + path.rounding + rounding[k];
+            continue;
+        }
+        query_error[k] = rounding[k]; // of fp16 beside codes
+        if (!fast_keys || keys.per_channel)
             continue;
         path_scores[k] = 0.0;
         path_rounding[k] = terms * 0x1p-149;

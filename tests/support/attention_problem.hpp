@@ -38,6 +38,7 @@ struct problem {
     float soft_cap = 0.0f;
     bool alibi = false, sinks = false;
     std::size_t key_group = 0, value_group = 0; // channels that share metadata
+    kv1::quantization_axis key_axis = kv1::quantization_axis::per_token;
 };
 
 /// The problem with keys and values in one format.
@@ -52,7 +53,8 @@ struct problem {
            std::to_string(p.kv_heads) + " x " + std::to_string(p.group) + " heads, " +
            std::to_string(p.queries) + " queries, " + std::to_string(p.tokens) + " tokens, pages of " +
            std::to_string(p.page_tokens) + ", groups of " + std::to_string(p.key_group) + " and " +
-           std::to_string(p.value_group);
+           std::to_string(p.value_group) +
+           (p.key_axis == kv1::quantization_axis::per_channel ? ", keys per channel" : "");
 }
 
 /// Position of query i of m among n tokens.
@@ -93,6 +95,7 @@ template <class T>
     kv1::layer_description l{p.kv_heads, p.key_dim, p.value_dim, p.key_format, p.value_format};
     l.key_group = p.key_group;
     l.value_group = p.value_group;
+    l.key_axis = p.key_axis;
     return l;
 }
 

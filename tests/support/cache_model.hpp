@@ -72,25 +72,33 @@ inline std::vector<float> through_format(kv1::kv_format f, const std::vector<flo
     return y;
 }
 
-/// The same by groups of channels, with what the layer's encoding does to a vector of this head first, and
-/// undoes when it is read.
-/// Error weights are not modelled.
-inline std::vector<float> through_encoding(kv1::kv_format f, const kv1::vector_encoding& e, std::size_t head,
-                                           std::vector<float> x, std::size_t group = 0) {
-    const std::size_t n = x.size(), part = group == 0 ? n : group;
-    for (std::size_t c = 0; c < n && !e.means.empty(); ++c)
-        x[c] -= e.means[head * n + c];
+/// What a layer's encoding does to a vector of this head before it is stored.
+inline void prepare(const kv1::vector_encoding& e, std::size_t head, std::span<float> x) {
+    for (std::size_t c = 0; c < x.size() && !e.means.empty(); ++c)
+        x[c] -= e.means[head * x.size() + c];
     if (e.hadamard != 0)
         kv1::hadamard_transform(x, e.hadamard);
+}
+/// And undoes when it is read.
+inline void restore(const kv1::vector_encoding& e, std::size_t head, std::span<float> x) {
+    if (e.hadamard != 0)
+        kv1::hadamard_transform(x, e.hadamard);
+    for (std::size_t c = 0; c < x.size() && !e.means.empty(); ++c)
+        x[c] += e.means[head * x.size() + c];
+}
+
+/// through_format() by groups of channels, of a vector that is prepared and restored. Error weights are not
+/// modelled.
+inline std::vector<float> through_encoding(kv1::kv_format f, const kv1::vector_encoding& e, std::size_t head,
+                                           std::vector<float> x, std::size_t group = 0) {
+    const std::size_t part = group == 0 ? x.size() : group;
+    prepare(e, head, x);
     for (auto at = x.begin(); at != x.end(); at += static_cast<std::ptrdiff_t>(part)) {
         const std::vector<float> y =
             through_format(f, {at, at + static_cast<std::ptrdiff_t>(part)}, e.levels);
         std::copy(y.begin(), y.end(), at);
     }
-    if (e.hadamard != 0)
-        kv1::hadamard_transform(x, e.hadamard);
-    for (std::size_t c = 0; c < n && !e.means.empty(); ++c)
-        x[c] += e.means[head * n + c];
+    restore(e, head, x);
     return x;
 }
 
@@ -118,6 +126,7 @@ inline std::vector<float> token_values(std::uint64_t history, std::size_t layer,
 struct model_token {
     std::vector<float> keys, values;     // as stored, [kv_heads][dim]
     std::vector<float> keys16, values16; // rounded to fp16
+    std::vector<float> prepared16;       // where keys are quantized per channel: prepared, and then rounded
 };
 
 struct model_sequence {
@@ -180,6 +189,14 @@ public:
     [[nodiscard]] model_token token(std::uint64_t history, std::size_t layer) const {
         const kv1::layer_description& l = description_.layers[layer];
         model_token t;
+        if (per_channel(layer)) {
+            t.prepared16 = token_values(history, layer, kv1::kv_side::key, l.kv_heads * l.key_dim);
+            if (has_copies(layer))
+                t.prepared16 = through_format(kv1::kv_format::fp16, t.prepared16);
+            for (std::size_t h = 0; h < l.kv_heads; ++h)
+                prepare(l.key_encoding, h, std::span(t.prepared16).subspan(h * l.key_dim, l.key_dim));
+            t.prepared16 = through_format(kv1::kv_format::fp16, t.prepared16);
+        }
         const auto side = [&](kv1::kv_side which, std::size_t dim, kv1::kv_format f, std::size_t group,
                               const kv1::vector_encoding& e, std::vector<float>& stored,
                               std::vector<float>& halves) {
@@ -200,6 +217,44 @@ public:
         return t;
     }
 
+    [[nodiscard]] bool per_channel(std::size_t layer) const {
+        return description_.layers[layer].key_axis == kv1::quantization_axis::per_channel;
+    }
+    /// The next tokens of a layer.
+    void push(model_sequence& s, std::size_t layer, std::span<const model_token> tokens) const {
+        auto& to = s.layers[layer];
+        const std::size_t first = to.size() / description_.page_tokens;
+        to.insert(to.end(), tokens.begin(), tokens.end());
+        settle(s, layer, first);
+    }
+    /// Keys per channel, from a page on: codes of full pages, fp16 of the open one.
+    void settle(model_sequence& s, std::size_t layer, std::size_t first_page) const {
+        if (!per_channel(layer))
+            return;
+        const kv1::layer_description& l = description_.layers[layer];
+        auto& tokens = s.layers[layer];
+        const std::size_t page = description_.page_tokens, channels = l.kv_heads * l.key_dim;
+        for (std::size_t first = first_page * page; first < tokens.size(); first += page) {
+            const std::size_t count = std::min(page, tokens.size() - first);
+            std::vector<std::vector<float>> stored;
+            for (std::size_t t = 0; t < count; ++t)
+                stored.push_back(tokens[first + t].prepared16);
+            for (std::size_t c = 0; c < channels && count == page; ++c) {
+                std::vector<float> x;
+                for (const auto& row : stored)
+                    x.push_back(row[c]);
+                x = through_format(l.key_format, x, l.key_encoding.levels);
+                for (std::size_t t = 0; t < count; ++t)
+                    stored[t][c] = x[t];
+            }
+            for (std::size_t t = 0; t < count; ++t) {
+                for (std::size_t h = 0; h < l.kv_heads; ++h)
+                    restore(l.key_encoding, h, std::span(stored[t]).subspan(h * l.key_dim, l.key_dim));
+                tokens[first + t].keys = stored[t];
+            }
+        }
+    }
+
     /// Whether a truncation is allowed.
     [[nodiscard]] kv1::errc can_truncate(const model_sequence& s, std::size_t n) const {
         if (n > s.shortest())
@@ -207,6 +262,11 @@ public:
         const std::size_t page = description_.page_tokens;
         for (std::size_t l = 0; l < s.layers.size(); ++l) {
             if (n % page != 0 && (s.dropped.contains(n / page) || n < s.given_up[l]))
+                return kv1::errc::dropped_tokens;
+            const auto open = [&](std::size_t tokens) {
+                return tokens % page != 0 && tokens / page == n / page;
+            };
+            if (n % page != 0 && per_channel(l) && !open(s.layers[l].size()) && !open(s.committed))
                 return kv1::errc::dropped_tokens;
             if (const std::size_t w = description_.layers[l].sliding_window; w != 0) {
                 const std::size_t first = n + 1 > w ? n + 1 - w : 0;
@@ -217,8 +277,10 @@ public:
         return kv1::errc::ok;
     }
     void truncate(model_sequence& s, std::size_t n) const {
-        for (auto& l : s.layers)
-            l.resize(n);
+        for (std::size_t l = 0; l < s.layers.size(); ++l) {
+            s.layers[l].resize(n);
+            settle(s, l, n / description_.page_tokens);
+        }
         s.ids.resize(n);
         s.histories.resize(n);
         s.committed = std::min(s.committed, n);
@@ -293,6 +355,8 @@ public:
                                 .truth);
             if (!copy)
                 allow_for_encodings(l, kv_head, query, k, v, starts.size(), parts.back());
+            if (!copy && per_channel(layer))
+                allow_for_channels(s, layer, kv_head, query, v, parts.back());
         }
         if (asked.options.sink) { // a token of its own, whose value is zero
             bounded_row& sink = parts.emplace_back();
@@ -338,6 +402,27 @@ private:
                 bound +=
                     longest(v, l.value_encoding) * (gamma(tokens + 3 * static_cast<double>(blocks) + 12) +
                                                     2 * gamma(turns(l.value_encoding)) + gamma(2));
+    }
+
+    // Attention multiplies the query by a page's scales instead of the codes, and takes its minima from sums
+    // of their own: terms s level and m of a product q (s level + m). Fitted levels reach no further than 1.3
+    // ranges beyond each other, so that neither is larger than 10 times a channel's largest key; sums err by
+    // gamma(terms) of the norms' product.
+    void allow_for_channels(const model_sequence& s, std::size_t layer, std::size_t head,
+                            std::span<const float> query, const cached_side& v, bounded_row& row) const {
+        const std::size_t dim = description_.layers[layer].key_dim;
+        std::vector<float> reach(dim);
+        for (const model_token& t : s.layers[layer])
+            for (std::size_t c = 0; c < dim; ++c)
+                reach[c] = std::max(reach[c], std::fabs(t.prepared16[head * dim + c]));
+        const double score = norm_of(query) / std::sqrt(static_cast<double>(dim)) * 20 * norm_of(reach) *
+                             gamma(static_cast<double>(dim) + 40);
+        double longest = 0.0;
+        for (std::size_t at = 0; at < v.values.size(); at += v.dim)
+            longest = std::max(longest, norm_of(std::span(v.values).subspan(at, v.dim)));
+        row.lse_bound += score;
+        for (double& bound : row.out_bound)
+            bound += std::expm1(2 * score) * 2 * longest;
     }
 
     static void append(std::vector<float>& to, const std::vector<float>& from, std::size_t head,

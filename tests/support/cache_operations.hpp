@@ -62,6 +62,12 @@ private:
             d.fp16_sinks = (choice & 8) != 0 ? 3 : 18;
         if ((choice & 16) != 0)
             d.fp16_window = (choice & 32) != 0 ? 1 : 21;
+        if ((choice & 0x30) == 0x20 || (choice & 0x0c) == 0x08) // what windows, or sinks, leave free
+            for (const std::size_t layer : {std::size_t{0}, d.layers.size() - 1})
+                if (d.layers[layer].key_format != fp16) {
+                    d.layers[layer].key_axis = kv1::quantization_axis::per_channel;
+                    d.layers[layer].key_group = 0;
+                }
         d.page_tokens = (choice & 64) != 0 ? 32 : 16;
         d.capacity_tokens = 24 * d.page_tokens;
         return d;
@@ -228,8 +234,7 @@ private:
             return false;
         }
         require(s, "append");
-        auto& to = l.model.layers[layer];
-        to.insert(to.end(), r.tokens.begin(), r.tokens.end());
+        model_.push(l.model, layer, r.tokens);
         ++tallies_.appended;
         return true;
     }
@@ -385,6 +390,8 @@ private:
             for (std::size_t layer = 0; layer < fresh.model.layers.size(); ++layer)
                 fresh.model.layers[layer].push_back(model_.token(history, layer));
         }
+        for (std::size_t layer = 0; layer < fresh.model.layers.size(); ++layer)
+            model_.settle(fresh.model, layer, 0);
         fresh.model.committed = fresh.model.fp16_from = match->tokens;
         tallies_.matched += match->tokens;
         tallies_.partly_matched += match->tokens % description_.page_tokens != 0 ? 1 : 0;
@@ -420,6 +427,13 @@ private:
         for (const std::size_t gone : l->model.given_up)
             if (gone != 0)
                 return;
+        for (std::size_t layer = 0; layer < description_.layers.size(); ++layer)
+            if (model_.per_channel(layer)) {
+                require(cache_.try_export_rows(l->id, layer, kv1::kv_side::key, 0, 0, 0, {}).code() ==
+                            kv1::errc::invalid_argument,
+                        "keys per channel have no rows");
+                return;
+            }
         const auto id = cache_.try_create_sequence();
         require(id.reason(), "create");
         const std::size_t n = l->model.shortest();
@@ -509,8 +523,7 @@ private:
                                   {out.data(), n, heads, d.value_dim}, {.log_sum_exp = lse}),
                 "attention of a batch");
         for (std::size_t i = 0; i < chosen.size(); ++i) {
-            auto& to = chosen[i]->model.layers[layer];
-            to.insert(to.end(), parts[i].tokens.begin(), parts[i].tokens.end());
+            model_.push(chosen[i]->model, layer, parts[i].tokens);
             compare(*chosen[i]);
             const std::size_t first = indptr[i], count = indptr[i + 1] - first;
             require(cache_.try_attend(

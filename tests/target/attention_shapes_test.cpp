@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
+#include <vector>
 
 using kv1::attention_mask;
 using kv1::kv_format;
@@ -75,6 +76,58 @@ TEST_CASE("metadata by groups of channels are attended within bounds", "[attenti
            .key_group = 32,
            .value_group = 32},
           ++seed, t);
+    KV1_REQUIRE_CLEAN(t);
+}
+
+TEST_CASE("keys per channel are attended within bounds, with an open page and without", "[attention]") {
+    using enum kv_format;
+    constexpr auto per_channel = kv1::quantization_axis::per_channel;
+    tally t;
+    std::uint64_t seed = 700;
+    for (const kv_format f : {affine2, affine3, affine4, compact2, compact3, compact4, codebook2})
+        for (const std::size_t rows : {1u, 4u, 5u, 7u}) // one tile, two that differ
+            for (const std::size_t tokens : {32u, 96u, 85u, 20u})
+                check(in_format(f, {.key_dim = 72,
+                                    .value_dim = 40,
+                                    .kv_heads = 2,
+                                    .group = rows,
+                                    .tokens = tokens,
+                                    .page_tokens = 32,
+                                    .key_mean = 1.0f,
+                                    .key_axis = per_channel}),
+                      ++seed, t);
+    // head dims that fill no lane; pages that cut granules of values; plain values
+    for (const std::size_t dim : {1u, 8u, 20u, 128u, 576u})
+        check({.key_dim = dim,
+               .value_dim = dim,
+               .group = 3,
+               .tokens = 100,
+               .page_tokens = 48,
+               .value_format = dim == 20 ? fp16 : binary,
+               .key_axis = per_channel},
+              ++seed, t);
+    // several blocks of weights, ranges, and everything that scores go through
+    check({.key_dim = 32, .value_dim = 32, .group = 2, .tokens = 5000, .key_axis = per_channel}, ++seed, t);
+    check({.key_dim = 64,
+           .value_dim = 64,
+           .group = 3,
+           .tokens = 1200,
+           .page_tokens = 64,
+           .queries = 5,
+           .window = 700,
+           .soft_cap = 8.0f,
+           .alibi = true,
+           .sinks = true,
+           .key_axis = per_channel},
+          ++seed, t);
+    const std::vector<std::uint8_t> visible = {1, 0, 1, 1, 0, 1, 1, 1, 0, 1, 1, 1};
+    check({.group = 2,
+           .tokens = 70,
+           .queries = 2,
+           .mask = attention_mask::explicit_for_last(6, visible),
+           .key_axis = per_channel},
+          ++seed, t);
+    check({.group = 2, .tokens = 70, .range = {33, 66}, .key_axis = per_channel}, ++seed, t);
     KV1_REQUIRE_CLEAN(t);
 }
 

@@ -107,3 +107,10 @@ TEST_CASE("a page with metadata by groups is the golden one, byte for byte, on e
     l.key_group = l.value_group = 32;
     check_page("grouped", l, 16, (24 + 2 * 2) + (16 + 2 * 4));
 }
+
+TEST_CASE("a full page of keys per channel is the golden one, byte for byte, on every target", "[encode]") {
+    kv1::layer_description l{1, 32, 32, kv1::kv_format::affine2, kv1::kv_format::compact2};
+    l.key_encoding.levels = l.value_encoding.levels = kv1::level_choice::least_squares;
+    l.key_axis = kv1::quantization_axis::per_channel;
+    check_page("channels", l, 32, (8 + 4) + 10);
+}

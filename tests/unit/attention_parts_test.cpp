@@ -50,7 +50,7 @@ struct world {
                     const std::vector<float> x = kv1_test::token_values(history, layer, side, kv_heads * dim);
                     to->insert(to->end(), x.begin(), x.end());
                 }
-                model.layers[layer].push_back(rules.token(history, layer));
+                rules.push(model, layer, {{rules.token(history, layer)}});
             }
             cache.append(id, layer, {k.data(), n, kv_heads, l.key_dim}, {v.data(), n, kv_heads, l.value_dim});
         }

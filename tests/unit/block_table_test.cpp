@@ -102,7 +102,7 @@ TEST_CASE("a table equals a list of optional blocks under random changes", "[blo
         const auto release = [&](std::uint32_t b) { released.push_back(b); };
         std::uint32_t next = 0;
         for (int step = 0; step < 60; ++step) {
-            switch (g.below(4)) {
+            switch (g.below(6)) {
             case 0:
             case 1:
                 REQUIRE(t.reserve(1));
@@ -130,11 +130,30 @@ TEST_CASE("a table equals a list of optional blocks under random changes", "[blo
                     }
                 }
                 break;
+            case 4: { // pages that were never there
+                const std::size_t n = g.between(1, 3);
+                REQUIRE(t.reserve_hole());
+                t.append_hole(static_cast<std::uint32_t>(n));
+                model.resize(model.size() + n);
+                break;
+            }
+            case 5:
+                if (const std::size_t p = g.below(model.size() + 1); p < model.size() && !model[p]) {
+                    REQUIRE(t.reserve(1));
+                    REQUIRE(t.reserve_hole());
+                    t.fill(static_cast<std::uint32_t>(p), next);
+                    model[p] = next++;
+                }
+                break;
             }
             REQUIRE(t.valid());
             REQUIRE(released == expected);
             REQUIRE(t.pages() == model.size());
-            std::size_t kept = 0;
+            std::size_t kept = 0, next_kept = model.size();
+            for (std::size_t p = model.size(); p-- > 0;) {
+                next_kept = model[p] ? p : next_kept;
+                REQUIRE(t.next_kept(p) == next_kept);
+            }
             for (std::size_t p = 0; p < model.size(); ++p) {
                 const auto place = t.find(p);
                 REQUIRE(place.has_value() == model[p].has_value());

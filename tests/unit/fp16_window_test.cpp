@@ -51,7 +51,7 @@ struct world {
                 const std::vector<float> x = kv1_test::token_values(history, 0, side, kv_heads * dim);
                 to->insert(to->end(), x.begin(), x.end());
             }
-            model.layers[0].push_back(rules.token(history, 0));
+            rules.push(model, 0, {{rules.token(history, 0)}});
         }
         cache.append(id, 0, {k.data(), n, kv_heads, key_dim}, {v.data(), n, kv_heads, value_dim});
     }

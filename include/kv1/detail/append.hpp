@@ -3,6 +3,7 @@
 // Quantizing and inserting new tokens: the loop over KV heads and tokens around the target's kernels.
 #pragma once
 
+#include <kv1/detail/channel_keys.hpp>
 #include <kv1/detail/encode_reference.hpp>
 #include <kv1/detail/kernels/interface.hpp>
 #include <kv1/detail/vector_codec.hpp>
@@ -20,7 +21,7 @@ namespace kv1::inline KV1_ABI::detail {
 struct append_job {
     const target_kernels* kernels;
     const page_layout* layout;
-    const std::byte* arena; // written to through a cast: the caller owns it
+    const std::byte* arena; // pages are written to through a cast: the caller owns them
     std::size_t block_bytes;
     const std::uint32_t* block_table;
     std::size_t first_token; // place of the first new token among those of the block table
@@ -29,6 +30,11 @@ struct append_job {
     // of the body's sections; null for fp16 copies
     const vector_codec* key_codec = nullptr;
     const vector_codec* value_codec = nullptr;
+    // where keys are quantized per channel: pages of fp16 keys, of KV head 0, for those of a page that had
+    // begun, and for those of later pages, one after the other
+    const page_layout* open_layout = nullptr;
+    const std::byte* open_before = nullptr;
+    const std::byte* open_after = nullptr;
 
     [[nodiscard]] const vector_codec* codec(const section_layout& s) const noexcept {
         return s.keys ? key_codec : value_codec;
@@ -36,20 +42,10 @@ struct append_job {
     // 2 bits, and nothing but the format's own rule: append_affine2()
     [[nodiscard]] bool takes_tiles(const section_layout& s) const noexcept {
         const vector_codec* c = codec(s);
-        return s.format == kv_format::affine2 && s.groups() == 1 &&
+        return s.format == kv_format::affine2 && s.groups() == 1 && s.axis == quantization_axis::per_token &&
                (c == nullptr || !(c->by_recipe || c->prepares()));
     }
 };
-
-// The element of a plain section that holds (token, channel); T is its storage type.
-template <class T>
-T* plain_element(const section_layout& s, std::byte* page, std::size_t token, std::size_t channel) noexcept {
-    constexpr std::size_t per_lane = 4 / sizeof(T);
-    const std::size_t across = s.keys ? token : channel, along = s.keys ? channel : token;
-    const std::size_t line = across / line_lanes * s.unit_lines() + along / per_lane;
-    return reinterpret_cast<T*>(page + s.offset) + (line * line_lanes + across % line_lanes) * per_lane +
-           along % per_lane;
-}
 
 template <class T>
 void store_plain(const section_layout& s, std::byte* page, std::size_t token, const T* x) noexcept {
@@ -248,10 +244,43 @@ private:
     row_metadata metadata_[max_groups];            // [row][group]
 };
 
+// All new tokens of one KV head, of keys quantized per channel: into fp16, and of pages that get full into
+// codes.
+inline status append_channel_keys(const append_job& job, std::size_t head) noexcept {
+    const section_layout& s = job.layout->keys();
+    const section_layout& open = job.open_layout->keys();
+    const vector_codec& codec = *job.key_codec;
+    alignas(64) float converted[max_head_dim], prepared[max_head_dim];
+    alignas(64) std::uint16_t halves[max_head_dim];
+    for (std::size_t i = 0; i < job.keys.tokens(); ++i) {
+        const float* x = row_of(job, job.keys, i, head, converted);
+        if (codec.prepares()) {
+            if (const std::size_t bad = first_non_finite({x, s.channels}); bad != s.channels)
+                return append_error({errc::non_finite, rule_finite, bad, {}}, head, i);
+            prepare_vector(codec.recipe, codec.row(x, head), prepared);
+            x = prepared;
+        }
+        const std::size_t token = job.first_token + i, index = token / s.tokens, slot = token % s.tokens;
+        const bool begun = i < slot; // before these tokens
+        std::byte* page = const_cast<std::byte*>(begun ? job.open_before : job.open_after) +
+                          head * job.open_layout->bytes();
+        encode_result r = insert_plain(*job.kernels, open, page, slot, x, halves);
+        if (codec.recipe.hadamard != 0)
+            r.channel = no_channel; // a mix of all
+        if (r.code == errc::ok && slot + 1 == s.tokens)
+            r = seal_keys(*job.kernels, codec, s, page_of(job, head, index), open, page);
+        if (r.code != errc::ok)
+            return append_error(r, head, i);
+    }
+    return {};
+}
+
 // All new tokens of one KV head, of K or V; 2-bit codes in batches, others one by one.
 inline status append_section(const append_job& job, const section_layout& s, std::size_t head) noexcept {
     const tensor_view& source = s.keys ? job.keys : job.values;
     const vector_codec* codec = job.codec(s);
+    if (s.axis == quantization_axis::per_channel)
+        return append_channel_keys(job, head);
     if (codec != nullptr && codec->by_recipe) {
         recipe_batch batch(job, s);
         for (std::size_t i = 0; i < source.tokens(); ++i)
@@ -301,10 +330,21 @@ template <executor E>
 status append_heads(const append_job& job, std::size_t kv_heads, E& run) noexcept {
     const section_layout& keys = job.layout->keys();
     const section_layout& values = job.layout->values();
+    const bool per_channel = keys.axis == quantization_axis::per_channel;
     const auto recipe = [&](const section_layout& s) {
         return job.codec(s) != nullptr && job.codec(s)->by_recipe;
     };
-    if (job.keys.tokens() == 1 && recipe(keys) && recipe(values)) { // likewise
+    // one token of decoding: less work than a thread's wake-up, and cheapest over all heads at once
+    if (job.keys.tokens() == 1 && per_channel) {
+        status s;
+        auto all = [&](std::size_t) {
+            for (std::size_t head = 0; s && head < kv_heads; ++head)
+                s = append_head(job, head);
+        };
+        run(1, task_view(all));
+        return s;
+    }
+    if (job.keys.tokens() == 1 && recipe(keys) && recipe(values)) {
         status s;
         auto all = [&](std::size_t) {
             for (const section_layout* each : {&keys, &values}) {
@@ -319,7 +359,6 @@ status append_heads(const append_job& job, std::size_t kv_heads, E& run) noexcep
         return s;
     }
     if (job.keys.tokens() == 1 && job.takes_tiles(keys) && job.takes_tiles(values)) {
-        // one token of decoding: less work than a thread's wake-up, and cheapest over all heads at once
         status s;
         auto all = [&](std::size_t) {
             affine2_batch batch(job);

@@ -209,6 +209,13 @@ private:
             job.value_hadamard = planes.values.recipe.hadamard;
             job.key_means = planes.keys.mean(0);
             job.value_means = planes.values.mean(0);
+            if (planes.open != no_plane && length_ % page() != 0) {
+                const plane<Allocator>& open = cache_.open_keys_of(layer_);
+                job.open_keys = open.block(cache_.open_block(q_, layer_));
+                job.open_layout = &open.layout;
+                job.open_kernels = format_registry<Formats>::find(t, kv_format::fp16);
+                job.open_from = table_.kept_before(length_ / page() * page(), page());
+            }
         }
         return job;
     }

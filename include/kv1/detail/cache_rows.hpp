@@ -54,6 +54,12 @@ inline void export_row(const section_layout& section, const std::byte* page, std
 
 inline void decode_row(const section_layout& section, const std::byte* page, std::size_t token,
                        std::span<float> out) noexcept {
+    if (section.axis == quantization_axis::per_channel) {
+        for (std::size_t c = 0; c < section.channels; ++c)
+            out[c] = decode_value(section.format, load_code(section, page, token, c),
+                                  load_channel_metadata(section, page, c));
+        return;
+    }
     for (std::size_t g = 0, c = 0; g < section.groups(); ++g) {
         const row_metadata m = load_metadata(section, page, token, g);
         for (const std::size_t end = c + section.group_channels; c < end; ++c)

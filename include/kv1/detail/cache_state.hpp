@@ -84,6 +84,22 @@ public:
     [[nodiscard]] const plane<Allocator>& copy_of(std::size_t layer) const noexcept {
         return storage.planes()[planes_of(layer).copy];
     }
+    [[nodiscard]] const plane<Allocator>& open_keys_of(std::size_t layer) const noexcept {
+        return storage.planes()[planes_of(layer).open];
+    }
+    // The group of a kind of which there is one at most; groups().size() where there is none.
+    [[nodiscard]] std::size_t group_of(plane_kind kind) const noexcept {
+        std::size_t g = 0;
+        while (g < groups().size() && groups()[g].kind != kind)
+            ++g;
+        return g;
+    }
+    // The block with the fp16 keys of a layer's open page. Preconditions: the layer has such keys, and an
+    // open page.
+    [[nodiscard]] std::uint32_t open_block(const sequence_state& q, std::size_t layer) const noexcept {
+        const block_table& table = q.pages[open_keys_of(layer).group].table;
+        return table.blocks()[*table.find(q.length(layer) / page_tokens())];
+    }
 
     // ---- sequences
 
@@ -144,10 +160,10 @@ public:
                 tokens + 1 > window ? tokens + 1 - window : 0; // that the next query sees
             if (window != 0 && std::min(tokens, own.window_from) > first)
                 return placed({errc::dropped_tokens, "the window has given up tokens before the cut"}, i);
+            if (tokens % page_tokens() != 0 && !keeps_open_keys(q, i, page))
+                return placed({errc::dropped_tokens, "the cut lies within a page whose keys are codes"}, i);
         }
-        std::size_t copies = groups().size() - 1;
-        if (!groups()[copies].fp16_copies)
-            copies = groups().size();
+        const std::size_t copies = group_of(plane_kind::fp16_copy);
         std::uint32_t open = prefix_index::no_block; // a page for tokens whose copies are gone
         if (copies != groups().size() && tokens % page_tokens() != 0 && !q.pages[copies].table.find(page)) {
             if (!q.pages[copies].table.reserve(1))
@@ -166,6 +182,40 @@ public:
         return {};
     }
 
+    // Whether a page of a layer may be open: its keys are there in fp16, if it takes that. They are while the
+    // page is open, and as long as the last commit lies within it.
+    [[nodiscard]] bool keeps_open_keys(const sequence_state& q, std::size_t layer,
+                                       std::size_t page) const noexcept {
+        const auto within = [&](std::size_t tokens) {
+            return tokens % page_tokens() != 0 && tokens / page_tokens() == page;
+        };
+        return planes_of(layer).open == no_plane || ((within(q.length(layer)) || within(q.committed)) &&
+                                                     q.pages[open_keys_of(layer).group].table.find(page));
+    }
+
+    // Frees blocks of open keys that no layer's open page needs, nor a cut to the last commit. Precondition:
+    // room for holes as trim_needs() says.
+    void trim_open_keys(sequence_state& q, std::size_t group) noexcept {
+        const auto needed = [&](std::size_t page) {
+            const auto is_open = [&](std::size_t length) {
+                return length / page_tokens() == page && length % page_tokens() != 0;
+            };
+            if (is_open(q.committed))
+                return true;
+            for (const plane<Allocator>& p : storage.planes())
+                if (p.group == group && is_open(q.length(p.layer)))
+                    return true;
+            return false;
+        };
+        const block_table& table = q.pages[group].table;
+        for (std::size_t page = table.next_kept(0); page < table.pages(); page = table.next_kept(page + 1))
+            if (!needed(page))
+                drop(q, group, page, page + 1);
+    }
+    [[nodiscard]] static std::size_t trim_needs(const block_table& table) noexcept {
+        return table.blocks().size() + 1;
+    }
+
     // Gives the fp16 copies of a sequence that has only its sinks' the pages that its length asks for.
     // Preconditions: room for a block and a hole; pages beyond the sinks' are absent.
     status pad_copies(sequence_state& q, std::size_t group, std::size_t tokens) noexcept {
@@ -181,6 +231,12 @@ public:
             table.push_back(block);
         note_dropped(q, group);
         return {};
+    }
+
+    // Holes up to a number of pages. Precondition: room for a hole.
+    static void extend(block_table& table, std::size_t pages) noexcept {
+        if (table.pages() < pages)
+            table.append_hole(static_cast<std::uint32_t>(pages - table.pages()));
     }
 
     // A sequence that shares every page with q.
@@ -227,16 +283,20 @@ public:
     result<std::size_t> commit(sequence_state& q) noexcept {
         const std::size_t n = q.length(0);
         for (std::size_t g = 0; g < groups().size(); ++g)
-            if (!q.pages[g].table.reserve_hole())
+            if (!q.pages[g].table.reserve_holes(trim_needs(q.pages[g].table)))
                 return no_memory();
         q.committed = n;
         for (std::size_t g = 0; g < groups().size(); ++g) {
-            const std::size_t window =
-                groups()[g].fp16_copies ? storage.description().fp16_window : groups()[g].window;
+            if (groups()[g].kind == plane_kind::open_keys) {
+                trim_open_keys(q, g);
+                continue;
+            }
+            const bool copies = groups()[g].kind == plane_kind::fp16_copy;
+            const std::size_t window = copies ? storage.description().fp16_window : groups()[g].window;
             const std::size_t from = window == 0      ? n
                                      : n + 1 > window ? n + 1 - window
                                                       : 0; // of the next query
-            if (groups()[g].fp16_copies) {
+            if (copies) {
                 const std::size_t sinks =
                     (storage.description().fp16_sinks + page_tokens() - 1) / page_tokens();
                 drop(q, g, sinks, from / page_tokens());
@@ -255,14 +315,19 @@ public:
                                      prefix_salt salt, bool partial) noexcept {
         std::size_t usable = tokens.size();
         for (std::size_t g = 0; g < groups().size(); ++g)
-            if (!groups()[g].fp16_copies)
+            if (groups()[g].kind == plane_kind::body)
                 if (const auto holes = q.pages[g].table.holes(); !holes.empty())
                     usable = std::min(usable, holes[0].first * page_tokens());
-        const std::size_t sinks = storage.description().fp16_sinks;
+        const std::size_t sinks = storage.description().fp16_sinks, keys = group_of(plane_kind::open_keys);
+        const std::size_t tail = usable % page_tokens() != 0 ? usable / page_tokens() : no_page;
+        if (tail != no_page && keys != groups().size() && !q.pages[keys].table.find(tail))
+            usable = tail * page_tokens(); // whose keys are codes
         return index.insert(salt, tokens.first(usable), partial,
                             [&](std::size_t page, std::size_t g) -> std::uint32_t {
                                 const block_table& table = q.pages[g].table;
-                                if (groups()[g].fp16_copies && page * page_tokens() >= sinks)
+                                const plane_kind kind = groups()[g].kind;
+                                if ((kind == plane_kind::fp16_copy && page * page_tokens() >= sinks) ||
+                                    (kind == plane_kind::open_keys && page != tail))
                                     return prefix_index::no_block;
                                 return table.blocks()[*table.find(page)];
                             });
@@ -280,17 +345,29 @@ public:
                 sequences.cancel(*slot);
                 return no_memory();
             }
-        const std::size_t matched =
-            index.match(salt, tokens, [&](std::size_t, std::span<const std::uint32_t> blocks) {
-                for (std::size_t g = 0; g < blocks.size(); ++g)
+        std::size_t matched =
+            index.match(salt, tokens, [&](std::size_t page, std::span<const std::uint32_t> blocks) {
+                for (std::size_t g = 0; g < blocks.size(); ++g) {
+                    if (groups()[g].kind == plane_kind::open_keys && page != 0)
+                        extend(q.pages[g].table, page); // those before it are full
                     if (blocks[g] != prefix_index::no_block)
                         q.pages[g].table.push_back(blocks[g]);
+                }
             });
+        if (const std::size_t g = group_of(plane_kind::open_keys); g != groups().size()) {
+            if (matched % page_tokens() != 0 && !q.pages[g].table.find(matched / page_tokens())) {
+                matched -= matched % page_tokens(); // a full page is taken as a whole
+                for (std::size_t other = 0; other < groups().size(); ++other)
+                    cut(q, other, matched / page_tokens());
+            }
+            extend(q.pages[g].table, (matched + page_tokens() - 1) / page_tokens());
+            note_dropped(q, g);
+        }
         for (std::size_t i = 0; i < layers(); ++i)
             q.set_length(i, matched);
         q.committed = q.fp16_from = matched;
         for (std::size_t g = 0; g < groups().size(); ++g)
-            if (groups()[g].fp16_copies)
+            if (groups()[g].kind == plane_kind::fp16_copy)
                 if (const status s = pad_copies(q, g, matched); !s) {
                     for (std::size_t other = 0; other < groups().size(); ++other)
                         cut(q, other, 0);
@@ -374,21 +451,121 @@ public:
             cut(q, group, own.pages_before);
     }
 
+    // Where tokens length ... length + tokens - 1 of a layer find room for their keys in fp16: the page that
+    // has begun as the sequence's own, one for the page that stays open, through which those before it go, or
+    // a spare block for these. All or none; close_open_keys() ends what this begins.
+    status open_key_pages(sequence_state& q, std::size_t group, std::size_t length,
+                          std::size_t tokens) noexcept {
+        sequence_pages& own = q.pages[group];
+        block_table& table = own.table;
+        own.pages_before = table.pages();
+        own.replaced.clear();
+        own.fresh.clear();
+        own.filled = no_page;
+        own.spare = no_block;
+        const std::size_t first = length / page_tokens(), last = (length + tokens) / page_tokens();
+        const bool begun = length % page_tokens() != 0, stays_open = (length + tokens) % page_tokens() != 0;
+        const auto shared = [&](std::size_t page) {
+            const auto place = table.find(page);
+            return place && pool(group).references(table.blocks()[*place]) != 1;
+        };
+        const bool opens = stays_open && !(begun && first == last);
+        const bool copies_first = begun && shared(first), copies_last = opens && shared(last);
+        const bool adds_last = opens && !table.find(last);
+        const bool spare = !stays_open && last > first + (begun ? 1 : 0);
+        const std::size_t wanted = std::size_t{copies_first} + std::size_t{copies_last} +
+                                   std::size_t{adds_last} + std::size_t{spare};
+        if (!table.reserve(1) || !table.reserve_holes(trim_needs(table) + 2) || !own.replaced.reserve(2) ||
+            !own.fresh.resize(wanted))
+            return no_memory();
+        if (wanted != 0 && !take(group, {own.fresh.data(), wanted}))
+            return exhausted();
+        std::size_t used = 0;
+        for (const auto& [copied, page] : {std::pair(copies_first, first), std::pair(copies_last, last)})
+            if (copied) {
+                const std::size_t place = *table.find(page);
+                const std::uint32_t before = table.blocks()[place], mine = own.fresh[used++];
+                storage.copy_block(group, before, mine);
+                own.replaced.push_back({place, before});
+                table.replace(place, mine);
+            }
+        if (adds_last && last < table.pages()) { // another layer is further on
+            own.filled = last;
+            table.fill(static_cast<std::uint32_t>(last), own.fresh[used++]);
+        } else if (adds_last) {
+            extend(table, last);
+            table.push_back(own.fresh[used++]);
+        } else {
+            extend(table, last);
+        }
+        if (spare)
+            own.spare = own.fresh[used++];
+        note_dropped(q, group);
+        return {};
+    }
+
+    // During an append: the blocks for keys of the page that has begun, and for those of pages after it.
+    // Where there are no such keys, any block.
+    struct key_blocks {
+        std::uint32_t begun, later;
+    };
+    [[nodiscard]] key_blocks open_key_blocks(const sequence_state& q, std::size_t layer,
+                                             std::size_t tokens) const noexcept {
+        const sequence_pages& own = q.pages[open_keys_of(layer).group];
+        const std::size_t length = q.length(layer);
+        const auto block_of = [&](std::size_t page) {
+            const auto place = own.table.find(page);
+            return place ? own.table.blocks()[*place] : 0;
+        };
+        return {block_of(length / page_tokens()),
+                own.spare != no_block ? own.spare : block_of((length + tokens) / page_tokens())};
+    }
+
+    void close_open_keys(sequence_state& q, std::size_t group, bool keep) noexcept {
+        sequence_pages& own = q.pages[group];
+        if (own.spare != no_block)
+            pool(group).release(own.spare);
+        if (!keep && own.filled != no_page)
+            drop(q, group, own.filled, own.filled + 1);
+        close_pages(q, group, keep);
+    }
+
     status open_layer(sequence_state& q, std::size_t layer, std::size_t tokens) noexcept {
         const std::size_t length = q.length(layer), body = body_of(layer).group;
+        const layer_planes& planes = planes_of(layer);
         if (const status s = open_pages(q, body, length, tokens); !s)
             return s;
-        if (planes_of(layer).copy == no_plane)
-            return {};
-        const status s = open_pages(q, copy_of(layer).group, length, tokens);
-        if (!s)
-            close_pages(q, body, false);
+        status s;
+        if (planes.copy != no_plane) {
+            s = open_pages(q, copy_of(layer).group, length, tokens);
+            if (!s) {
+                close_pages(q, body, false);
+                return s;
+            }
+        }
+        if (planes.open != no_plane) {
+            s = open_key_pages(q, open_keys_of(layer).group, length, tokens);
+            if (!s) {
+                close_pages(q, body, false);
+                if (planes.copy != no_plane)
+                    close_pages(q, copy_of(layer).group, false);
+            }
+        }
         return s;
     }
-    void close_layer(sequence_state& q, std::size_t layer, bool keep) noexcept {
+    // Ends an append: its tokens are the layer's, or never were.
+    void close_layer(sequence_state& q, std::size_t layer, std::size_t tokens, bool keep) noexcept {
+        const layer_planes& planes = planes_of(layer);
         close_pages(q, body_of(layer).group, keep);
-        if (planes_of(layer).copy != no_plane)
+        if (planes.copy != no_plane)
             close_pages(q, copy_of(layer).group, keep);
+        if (planes.open != no_plane)
+            close_open_keys(q, open_keys_of(layer).group, keep);
+        if (!keep)
+            return;
+        q.set_length(layer, q.length(layer) + tokens);
+        if (planes.open != no_plane)
+            trim_open_keys(q, open_keys_of(layer).group);
     }
 
     // ---- statistics and invariants
@@ -400,7 +577,7 @@ public:
             s.pages_in_use += g.pool.in_use();
             s.bytes_in_use += g.pool.in_use() * g.block_bytes;
             s.bytes_shared += g.pool.shared() * g.block_bytes;
-            if (g.fp16_copies)
+            if (g.kind != plane_kind::body)
                 s.bytes_fp16_copies += g.pool.in_use() * g.block_bytes;
         }
         s.pages_indexed = index.pages();
@@ -414,7 +591,7 @@ public:
             const auto blocks = q.pages[i].table.blocks();
             s.pages_in_use += blocks.size();
             s.bytes_in_use += blocks.size() * g.block_bytes;
-            if (g.fp16_copies)
+            if (g.kind != plane_kind::body)
                 s.bytes_fp16_copies += blocks.size() * g.block_bytes;
             for (const std::uint32_t block : blocks)
                 s.bytes_shared += g.pool.references(block) > 1 ? g.block_bytes : 0;
@@ -452,8 +629,11 @@ public:
                     s = broken("a block table contradicts itself");
                 if (p.table.pages() != (longest + page_tokens() - 1) / page_tokens())
                     s = broken("a sequence has another number of pages than its tokens need");
-                if (longest % page_tokens() != 0 && !p.table.find(longest / page_tokens()))
-                    s = broken("an open page is dropped");
+                for (const plane<Allocator>& each : storage.planes())
+                    if (const std::size_t n = q.length(each.layer);
+                        each.group == g && n % page_tokens() != 0 && !p.table.find(n / page_tokens()) &&
+                        (n == longest || groups()[g].kind == plane_kind::open_keys))
+                        s = broken("an open page is dropped");
                 if (q.committed > q.shortest(layers()) || q.appending)
                     s = broken("a sequence is shorter than what is committed");
             });
@@ -481,6 +661,17 @@ private:
         return s;
     }
 
+    // Of one KV head's keys: `held` of a layer's `length` tokens.
+    [[nodiscard]] std::size_t key_bytes(const layer_description& d, std::size_t length,
+                                        std::size_t held) const noexcept {
+        if (d.key_axis == quantization_axis::per_token)
+            return held * row_bytes(d.key_format, d.key_dim, d.key_group);
+        const std::size_t open = std::min(length % page_tokens(), held), full = held - open;
+        return open * packed_bytes(kv_format::fp16, d.key_dim) +
+               full * packed_bytes(d.key_format, d.key_dim) +
+               full / page_tokens() * d.key_dim * traits_of(d.key_format).metadata_bytes();
+    }
+
     void add_tokens(cache_statistics& s, const sequence_state& q) const noexcept {
         ++s.sequences;
         s.tokens += q.longest(layers());
@@ -490,9 +681,8 @@ private:
             const std::size_t gone =
                 q.pages[body.group].dropped.load(std::memory_order_relaxed) * page_tokens();
             const std::size_t length = q.length(i), held = length > gone ? length - gone : 0;
-            s.bytes_stored += held * d.kv_heads *
-                              (row_bytes(d.key_format, d.key_dim, d.key_group) +
-                               row_bytes(d.value_format, d.value_dim, d.value_group));
+            s.bytes_stored += held * d.kv_heads * row_bytes(d.value_format, d.value_dim, d.value_group) +
+                              d.kv_heads * key_bytes(d, length, held);
             s.bytes_as_fp16 += held * d.kv_heads * 2 * (d.key_dim + d.value_dim);
             const std::size_t open = length % page_tokens();
             s.bytes_unfilled += open == 0 ? 0 : (page_tokens() - open) * body.block_bytes / page_tokens();

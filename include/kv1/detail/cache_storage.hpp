@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Where a cache's bytes lie. A plane is one layer's pages in one layout: its body, or its fp16 copy. Planes
-// whose pages come and go together form a group: one pool of block numbers, one block table a sequence.
+// Where a cache's bytes lie. A plane is one layer's pages in one layout: its body, its fp16 copy, or the keys
+// of its open page where the body takes whole pages of them. Planes whose pages come and go together form a
+// group: one pool of block numbers, one block table a sequence.
 //
-//   group 0..  bodies, by sliding window    last group, where there is one: the fp16 copies
+//   groups: bodies, by sliding window; where there are any, open keys; where there are any, fp16 copies
 //
 // Block b of a group lies at b * block_bytes of each of its planes' arenas.
 #pragma once
@@ -13,6 +14,7 @@
 #include <kv1/detail/kernels/interface.hpp>
 #include <kv1/detail/vector_codec.hpp>
 #include <kv1/page_pool.hpp>
+#include <kv1/quantizer.hpp>
 #include <kv1/status.hpp>
 
 #include <algorithm>
@@ -44,10 +46,12 @@ struct plane {
     }
 };
 
+enum class plane_kind : std::uint8_t { body, fp16_copy, open_keys };
+
 struct page_group {
     page_pool pool;
     std::size_t window = 0; // 0: every token stays visible
-    bool fp16_copies = false;
+    plane_kind kind = plane_kind::body;
     std::size_t block_bytes = 0; // of all planes
 };
 
@@ -55,6 +59,7 @@ struct layer_planes {
     layer_description shape;
     std::size_t body = no_plane;
     std::size_t copy = no_plane; // fp16, where the layer has one
+    std::size_t open = no_plane; // keys of the open page in fp16, where the body's are quantized per channel
     vector_codec keys, values;   // of the body
 };
 
@@ -83,13 +88,16 @@ public:
         const status s = guarded([&] {
             description_ = std::move(d);
             layers_.reserve(description_.layers.size());
-            planes_.reserve(2 * description_.layers.size());
-            groups_.reserve(description_.layers.size() + 1);
+            planes_.reserve(3 * description_.layers.size());
+            groups_.reserve(description_.layers.size() + 2);
         });
         if (!s)
             return s;
         for (std::size_t i = 0; i < description_.layers.size(); ++i)
             if (const status added = add_layer<Formats>(i, allocator); !added)
+                return added;
+        for (std::size_t i = 0; i < layers_.size(); ++i)
+            if (const status added = add_open_keys<Formats>(i, allocator); !added)
                 return added;
         if (description_.fp16_sinks != 0 || description_.fp16_window != 0)
             for (std::size_t i = 0; i < layers_.size(); ++i)
@@ -161,9 +169,9 @@ private:
         return tokens / page + (tokens % page != 0 ? 1 : 0);
     }
     [[nodiscard]] std::uint32_t capacity_of(const page_group& g) const noexcept {
-        const std::size_t own = g.fp16_copies   ? description_.fp16_capacity_tokens
-                                : g.window != 0 ? description_.window_capacity_tokens
-                                                : 0;
+        const std::size_t own = g.kind != plane_kind::body ? description_.fp16_capacity_tokens
+                                : g.window != 0            ? description_.window_capacity_tokens
+                                                           : 0;
         return static_cast<std::uint32_t>(
             pages_for(own != 0 ? own : description_.capacity_tokens, page_tokens()));
     }
@@ -181,6 +189,19 @@ private:
                               (kind == metadata_kind::scale_and_minimum || kind == metadata_kind::compact));
     }
 
+    // The rule that keys per channel break, or null.
+    [[nodiscard]] const char* broken_axis_rule(const layer_description& l) const noexcept {
+        const format_traits t = traits_of(l.key_format);
+        if ((t.metadata != metadata_kind::scale_and_minimum && t.metadata != metadata_kind::compact) ||
+            t.code_bits > 4)
+            return "keys per channel need an affine or compact format of at most 4 bits";
+        if (l.key_group != 0 || !l.key_encoding.error_weights.empty())
+            return "keys per channel have neither groups nor error weights";
+        if (page_tokens() > max_vector_length)
+            return "keys per channel need pages of at most 4096 tokens";
+        return nullptr;
+    }
+
     template <class Formats>
     status add_layer(std::size_t i, const Allocator& allocator) noexcept {
         const layer_description& l = description_.layers[i];
@@ -196,6 +217,9 @@ private:
                     "a group is a multiple of 32 channels that divides the head dim of an affine or compact "
                     "format",
                     at_layer(i)};
+        if (l.key_axis == quantization_axis::per_channel)
+            if (const char* rule = broken_axis_rule(l))
+                return {errc::invalid_argument, rule, at_layer(i)};
         if (l.sliding_window > most_tokens)
             return {errc::invalid_argument, "a sliding window is less than 2^48 tokens", at_layer(i)};
         std::size_t group = 0;
@@ -232,15 +256,34 @@ private:
         if (!Formats::contains(kv_format::fp16))
             return {errc::unsupported_format, "fp16 sinks and windows need a cache type with fp16",
                     at_layer(i)};
-        if (!groups_.back().fp16_copies) {
-            groups_.emplace_back(); // within the reserved capacity
-            groups_.back().fp16_copies = true;
-        }
         const page_layout layout(kv_format::fp16, l.key_dim, kv_format::fp16, l.value_dim, page_tokens());
-        if (const status s = add_plane(i, groups_.size() - 1, layout, allocator); !s)
+        if (const status s = add_plane(i, last_group(plane_kind::fp16_copy), layout, allocator); !s)
             return s;
         layers_[i].copy = planes_.size() - 1;
         return {};
+    }
+
+    template <class Formats>
+    status add_open_keys(std::size_t i, const Allocator& allocator) noexcept {
+        const layer_description& l = description_.layers[i];
+        if (l.key_axis != quantization_axis::per_channel)
+            return {};
+        if (!Formats::contains(kv_format::fp16))
+            return {errc::unsupported_format, "keys per channel need a cache type with fp16", at_layer(i)};
+        const page_layout layout(kv_format::fp16, l.key_dim, kv_format::fp16, 0, page_tokens());
+        if (const status s = add_plane(i, last_group(plane_kind::open_keys), layout, allocator); !s)
+            return s;
+        layers_[i].open = planes_.size() - 1;
+        return {};
+    }
+
+    // The last group, which is of this kind, made where it is of another.
+    std::size_t last_group(plane_kind kind) noexcept {
+        if (groups_.back().kind != kind) {
+            groups_.emplace_back(); // within the reserved capacity
+            groups_.back().kind = kind;
+        }
+        return groups_.size() - 1;
     }
 
     status add_plane(std::size_t layer, std::size_t group, const page_layout& layout,

@@ -63,6 +63,13 @@ constexpr std::uint8_t saved_format(kv_format f) noexcept {
     return 0;
 }
 
+constexpr std::uint8_t saved_axis(quantization_axis a) noexcept {
+    return a == quantization_axis::per_channel ? 1 : 0;
+}
+constexpr std::uint32_t saved_kind(plane_kind k) noexcept {
+    return k == plane_kind::open_keys ? 2 : k == plane_kind::fp16_copy ? 1 : 0;
+}
+
 // Numbers to bytes, counted and checksummed; the bytes go to a sink.
 template <class Sink>
 class byte_writer {
@@ -155,12 +162,20 @@ inline status read_fixed(std::span<const std::byte, saved_fixed_bytes> bytes, sa
     return {};
 }
 
-// A token's slot of a page, as if never written.
-inline void clear_slot(const section_layout& s, std::byte* page, std::size_t token) noexcept {
-    for (std::size_t c = 0; c < s.channels; ++c)
-        store_code(s, page, token, c, 0);
-    for (std::size_t g = 0; g < s.groups(); ++g)
-        store_metadata(s, page, token, {}, g);
+// The slots of a page from a token on, as if never written. Keys per channel are there once a page is full.
+inline void clear_slots(const section_layout& s, std::byte* page, std::size_t first) noexcept {
+    if (s.axis == quantization_axis::per_channel) {
+        std::memset(page + s.offset, 0, s.bytes());
+        for (std::size_t c = 0; c < s.channels; ++c)
+            store_channel_metadata(s, page, c, {});
+        return;
+    }
+    for (std::size_t t = first; t < s.tokens; ++t) {
+        for (std::size_t c = 0; c < s.channels; ++c)
+            store_code(s, page, t, c, 0);
+        for (std::size_t g = 0; g < s.groups(); ++g)
+            store_metadata(s, page, t, {}, g);
+    }
 }
 
 // Whether all that kernels read of a page as numbers is finite.
@@ -183,7 +198,7 @@ inline bool finite_section(const section_layout& s, const std::byte* page) noexc
         return true;
     }
     const metadata_kind kind = s.traits().metadata;
-    const std::size_t n = s.groups() * s.tokens;
+    const std::size_t n = s.metadata_count();
     return (kind == metadata_kind::none || halves(s.scale_offset, n)) &&
            (kind != metadata_kind::scale_and_minimum || halves(s.minimum_offset, n));
 }
@@ -265,22 +280,20 @@ struct saved_cache {
             const layer_description& l = d.layers[i];
             fine = w.number(u32(l.kv_heads)) && w.number(u32(l.key_dim)) && w.number(u32(l.value_dim)) &&
                    w.number(u32(s.cache.body_of(i).group)) && w.number(u64(l.sliding_window));
-            for (const kv_format f : {l.key_format, l.value_format}) {
-                const format_traits t = traits_of(f);
-                // the axis: 0, the channels of one token and head
-                fine = fine && w.number(saved_format(f)) &&
+            const page_layout& layout = s.cache.body_of(i).layout;
+            for (const section_layout* half : {&layout.keys(), &layout.values()}) {
+                const format_traits t = half->traits();
+                fine = fine && w.number(saved_format(half->format)) &&
                        w.number(static_cast<std::uint8_t>(t.code_bits != 0 ? t.code_bits : t.plain_bits)) &&
-                       w.number(std::uint8_t{0}) && w.number(static_cast<std::uint8_t>(t.metadata));
+                       w.number(saved_axis(half->axis)) && w.number(static_cast<std::uint8_t>(t.metadata));
             }
             for (const vector_codec* c : {&s.cache.planes_of(i).keys, &s.cache.planes_of(i).values})
                 fine = fine && w.number(u32(c->recipe.hadamard)) && w.number(c->means_checksum());
-            const page_layout& layout = s.cache.body_of(i).layout;
             fine = fine && w.number(u32(layout.keys().group_channels)) &&
                    w.number(u32(layout.values().group_channels));
         }
         for (std::size_t g = 0; fine && g < s.cache.groups().size(); ++g)
-            fine = w.number(u32(s.pages[g].blocks.size())) &&
-                   w.number(std::uint32_t{s.cache.groups()[g].fp16_copies});
+            fine = w.number(u32(s.pages[g].blocks.size())) && w.number(saved_kind(s.cache.groups()[g].kind));
         for (std::size_t i = 0; fine && i < s.ids.size(); ++i) {
             const sequence_state& q = *s.cache.find(s.ids[i]);
             fine = w.number(u64(q.length(0))) && w.number(std::uint64_t{0}) && // position of the first token
@@ -318,9 +331,8 @@ struct saved_cache {
                     if (const std::size_t used = s.pages[g].tokens[n]; used != s.cache.page_tokens()) {
                         std::memcpy(part.data(), block, p.block_bytes);
                         for (std::size_t h = 0; h < p.kv_heads; ++h)
-                            for (std::size_t t = used; t < s.cache.page_tokens(); ++t)
-                                for (const section_layout* each : {&p.layout.keys(), &p.layout.values()})
-                                    clear_slot(*each, part.data() + h * p.layout.bytes(), t);
+                            for (const section_layout* each : {&p.layout.keys(), &p.layout.values()})
+                                clear_slots(*each, part.data() + h * p.layout.bytes(), used);
                         block = part.data();
                     }
                     fine = w.bytes({block, p.block_bytes});
@@ -383,21 +395,23 @@ struct saved_cache {
             const bool same_group = r.number<std::uint32_t>() == cache.body_of(i).group;
             if (r.number<std::uint64_t>() != l.sliding_window || !same_group)
                 return differs("another sliding window", i);
-            for (const kv_format f : {l.key_format, l.value_format}) {
-                const format_traits t = traits_of(f);
+            const page_layout& layout = cache.body_of(i).layout;
+            for (const section_layout* half : {&layout.keys(), &layout.values()}) {
+                const format_traits t = half->traits();
                 const auto format = r.number<std::uint8_t>(), bits = r.number<std::uint8_t>(),
                            axis = r.number<std::uint8_t>(), metadata = r.number<std::uint8_t>();
-                if (format != saved_format(f) || axis != 0 ||
+                if (format != saved_format(half->format) ||
                     bits != (t.code_bits != 0 ? t.code_bits : t.plain_bits) ||
                     metadata != static_cast<std::uint8_t>(t.metadata))
                     return differs("another format", i);
+                if (axis != saved_axis(half->axis))
+                    return differs("keys quantized along another axis", i);
             }
             for (const vector_codec* c : {&cache.planes_of(i).keys, &cache.planes_of(i).values}) {
                 const auto hadamard = r.number<std::uint32_t>(), means = r.number<std::uint32_t>();
                 if (hadamard != c->recipe.hadamard || means != c->means_checksum())
                     return differs("another rotation, or other means", i);
             }
-            const page_layout& layout = cache.body_of(i).layout;
             const auto key_group = r.number<std::uint32_t>(), value_group = r.number<std::uint32_t>();
             if (key_group != layout.keys().group_channels || value_group != layout.values().group_channels)
                 return differs("other groups of channels", i);
@@ -520,8 +534,8 @@ struct saved_cache {
         std::uint64_t bytes = 0;
         for (std::size_t g = 0; g < groups.size(); ++g) {
             const auto n = r.template number<std::uint32_t>();
-            if (r.template number<std::uint32_t>() != std::uint32_t{groups[g].fp16_copies})
-                return status{errc::different_cache, "other fp16 copies"};
+            if (r.template number<std::uint32_t>() != saved_kind(groups[g].kind))
+                return status{errc::different_cache, "other fp16 copies or open pages"};
             if (n > groups[g].pool.capacity())
                 return exhausted();
             if (!counts.try_push_back(n))

@@ -102,6 +102,8 @@ status attend_heads(const attention_job& common, std::size_t kv_heads, const ten
     const auto job_for = [&](std::size_t kv_head, std::size_t row_block) {
         attention_job job = common;
         job.pages = common.pages + kv_head * layout.bytes();
+        if (common.open_keys != nullptr)
+            job.open_keys = common.open_keys + kv_head * common.open_layout->bytes();
         job.queries = queries.at(0, head_offset(kv_head));
         job.query_type = queries.type();
         job.query_token_stride = queries.token_stride();

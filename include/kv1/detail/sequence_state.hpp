@@ -16,6 +16,9 @@
 
 namespace kv1::inline KV1_ABI::detail {
 
+inline constexpr std::size_t no_page = static_cast<std::size_t>(-1);
+inline constexpr std::uint32_t no_block = static_cast<std::uint32_t>(-1);
+
 struct replaced_block {
     std::size_t place;
     std::uint32_t before;
@@ -30,6 +33,9 @@ struct sequence_pages {
     std::size_t pages_before = 0;
     buffer<replaced_block> replaced; // by their copies
     buffer<std::uint32_t> fresh;     // scratch
+    // of open keys: the page that was filled in amid others, and a block that the append alone needs
+    std::size_t filled = no_page;
+    std::uint32_t spare = no_block;
 };
 
 struct sequence_state {

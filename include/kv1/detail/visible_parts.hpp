@@ -124,6 +124,7 @@ private:
                        const tensor_view& queries, row_results& total) noexcept {
         const std::size_t skipped = from.first / page_; // pages that no query sees
         job.block_table += skipped;
+        job.open_from -= std::min(skipped * page_, job.open_from);
         from.first -= skipped * page_;
         from.last -= skipped * page_;
         job.last_token = from.last + (queries.tokens() - 1) * last_step;

@@ -168,6 +168,100 @@ KV1_NOINLINE void add_group_scores(const Kernels& kernels, std::size_t mode, con
         tops[r] = maximum_of(scores + r * score_stride, slots, lowest_score);
 }
 
+// A channel's slope and base, zero past the channels, of the keys of a page that are quantized per channel.
+KV1_LAZY KV1_NOINLINE inline void load_channels(const section_layout& s, const std::byte* page, std::size_t padded,
+                                                float* slopes, float* bases) noexcept {
+    const auto* scales = reinterpret_cast<const std::uint16_t*>(page + s.scale_offset);
+    const auto* minima = reinterpret_cast<const std::uint16_t*>(page + s.minimum_offset);
+    const bool compact = s.traits().metadata == metadata_kind::compact;
+    std::size_t c = 0;
+    for (; c + lanes <= s.channels; c += lanes) {
+        f32 slope, base;
+        if (compact) {
+            decode_pairs(load_u16(scales + c), s.traits().top_level(), slope, base);
+        } else {
+            slope = load_half(scales + c);
+            base = load_half(minima + c);
+        }
+        slope.store_aligned(slopes + c);
+        base.store_aligned(bases + c);
+    }
+    for (; c < s.channels; ++c) {
+        const affine_pair p = decode_metadata(s.format, load_channel_metadata(s, page, c));
+        slopes[c] = p.slope;
+        bases[c] = p.base;
+    }
+    for (; c < padded; ++c)
+        slopes[c] = bases[c] = 0.0f;
+}
+
+// Scores of keys quantized per channel: of each page by a query times that page's scales, to which what the query
+// makes of its minima is added; those of a page that is not full, in fp16, by the query itself. `room`: codes and
+// tables of the fast path.
+template <class Rounding>
+KV1_NOINLINE void add_page_scores(const attention_job& job, const block_tiles& block, const block_view& view,
+                                  const query_rows& q, const Rounding& round_row, float* scores, float* tops) noexcept {
+    alignas(64) float scaled[scratch_floats];
+    alignas(64) float slopes[max_head_dim], bases[max_head_dim];
+    float sums[max_rows], shifts[max_rows], own_tops[max_rows];
+    const section_layout& keys = *view.layout;
+    const std::size_t mode = static_cast<std::size_t>(job.mode);
+    for (std::size_t r = 0; r < q.rows; ++r)
+        tops[r] = lowest_score;
+    for (std::size_t first = 0, last = 0; first < view.count; first = last) {
+        const std::byte* page = view.tiles[first].page;
+        while (last < view.count && view.tiles[last].page == page)
+            ++last;
+        const std::size_t fetched = view.next_count < last ? view.next_count : last;
+        block_view own{&keys,
+                       view.tiles + first,
+                       last - first,
+                       view.next_layout,
+                       view.next_tiles + first,
+                       fetched < first ? 0 : fetched - first,
+                       view.next_share};
+        float* at = scores + first * tile_tokens;
+        if (job.open_keys != nullptr && block.token[first] >= job.open_from) {
+            tile_ref open[max_block_tiles];
+            for (std::size_t k = first; k < last; ++k)
+                open[k - first] = {job.open_keys, view.tiles[k].token};
+            own.layout = &job.open_layout->keys();
+            own.tiles = open;
+            job.open_kernels->key_scores[mode](own, q, at, own_tops);
+            for (std::size_t r = 0; r < q.rows; ++r)
+                tops[r] = own_tops[r] > tops[r] ? own_tops[r] : tops[r];
+            continue;
+        }
+        load_channels(keys, page, q.stride, slopes, bases);
+        for (std::size_t r = 0; r < q.rows; ++r) {
+            f32 sum(0.0f), shift(0.0f);
+            for (std::size_t c = 0; c < q.stride; c += lanes) {
+                const f32 query = f32::load_aligned(q.values + r * q.stride + c);
+                const f32 times = query * f32::load_aligned(slopes + c);
+                times.store_aligned(scaled + r * q.stride + c);
+                sum = sum + times;
+                shift = xs::fma(query, f32::load_aligned(bases + c), shift);
+            }
+            sums[r] = xs::reduce_add(sum);
+            shifts[r] = xs::reduce_add(shift);
+            round_row(scaled + r * q.stride, r);
+        }
+        query_rows its = q;
+        its.values = scaled;
+        its.sums = sums;
+        job.key_kernels->key_scores[mode](own, its, at, own_tops);
+        for (std::size_t r = 0; r < q.rows; ++r) {
+            const f32 shift(shifts[r]);
+            for (std::size_t i = 0; i < own.count * tile_tokens; i += lanes) {
+                float* score = at + r * score_stride + i;
+                (f32::load_aligned(score) + shift).store_aligned(score);
+            }
+            const float top = own_tops[r] + shifts[r];
+            tops[r] = top > tops[r] ? top : tops[r];
+        }
+    }
+}
+
 // Sums of values with metadata by groups of channels, group by group. Each takes the exponentials anew.
 template <class Kernels>
 KV1_NOINLINE void add_group_sums(const Kernels& kernels, std::size_t mode, const block_view& view,
@@ -202,6 +296,7 @@ inline void attend_rows(const attention_job& job) noexcept {
     const std::size_t value_stride = round_up(values.channels, 32);
     const std::size_t groups = keys.groups(), part = key_stride / groups; // of a query, which meets one group
     const bool integer_keys = job.mode == precision::fast && keys.traits().code_bits != 0;
+    const bool per_channel = keys.axis == quantization_axis::per_channel; // then queries are rounded page by page
     const std::size_t mode = static_cast<std::size_t>(job.mode);
 
     alignas(64) float query[scratch_floats];
@@ -216,11 +311,32 @@ inline void attend_rows(const attention_job& job) noexcept {
     row_view seen[max_rows];
 
     const float half_code = 0.5f * static_cast<float>(keys.traits().top_level());
-    row_view any{job.last_token, 0}, all{0, job.last_token}; // tokens that some row, and every row, may see
-    std::size_t tile_row = 0, tile = 0;                      // of the row tile
-    for (std::size_t r = 0; r < job.rows; ++r) {
-        if (r == tile_row + row_tile_size(job.rows, tile))
+    // `own`, row r of group g, for the integer path; rows of a group come in order
+    std::size_t tile_row = 0, tile = 0;
+    const auto round_row = [&](const float* own, std::size_t r, std::size_t g) {
+        if (r == 0)
+            tile_row = tile = 0;
+        else if (r == tile_row + row_tile_size(job.rows, tile))
             tile_row += row_tile_size(job.rows, tile++);
+        if (!integer_keys)
+            return;
+        const std::size_t n = g * job.rows + r, tile_at = (g * job.rows + tile_row) * part;
+        const std::size_t rows = row_tile_size(job.rows, tile);
+        if (in_pairs) {
+#if defined(KV1_ISA_PAIRS)
+            pair_query(own, part, keys.traits(), tables + tile_at * 8, codes[0] + tile_at, r - tile_row, rows,
+                       code_scales[n], code_offsets[n]);
+#endif
+            return;
+        }
+        std::int32_t code_sum = 0;
+        round_query(own, part, keys.traits(), {codes[0] + tile_at, codes[1] + tile_at}, r - tile_row, rows,
+                    code_scales[n], code_sum);
+        code_offsets[n] = -code_scales[n] * (half_code * static_cast<float>(code_sum));
+    };
+
+    row_view any{job.last_token, 0}, all{0, job.last_token}; // tokens that some row, and every row, may see
+    for (std::size_t r = 0; r < job.rows; ++r) {
         const std::size_t token = (job.first_row + r) / job.group, head = (job.first_row + r) % job.group;
         float* row = groups == 1 ? query + r * key_stride : scores; // there for a moment
         const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(token) * job.query_token_stride +
@@ -234,7 +350,7 @@ inline void attend_rows(const attention_job& job) noexcept {
         for (std::size_t i = keys.channels; i < key_stride; ++i)
             row[i] = 0.0f;
         for (std::size_t g = 0; g < groups; ++g) {
-            const std::size_t n = g * job.rows + r, tile_at = (g * job.rows + tile_row) * part;
+            const std::size_t n = g * job.rows + r;
             float* own = query + n * part;
             f32 sum(0.0f);
             for (std::size_t i = 0; i < part; i += lanes) {
@@ -243,17 +359,6 @@ inline void attend_rows(const attention_job& job) noexcept {
                 sum = sum + scaled;
             }
             query_sums[n] = xs::reduce_add(sum);
-            if (in_pairs) {
-#if defined(KV1_ISA_PAIRS)
-                pair_query(own, part, keys.traits(), tables + tile_at * 8, codes[0] + tile_at, r - tile_row,
-                           row_tile_size(job.rows, tile), code_scales[n], code_offsets[n]);
-#endif
-            } else if (integer_keys) {
-                std::int32_t code_sum = 0;
-                round_query(own, part, keys.traits(), {codes[0] + tile_at, codes[1] + tile_at}, r - tile_row,
-                            row_tile_size(job.rows, tile), code_scales[n], code_sum);
-                code_offsets[n] = -code_scales[n] * (half_code * static_cast<float>(code_sum));
-            }
         }
         for (std::size_t i = 0; i < value_stride; ++i)
             sums[r * value_stride + i] = 0.0f;
@@ -265,6 +370,10 @@ inline void attend_rows(const attention_job& job) noexcept {
         all.first = seen[r].first > all.first ? seen[r].first : all.first;
         all.last = seen[r].last < all.last ? seen[r].last : all.last;
     }
+
+    for (std::size_t g = 0; g < groups && !per_channel; ++g)
+        for (std::size_t r = 0; r < job.rows; ++r)
+            round_row(query + (g * job.rows + r) * part, r, g);
 
     const query_rows q{job.rows, part, query, query_sums, {codes[0], codes[1]}, in_pairs ? tables : nullptr,
                        code_scales, code_offsets};
@@ -296,7 +405,10 @@ inline void attend_rows(const attention_job& job) noexcept {
             list_tiles(job, granule, last, fetched, after);
         const std::size_t slots = block.count * tile_tokens;
         const block_view key_view{&keys, block.tiles, block.count, &values, block.tiles, block.count, value_share};
-        if (groups == 1)
+        if (per_channel)
+            add_page_scores(job, block, key_view, q, [&](const float* own, std::size_t r) { round_row(own, r, 0); },
+                            scores, tops);
+        else if (groups == 1)
             job.key_kernels->key_scores[mode](key_view, q, scores, tops);
         else
             add_group_scores(*job.key_kernels, mode, key_view, q, scores, tops);

@@ -200,6 +200,12 @@ struct attention_job {
     const std::uint32_t* block_table; // block of page i of the sequence
     std::size_t first_token;          // range of tokens, first_token a multiple of page_tokens
     std::size_t last_token;
+    // Where keys are quantized per channel and the last page is not full: its keys in fp16, of tokens from
+    // open_from on. Null where there is no such page.
+    const std::byte* open_keys;
+    const page_layout* open_layout;
+    const struct format_kernels* open_kernels;
+    std::size_t open_from;
     std::size_t first_visible; // no row sees an earlier token
     std::size_t fetch_token;   // what is stored up to here is likely to be attended next
 

@@ -146,11 +146,22 @@ inline slot_place place_of(const block_view& view, std::size_t slot) noexcept {
     return {tile.page, tile.token + slot % tile_tokens};
 }
 
+// Where keys are quantized per channel the query has taken over scale and minimum: codes are the values.
+template <storage_format Format>
+affine_pair affine_of(const block_view& view, std::size_t slot) noexcept {
+    if (view.layout->axis == quantization_axis::per_channel)
+        return {1.0f, 0.0f};
+    const slot_place at = place_of(view, slot);
+    return decode_metadata(kv_format_of<Format>, load_metadata(*view.layout, at.page, at.token));
+}
+
 template <storage_format Format>
 float decoded(const block_view& view, std::size_t slot, std::size_t channel) noexcept {
     const slot_place at = place_of(view, slot);
-    return decode_value(kv_format_of<Format>, load_code(*view.layout, at.page, at.token, channel),
-                        load_metadata(*view.layout, at.page, at.token));
+    const std::uint32_t code = load_code(*view.layout, at.page, at.token, channel);
+    if (view.layout->axis == quantization_axis::per_channel)
+        return static_cast<float>(traits_of(kv_format_of<Format>).level(code));
+    return decode_value(kv_format_of<Format>, code, load_metadata(*view.layout, at.page, at.token));
 }
 
 // level - top_level / 2, doubled to stay integral
@@ -160,12 +171,6 @@ std::int64_t centred_twice(const block_view& view, std::size_t slot, std::size_t
     const slot_place at = place_of(view, slot);
     return 2 * static_cast<std::int64_t>(t.level(load_code(*view.layout, at.page, at.token, channel))) -
            t.top_level();
-}
-
-template <storage_format Format>
-affine_pair affine_of(const block_view& view, std::size_t slot) noexcept {
-    const slot_place at = place_of(view, slot);
-    return decode_metadata(kv_format_of<Format>, load_metadata(*view.layout, at.page, at.token));
 }
 
 template <storage_format Format>
@@ -274,6 +279,50 @@ inline bool sees(const attention_job& job, std::size_t token, std::size_t t) noe
            job.mask[token * job.mask_stride + t - job.mask_first] != 0;
 }
 
+// One row's 8-bit query: its step.
+inline float round_query(std::span<const float> query, std::int8_t* codes) noexcept {
+    float top = 0.0f;
+    for (const float x : query)
+        top = std::max(top, std::fabs(x));
+    const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
+    for (std::size_t c = 0; c < query.size(); ++c)
+        codes[c] = rounded_code(query[c] * inverse);
+    return top / 127.0f;
+}
+
+// Scores of one row, scaled, against keys quantized per channel: sum_c q_c (scale_c level + minimum_c), a
+// page after the other. first: the token of the first tile.
+inline void channel_scores(const attention_job& job, std::span<const float> query, const tile_ref* tiles,
+                           std::size_t count, std::size_t first, float* scores) noexcept {
+    const section_layout& keys = job.layout->keys();
+    const auto mode = static_cast<std::size_t>(job.mode);
+    float scaled[max_head_dim];
+    std::int8_t codes[max_head_dim];
+    for (std::size_t k = 0; k < count; ++k) { // tile by tile, for simplicity's sake
+        const bool open = job.open_keys != nullptr && first + k * tile_tokens >= job.open_from;
+        const tile_ref tile{open ? job.open_keys : tiles[k].page, tiles[k].token};
+        float shift = 0.0f;
+        for (std::size_t c = 0; c < query.size(); ++c) {
+            const affine_pair p =
+                open ? affine_pair{1.0f, 0.0f}
+                     : decode_metadata(keys.format, load_channel_metadata(keys, tile.page, c));
+            scaled[c] = query[c] * p.slope;
+            shift += query[c] * p.base;
+        }
+        float sum = 0.0f;
+        for (std::size_t c = 0; c < query.size(); ++c)
+            sum += scaled[c];
+        const float step = round_query({scaled, query.size()}, codes);
+        const section_layout& layout = open ? job.open_layout->keys() : keys;
+        (open ? job.open_kernels : job.key_kernels)
+            ->key_scores[mode]({&layout, &tile, 1, nullptr, nullptr, 0, 0},
+                               {1, query.size(), scaled, &sum, {codes, codes}, nullptr, &step, nullptr},
+                               scores + k * tile_tokens, nullptr);
+        for (std::size_t i = 0; i < tile_tokens; ++i)
+            scores[k * tile_tokens + i] += shift;
+    }
+}
+
 inline void attend_rows(const attention_job& job) noexcept {
     const section_layout& keys = job.layout->keys();
     const section_layout& values = job.layout->values();
@@ -296,17 +345,12 @@ inline void attend_rows(const attention_job& job) noexcept {
             rotate(query, keys.channels, job.key_hadamard);
         for (std::size_t g = 0; g < key_groups; ++g) {
             const std::span<float> part(query + g * key_group, key_group);
-            float top = 0.0f;
             query_sums[g] = 0.0f;
             for (float& x : part) {
                 x *= job.scale;
                 query_sums[g] += x;
-                top = std::max(top, std::fabs(x));
             }
-            const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
-            steps[g] = top / 127.0f;
-            for (std::size_t c = 0; c < key_group; ++c)
-                codes[g * key_group + c] = rounded_code(part[c] * inverse);
+            steps[g] = round_query(part, codes + g * key_group);
         }
         std::fill_n(sums, values.channels, 0.0f);
 
@@ -320,7 +364,10 @@ inline void attend_rows(const attention_job& job) noexcept {
                 tiles[count++] = {job.pages + static_cast<std::size_t>(job.block_table[t / keys.tokens]) *
                                                   job.block_stride,
                                   t % keys.tokens};
-            for (std::size_t g = 0; g < key_groups; ++g) {
+            const bool per_channel = keys.axis == quantization_axis::per_channel;
+            if (per_channel)
+                channel_scores(job, {query, keys.channels}, tiles, count, first, scores);
+            for (std::size_t g = 0; !per_channel && g < key_groups; ++g) {
                 const section_layout own = keys.group(g);
                 std::int8_t* const own_codes = codes + g * key_group;
                 job.key_kernels->key_scores[mode]({&own, tiles, count, nullptr, nullptr, 0, 0},

@@ -25,19 +25,34 @@ struct affine_slots {
     alignas(64) float bases[max_block_slots];
 };
 
+// Of keys quantized per channel, whose scales and minima the query took over: codes are the values.
+KV1_LAZY KV1_NOINLINE inline void plain_slots(const block_view& view, affine_slots& out) noexcept {
+    for (std::size_t slot = 0; slot < view.count * tile_tokens; slot += lanes) {
+        f32(1.0f).store_aligned(out.slopes + slot);
+        f32(0.0f).store_aligned(out.bases + slot);
+    }
+}
+
+// Pairs of a compact format.
+KV1_LAZY KV1_INLINE void decode_pairs(u32 pair, int top_level, f32& slope, f32& base) {
+    const f32 steps(static_cast<float>(top_level) / 128.0f);
+    const i32 magnitude = xs::bitwise_cast<std::int32_t>(pair & u32(compact_pair::largest_offset));
+    const i32 sign = i32(0) - xs::bitwise_cast<std::int32_t>(pair >> 15);
+    slope = half_to_float(pair & u32(compact_pair::scale_mask));
+    base = slope * (xs::to_float(((magnitude ^ sign) - sign) - i32(64)) * steps);
+}
+
 // Of a compact section. Out of line: one copy for all kernels, and none of its constants in their registers.
 KV1_LAZY KV1_NOINLINE inline void decode_compact(const block_view& view, affine_slots& out) noexcept {
     const section_layout& s = *view.layout;
-    const f32 steps(static_cast<float>(s.traits().top_level()) / 128.0f);
     for (std::size_t slot = 0; slot < view.count * tile_tokens; slot += lanes) {
         const tile_ref& ref = view.tiles[slot / tile_tokens];
         const u32 pair = load_u16(reinterpret_cast<const std::uint16_t*>(ref.page + s.scale_offset) + ref.token +
                                   slot % tile_tokens);
-        const f32 slope = half_to_float(pair & u32(compact_pair::scale_mask));
-        const i32 magnitude = xs::bitwise_cast<std::int32_t>(pair & u32(compact_pair::largest_offset));
-        const i32 sign = i32(0) - xs::bitwise_cast<std::int32_t>(pair >> 15);
+        f32 slope, base;
+        decode_pairs(pair, s.traits().top_level(), slope, base);
         slope.store_aligned(out.slopes + slot);
-        (slope * (xs::to_float(((magnitude ^ sign) - sign) - i32(64)) * steps)).store_aligned(out.bases + slot);
+        base.store_aligned(out.bases + slot);
     }
 }
 
@@ -51,7 +66,12 @@ struct block_metadata {
     const affine_slots* decoded = nullptr;
 
     KV1_INLINE block_metadata(const block_view& view, affine_slots& room) {
-        if (may_be_compact && view.layout->traits().metadata == metadata_kind::compact) {
+        if (!may_be_compact)
+            return;
+        if (view.layout->axis == quantization_axis::per_channel) {
+            plain_slots(view, room);
+            decoded = &room;
+        } else if (view.layout->traits().metadata == metadata_kind::compact) {
             decode_compact(view, room);
             decoded = &room;
         }
