@@ -310,8 +310,8 @@ configure() {
     local dir=$1 cache=$1/CMakeCache.txt
     shift
     # OpenBLAS may have been installed since: what an earlier run found is looked for again.
-    set -- -S "$source_dir" -B "$dir" -UKV1_CBLAS_LIBRARY -UKV1_CBLAS_HEADERS -DCMAKE_BUILD_TYPE=Release -DCMAKE_PREFIX_PATH="$deps/usr" \
-        -DKV1_BUILD_TESTS=OFF -DKV1_BUILD_BENCH=OFF -DKV1_BUILD_EXAMPLES=OFF "${generator[@]}" "$@"
+    set -- -S "$source_dir" -B "$dir" -UKV1_CBLAS_LIBRARY -UKV1_CBLAS_HEADERS -DCMAKE_BUILD_TYPE=Release \
+        -DCMAKE_PREFIX_PATH="$deps/usr" -DKV1_BUILD_TESTS=OFF -DKV1_BUILD_BENCH=OFF -DKV1_BUILD_EXAMPLES=OFF "${generator[@]}" "$@"
     if [ -f "$cache" ]; then
         # A folder left by another checkout, compiler or generator can not be configured again.
         cmake "$@" >>"$log" 2>&1 </dev/null && return 0

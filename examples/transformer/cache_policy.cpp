@@ -2,6 +2,7 @@
 #include "cache_policy.hpp"
 
 #include "error.hpp"
+#include "error_weights.hpp"
 #include "kv_option.hpp"
 #include "model.hpp"
 
@@ -11,30 +12,47 @@
 
 #include <algorithm>
 #include <charconv>
+#include <optional>
 #include <utility>
 
 namespace kv1_lm {
 
 namespace {
 
-[[noreturn]] void refuse(std::string_view text, const std::string& why) {
-    throw input_error(std::string("policy '").append(text).append("'"), why);
-}
+// Text that is parsed, and what it is called in messages.
+struct named_text {
+    std::string_view text, what;
+    [[noreturn]] void refuse(const std::string& why) const {
+        constexpr std::size_t most = 200; // a policy may name every layer
+        throw input_error(std::string(what)
+                              .append(" '")
+                              .append(text.substr(0, most))
+                              .append(text.size() > most ? "...'" : "'"),
+                          why);
+    }
+};
 
-std::size_t parse_count(std::string_view text, std::string_view whole) {
+std::size_t parse_count(std::string_view text, const named_text& whole) {
     std::size_t n = 0;
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), n);
     if (error != std::errc() || end != text.data() + text.size())
-        refuse(whole, quote(text) + " is not a number");
+        whole.refuse(quote(text) + " is not a number");
     return n;
 }
 
-side_policy parse_side(std::string_view text, std::string_view whole) {
+side_policy parse_side(std::string_view text, const named_text& whole) {
     side_policy p;
-    const std::string_view format = take_until(text, '+');
-    p.format = parse_kv(format, std::string("policy '").append(whole).append("'")).key;
+    const std::string_view width = take_until(text, '+');
+    const auto format = format_of(width);
+    if (!format)
+        whole.refuse(quote(width) + " is none of 1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4, cb2");
+    p.format = *format;
     while (!text.empty()) {
         const std::string_view option = take_until(text, '+');
+        if (option.starts_with('g')) {
+            p.group = parse_count(option.substr(1), whole);
+            continue;
+        }
         bool* flag = option == "ls"        ? &p.least_squares
                      : option == "cs"      ? &p.clip_search
                      : option == "had"     ? &p.hadamard
@@ -43,32 +61,36 @@ side_policy parse_side(std::string_view text, std::string_view whole) {
                      : option == "channel" ? &p.per_channel
                                            : nullptr;
         if (flag == nullptr)
-            refuse(whole, quote(option) + " is none of ls, cs, had, mean, ew, channel");
+            whole.refuse(quote(option) + " is none of ls, cs, had, mean, ew, channel, g and a number");
         *flag = true;
     }
     if (p.least_squares && p.clip_search)
-        refuse(whole, "levels are chosen by ls or by cs");
+        whole.refuse("levels are chosen by ls or by cs");
     return p;
 }
 
-layer_policy parse_layer(std::string_view text, std::string_view whole) {
-    const std::string_view key = take_until(text, ',');
-    if (text.empty())
-        refuse(whole, "keys and values are parted by a comma");
+layer_policy parse_layer(std::string_view text, const named_text& whole) {
+    const std::string_view key = text.find(',') == std::string_view::npos ? text : take_until(text, ',');
     const layer_policy p{parse_side(key, whole), parse_side(text, whole)};
     if (p.value.per_channel)
-        refuse(whole, "channel is for keys alone");
+        whole.refuse("channel is for keys alone");
     return p;
+}
+
+bool any_side(const cache_policy& policy, bool (*wants)(const side_policy&)) {
+    const auto either = [&](const layer_policy& l) { return wants(l.key) || wants(l.value); };
+    return either(policy.common) ||
+           std::ranges::any_of(policy.layers, [&](const auto& own) { return either(own.second); });
 }
 
 } // namespace
 
-bool cache_policy::calibrated() const noexcept {
-    const auto needs = [](const layer_policy& l) {
-        return l.key.means || l.value.means || l.key.error_weights;
-    };
-    return needs(common) ||
-           std::any_of(layers.begin(), layers.end(), [&](const auto& l) { return needs(l.second); });
+bool cache_policy::centred() const noexcept {
+    return any_side(*this, [](const side_policy& side) { return side.means; });
+}
+
+bool cache_policy::weighted() const noexcept {
+    return any_side(*this, [](const side_policy& side) { return side.error_weights; });
 }
 
 std::string to_string(const layer_policy& policy) {
@@ -82,33 +104,39 @@ std::string to_string(const layer_policy& policy) {
                                          {side->error_weights, "+ew"},
                                          {side->per_channel, "+channel"}})
             text.append(flag ? name : "");
+        if (side->group != 0)
+            text.append("+g").append(std::to_string(side->group));
     }
     return text;
 }
 
-cache_policy parse_policy(std::string_view text) {
+cache_policy parse_policy(std::string_view text, std::string_view what) {
+    const named_text whole{text, what};
     cache_policy p;
     p.text = text;
     std::string_view rest = text;
     std::string_view layers = take_until(rest, '@');
     if (!rest.empty()) {
-        p.fp16_sinks = parse_count(take_until(rest, ':'), text);
-        p.fp16_window = parse_count(rest, text);
+        p.fp16_sinks = parse_count(take_until(rest, ':'), whole);
+        p.fp16_window = parse_count(rest, whole);
     }
-    p.common = parse_layer(take_until(layers, '/'), text);
+    p.common = parse_layer(take_until(layers, '/'), whole);
     while (!layers.empty()) {
         std::string_view one = take_until(layers, '/');
-        const std::size_t layer = parse_count(take_until(one, ':'), text);
-        p.layers[layer] = parse_layer(one, text);
+        const std::size_t layer = parse_count(take_until(one, ':'), whole);
+        p.layers[layer] = parse_layer(one, whole);
     }
     return p;
 }
 
-calibration calibrate(const model& m, std::vector<std::int32_t> tokens, std::size_t chunk) {
+calibration calibrate(const model& m, std::vector<std::int32_t> tokens, std::size_t chunk,
+                      bool error_weights) {
     const model_config& c = m.config();
     std::vector<kv1::mean_estimator> keys(c.layers, kv1::mean_estimator(c.kv_heads, c.head_dim)),
         values = keys;
-    std::vector<kv1::moment_estimator> queries(c.layers, kv1::moment_estimator(c.kv_heads, c.head_dim));
+    std::optional<error_weight_estimator> weights;
+    if (error_weights)
+        weights.emplace(m);
     kv1::kv_cache cache(m.cache_shape({kv1::kv_format::fp32, kv1::kv_format::fp32}, chunk));
     thread_pool pool(1);
     for (std::size_t at = 0; at < tokens.size(); at += chunk) {
@@ -117,7 +145,8 @@ calibration calibrate(const model& m, std::vector<std::int32_t> tokens, std::siz
             m.forward(std::span(tokens).subspan(at, std::min(chunk, tokens.size() - at)), cache, sequence,
                       kv1::precision::exact, pool,
                       [&](std::size_t layer, kv1::tensor_view q, kv1::tensor_view k, kv1::tensor_view v) {
-                          queries[layer].add(q);
+                          if (weights)
+                              weights->add(layer, q, k, v);
                           keys[layer].add(k);
                           values[layer].add(v);
                       }));
@@ -127,18 +156,22 @@ calibration calibrate(const model& m, std::vector<std::int32_t> tokens, std::siz
     for (std::size_t i = 0; i < c.layers; ++i) {
         result.key_means.push_back(keys[i].means());
         result.value_means.push_back(values[i].means());
-        result.query_moments.push_back(queries[i].moments());
+        if (!weights)
+            continue;
+        result.key_weights.push_back(weights->key_weights(i));
+        result.value_weights.push_back(weights->value_weights(i));
     }
     return result;
 }
 
 kv1::cache_description describe(const model& m, const cache_policy& policy, const calibration& c,
                                 std::size_t tokens) {
+    const named_text named{policy.text, "policy"};
     kv1::cache_description d = m.cache_shape({}, tokens);
     d.fp16_sinks = policy.fp16_sinks;
     d.fp16_window = policy.fp16_window;
     if (!policy.layers.empty() && policy.layers.rbegin()->first >= d.layers.size())
-        refuse(policy.text, "the model has " + std::to_string(d.layers.size()) + " layers");
+        named.refuse("the model has " + std::to_string(d.layers.size()) + " layers");
     for (std::size_t i = 0; i < d.layers.size(); ++i) {
         kv1::layer_description& l = d.layers[i];
         const auto own = policy.layers.find(i);
@@ -159,13 +192,17 @@ kv1::cache_description describe(const model& m, const cache_policy& policy, cons
         };
         l.key_format = p.key.format;
         l.value_format = p.value.format;
+        l.key_group = p.key.group;
+        l.value_group = p.value.group;
         if (p.key.per_channel)
             l.key_axis = kv1::quantization_axis::per_channel;
         l.key_encoding = encoding(
-            p.key, l.key_dim, [&] { return c.key_means.at(i); }, [&] { return c.query_moments.at(i); });
+            p.key, l.key_dim, [&] { return c.key_means.at(i); }, [&] { return c.key_weights.at(i); });
         l.value_encoding = encoding(
-            p.value, l.value_dim, [&] { return c.value_means.at(i); }, [&] { return m.value_weights(i); });
+            p.value, l.value_dim, [&] { return c.value_means.at(i); }, [&] { return c.value_weights.at(i); });
     }
+    if (const auto made = kv1::kv_cache::create(d); !made && made.code() != kv1::errc::out_of_memory)
+        named.refuse(made.reason().message());
     return d;
 }
 

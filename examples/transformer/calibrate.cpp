@@ -52,11 +52,12 @@ void calibrate_folder(const calibrate_options& options, std::ostream& out) {
     if (tokens.empty())
         throw input_error(options.text.string(), "no tokens to calibrate on");
     const std::size_t used = tokens.size();
-    const calibration found = calibrate(m, std::move(tokens), c.max_positions);
+    const calibration found = calibrate(m, std::move(tokens), c.max_positions, true);
 
-    std::vector<float_tensor> moments, means;
-    add_layers(moments, "query_moments", {c.kv_heads, c.head_dim, c.head_dim}, found.query_moments);
-    output_file(options.model / moments_file).commit(to_safetensors(moments));
+    std::vector<float_tensor> weights, means;
+    add_layers(weights, "key_weights", {c.kv_heads, c.head_dim, c.head_dim}, found.key_weights);
+    add_layers(weights, "value_weights", {c.kv_heads, c.head_dim, c.head_dim}, found.value_weights);
+    output_file(options.model / error_weights_file).commit(to_safetensors(weights));
     if (lacks_means) {
         add_layers(means, "key_means", {c.kv_heads, c.head_dim}, found.key_means);
         add_layers(means, "value_means", {c.kv_heads, c.head_dim}, found.value_means);

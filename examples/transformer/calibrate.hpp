@@ -16,10 +16,10 @@ struct calibrate_options {
     std::size_t tokens = 16384;      ///< of it to use
 };
 
-/// Runs the model over the text with a plain cache and writes the second moments of its queries beside it
-/// (model_cache.hpp), and means where config.json names them and there are none; then names the weights in
-/// config.json. Files appear whole or not at all, config.json last. Throws input_error: for a folder that
-/// names no cache, or one whose levels are not fitted.
+/// Runs the model over the text with a plain cache and writes what errors would cost beside it
+/// (error_weights.hpp, model_cache.hpp), and means where config.json names them and there are none; then
+/// names the weights in config.json. Files appear whole or not at all, config.json last. Throws input_error:
+/// for a folder that names no cache, or one whose levels are not fitted.
 void calibrate_folder(const calibrate_options& options, std::ostream& out);
 
 } // namespace kv1_lm

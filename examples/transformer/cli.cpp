@@ -42,8 +42,8 @@ kv1::precision parse_attention(const std::string& text) {
 }
 
 // None where the option is not given: the model's own cache.
-std::optional<kv_formats> parse_own_kv(const CLI::App& command, const std::string& text) {
-    return command.count("--kv") == 0 ? std::nullopt : std::optional(parse_kv(text, "--kv"));
+std::optional<cache_policy> parse_own_kv(const CLI::App& command, const std::string& text) {
+    return command.count("--kv") == 0 ? std::nullopt : std::optional(parse_policy(text, "--kv:"));
 }
 
 void add_common(CLI::App& command, std::filesystem::path& model) {
@@ -56,8 +56,10 @@ void add_common(CLI::App& command, std::filesystem::path& model) {
 void add_cache(CLI::App& command, texts& t, std::size_t& threads) {
     command.add_option(
         "--kv", t.kv,
-        "Bits of the cache: 1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4 (compact), cb2, or K,V such as "
-        "4,2; not given: the cache that the model was trained for, or 2");
+        "Bits of the cache: 1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4 (compact), cb2, or K,V such as 4,2, or "
+        "what "
+        "sweep --policy takes, with the model's own means and error weights; not given: the cache that the "
+        "model was trained for, or 2");
     command
         .add_option("--attention", t.attention,
                     "exact: fp32 on decoded values; fast: integer arithmetic on the codes")
@@ -153,15 +155,15 @@ int run_or_throw(int argc, const char* const* argv, std::istream& in, std::ostre
     sweep_command->add_option("--text", s.text, "UTF-8 text to measure on")->required();
     sweep_command->add_option(
         "--calibrate", s.calibration_text,
-        "UTF-8 text that means and query moments are taken from; not the one measured on");
+        "UTF-8 text that means and error weights are taken from; not the one measured on");
     add_count(*sweep_command, "--calibration-tokens", s.calibration_tokens, "Tokens of it to use");
     sweep_command
         ->add_option("--policy", s.policies,
                      "KEYS,VALUES such as c3+ls+had+mean+ew,c2+ls+had+mean: a width (c: compact), least "
-                     "squares (or cs, "
-                     "clip search), Hadamard rotation, centring, error weights; /LAYER:KEYS,VALUES for one "
-                     "layer, @SINKS:WINDOW "
-                     "for fp16 tokens. Several may be given; none: those of README's table")
+                     "squares (or cs, clip search), Hadamard rotation, centring, error weights, +g32 for a "
+                     "scale and minimum every 32 channels, +channel for those of keys by channel; "
+                     "/LAYER:KEYS,VALUES for one layer, @SINKS:WINDOW for fp16 tokens. "
+                     "Several may be given; none: those of README's table")
         ->expected(1, -1);
     add_count(*sweep_command, "--chunks", s.chunks, "The first so many chunks; 0 is all");
     add_count(*sweep_command, "--seq-len", s.seq_len, "Tokens of a chunk");

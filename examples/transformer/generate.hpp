@@ -3,7 +3,7 @@
 // kv1-lm generate: continues a prompt, token by token, from the packed cache.
 #pragma once
 
-#include "kv_option.hpp"
+#include "cache_policy.hpp"
 #include "sampler.hpp"
 
 #include <kv1/attention.hpp>
@@ -22,7 +22,7 @@ struct generate_options {
     std::size_t max_new_tokens = 100;
     std::size_t max_input_tokens = 1024; ///< a longer prompt is refused
     sampling how;
-    std::optional<kv_formats> kv; ///< none: the cache that the model names
+    std::optional<cache_policy> kv; ///< none: the cache that the model names
     kv1::precision precision = kv1::precision::exact;
     bool show_cache = false;
     bool interactive = false; ///< prompts come from `in`, one a line

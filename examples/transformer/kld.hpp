@@ -7,6 +7,7 @@
 // last logit predicts a token outside it) or, with include_last_logit, n divergences.
 #pragma once
 
+#include "cache_policy.hpp"
 #include "kv_option.hpp"
 
 #include <kv1/attention.hpp>
@@ -23,7 +24,7 @@ namespace kv1_lm {
 struct kld_options {
     std::filesystem::path model = {};
     std::filesystem::path text = {};
-    std::optional<kv_formats> kv = {}; ///< none: the cache that the model names
+    std::optional<cache_policy> kv = {}; ///< none: the cache that the model names
     kv_formats reference{kv1::kv_format::fp32, kv1::kv_format::fp32};
     kv1::precision precision = kv1::precision::exact;
     std::size_t seq_len = 1024;

@@ -32,19 +32,26 @@ std::string_view take_until(std::string_view& text, char mark) {
     return part;
 }
 
+std::optional<kv_format> format_of(std::string_view width) noexcept {
+    const auto found = std::find(kv_widths.begin(), kv_widths.end(), width);
+    if (found == kv_widths.end())
+        return std::nullopt;
+    return formats[static_cast<std::size_t>(found - kv_widths.begin())];
+}
+
 kv_formats parse_kv(std::string_view text, std::string_view option) {
-    const auto format_of = [&](std::string_view width) {
-        const auto found = std::find(kv_widths.begin(), kv_widths.end(), width);
-        if (found == kv_widths.end())
+    const auto parse = [&](std::string_view width) {
+        const auto format = format_of(width);
+        if (!format)
             throw input_error(
                 std::string(option) + ": '" + std::string(text) +
                 "' is none of 1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4, cb2, nor a pair of them such as 4,2");
-        return formats[static_cast<std::size_t>(found - kv_widths.begin())];
+        return *format;
     };
     const std::size_t comma = text.find(',');
     if (comma == std::string_view::npos)
-        return {format_of(text), format_of(text)};
-    return {format_of(text.substr(0, comma)), format_of(text.substr(comma + 1))};
+        return {parse(text), parse(text)};
+    return {parse(text.substr(0, comma)), parse(text.substr(comma + 1))};
 }
 
 std::string to_string(const kv_formats& f) {

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What `--kv 2`, `--kv 1.5`, `--kv 4,2` or `--kv c3,c2` means: the storage formats of keys and values.
+// What 2, 1.5, 4,2 or c3,c2 means: the storage formats of keys and values.
 #pragma once
 
 #include <kv1/format.hpp>
 
 #include <array>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -20,6 +21,9 @@ struct kv_formats {
 /// Every width, narrowest first; then the compact formats.
 inline constexpr std::array<std::string_view, 12> kv_widths{"1",  "1.5", "2",  "3",  "4",  "8",
                                                             "16", "32",  "c2", "c3", "c4", "cb2"};
+
+/// The format of one of kv_widths, or none.
+[[nodiscard]] std::optional<kv1::kv_format> format_of(std::string_view width) noexcept;
 
 /// One width for both, or a pair "K,V". `option` is named in the input_error for anything else.
 [[nodiscard]] kv_formats parse_kv(std::string_view text, std::string_view option);

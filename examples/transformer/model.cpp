@@ -174,15 +174,18 @@ std::vector<float> model::forward(std::span<const std::int32_t> tokens, kv1::kv_
     return normed;
 }
 
-std::vector<float> model::value_weights(std::size_t index) const {
+std::vector<double> model::output_products(std::size_t index) const {
     const std::size_t d = config_.head_dim, group = config_.heads / config_.kv_heads;
-    std::vector<float> sums(config_.kv_heads * d * d);
+    std::vector<double> sums(config_.heads * group * d * d);
     for (std::size_t o = 0; o < config_.hidden_size; ++o) {
         const std::span<const float> row = layers_[index].output.row(o);
-        for (std::size_t h = 0; h < config_.heads; ++h)
-            for (std::size_t i = 0; i < d; ++i)
-                for (std::size_t j = 0; j < d; ++j)
-                    sums[(h / group * d + i) * d + j] += row[h * d + i] * row[h * d + j];
+        std::size_t at = 0;
+        for (std::size_t a = 0; a < config_.heads; ++a)
+            for (std::size_t b = a / group * group; b < (a / group + 1) * group; ++b)
+                for (std::size_t i = 0; i < d; ++i)
+                    for (std::size_t j = 0; j < d; ++j)
+                        sums[at++] +=
+                            static_cast<double>(row[a * d + i]) * static_cast<double>(row[b * d + j]);
     }
     return sums;
 }

@@ -47,9 +47,9 @@ public:
     [[nodiscard]] std::vector<float> forward(std::span<const std::int32_t> tokens, kv1::kv_cache& cache,
                                              kv1::sequence_id sequence, kv1::precision precision,
                                              thread_pool& pool, const observer& watch) const;
-    /// What errors in values cost: sums of W_o^T W_o over the query heads of each KV head,
-    /// [kv_heads][head_dim][head_dim]. Precondition: a layer of the model.
-    [[nodiscard]] std::vector<float> value_weights(std::size_t index) const;
+    /// Of every two query heads that share a KV head, W^T W' of their parts of the output projection:
+    /// [kv_heads][heads a KV head]^2[head_dim]^2. Precondition: a layer of the model.
+    [[nodiscard]] std::vector<double> output_products(std::size_t index) const;
     /// Logits [rows][vocab_size] of hidden states [rows][hidden_size].
     void logits(std::span<const float> hidden, std::span<float> out, thread_pool& pool) const;
 

@@ -94,8 +94,8 @@ void no_more_than(const safetensors& file, std::size_t tensors) {
         throw input_error(file.origin(), "has tensors that are not this model's");
 }
 
-// The matrices of x x^T are symmetric, and no entry is above what those on the diagonal allow.
-void check_moments(const safetensors& file, std::span<const std::vector<float>> layers,
+// Sums of squares are symmetric, and no entry is above what those on the diagonal allow.
+void check_weights(const safetensors& file, const char* name, std::span<const std::vector<float>> layers,
                    const model_config& config) {
     const std::size_t n = config.head_dim;
     for (std::size_t layer = 0; layer < layers.size(); ++layer)
@@ -105,62 +105,59 @@ void check_moments(const safetensors& file, std::span<const std::vector<float>> 
                 for (std::size_t j = 0; j <= i; ++j) {
                     const double ii = m[i * n + i], jj = m[j * n + j], ij = m[i * n + j];
                     if (m[j * n + i] != m[i * n + j] || ii < 0.0 || ij * ij > 1.001 * ii * jj)
-                        throw input_error(file.origin() + ": layers." + std::to_string(layer) +
-                                          ".query_moments, head " + std::to_string(head) +
-                                          ": is no matrix of second moments");
+                        throw input_error(file.origin() + ": layers." + std::to_string(layer) + "." + name +
+                                          ", head " + std::to_string(head) + ": is no matrix of costs");
                 }
         }
 }
 
-bool any_side(const cache_policy& policy, const auto& wants) {
-    return wants(policy.common) ||
-           std::ranges::any_of(policy.layers, [&](const auto& layer) { return wants(layer.second); });
-}
-
-} // namespace
-
-model_cache choose_cache(const std::filesystem::path& folder, const model_config& config,
-                         const std::optional<kv_formats>& kv) {
-    model_cache choice;
-    const auto plainly = [&](const kv_formats& f) {
-        choice.policy.common = {{.format = f.key}, {.format = f.value}};
-        choice.policy.text = to_string(f);
-        return choice;
-    };
-    if (kv)
-        return plainly(*kv);
+// The cache that config.json names, or two bits.
+cache_policy read_policy(const std::filesystem::path& folder, const model_config& config) {
     const json_document document = read_json_file(folder / "config.json");
     const auto cache = document.root().find("kv1");
     if (!cache)
-        return plainly({});
-
+        return parse_policy("2");
     const side_policy wanted{.least_squares = read_least_squares(*cache),
                              .hadamard = read_flag(*cache, "hadamard"),
                              .means = read_flag(*cache, "centre"),
                              .error_weights = read_flag(*cache, "error_weights")};
     if (wanted.error_weights && !wanted.least_squares)
         cache->member("error_weights").fail("is for levels by least_squares");
-    layer_policy& common = choice.policy.common;
-    common.key = side_of(read_format(cache->member("key_format")), wanted);
-    common.value = side_of(read_format(cache->member("value_format")), wanted);
+    cache_policy policy;
+    policy.common.key = side_of(read_format(cache->member("key_format")), wanted);
+    policy.common.value = side_of(read_format(cache->member("value_format")), wanted);
     if (const auto layers = cache->find("layers"))
-        read_layers(*layers, config, wanted, choice.policy);
-    choice.policy.text = to_string(common);
-    for (const auto& [layer, differs] : choice.policy.layers)
-        choice.policy.text.append("/").append(std::to_string(layer)).append(":").append(to_string(differs));
-    if (any_side(choice.policy, [](const layer_policy& l) { return l.key.means || l.value.means; })) {
+        read_layers(*layers, config, wanted, policy);
+    policy.text = to_string(policy.common);
+    for (const auto& [layer, differs] : policy.layers)
+        policy.text.append("/").append(std::to_string(layer)).append(":").append(to_string(differs));
+    return policy;
+}
+
+} // namespace
+
+model_cache choose_cache(const std::filesystem::path& folder, const model_config& config,
+                         const std::optional<cache_policy>& kv) {
+    model_cache choice;
+    choice.policy = kv ? *kv : read_policy(folder, config);
+    if (choice.policy.centred()) {
         const safetensors file = safetensors::read(folder / means_file);
         const std::vector<std::size_t> shape{config.kv_heads, config.head_dim};
         choice.calibrated.key_means = read_tensors(file, config.layers, "key_means", shape);
         choice.calibrated.value_means = read_tensors(file, config.layers, "value_means", shape);
         no_more_than(file, 2 * config.layers);
     }
-    if (any_side(choice.policy, [](const layer_policy& l) { return l.key.error_weights; })) {
-        const safetensors file = safetensors::read(folder / moments_file);
-        choice.calibrated.query_moments = read_tensors(file, config.layers, "query_moments",
-                                                       {config.kv_heads, config.head_dim, config.head_dim});
-        no_more_than(file, config.layers);
-        check_moments(file, choice.calibrated.query_moments, config);
+    if (choice.policy.weighted()) {
+        const safetensors file = safetensors::read(folder / error_weights_file);
+        const auto read = [&](const char* name) {
+            auto weights =
+                read_tensors(file, config.layers, name, {config.kv_heads, config.head_dim, config.head_dim});
+            check_weights(file, name, weights, config);
+            return weights;
+        };
+        choice.calibrated.key_weights = read("key_weights");
+        choice.calibrated.value_weights = read("value_weights");
+        no_more_than(file, 2 * config.layers);
     }
     return choice;
 }

@@ -7,8 +7,8 @@
 //                                    "error_weights": true,
 //                                    "layers": {"0": {"key_format": "compact2"}}}    those that differ
 //   kv1_means.safetensors    with "centre": layers.I.key_means and layers.I.value_means, [kv_heads][head_dim]
-//   kv1_moments.safetensors  with "error_weights": layers.I.query_moments, [kv_heads][head_dim][head_dim], of
-//                            queries after RoPE; what errors in values cost is in the model's weights
+//   kv1_error_weights.safetensors    with "error_weights": layers.I.key_weights and layers.I.value_weights,
+//                            [kv_heads][head_dim][head_dim] (error_weights.hpp)
 //
 // kv1-train writes all but error weights, which `kv1-lm calibrate` adds.
 #pragma once
@@ -23,7 +23,7 @@
 namespace kv1_lm {
 
 inline constexpr const char* means_file = "kv1_means.safetensors";
-inline constexpr const char* moments_file = "kv1_moments.safetensors";
+inline constexpr const char* error_weights_file = "kv1_error_weights.safetensors";
 
 struct model_cache {
     cache_policy policy;
@@ -34,10 +34,10 @@ struct model_cache {
     }
 };
 
-/// `kv`: these formats in the reference's encoding; none: what the model's folder names, or two bits where it
-/// names nothing. Throws input_error for a folder that names what no cache of this model can be, or whose
-/// means and moments are not this model's.
+/// `kv`: this cache, with the folder's means and error weights where it takes any; none: what the model's
+/// folder names, or two bits where it names nothing. Throws input_error for a folder that names what no cache
+/// of this model can be, or whose means and error weights are not this model's.
 [[nodiscard]] model_cache choose_cache(const std::filesystem::path& folder, const model_config& config,
-                                       const std::optional<kv_formats>& kv);
+                                       const std::optional<cache_policy>& kv);
 
 } // namespace kv1_lm

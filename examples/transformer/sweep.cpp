@@ -76,14 +76,15 @@ public:
         if (chunks_.empty())
             throw input_error(options.text.string() + ": fewer than two tokens, nothing to measure");
         calibration calibrated;
-        if (std::any_of(policies.begin(), policies.end(), [](const auto& p) { return p.calibrated(); })) {
+        const bool weighted = std::ranges::any_of(policies, &cache_policy::weighted);
+        if (weighted || std::ranges::any_of(policies, &cache_policy::centred)) {
             if (options.calibration_text.empty())
-                throw input_error("means and error weights of keys need --calibrate FILE");
+                throw input_error("means and error weights need --calibrate FILE");
             std::vector<std::int32_t> sample = words.encode(read_text_file(options.calibration_text));
             sample.resize(std::min(sample.size(), options.calibration_tokens));
             if (sample.empty())
                 throw input_error(options.calibration_text.string() + ": no tokens to calibrate on");
-            calibrated = calibrate(model_, std::move(sample), options.seq_len);
+            calibrated = calibrate(model_, std::move(sample), options.seq_len, weighted);
         }
         for (const cache_policy& p : policies)
             descriptions_.push_back(describe(model_, p, calibrated, options.seq_len));

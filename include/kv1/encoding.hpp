@@ -52,7 +52,8 @@ struct vector_encoding {
     std::vector<float> means = {};
     /// [kv_heads][dim][dim], symmetric and positive semidefinite, or empty: an error e costs e^T W e. For
     /// keys the second moment of the queries (moment_estimator), for values that of the output projection's
-    /// columns, sum of W_o^T W_o over the heads of a group. Not with min_max.
+    /// columns, sum of W_o^T W_o over the heads of a group; better, both with each token and head counting by
+    /// what its errors do to the layer's output (examples/transformer/error_weights.hpp). Not with min_max.
     std::vector<float> error_weights = {};
 
     /// Whether all fields are the same.

@@ -3,7 +3,8 @@
  * kv1 for C, and for languages that call C. The library behind it is kv1_c (CMake: -DKV1_BUILD_C=ON, target
  * kv1::c), or one C++ file of yours that includes kv1/c_api.hpp.
  *
- *   kv1_layer layer = {8, 128, 128, KV1_AFFINE2, KV1_AFFINE2};
+ *   kv1_layer layer = {.kv_heads = 8, .key_dim = 128, .value_dim = 128, .key_format = KV1_AFFINE2,
+ *                      .value_format = KV1_AFFINE2};
  *   kv1_cache* cache;
  *   kv1_error error;
  *   if (kv1_cache_create(&layer, 1, 32, 4096, 64, &cache, &error) != KV1_OK) ...
@@ -94,6 +95,12 @@ typedef struct kv1_sequence {
     uint32_t generation; /**< tells sequences of one slot apart */
 } kv1_sequence;
 
+/** Which keys share a scale and minimum. */
+typedef enum kv1_axis {
+    KV1_PER_TOKEN,  /**< the channels of a token */
+    KV1_PER_CHANNEL /**< a channel's, over all tokens of a page; they are kept in fp16 until it is full */
+} kv1_axis;
+
 /** Shape of one layer. */
 typedef struct kv1_layer {
     size_t kv_heads;         /**< query heads are a multiple of it */
@@ -101,6 +108,10 @@ typedef struct kv1_layer {
     size_t value_dim;        /**< channels of a value and an output */
     kv1_format key_format;   /**< of keys */
     kv1_format value_format; /**< of values */
+    size_t key_group;        /**< channels of a key that share a scale and minimum; 0: all of them. Affine and
+                                  compact formats; a multiple of 32 that divides key_dim */
+    size_t value_group;      /**< the same of values */
+    kv1_axis key_axis;       /**< affine and compact formats of at most 4 bits, without key_group */
 } kv1_layer;
 
 /** [tokens][heads][channels], read by the call; strides in elements, channels are contiguous. */

@@ -65,7 +65,11 @@ static void attend_over_decoded(const kv1_cache* cache, kv1_sequence s) {
 }
 
 int main(void) {
-    const kv1_layer layer = {kv_heads, dim, dim, KV1_AFFINE2, KV1_AFFINE2};
+    const kv1_layer layer = {.kv_heads = kv_heads,
+                             .key_dim = dim,
+                             .value_dim = dim,
+                             .key_format = KV1_AFFINE2,
+                             .value_format = KV1_AFFINE2};
     kv1_cache* cache = NULL;
     kv1_sequence s, other;
     kv1_error error;
@@ -174,6 +178,60 @@ int main(void) {
         kv1_layer unknown = layer;
         unknown.value_format = (kv1_format)(KV1_CODEBOOK2 + 1);
         CHECK(kv1_cache_create(&unknown, 1, 1, 128, 32, &cache, &error) == KV1_UNSUPPORTED_FORMAT);
+    }
+
+    /* metadata by groups of channels: each is stored as a vector of its own would be */
+    {
+        enum { wide = 96, few = tokens / 2 };
+        kv1_layer grouped = layer, apart = layer;
+        size_t t, c;
+        grouped.key_dim = grouped.value_dim = wide;
+        grouped.value_format = KV1_COMPACT3;
+        grouped.key_group = 32;
+        grouped.value_group = wide;
+        CHECK(kv1_cache_create(&grouped, 1, 1, 128, 32, &cache, &error) == KV1_OK);
+        CHECK(kv1_sequence_create(cache, &s, NULL) == KV1_OK);
+        CHECK(kv1_append(cache, s, 0, kv1_contiguous(v, KV1_FP32, few, kv_heads, wide),
+                         kv1_contiguous(v, KV1_FP32, few, kv_heads, wide), NULL, &error) == KV1_OK);
+        CHECK(kv1_cache_statistics(cache, &statistics, NULL) == KV1_OK);
+        CHECK(statistics.bytes_stored == few * kv_heads * (wide / 4 + 3 * 4 + wide * 3 / 8 + 2));
+        CHECK(kv1_read(cache, s, 0, 0, 1, 0, few, keys, NULL) == KV1_OK);
+        kv1_cache_destroy(cache);
+        apart.kv_heads = 3 * kv_heads;
+        apart.key_dim = apart.value_dim = 32;
+        CHECK(kv1_cache_create(&apart, 1, 1, 128, 32, &cache, &error) == KV1_OK);
+        CHECK(kv1_sequence_create(cache, &s, NULL) == KV1_OK);
+        CHECK(kv1_append(cache, s, 0, kv1_contiguous(v, KV1_FP32, few, 3 * kv_heads, 32),
+                         kv1_contiguous(v, KV1_FP32, few, 3 * kv_heads, 32), NULL, &error) == KV1_OK);
+        for (c = 0; c < wide; ++c) {
+            CHECK(kv1_read(cache, s, 0, 0, 3 + c / 32, 0, few, values, NULL) == KV1_OK);
+            for (t = 0; t < few; ++t)
+                CHECK(keys[t * wide + c] == values[t * 32 + c % 32]);
+        }
+        kv1_cache_destroy(cache);
+        grouped.value_group = 64;
+        CHECK(kv1_cache_create(&grouped, 1, 1, 128, 32, &cache, &error) == KV1_INVALID_ARGUMENT);
+        CHECK(error.layer == 0 && strstr(error.rule, "a group is a multiple of 32 channels") == error.rule);
+    }
+
+    /* keys per channel: fp16 in the open page, 4 bytes a channel in full ones */
+    {
+        kv1_layer turned = layer;
+        size_t t;
+        turned.key_axis = KV1_PER_CHANNEL;
+        CHECK(kv1_cache_create(&turned, 1, 1, 128, 32, &cache, &error) == KV1_OK);
+        CHECK(kv1_sequence_create(cache, &s, NULL) == KV1_OK);
+        CHECK(kv1_append(cache, s, 0, kv1_contiguous(k, KV1_FP32, 40, kv_heads, dim),
+                         kv1_contiguous(v, KV1_FP32, 40, kv_heads, dim), NULL, &error) == KV1_OK);
+        CHECK(kv1_cache_statistics(cache, &statistics, NULL) == KV1_OK);
+        CHECK(statistics.bytes_stored ==
+              kv_heads * (32 * dim / 4 + dim * 4 + 8 * dim * 2) + 40 * kv_heads * (dim / 4 + 4));
+        CHECK(kv1_read(cache, s, 0, 0, 1, 39, 1, keys, NULL) == KV1_OK);
+        for (t = 0; t < dim; ++t) /* of the open page: 11 significant bits */
+            CHECK(fabs((double)keys[t] - (double)k[(39 * kv_heads + 1) * dim + t]) < 0x1p-11);
+        kv1_cache_destroy(cache);
+        turned.key_axis = (kv1_axis)7;
+        CHECK(kv1_cache_create(&turned, 1, 1, 128, 32, &cache, &error) == KV1_INVALID_ARGUMENT);
     }
 
     /* page sizes are whole tiles; distinct layers divide the layers */

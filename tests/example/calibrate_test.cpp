@@ -80,7 +80,9 @@ TEST_CASE("calibrate adds error weights to a model's cache, which then costs les
                                            .encode(kv1_lm::read_text_file(m.path() / "other.txt"));
     tokens.resize(2048);
     const kv1_lm::model_cache cache = m.cache();
-    CHECK(cache.calibrated.query_moments == calibrate(shipped, tokens, 1024).query_moments);
+    const kv1_lm::calibration found = calibrate(shipped, tokens, 1024, true);
+    CHECK(cache.calibrated.key_weights == found.key_weights);
+    CHECK(cache.calibrated.value_weights == found.value_weights);
     CHECK(kv1::kv_cache::create(describe(shipped, cache.policy, cache.calibrated, 64)));
     CHECK(m.divergence() < 0.95 * before);
 }
@@ -94,12 +96,12 @@ TEST_CASE("calibrate takes means where a cache lacks them, and leaves those that
     CHECK(m.cache().calibrated.value_means.size() == 8);
 
     const auto means = kv1_lm::read_binary_file(m.path() / kv1_lm::means_file);
-    const auto moments = kv1_lm::read_binary_file(m.path() / kv1_lm::moments_file);
+    const auto weights = kv1_lm::read_binary_file(m.path() / kv1_lm::error_weights_file);
     const std::string config = kv1_lm::read_text_file(m.path() / "config.json");
     m.write("third.txt", "Another text, which is short.");
     REQUIRE(m.calibrate("third.txt").code == 0);
     CHECK(kv1_lm::read_binary_file(m.path() / kv1_lm::means_file) == means);
-    CHECK(kv1_lm::read_binary_file(m.path() / kv1_lm::moments_file) != moments);
+    CHECK(kv1_lm::read_binary_file(m.path() / kv1_lm::error_weights_file) != weights);
     CHECK(kv1_lm::read_text_file(m.path() / "config.json") == config);
 }
 
@@ -112,7 +114,7 @@ TEST_CASE("calibrate refuses a cache that has no use for weights, and an empty t
         CHECK(r.code == 2);
         CHECK_THAT(r.err, ContainsSubstring(why));
         CHECK(kv1_lm::read_text_file(m.path() / "config.json") == config);
-        CHECK_FALSE(std::filesystem::exists(m.path() / kv1_lm::moments_file));
+        CHECK_FALSE(std::filesystem::exists(m.path() / kv1_lm::error_weights_file));
     };
     refused(nullptr, "other.txt", "config.json: kv1 names no cache");
     json min_max = fitted;

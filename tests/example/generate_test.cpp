@@ -164,6 +164,9 @@ TEST_CASE("prompts that can not be run end with exit code 2 and one line", "[gen
     refused({"--prompt", "a", "--kv", "5"}, "--kv: '5'");
     refused({"--prompt", "a", "--kv", "2,"}, "--kv: '2,'");
     refused({"--prompt", "a", "--kv", "2,4,8"}, "--kv: '2,4,8'");
+    refused({"--prompt", "a", "--kv", "2+g48"},
+            "a group is a multiple of 32 channels that divides the head dim");
+    refused({"--prompt", "a", "--kv", "2+g"}, "--kv: '2+g'");
     refused({"--prompt", "a", "--attention", "quick"}, "--attention");
     refused({"--prompt", "a", "--temperature", "0"}, "--temperature");
     refused({"--prompt", "a", "--temperature", "nan"}, "--temperature");

@@ -34,7 +34,7 @@ struct trained_model {
     json config = kv1_lm::read_json_file(std::filesystem::path(KV1_LM_MODEL_DIR) / "config.json").value;
     std::vector<std::pair<std::string, std::vector<std::size_t>>> means;
     float value = 0.125f;                      // of every mean
-    std::vector<kv1_lm::float_tensor> moments; // written where there are any
+    std::vector<kv1_lm::float_tensor> weights; // written where there are any
 
     trained_model() {
         config["kv1"] = {{"key_format", "compact3"},
@@ -63,28 +63,31 @@ struct trained_model {
         std::string file(sizeof length, '\0');
         std::memcpy(file.data(), &length, sizeof length);
         folder.write("kv1_means.safetensors", file + text + data);
-        if (!moments.empty())
-            folder.write("kv1_moments.safetensors", kv1_lm::to_safetensors(moments));
+        if (!weights.empty())
+            folder.write("kv1_error_weights.safetensors", kv1_lm::to_safetensors(weights));
     }
 
-    // With error weights: moments are layer + 1 on the diagonal, a half beside it.
+    // With error weights: layer + 1 on the diagonal, for values twice that; a half beside it.
     void weigh_errors() {
         config["kv1"]["error_weights"] = true;
         for (std::size_t layer = 0; layer < 8; ++layer) {
-            std::vector<float> m(2 * 32 * 32);
-            for (std::size_t i = 0; i < m.size(); ++i) {
-                const std::size_t row = i / 32 % 32, column = i % 32;
-                m[i] = row == column                            ? static_cast<float>(layer + 1)
-                       : row + 1 == column || column + 1 == row ? 0.5f
-                                                                : 0.0f;
+            for (const char* side : {"key", "value"}) {
+                std::vector<float> w(2 * 32 * 32);
+                for (std::size_t i = 0; i < w.size(); ++i) {
+                    const std::size_t row = i / 32 % 32, column = i % 32;
+                    w[i] = row == column ? static_cast<float>((layer + 1) * (*side == 'v' ? 2 : 1))
+                           : row + 1 == column || column + 1 == row ? 0.5f
+                                                                    : 0.0f;
+                }
+                weights.push_back(
+                    {"layers." + std::to_string(layer) + "." + side + "_weights", {2, 32, 32}, w});
             }
-            moments.push_back({"layers." + std::to_string(layer) + ".query_moments", {2, 32, 32}, m});
         }
     }
 };
 
 kv1_lm::model_cache cache_of(const kv1_test::temporary_folder& folder,
-                             const std::optional<kv1_lm::kv_formats>& kv = {}) {
+                             const std::optional<kv1_lm::cache_policy>& kv = {}) {
     return kv1_lm::choose_cache(folder.path(), kv1_lm::model_config::read(folder.path() / "config.json"), kv);
 }
 
@@ -151,14 +154,14 @@ TEST_CASE("a model's folder names error weights", "[model_cache]") {
     const kv1::cache_description d = describe(shipped, cache.policy, cache.calibrated, 64);
     CHECK(kv1::kv_cache::create(d));
     for (const std::size_t i : {0u, 7u}) {
-        CHECK(d.layers[i].key_encoding.error_weights == m.moments[i].values);
-        CHECK(d.layers[i].value_encoding.error_weights == shipped.value_weights(i));
+        CHECK(d.layers[i].key_encoding.error_weights == m.weights[2 * i].values);
+        CHECK(d.layers[i].value_encoding.error_weights == m.weights[2 * i + 1].values);
     }
     CHECK(d.layers[3].key_encoding == kv1::vector_encoding{});
 }
 
-TEST_CASE("moments that are not this model's are refused", "[model_cache]") {
-    const auto refuses_moments = [](const std::function<void(trained_model&)>& spoil,
+TEST_CASE("error weights that are not this model's are refused", "[model_cache]") {
+    const auto refuses_weights = [](const std::function<void(trained_model&)>& spoil,
                                     const std::string& what) {
         refuses(
             [&](trained_model& m) {
@@ -167,26 +170,27 @@ TEST_CASE("moments that are not this model's are refused", "[model_cache]") {
             },
             what);
     };
-    const auto entry = [](std::size_t at, float value) {
-        return [at, value](trained_model& m) { m.moments[2].values[at] = value; };
+    const auto entry = [](std::size_t tensor, std::size_t at, float value) {
+        return [tensor, at, value](trained_model& m) { m.weights[tensor].values[at] = value; };
     };
-    refuses_moments([](trained_model& m) { m.moments.clear(); }, "kv1_moments.safetensors");
-    refuses_moments([](trained_model& m) { m.moments.pop_back(); },
-                    "tensor layers.7.query_moments is missing");
-    refuses_moments([](trained_model& m) { m.moments[3].shape = {32, 2, 32}; }, "layers.3.query_moments");
-    refuses_moments(
+    refuses_weights([](trained_model& m) { m.weights.clear(); }, "kv1_error_weights.safetensors");
+    refuses_weights([](trained_model& m) { m.weights.pop_back(); },
+                    "tensor layers.7.value_weights is missing");
+    refuses_weights([](trained_model& m) { m.weights[6].shape = {32, 2, 32}; }, "layers.3.key_weights");
+    refuses_weights(
         [](trained_model& m) {
-            m.moments.push_back({"layers.8.query_moments", {1}, {1.0f}});
+            m.weights.push_back({"layers.8.key_weights", {1}, {1.0f}});
         },
         "has tensors that are not this model's");
-    refuses_moments(entry(5, std::numeric_limits<float>::quiet_NaN()), "not finite");
-    const char* no_moments = "layers.2.query_moments, head 1: is no matrix of second moments";
-    refuses_moments(entry(1024 + 7, 0.25f), no_moments);  // not symmetric
-    refuses_moments(entry(1024 + 33, -1.0f), no_moments); // a negative square
-    refuses_moments(entry(1024 + 33, 0.0f), no_moments);  // a channel that is zero has no products
-    refuses_moments([](trained_model& m) { m.config["kv1"]["encoder"] = "min_max"; },
+    refuses_weights(entry(4, 5, std::numeric_limits<float>::quiet_NaN()), "not finite");
+    const char* no_cost = "layers.2.key_weights, head 1: is no matrix of costs";
+    refuses_weights(entry(4, 1024 + 7, 0.25f), no_cost);  // not symmetric
+    refuses_weights(entry(4, 1024 + 33, -1.0f), no_cost); // a negative square
+    refuses_weights(entry(4, 1024 + 33, 0.0f), no_cost);  // a channel that is zero has no products
+    refuses_weights(entry(5, 3, 0.25f), "layers.2.value_weights, head 0: is no matrix of costs");
+    refuses_weights([](trained_model& m) { m.config["kv1"]["encoder"] = "min_max"; },
                     "kv1.error_weights: is for levels by least_squares");
-    refuses_moments([](trained_model& m) { m.config["kv1"]["error_weights"] = 1; }, "kv1.error_weights");
+    refuses_weights([](trained_model& m) { m.config["kv1"]["error_weights"] = 1; }, "kv1.error_weights");
 }
 
 TEST_CASE("an encoding leaves out what a format has no use for", "[model_cache]") {
@@ -205,10 +209,26 @@ TEST_CASE("--kv takes the place of the cache that a model names", "[model_cache]
     trained_model m;
     m.means.clear(); // nobody asks for them
     m.write(folder);
-    CHECK(cache_of(folder, kv1_lm::parse_kv("4,2", "--kv")).policy.text == "4,2");
+    CHECK(cache_of(folder, kv1_lm::parse_policy("4,2")).policy.text == "4,2");
     m.config.erase("kv1");
     m.write(folder);
     CHECK(cache_of(folder).policy.text == "2");
+}
+
+TEST_CASE("--kv may name any cache; means and error weights are the folder's", "[model_cache]") {
+    const kv1_test::temporary_folder folder;
+    trained_model m;
+    m.weigh_errors();
+    m.write(folder);
+    const kv1_lm::model_cache cache = cache_of(folder, kv1_lm::parse_policy("c2+ls+mean,c2+ls+ew+g32@2:6"));
+    const kv1::cache_description d = describe(kv1_test::shipped_model(), cache.policy, cache.calibrated, 64);
+    CHECK(d.layers[5].key_encoding.means == std::vector<float>(64, m.value));
+    CHECK(d.layers[5].value_encoding.error_weights == m.weights[11].values);
+    CHECK(d.fp16_window == 6);
+    std::filesystem::remove(folder.path() / "kv1_error_weights.safetensors");
+    CHECK_THAT(refusal([&] { (void)cache_of(folder, kv1_lm::parse_policy("c2+ls+ew")); }),
+               ContainsSubstring("kv1_error_weights.safetensors"));
+    CHECK(cache_of(folder, kv1_lm::parse_policy("2+ls+had")).policy.text == "2+ls+had");
 }
 
 TEST_CASE("kld and generate run the cache that a model names", "[model_cache]") {
@@ -237,9 +257,12 @@ TEST_CASE("kld and generate run the cache that a model names", "[model_cache]") 
     CHECK(own.at("avg_cache_shrink_vs_fp16") == 128.0 / (14 + 10));
     CHECK(two.at("kv_policy") == "2");
     CHECK(own.at("kld_nats_per_token") != two.at("kld_nats_per_token"));
-    CHECK_THAT(
-        run({"generate", "--prompt", "The city", "--max-new-tokens", "4", "--greedy", "--show-cache"}).err,
-        ContainsSubstring("the model's own: c3+ls+had+mean,c2+ls+had+mean"));
+    const std::vector<std::string> generate{"generate", "--prompt", "The city",    "--max-new-tokens",
+                                            "4",        "--greedy", "--show-cache"};
+    CHECK_THAT(run(generate).err, ContainsSubstring("the model's own: c3+ls+had+mean,c2+ls+had+mean"));
+    std::vector<std::string> grouped = generate;
+    grouped.insert(grouped.end(), {"--kv", "2+ls+g32,c2/0:4"});
+    CHECK_THAT(run(grouped).err, ContainsSubstring("cache (--kv 2+ls+g32,c2, 1 layers otherwise)"));
 }
 
 TEST_CASE("a folder that names what is no cache is refused", "[model_cache]") {

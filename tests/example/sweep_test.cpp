@@ -5,6 +5,7 @@
 #include "error.hpp"
 #include "file.hpp"
 #include "kld.hpp"
+#include "refusal.hpp"
 #include "shipped_model.hpp"
 #include "sweep.hpp"
 #include "temporary_folder.hpp"
@@ -56,15 +57,19 @@ TEST_CASE("a policy says formats, encodings, exceptions by layer and fp16 tokens
     CHECK(p.layers.at(0).value.format == kv_format::fp32);
     CHECK(p.fp16_sinks == 4);
     CHECK(p.fp16_window == 32);
-    CHECK(p.calibrated());
-    CHECK_FALSE(parse_policy("2+ls+had,2+ls").calibrated());
+    CHECK(p.centred());
+    CHECK(p.weighted());
+    CHECK_FALSE(parse_policy("2+ls+had,2+ls").centred());
+    CHECK_FALSE(parse_policy("2+ls+had+mean,2+ls").weighted());
+    CHECK(parse_policy("2,2/3:2,2+ls+ew").weighted());
     CHECK(parse_policy("c2+cs+had,2").common.key.clip_search);
     CHECK_FALSE(parse_policy("c2+ls,2+cs").common.key.clip_search);
 }
 
 TEST_CASE("what is no policy is refused with the place that is wrong", "[sweep]") {
     for (const char* text :
-         {"", "2", "2,", "9,2", "2+lsq,2", "2,2@x:1", "2,2@1", "2,2/a:2,2", "2,2/3:2", "c5,2", "2+ls+cs,2"}) {
+         {"", "2,", ",2", "2,2,2", "9,2", "2+lsq,2", "2,2@x:1", "2,2@1", "2,2/a:2,2", "2,2/3:2,", "c5,2",
+          "2+ls+cs,2", "2+g,2", "2+gx,2", "2+g-32,2", "2+g32x,2", "2,2+channel"}) {
         INFO(text);
         CHECK_THROWS_AS(parse_policy(text), kv1_lm::input_error);
     }
@@ -72,10 +77,53 @@ TEST_CASE("what is no policy is refused with the place that is wrong", "[sweep]"
         CHECK(parse_policy(text).text == text);
 }
 
+TEST_CASE("one side stands for keys and values, and groups of channels have a scale and minimum each",
+          "[sweep]") {
+    CHECK(parse_policy("c2+ls+had").common == parse_policy("c2+ls+had,c2+ls+had").common);
+    const kv1_lm::cache_policy p = parse_policy("2+g32+ls,c3+g64/1:2+g96");
+    CHECK(p.common.key.group == 32);
+    CHECK(p.common.value.group == 64);
+    CHECK(p.layers.at(1).value.group == 96);
+    CHECK(to_string(p.common) == "2+ls+g32,c3+g64");
+    CHECK(parse_policy("2").common.key.group == 0);
+}
+
+TEST_CASE("keys per channel are named by a policy, values are not", "[sweep]") {
+    const kv1_lm::cache_policy p = parse_policy("c3+ls+channel,c2/2:2,2");
+    CHECK(to_string(p.common) == "c3+ls+channel,c2");
+    CHECK_THAT(kv1_test::refusal([] { static_cast<void>(parse_policy("c3+channel")); }),
+               ContainsSubstring("channel is for keys alone"));
+    const kv1::cache_description d = describe(kv1_test::shipped_model(), p, {}, 1024);
+    CHECK(d.layers[0].key_axis == kv1::quantization_axis::per_channel);
+    CHECK(d.layers[2].key_axis == kv1::quantization_axis::per_token);
+    // of 1,040 tokens of a layer, 64 in a page: 14 bytes and a pair a channel, of the last 16 fp16, too
+    kv1::cache_description one = d;
+    one.layers.resize(1);
+    const double page = 64 * 12 + 32 * 2 + 64 * 10;
+    CHECK(kv1_lm::bytes_per_vector(one, 1040) == (page / 64 + 64.0 * 16 / 1040) / 2);
+}
+
+TEST_CASE("what no cache of the model takes is refused as the cache refuses it", "[sweep]") {
+    const auto refusal_of = [](const char* text) {
+        return kv1_test::refusal(
+            [&] { static_cast<void>(describe(kv1_test::shipped_model(), parse_policy(text), {}, 64)); });
+    };
+    CHECK_THAT(
+        refusal_of("2/5:2,2+g64"),
+        ContainsSubstring("policy '2/5:2,2+g64': invalid argument: a group is a multiple of 32 channels") &&
+            ContainsSubstring("(layer 5)"));
+    CHECK_THAT(refusal_of("16+g32,2"), ContainsSubstring("a group is a multiple of 32 channels"));
+    CHECK_THAT(refusal_of("8+channel,2"), ContainsSubstring("at most 4 bits"));
+    CHECK_THAT(refusal_of("16+ls,2"), ContainsSubstring("policy '16+ls,2': "));
+    CHECK_THAT(refusal_of("2/8:2"), ContainsSubstring("the model has 8 layers"));
+    CHECK(describe(kv1_test::shipped_model(), parse_policy("2+g32,2"), {}, 64).layers[7].key_group == 32);
+}
+
 TEST_CASE("bytes per vector count codes, metadata, means and fp16 tokens", "[sweep]") {
     const kv1_lm::model& m = kv1_test::shipped_model();
     const kv1_lm::calibration none{std::vector<std::vector<float>>(8, std::vector<float>(64)),
                                    std::vector<std::vector<float>>(8, std::vector<float>(64)),
+                                   {},
                                    {}};
     const auto bytes = [&](const char* text) {
         return kv1_lm::bytes_per_vector(kv1_lm::describe(m, parse_policy(text), none, 1024), 1024);
@@ -94,14 +142,13 @@ TEST_CASE("a policy of a sweep costs what kld says of its formats", "[sweep]") {
     REQUIRE(rows.size() == 3);
     std::ostringstream log;
     for (std::size_t i = 0; i < 2; ++i) {
-        const kv1_lm::kld_result r =
-            kv1_lm::measure_kld({.model = KV1_LM_MODEL_DIR,
-                                 .text = KV1_LM_TEXT_FILE,
-                                 .kv = kv1_lm::parse_kv(i == 0 ? "2" : "4,2", "--kv"),
-                                 .seq_len = 128,
-                                 .stride = 128,
-                                 .max_tokens = 256},
-                                log);
+        const kv1_lm::kld_result r = kv1_lm::measure_kld({.model = KV1_LM_MODEL_DIR,
+                                                          .text = KV1_LM_TEXT_FILE,
+                                                          .kv = parse_policy(i == 0 ? "2" : "4,2"),
+                                                          .seq_len = 128,
+                                                          .stride = 128,
+                                                          .max_tokens = 256},
+                                                         log);
         CHECK(rows[i].positions == r.positions);
         CHECK(std::fabs(rows[i].kld - r.nats_per_token) < 1e-6);
         CHECK(std::fabs(rows[i].perplexity - r.kv_perplexity) < 1e-4);

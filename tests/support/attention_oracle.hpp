@@ -81,9 +81,9 @@ struct cached_side {
         }
         const std::size_t width = kv1::packed_bytes(f, dim), metadata = kv1::row_bytes(f, dim) - width;
         std::vector<std::byte> packed(n * width);
-        std::vector<kv1::float16> scales(metadata >= 2 ? n * groups : 0),
-            minima(metadata == 4 ? n * groups : 0);
-        cache.export_rows(id, layer, side, head, 0, n, {packed, scales, minima});
+        std::vector<kv1::float16> stored_scales(metadata >= 2 ? n * groups : 0),
+            stored_minima(metadata == 4 ? n * groups : 0);
+        cache.export_rows(id, layer, side, head, 0, n, {packed, stored_scales, stored_minima});
         const auto bits = static_cast<std::size_t>(kv1::detail::traits_of(f).code_bits);
         codebook = f == kv1::kv_format::codebook2; // codes 0 ... 3 are levels 0, 5, 9, 14
         two_bits = bits == 2;
@@ -93,15 +93,16 @@ struct cached_side {
         for (std::size_t t = 0; t < n * groups; ++t) { // and group
             double s = 1.0, base = 0.0;
             if (kv1::detail::traits_of(f).metadata == kv1::detail::metadata_kind::compact) {
-                const kv1::detail::affine_pair p = kv1::detail::decode_metadata(f, {scales[t].bits(), 0});
+                const kv1::detail::affine_pair p =
+                    kv1::detail::decode_metadata(f, {stored_scales[t].bits(), 0});
                 s = p.slope;
                 base = p.base;
             } else if (metadata == 4) {
-                s = static_cast<float>(scales[t]);
-                base = static_cast<float>(minima[t]);
+                s = static_cast<float>(stored_scales[t]);
+                base = static_cast<float>(stored_minima[t]);
             } else if (metadata == 2) {
-                s = 2.0 * static_cast<float>(scales[t]);
-                base = -static_cast<float>(scales[t]);
+                s = 2.0 * static_cast<float>(stored_scales[t]);
+                base = -static_cast<float>(stored_scales[t]);
             }
             slope.push_back(s);
             centre.push_back(base + z * s);

@@ -17,6 +17,22 @@
 using kv1::errc;
 using kv1::page_pool;
 
+TEST_CASE("the page pool hands out each block once, last freed first", "[pool]") {
+    page_pool pool(3);
+    REQUIRE(pool.capacity() == 3);
+    REQUIRE(pool.allocate() == 0u);
+    REQUIRE(pool.allocate() == 1u);
+    REQUIRE(pool.allocate() == 2u);
+    REQUIRE_FALSE(pool.allocate().has_value());
+    REQUIRE(pool.available() == 0);
+    pool.release(0);
+    pool.release(2);
+    REQUIRE(pool.in_use() == 1);
+    REQUIRE(pool.allocate() == 2u);
+    REQUIRE(pool.allocate() == 0u);
+    REQUIRE_FALSE(pool.allocate().has_value());
+}
+
 TEST_CASE("a block is free when its last reference is released", "[pool]") {
     page_pool pool(2);
     const std::uint32_t a = *pool.allocate();

@@ -40,10 +40,7 @@ stored_levels clipped_levels(float lo, float hi, int k) noexcept {
 template <class Q>
 stored_levels search_levels(std::span<const float> x, std::uint8_t* codes) noexcept {
     const auto [lo, hi] = plain_range(x);
-    const stored_levels range = range_levels<Q>(lo, hi);
-    if (!range.fits)
-        return range;
-    level_selection best{range, nearest_codes<Q>(x, range, codes), codes};
+    level_selection best = range_first<Q>(x, lo, hi, codes);
     for (int k = 1; k < clip_candidates; ++k)
         best.consider<Q>(x, clipped_levels<Q>(lo, hi, k));
     return best.levels;

@@ -119,15 +119,19 @@ struct level_selection {
     }
 };
 
+// The range as min/max would store it. Where that does not fit its metadata nothing else is taken either.
+template <class Q>
+level_selection range_first(std::span<const float> x, float lo, float hi, std::uint8_t* codes) noexcept {
+    const stored_levels range = range_levels<Q>(lo, hi);
+    return {range, range.fits ? nearest_codes<Q>(x, range, codes) : 0.0f, codes};
+}
+
 // Levels and codes of a vector whose channels are within fp16's range. fits is false where metadata overflow.
 // refit_levels: those of the codes that scale and base were refitted to last; may be null.
 template <class Q>
 stored_levels fit_levels(std::span<const float> x, std::uint8_t* codes, std::uint8_t* refit_levels) noexcept {
     const auto [lo, hi] = plain_range(x);
-    const stored_levels range = range_levels<Q>(lo, hi);
-    if (!range.fits)
-        return range;
-    level_selection best{range, nearest_codes<Q>(x, range, codes), codes};
+    level_selection best = range_first<Q>(x, lo, hi, codes);
     best.consider<Q>(x, refine_levels<Q>(x, lo, hi, refit_levels));
     return best.levels;
 }
