@@ -4,15 +4,17 @@
 //
 // A format is a type that describes itself at compile time; `kv_format` names the same choice at run time.
 // Coded formats store unsigned codes and metadata for each vector, or for each group of its channels
-// (layer_description), value = scale * code + minimum:
+// (layer_description; there, too, the choice of one pair a channel and page for keys), value = scale * code +
+// minimum:
 //
-//   format           code bits  metadata (fp16)   bytes per vector of D channels     value
-//   affine<b>        b          scale, minimum    ceil(D*b/8) + 4                    scale*code + minimum
-//   compact<b>       b          16-bit pair       ceil(D*b/8) + 2                      scale*(code + offset)
-//   codebook2        2          16-bit pair       ceil(D/4) + 2                        scale*(0, 5, 9, 14 +
-//   offset) scaled_binary    1          scale             ceil(D/8) + 2                      +-scale binary
-//   1          none              ceil(D/8)                          0 or 1 plain<float16>   -          none
-//   2 D                                the value plain<float>     -          none              4 D the value
+//   format          code bits  metadata (fp16)  bytes per vector of D channels  value
+//   affine<b>       b          scale, minimum   ceil(D*b/8) + 4                 scale*code + minimum
+//   compact<b>      b          16-bit pair      ceil(D*b/8) + 2                 scale*(code + offset)
+//   codebook2       2          16-bit pair      ceil(D/4) + 2                   scale*(0, 5, 9, 14 + offset)
+//   scaled_binary   1          scale            ceil(D/8) + 2                   +-scale
+//   binary          1          none             ceil(D/8)                       0 or 1
+//   plain<float16>  -          none             2 D                             the value
+//   plain<float>    -          none             4 D                             the value
 //
 // The quantizers behind the coded formats are in kv1/quantizers/, one scheme a file.
 #pragma once
