@@ -2,7 +2,8 @@
 //
 // Decode attention: one query token over n cached tokens, softmax included, one thread.
 //
-//   attend/decode/<K>/<V>/<precision>/<target>/h<heads>/kv<kv_heads>/d<head_dim>/n<tokens>/<cold|warm>[/g<group>]
+//   attend/decode/<K>/<V>/<precision>/<target>/h<heads>/kv<kv_heads>/d<head_dim>/n<tokens>/<cold|warm>
+//       [/g<group>][/channel/p<page_tokens>]
 //
 // cold: calls rotate over enough layers that both this cache and one of the same shape in fp16 exceed 256 MB;
 // warm: one layer. Bytes are row-format bytes read. Counters:
@@ -28,6 +29,8 @@ struct decode_case {
     std::size_t tokens;
     bool cold;
     std::size_t group = 0; // channels that share metadata
+    bool per_channel = false;
+    std::size_t page_tokens = 64;
 };
 
 std::size_t bytes_per_token(const decode_case& c) {
@@ -42,7 +45,9 @@ void decode(benchmark::State& state, const decode_case& c, kv1::precision mode) 
     const std::size_t layers = c.cold ? (std::size_t{256} << 20) / layer_bytes + 1 : 1;
     kv1::layer_description layer_shape{c.shape.kv_heads, c.shape.head_dim, c.shape.head_dim, c.key, c.value};
     layer_shape.key_group = layer_shape.value_group = c.group;
-    kv1::kv_cache cache(kv1::uniform_cache(layers, layer_shape, c.tokens));
+    if (c.per_channel)
+        layer_shape.key_axis = kv1::quantization_axis::per_channel;
+    kv1::kv_cache cache(kv1::uniform_cache(layers, layer_shape, c.tokens, c.page_tokens));
     const kv1::target measured = kv1::current_target();
     kv1::set_target(kv1::best_target()); // filling is not what is measured
     const kv1::sequence_id sequence = bench::fill(cache, c.tokens);
@@ -85,7 +90,8 @@ void register_decode(const decode_case& c, kv1::precision mode, kv1::target t) {
                              "/h" + std::to_string(c.shape.heads) + "/kv" + std::to_string(c.shape.kv_heads) +
                              "/d" + std::to_string(c.shape.head_dim) + "/n" + std::to_string(c.tokens) +
                              (c.cold ? "/cold" : "/warm") +
-                             (c.group == 0 ? "" : "/g" + std::to_string(c.group));
+                             (c.group == 0 ? "" : "/g" + std::to_string(c.group)) +
+                             (c.per_channel ? "/channel/p" + std::to_string(c.page_tokens) : "");
     bench::register_on(t, name, [c, mode](benchmark::State& state) { decode(state, c, mode); });
 }
 
@@ -111,6 +117,9 @@ int main(int argc, char** argv) {
             register_decode({two, two, {32, 8, dim}, 4096, false}, kv1::precision::fast, t);
         for (const std::size_t group : {std::size_t{32}, std::size_t{64}})
             register_decode({two, two, large, 4096, false, group}, kv1::precision::fast, t);
+        for (const std::size_t page : {std::size_t{64}, std::size_t{256}})
+            register_decode({two, two, large, 4096, false, 0, true, page}, kv1::precision::fast, t);
+        register_decode({two, two, large, 32768, true, 0, true}, kv1::precision::fast, t);
         for (const kv_format f : kv1::all_kv_formats)
             if (f != two)
                 for (const bool cold : {false, true})

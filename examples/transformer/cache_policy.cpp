@@ -53,14 +53,15 @@ side_policy parse_side(std::string_view text, const named_text& whole) {
             p.group = parse_count(option.substr(1), whole);
             continue;
         }
-        bool* flag = option == "ls"     ? &p.least_squares
-                     : option == "cs"   ? &p.clip_search
-                     : option == "had"  ? &p.hadamard
-                     : option == "mean" ? &p.means
-                     : option == "ew"   ? &p.error_weights
-                                        : nullptr;
+        bool* flag = option == "ls"        ? &p.least_squares
+                     : option == "cs"      ? &p.clip_search
+                     : option == "had"     ? &p.hadamard
+                     : option == "mean"    ? &p.means
+                     : option == "ew"      ? &p.error_weights
+                     : option == "channel" ? &p.per_channel
+                                           : nullptr;
         if (flag == nullptr)
-            whole.refuse(quote(option) + " is none of ls, cs, had, mean, ew, g and a number");
+            whole.refuse(quote(option) + " is none of ls, cs, had, mean, ew, channel, g and a number");
         *flag = true;
     }
     if (p.least_squares && p.clip_search)
@@ -69,10 +70,12 @@ side_policy parse_side(std::string_view text, const named_text& whole) {
 }
 
 layer_policy parse_layer(std::string_view text, const named_text& whole) {
-    if (text.find(',') == std::string_view::npos)
-        return {parse_side(text, whole), parse_side(text, whole)};
-    const std::string_view key = take_until(text, ',');
-    return {parse_side(key, whole), parse_side(text, whole)};
+    const bool both = text.find(',') == std::string_view::npos;
+    const std::string_view key = both ? text : take_until(text, ',');
+    const layer_policy p{parse_side(key, whole), parse_side(text, whole)};
+    if (p.value.per_channel)
+        whole.refuse("channel is for keys alone");
+    return p;
 }
 
 bool any_side(const cache_policy& policy, bool (*wants)(const side_policy&)) {
@@ -99,7 +102,8 @@ std::string to_string(const layer_policy& policy) {
                                          {side->clip_search, "+cs"},
                                          {side->hadamard, "+had"},
                                          {side->means, "+mean"},
-                                         {side->error_weights, "+ew"}})
+                                         {side->error_weights, "+ew"},
+                                         {side->per_channel, "+channel"}})
             text.append(flag ? name : "");
         if (side->group != 0)
             text.append("+g").append(std::to_string(side->group));
@@ -191,6 +195,8 @@ kv1::cache_description describe(const model& m, const cache_policy& policy, cons
         l.value_format = p.value.format;
         l.key_group = p.key.group;
         l.value_group = p.value.group;
+        if (p.key.per_channel)
+            l.key_axis = kv1::quantization_axis::per_channel;
         l.key_encoding = encoding(
             p.key, l.key_dim, [&] { return c.key_means.at(i); }, [&] { return c.key_weights.at(i); });
         l.value_encoding = encoding(
@@ -210,6 +216,8 @@ double bytes_per_vector(const kv1::cache_description& d, std::size_t tokens) {
         const auto half = static_cast<double>(2 * (l.key_dim + l.value_dim));
         vectors += 2.0 * heads * n;
         bytes += heads * n * static_cast<double>(page.bytes()) / static_cast<double>(d.page_tokens);
+        if (l.key_axis == kv1::quantization_axis::per_channel)
+            bytes += heads * static_cast<double>(2 * l.key_dim * (tokens % d.page_tokens));
         bytes += 2.0 * static_cast<double>(l.key_encoding.means.size() + l.value_encoding.means.size());
         bytes += heads * half * std::min(n, static_cast<double>(d.fp16_sinks + d.fp16_window));
     }

@@ -4,12 +4,12 @@
 //
 //   policy   SIDES[/LAYER:SIDES]...[@SINKS:WINDOW]
 //   SIDES    KEYS,VALUES, or one for both
-//   KEYS     FORMAT[+ls|+cs][+had][+mean][+ew][+gCHANNELS]
+//   KEYS     FORMAT[+ls|+cs][+had][+mean][+ew][+gCHANNELS|+channel]
 //   FORMAT   1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4 (compact), cb2 (codebook)
 //
 // ls: least squares, cs: clip search, had: Hadamard rotation, mean: less calibrated means, ew: error weights,
-// g32: a scale and minimum for every 32 channels. A slash gives one layer something else, @ the fp16 sinks
-// and window.
+// g32: a scale and minimum for every 32 channels, channel: quantized per channel over a page (keys alone).
+// A slash gives one layer something else, @ the fp16 sinks and window.
 #pragma once
 
 #include <kv1/cache_description.hpp>
@@ -26,7 +26,8 @@ class model;
 
 struct side_policy {
     kv1::kv_format format = kv1::kv_format::fp32;
-    bool least_squares = false, clip_search = false, hadamard = false, means = false, error_weights = false;
+    bool least_squares = false, clip_search = false, hadamard = false, means = false, error_weights = false,
+         per_channel = false;
     std::size_t group = 0; ///< channels that share metadata; 0: all
     friend bool operator==(const side_policy&, const side_policy&) = default;
 };
@@ -72,7 +73,8 @@ struct calibration {
                                               const calibration& c, std::size_t tokens);
 
 /// Bytes that a vector takes, averaged over K and V, layers and the tokens of a sequence of `tokens`: pages
-/// with their metadata, fp16 copies, and the means in fp16 as if they were each sequence's own.
+/// with their metadata, fp16 copies and keys of the open page, and the means in fp16 as if they were each
+/// sequence's own.
 [[nodiscard]] double bytes_per_vector(const kv1::cache_description& d, std::size_t tokens);
 
 } // namespace kv1_lm

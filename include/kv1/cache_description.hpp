@@ -38,8 +38,7 @@ struct layer_description {
     /// per_channel: a channel's keys share a scale and minimum over all tokens of a page, which suits keys
     /// some of whose channels are large in every token. A page's keys are kept in fp16 until it is full
     /// (kv_cache.hpp says what follows from that). In affine and compact formats of up to 4 bits and
-    /// codebook2, without key_group and error weights, on pages of at most 4096 tokens, in caches that carry
-    /// fp16.
+    /// codebook2, without key_group, on pages of at most 4096 tokens, in caches that carry fp16.
     quantization_axis key_axis = quantization_axis::per_token;
     /// Whether all fields are the same.
     friend bool operator==(const layer_description&, const layer_description&) = default;

@@ -67,8 +67,9 @@ TEST_CASE("a policy says formats, encodings, exceptions by layer and fp16 tokens
 }
 
 TEST_CASE("what is no policy is refused with the place that is wrong", "[sweep]") {
-    for (const char* text : {"", "2,", ",2", "2,2,2", "9,2", "2+lsq,2", "2,2@x:1", "2,2@1", "2,2/a:2,2",
-                             "2,2/3:2,", "c5,2", "2+ls+cs,2", "2+g,2", "2+gx,2", "2+g-32,2", "2+g32x,2"}) {
+    for (const char* text :
+         {"", "2,", ",2", "2,2,2", "9,2", "2+lsq,2", "2,2@x:1", "2,2@1", "2,2/a:2,2", "2,2/3:2,", "c5,2",
+          "2+ls+cs,2", "2+g,2", "2+gx,2", "2+g-32,2", "2+g32x,2", "2,2+channel", "2+channel"}) {
         INFO(text);
         CHECK_THROWS_AS(parse_policy(text), kv1_lm::input_error);
     }
@@ -85,6 +86,7 @@ TEST_CASE("one side stands for keys and values, and groups of channels have a sc
     CHECK(p.layers.at(1).value.group == 96);
     CHECK(to_string(p.common) == "2+ls+g32,c3+g64");
     CHECK(parse_policy("2").common.key.group == 0);
+    CHECK(to_string(parse_policy("2+channel+ls,c3").common) == "2+ls+channel,c3");
 }
 
 TEST_CASE("what no cache of the model takes is refused as the cache refuses it", "[sweep]") {

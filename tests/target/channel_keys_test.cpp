@@ -128,6 +128,86 @@ TEST_CASE("keys per channel are their channels' quantized vectors, on every targ
     });
 }
 
+TEST_CASE("keys per channel: under error weights each channel makes up for those after it", "[channels]") {
+    using enum kv_format;
+    constexpr std::size_t page = 48;
+    generator g(21);
+    kv1::moment_estimator queries(kv_heads, key_dim);
+    std::vector<float> q = kv1_test::normal_values(g, 100 * kv_heads * key_dim);
+    for (std::size_t i = 0; i < q.size(); ++i) // channels go together, some more than others
+        q[i] = i % key_dim == 0 ? 2.0f * q[i] : q[i] + 0.6f * q[i - 1];
+    queries.add({q.data(), 100, kv_heads, key_dim});
+    const std::vector<float> weights = queries.moments();
+    const tokens x = some_tokens(page, 22);
+    for (const kv_format f : {affine2, affine3, compact2, codebook2})
+        for (const bool turns : {false, true}) {
+            kv1::layer_description plain = layer(f), l = layer(f);
+            plain.key_encoding = l.key_encoding = encoding(level_choice::least_squares, turns);
+            l.key_encoding.error_weights = weights;
+            // the definition
+            std::vector<float> expected[kv_heads];
+            for (std::size_t h = 0; h < kv_heads; ++h) {
+                std::vector<float> feedback(key_dim * key_dim);
+                REQUIRE(kv1::detail::factor_weights(
+                    std::span(weights).subspan(h * key_dim * key_dim, key_dim * key_dim), key_dim,
+                    l.key_encoding.hadamard, feedback.data()));
+                std::vector<std::vector<float>> wanted(key_dim), given, stored(key_dim);
+                for (std::size_t c = 0; c < key_dim; ++c)
+                    for (std::size_t t = 0; t < page; ++t) {
+                        const auto at =
+                            x.k.begin() + static_cast<std::ptrdiff_t>((t * kv_heads + h) * key_dim);
+                        std::vector<float> key(at, at + static_cast<std::ptrdiff_t>(key_dim));
+                        kv1_test::prepare(l.key_encoding, h, key);
+                        wanted[c].push_back(kv1::float16(key[c]));
+                    }
+                given = wanted;
+                for (std::size_t c = key_dim; c-- > 0;) {
+                    stored[c] = kv1_test::through_format(f, wanted[c], level_choice::least_squares);
+                    for (std::size_t j = 0; j < c; ++j)
+                        for (std::size_t t = 0; t < page; ++t) {
+                            const float error = given[c][t] - stored[c][t];
+                            const volatile float product = feedback[c * key_dim + j] * error; // no fma
+                            wanted[j][t] += product;
+                        }
+                }
+                for (std::size_t t = 0; t < page; ++t) {
+                    std::vector<float> key;
+                    for (std::size_t c = 0; c < key_dim; ++c)
+                        key.push_back(stored[c][t]);
+                    kv1_test::restore(l.key_encoding, h, key);
+                    expected[h].insert(expected[h].end(), key.begin(), key.end());
+                }
+            }
+            // what errors e cost, e^T W e over all tokens
+            const auto cost = [&](const std::vector<float>& keys, std::size_t h) {
+                double sum = 0.0;
+                for (std::size_t t = 0; t < page; ++t)
+                    for (std::size_t i = 0; i < key_dim; ++i)
+                        for (std::size_t j = 0; j < key_dim; ++j) {
+                            const auto error = [&](std::size_t c) {
+                                return static_cast<double>(keys[t * key_dim + c]) -
+                                       static_cast<double>(x.k[(t * kv_heads + h) * key_dim + c]);
+                            };
+                            sum += error(i) * static_cast<double>(weights[(h * key_dim + i) * key_dim + j]) *
+                                   error(j);
+                        }
+                return sum;
+            };
+            kv1_test::for_each_target([&](kv1::target) {
+                INFO(to_string(f) << (turns ? ", turned" : ""));
+                kv1::kv_cache cache(kv1::uniform_cache(1, l, 2 * page, page)),
+                    twin(kv1::uniform_cache(1, plain, 2 * page, page));
+                const auto id = cache.create_sequence(), other = twin.create_sequence();
+                REQUIRE(append(cache, id, x, 0, page));
+                REQUIRE(append(twin, other, x, 0, page));
+                for (std::size_t h = 0; h < kv_heads; ++h) {
+                    REQUIRE(kv1_test::same_bits(keys_of(cache, id, h), expected[h]));
+                    REQUIRE(cost(keys_of(cache, id, h), h) < 0.9 * cost(keys_of(twin, other, h), h));
+                }
+            });
+        }
+}
+
 TEST_CASE("keys per channel: a page of 4096 tokens, a head dim that fills no lane", "[channels]") {
     kv1::layer_description l{1, 5, 3, kv_format::affine3, kv_format::binary};
     l.key_axis = quantization_axis::per_channel;
@@ -216,6 +296,14 @@ TEST_CASE("keys per channel: a cut within a full page is refused, but for the la
     holds(100);
     cache.rollback(id); // the last commit lies in page 1, whose keys are still there
     holds(40);
+    {
+        kv1::kv_cache twin(kv1::uniform_cache(2, l, 512, 32)); // nothing of what was there is saved
+        const auto fresh = twin.create_sequence();
+        for (std::size_t i = 0; i < 2; ++i)
+            REQUIRE(append(twin, fresh, x, 0, 40, i));
+        twin.commit(fresh);
+        REQUIRE(bytes_of(cache, id) == bytes_of(twin, fresh));
+    }
     grow(40, 60);
     holds(100);
     cache.truncate(id, 50); // in its page, after it
@@ -341,10 +429,6 @@ TEST_CASE("keys per channel: what can not be is refused, with the reason", "[cha
     l.key_dim = 64;
     l.key_group = 32;
     REQUIRE(refused(l).find("groups") != std::string::npos);
-    l = layer();
-    l.key_encoding = {level_choice::least_squares};
-    l.key_encoding.error_weights.assign(kv_heads * key_dim * key_dim, 0.0f);
-    REQUIRE(refused(l).find("error weights") != std::string::npos);
     REQUIRE(refused(layer(), 4112).find("4096") != std::string::npos);
     REQUIRE(kv1::kv2_cache::create(kv1::uniform_cache(1, layer(), 64)).code() == errc::unsupported_format);
 

@@ -268,7 +268,7 @@ inline status append_channel_keys(const append_job& job, std::size_t head) noexc
         if (codec.recipe.hadamard != 0)
             r.channel = no_channel; // a mix of all
         if (r.code == errc::ok && slot + 1 == s.tokens)
-            r = seal_keys(*job.kernels, codec, s, page_of(job, head, index), open, page);
+            r = seal_keys(*job.kernels, codec, head, s, page_of(job, head, index), open, page);
         if (r.code != errc::ok)
             return append_error(r, head, i);
     }

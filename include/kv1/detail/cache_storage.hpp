@@ -195,8 +195,8 @@ private:
         if ((t.metadata != metadata_kind::scale_and_minimum && t.metadata != metadata_kind::compact) ||
             t.code_bits > 4)
             return "keys per channel need an affine or compact format of at most 4 bits";
-        if (l.key_group != 0 || !l.key_encoding.error_weights.empty())
-            return "keys per channel have neither groups nor error weights";
+        if (l.key_group != 0)
+            return "keys per channel have no groups of channels";
         if (page_tokens() > max_vector_length)
             return "keys per channel need pages of at most 4096 tokens";
         return nullptr;

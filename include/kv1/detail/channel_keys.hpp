@@ -15,6 +15,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <new>
 
 namespace kv1::inline KV1_ABI::detail {
 
@@ -47,51 +49,99 @@ inline void or_channel_codes(const section_layout& s, std::byte* page, std::size
     }
 }
 
-// Codes and metadata of a full page of fp16 keys. On failure `channel` of the result is the one whose values
-// no metadata fit, and the page's keys are unspecified.
-inline encode_result seal_keys(const target_kernels& kernels, const vector_codec& codec,
+// Channels c and c + 1 of a page of fp16 keys, [token]; c is even, and there may be no c + 1.
+inline void load_two_channels(const target_kernels& kernels, const section_layout& open,
+                              const std::byte* open_page, std::size_t c, float* first,
+                              float* second) noexcept {
+    for (std::size_t tile = 0; tile < open.tokens; tile += line_lanes) {
+        alignas(64) float both[2 * line_lanes];
+        const std::uint16_t* line =
+            plain_element<std::uint16_t>(open, const_cast<std::byte*>(open_page), tile, c);
+        kernels.load_floats(scalar_type::fp16, line, 2 * line_lanes, both);
+        for (std::size_t i = 0; i < line_lanes; ++i) {
+            first[tile + i] = both[2 * i];
+            second[tile + i] = both[2 * i + 1];
+        }
+    }
+}
+
+// Codes of up to tile_tokens channels, `stride` apart, each a vector of the tokens of a page. On failure
+// `channel` is which of them.
+inline encode_result encode_channels(const target_kernels& kernels, const vector_codec& codec,
+                                     const section_layout& s, const float* x, std::size_t count,
+                                     std::size_t stride, std::uint8_t* codes,
+                                     row_metadata* metadata) noexcept {
+    encode_result r;
+    if (codec.by_recipe) {
+        encode_row rows[tile_tokens];
+        for (std::size_t c = 0; c < count; ++c)
+            rows[c] = {x + c * stride, nullptr, nullptr};
+        const encode_recipe recipe{s.format, codec.recipe.levels, s.tokens, s.tokens, 0};
+        std::size_t failed = 0;
+        r = kernels.encode_rows(recipe, rows, count, codes, stride, metadata, failed);
+        r.channel = failed;
+        return r;
+    }
+    for (std::size_t c = 0; c < count && r.code == errc::ok; ++c) {
+        r = kernels.encode_affine(x + c * stride, s.tokens, s.traits().code_bits, codes + c * stride);
+        metadata[c] = r.metadata;
+        r.channel = c;
+    }
+    return r;
+}
+
+// Under error weights: channels from the last to the first, each fitted to where it makes up for the errors
+// already made in its token (encode_reference.hpp; GPTQ, Frantar et al. 2023, has the levels of a channel in
+// common, too). Their cost is the sum over tokens, and a fit to what is wanted of a channel is what it asks
+// for.
+inline encode_result seal_weighted_keys(const target_kernels& kernels, const vector_codec& codec,
+                                        const float* feedback, const section_layout& s, std::byte* page,
+                                        const section_layout& open, const std::byte* open_page) noexcept {
+    const std::size_t stride = s.tokens, channels = round_up(s.channels, 2);
+    std::unique_ptr<float[]> room(new (std::nothrow) float[2 * channels * stride + stride]);
+    if (room == nullptr)
+        return {errc::out_of_memory, "no memory for a page of keys", no_channel, {}};
+    float *x = room.get(), *wanted = x + channels * stride, *errors = wanted + channels * stride;
+    for (std::size_t c = 0; c < s.channels; c += 2)
+        load_two_channels(kernels, open, open_page, c, x + c * stride, x + (c + 1) * stride);
+    std::copy_n(x, s.channels * stride, wanted);
+    alignas(64) std::uint8_t codes[max_vector_length];
+    for (std::size_t c = s.channels; c-- > 0;) {
+        row_metadata m;
+        encode_result r = encode_channels(kernels, codec, s, wanted + c * stride, 1, stride, codes, &m);
+        if (r.code != errc::ok) {
+            r.channel = c;
+            return r;
+        }
+        or_channel_codes(s, page, c, codes);
+        store_channel_metadata(s, page, c, m);
+        for (std::size_t t = 0; t < s.tokens; ++t)
+            errors[t] = x[c * stride + t] - decode_value(s.format, codes[t], m);
+        kernels.add_multiples(wanted, stride, feedback + c * s.channels, c, errors, s.tokens);
+    }
+    return {};
+}
+
+// Codes and metadata of a full page of a KV head's fp16 keys. On failure the page's keys are unspecified.
+inline encode_result seal_keys(const target_kernels& kernels, const vector_codec& codec, std::size_t head,
                                const section_layout& s, std::byte* page, const section_layout& open,
                                const std::byte* open_page) noexcept {
-    constexpr std::size_t most_floats = 4 * max_vector_length;
-    alignas(64) float values[most_floats]; // [channel of the batch][token]
-    alignas(64) std::uint8_t codes[most_floats];
-    row_metadata metadata[tile_tokens];
-    encode_row rows[tile_tokens];
-    const std::size_t tokens = s.tokens, stride = round_up(tokens, 32);
-    const std::size_t most =
-        std::min(tile_tokens, most_floats / stride / 2 * 2); // of a batch; lanes hold two
-    const encode_recipe recipe{s.format, codec.recipe.levels, tokens, tokens, 0};
     std::memset(page + s.offset, 0, s.bytes());
+    if (const float* feedback = codec.row(nullptr, head).feedback)
+        return seal_weighted_keys(kernels, codec, feedback, s, page, open, open_page);
+    constexpr std::size_t room = 4 * max_vector_length;
+    alignas(64) float x[room]; // [channel of the batch][token]
+    alignas(64) std::uint8_t codes[room];
+    row_metadata metadata[tile_tokens];
+    const std::size_t stride = round_up(s.tokens, 32);
+    const std::size_t most = std::min(tile_tokens, room / stride / 2 * 2); // of a batch
     for (std::size_t first = 0; first < s.channels; first += most) {
         const std::size_t count = std::min(most, s.channels - first);
         for (std::size_t c = 0; c < count; c += 2)
-            for (std::size_t tile = 0; tile < tokens; tile += line_lanes) {
-                alignas(64) float both[2 * line_lanes];
-                kernels.load_floats(scalar_type::fp16,
-                                    plain_element<const std::uint16_t>(
-                                        open, const_cast<std::byte*>(open_page), tile, first + c),
-                                    2 * line_lanes, both);
-                for (std::size_t i = 0; i < line_lanes; ++i) {
-                    values[c * stride + tile + i] = both[2 * i];
-                    values[(c + 1) * stride + tile + i] = both[2 * i + 1];
-                }
-            }
-        for (std::size_t c = 0; c < count; ++c)
-            rows[c] = {values + c * stride, nullptr, nullptr};
-        std::size_t failed = 0;
-        encode_result r;
-        if (codec.by_recipe) {
-            r = kernels.encode_rows(recipe, rows, count, codes, stride, metadata, failed);
-        } else {
-            for (; failed < count && r.code == errc::ok; ++failed) {
-                r = kernels.encode_affine(rows[failed].x, tokens, s.traits().code_bits,
-                                          codes + failed * stride);
-                metadata[failed] = r.metadata;
-            }
-            --failed;
-        }
+            load_two_channels(kernels, open, open_page, first + c, x + c * stride, x + (c + 1) * stride);
+        encode_result r = encode_channels(kernels, codec, s, x, count, stride, codes, metadata);
         if (r.code != errc::ok) {
-            r.channel = first + failed;
+            r.channel += first;
             return r;
         }
         for (std::size_t c = 0; c < count; ++c) {

@@ -541,4 +541,13 @@ KV1_LAZY inline encode_result encode_rows(const encode_recipe& recipe, const enc
     return {};
 }
 
+KV1_LAZY inline void add_multiples(float* y, std::size_t stride, const float* factors, std::size_t rows, const float* x,
+                                   std::size_t n) noexcept {
+    for (std::size_t r = 0; r < rows; ++r, y += stride) {
+        const f32 factor(factors[r]);
+        for (std::size_t i = 0; i < n; i += lanes)
+            sum_of(f32::load_unaligned(y + i), product_of(factor, f32::load_unaligned(x + i))).store_unaligned(y + i);
+    }
+}
+
 #include <kv1/detail/precise_math_end.inl>

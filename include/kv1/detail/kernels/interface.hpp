@@ -272,6 +272,9 @@ struct target_kernels {
     encode_result (*encode_rows)(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
                                  std::uint8_t* codes, std::size_t stride, row_metadata* metadata,
                                  std::size_t& failed) noexcept;
+    // y[r * stride + i] += factors[r] * x[i] for each of n, a multiple of tile_tokens; products are rounded
+    void (*add_multiples)(float* y, std::size_t stride, const float* factors, std::size_t rows,
+                          const float* x, std::size_t n) noexcept;
     // hadamard_transform() of n channels
     void (*rotate)(float* x, std::size_t n, std::size_t block) noexcept;
 

@@ -134,6 +134,17 @@ inline encode_result encode_rows(const encode_recipe& recipe, const encode_row* 
     return {};
 }
 
+#include <kv1/detail/precise_math_begin.inl>
+
+inline void add_multiples(float* y, std::size_t stride, const float* factors, std::size_t rows,
+                          const float* x, std::size_t n) noexcept {
+    for (std::size_t r = 0; r < rows; ++r)
+        for (std::size_t i = 0; i < n; ++i)
+            y[r * stride + i] = as_written(y[r * stride + i] + product_of(factors[r], x[i]));
+}
+
+#include <kv1/detail/precise_math_end.inl>
+
 inline void rotate(float* x, std::size_t n, std::size_t block) noexcept { hadamard_transform({x, n}, block); }
 
 // Slot i of a block.
@@ -442,7 +453,8 @@ inline void attend_rows(const attention_job& job) noexcept {
 inline const target_kernels& kernels() noexcept {
     static constexpr target_kernels table{load_floats,    store_floats, encode_affine, encode<scaled_binary>,
                                           encode<binary>, pack,         unpack,        insert_codes,
-                                          append_affine2, encode_rows,  rotate,        attend_rows};
+                                          append_affine2, encode_rows,  add_multiples, rotate,
+                                          attend_rows};
     return table;
 }
 

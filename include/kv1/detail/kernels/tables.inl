@@ -5,7 +5,7 @@
 KV1_LAZY const target_kernels& kernels() noexcept {
     static constexpr target_kernels table{load_floats,   store_floats, encode_affine, encode_scaled_binary,
                                           encode_binary, pack,         unpack,        insert_codes,
-                                          append_affine2, encode_rows,  rotate,        attend_rows<false>};
+                                          append_affine2, encode_rows,  add_multiples, rotate,       attend_rows<false>};
     return table;
 }
 
@@ -30,7 +30,7 @@ inline const format_kernels& kernels_for() noexcept {
 KV1_LAZY const target_kernels& best_kernels() noexcept {
     static constexpr target_kernels table{load_floats,   store_floats, encode_affine, encode_scaled_binary,
                                           encode_binary, pack,         unpack,        insert_codes,
-                                          append_affine2, encode_rows,  rotate,        attend_rows<true>};
+                                          append_affine2, encode_rows,  add_multiples, rotate,       attend_rows<true>};
     return table;
 }
 
