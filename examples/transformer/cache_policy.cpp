@@ -70,8 +70,7 @@ side_policy parse_side(std::string_view text, const named_text& whole) {
 }
 
 layer_policy parse_layer(std::string_view text, const named_text& whole) {
-    const bool both = text.find(',') == std::string_view::npos;
-    const std::string_view key = both ? text : take_until(text, ',');
+    const std::string_view key = text.find(',') == std::string_view::npos ? text : take_until(text, ',');
     const layer_policy p{parse_side(key, whole), parse_side(text, whole)};
     if (p.value.per_channel)
         whole.refuse("channel is for keys alone");

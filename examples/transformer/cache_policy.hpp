@@ -8,8 +8,8 @@
 //   FORMAT   1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4 (compact), cb2 (codebook)
 //
 // ls: least squares, cs: clip search, had: Hadamard rotation, mean: less calibrated means, ew: error weights,
-// g32: a scale and minimum for every 32 channels, channel: quantized per channel over a page (keys alone).
-// A slash gives one layer something else, @ the fp16 sinks and window.
+// g32: a scale and minimum for every 32 channels, channel: one for every channel over a page (keys alone). A
+// slash gives one layer something else, @ the fp16 sinks and window.
 #pragma once
 
 #include <kv1/cache_description.hpp>

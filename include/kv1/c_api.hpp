@@ -190,13 +190,19 @@ kv1_code kv1_cache_create(const kv1_layer* layers, size_t distinct_layers, size_
                              "a format is an enumerator",
                              {.layer = static_cast<std::int64_t>(i)}},
                             error);
+        if (!kv1::detail::c_within(l.key_axis, KV1_PER_CHANNEL))
+            return c_report({errc::invalid_argument,
+                             "an axis is an enumerator",
+                             {.layer = static_cast<std::int64_t>(i)}},
+                            error);
         d.layers.push_back({.kv_heads = l.kv_heads,
                             .key_dim = l.key_dim,
                             .value_dim = l.value_dim,
                             .key_format = static_cast<kv1::kv_format>(l.key_format),
                             .value_format = static_cast<kv1::kv_format>(l.value_format),
                             .key_group = l.key_group,
-                            .value_group = l.value_group});
+                            .value_group = l.value_group,
+                            .key_axis = static_cast<kv1::quantization_axis>(l.key_axis)});
     }
     d.capacity_tokens = capacity_tokens;
     d.page_tokens = page_tokens;

@@ -95,6 +95,12 @@ typedef struct kv1_sequence {
     uint32_t generation; /**< tells sequences of one slot apart */
 } kv1_sequence;
 
+/** Which keys share a scale and minimum. */
+typedef enum kv1_axis {
+    KV1_PER_TOKEN,  /**< the channels of a token */
+    KV1_PER_CHANNEL /**< a channel's, over all tokens of a page; they are kept in fp16 until it is full */
+} kv1_axis;
+
 /** Shape of one layer. */
 typedef struct kv1_layer {
     size_t kv_heads;         /**< query heads are a multiple of it */
@@ -105,6 +111,7 @@ typedef struct kv1_layer {
     size_t key_group;        /**< channels of a key that share a scale and minimum; 0: all of them. Affine and
                                   compact formats; a multiple of 32 that divides key_dim */
     size_t value_group;      /**< the same of values */
+    kv1_axis key_axis;       /**< affine and compact formats of at most 4 bits, without key_group */
 } kv1_layer;
 
 /** [tokens][heads][channels], read by the call; strides in elements, channels are contiguous. */

@@ -79,8 +79,9 @@
 #include <kv1/status.hpp>
 #include <kv1/tensor.hpp>
 
-#include <kv1/detail/append.hpp>
+#include <kv1/detail/cache_append.hpp>
 #include <kv1/detail/cache_attention.hpp>
+#include <kv1/detail/cache_inspection.hpp>
 #include <kv1/detail/cache_rows.hpp>
 #include <kv1/detail/cache_state.hpp>
 #include <kv1/detail/kernels/registry.hpp>
@@ -273,7 +274,7 @@ public:
             return {};
         if (const status s = state_->open_layer(*q, layer, keys.tokens()); !s)
             return s;
-        const status s = store(*q, layer, keys, values, run);
+        const status s = append_of(id, layer, keys, values)(run);
         state_->close_layer(*q, layer, keys.tokens(), static_cast<bool>(s));
         // on failure what was written lies past the sequence's length: it is not data
         return s ? s : detail::placed(s, layer);
@@ -311,8 +312,8 @@ public:
             std::atomic<std::size_t> first_failed{ids.size()};
             auto task = [&](std::size_t i) {
                 const std::size_t b = i / body.kv_heads;
-                if (store_head(*state_->find(ids[b]), layer, i % body.kv_heads, batch_rows(keys, indptr, b),
-                               batch_rows(values, indptr, b)))
+                if (append_of(ids[b], layer, batch_rows(keys, indptr, b), batch_rows(values, indptr, b))
+                        .head(i % body.kv_heads))
                     return;
                 std::size_t seen = first_failed.load(std::memory_order_relaxed);
                 while (b < seen && !first_failed.compare_exchange_weak(seen, b, std::memory_order_relaxed)) {
@@ -321,8 +322,8 @@ public:
             run(ids.size() * body.kv_heads, task_view(task));
             if (const std::size_t b = first_failed.load(std::memory_order_relaxed); b != ids.size()) {
                 inline_executor again; // for its reason
-                s = store(*state_->find(ids[b]), layer, batch_rows(keys, indptr, b),
-                          batch_rows(values, indptr, b), again);
+                s = append_of(ids[b], layer, batch_rows(keys, indptr, b),
+                              batch_rows(values, indptr, b))(again);
                 error_location where = s.where();
                 where.token += static_cast<std::int64_t>(indptr[b]);
                 s = {s.code(), s.rule(), where};
@@ -601,21 +602,21 @@ public:
     // ---- statistics
 
     /// Over all sequences. O(pages + sequences * layers).
-    [[nodiscard]] cache_statistics statistics() const noexcept { return state_->statistics(); }
+    [[nodiscard]] cache_statistics statistics() const noexcept { return inspection().statistics(); }
     /// Of one sequence. O(pages + layers). Errors: invalid_sequence.
     [[nodiscard]] result<cache_statistics> try_statistics(sequence_id id) const noexcept {
         const detail::sequence_state* q = state_->find(id);
         if (q == nullptr)
             return detail::stale();
-        return state_->statistics(*q);
+        return inspection().statistics(*q);
     }
     /// Free pages, of the page group that has fewest.
-    [[nodiscard]] std::size_t available_pages() const noexcept { return state_->available_pages(); }
+    [[nodiscard]] std::size_t available_pages() const noexcept { return inspection().available_pages(); }
 
     /// Checks every invariant: reference counts against all tables and the prefix index, lengths against
     /// pages. For tests and debugging. O(pages + sequences * layers). Errors: broken_invariant,
     /// out_of_memory.
-    [[nodiscard]] status try_validate() const noexcept { return state_->validate(); }
+    [[nodiscard]] status try_validate() const noexcept { return inspection().validate(); }
 
 #if KV1_EXCEPTIONS
     /// As the try_ forms; throw kv1::error.
@@ -717,58 +718,15 @@ private:
         return {};
     }
 
-    // ---- append
-
-    [[nodiscard]] detail::append_job append_job_for(const detail::sequence_state& q,
-                                                    const detail::plane<Allocator>& p, std::size_t length,
-                                                    const tensor_view& keys,
-                                                    const tensor_view& values) const noexcept {
-        const block_table& table = q.pages[p.group].table;
-        return {&detail::common_kernels(),
-                &p.layout,
-                p.arena.data(),
-                p.block_bytes,
-                table.blocks().data(),
-                table.kept_before(length, state_->page_tokens()),
-                keys,
-                values};
+    [[nodiscard]] detail::cache_inspection<Allocator> inspection() const noexcept {
+        return detail::cache_inspection<Allocator>(*state_);
     }
 
-    // The new tokens of one layer, to pages that are open: one job a plane that takes them, given to
-    // `append`, the fp16 copies first, since what they refuse is refused.
-    template <class Append>
-    status store_planes(const detail::sequence_state& q, std::size_t layer, const tensor_view& keys,
-                        const tensor_view& values, Append&& append) const noexcept {
-        const detail::layer_planes& planes = state_->planes_of(layer);
-        const std::size_t length = q.length(layer);
-        const bool copied = planes.copy != detail::no_plane;
-        if (copied)
-            if (const status s = append(append_job_for(q, state_->copy_of(layer), length, keys, values)); !s)
-                return s;
-        detail::append_job job = append_job_for(q, state_->body_of(layer), length, keys, values);
-        job.through_fp16 = copied;
-        job.key_codec = &planes.keys;
-        job.value_codec = &planes.values;
-        if (planes.open != detail::no_plane) {
-            const detail::plane<Allocator>& open = state_->open_keys_of(layer);
-            job.open_layout = &open.layout;
-            const auto [before, after] = state_->open_key_blocks(q, layer, keys.tokens());
-            job.open_before = open.block(before);
-            job.open_after = open.block(after);
-        }
-        return append(job);
-    }
-    template <executor E>
-    status store(const detail::sequence_state& q, std::size_t layer, const tensor_view& keys,
-                 const tensor_view& values, E& run) const noexcept {
-        return store_planes(q, layer, keys, values, [&](const detail::append_job& job) {
-            return detail::append_heads(job, state_->body_of(layer).kv_heads, run);
-        });
-    }
-    status store_head(const detail::sequence_state& q, std::size_t layer, std::size_t head,
-                      const tensor_view& keys, const tensor_view& values) const noexcept {
-        return store_planes(q, layer, keys, values,
-                            [&](const detail::append_job& job) { return detail::append_head(job, head); });
+    // The new tokens of a living sequence, whose pages are open.
+    [[nodiscard]] detail::sequence_append<Allocator> append_of(sequence_id id, std::size_t layer,
+                                                               const tensor_view& keys,
+                                                               const tensor_view& values) const noexcept {
+        return {*state_, *state_->find(id), layer, keys, values};
     }
 
     // ---- checks

@@ -69,7 +69,7 @@ TEST_CASE("a policy says formats, encodings, exceptions by layer and fp16 tokens
 TEST_CASE("what is no policy is refused with the place that is wrong", "[sweep]") {
     for (const char* text :
          {"", "2,", ",2", "2,2,2", "9,2", "2+lsq,2", "2,2@x:1", "2,2@1", "2,2/a:2,2", "2,2/3:2,", "c5,2",
-          "2+ls+cs,2", "2+g,2", "2+gx,2", "2+g-32,2", "2+g32x,2", "2,2+channel", "2+channel"}) {
+          "2+ls+cs,2", "2+g,2", "2+gx,2", "2+g-32,2", "2+g32x,2", "2,2+channel"}) {
         INFO(text);
         CHECK_THROWS_AS(parse_policy(text), kv1_lm::input_error);
     }
@@ -86,7 +86,21 @@ TEST_CASE("one side stands for keys and values, and groups of channels have a sc
     CHECK(p.layers.at(1).value.group == 96);
     CHECK(to_string(p.common) == "2+ls+g32,c3+g64");
     CHECK(parse_policy("2").common.key.group == 0);
-    CHECK(to_string(parse_policy("2+channel+ls,c3").common) == "2+ls+channel,c3");
+}
+
+TEST_CASE("keys per channel are named by a policy, values are not", "[sweep]") {
+    const kv1_lm::cache_policy p = parse_policy("c3+ls+channel,c2/2:2,2");
+    CHECK(to_string(p.common) == "c3+ls+channel,c2");
+    CHECK_THAT(kv1_test::refusal([] { static_cast<void>(parse_policy("c3+channel")); }),
+               ContainsSubstring("channel is for keys alone"));
+    const kv1::cache_description d = describe(kv1_test::shipped_model(), p, {}, 1024);
+    CHECK(d.layers[0].key_axis == kv1::quantization_axis::per_channel);
+    CHECK(d.layers[2].key_axis == kv1::quantization_axis::per_token);
+    // of 1,040 tokens of a layer, 64 in a page: 14 bytes and a pair a channel, of the last 16 fp16, too
+    kv1::cache_description one = d;
+    one.layers.resize(1);
+    const double page = 64 * 12 + 32 * 2 + 64 * 10;
+    CHECK(kv1_lm::bytes_per_vector(one, 1040) == (page / 64 + 64.0 * 16 / 1040) / 2);
 }
 
 TEST_CASE("what no cache of the model takes is refused as the cache refuses it", "[sweep]") {
@@ -99,6 +113,7 @@ TEST_CASE("what no cache of the model takes is refused as the cache refuses it",
         ContainsSubstring("policy '2/5:2,2+g64': invalid argument: a group is a multiple of 32 channels") &&
             ContainsSubstring("(layer 5)"));
     CHECK_THAT(refusal_of("16+g32,2"), ContainsSubstring("a group is a multiple of 32 channels"));
+    CHECK_THAT(refusal_of("8+channel,2"), ContainsSubstring("at most 4 bits"));
     CHECK_THAT(refusal_of("16+ls,2"), ContainsSubstring("policy '16+ls,2': "));
     CHECK_THAT(refusal_of("2/8:2"), ContainsSubstring("the model has 8 layers"));
     CHECK(describe(kv1_test::shipped_model(), parse_policy("2+g32,2"), {}, 64).layers[7].key_group == 32);
