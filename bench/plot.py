@@ -70,7 +70,7 @@ def draw_policies(rows, path):
                               fontsize=7, color="#6c757d")
         axes.set_title(model)
         axes.set_yscale("log")
-        axes.margins(x=0.18, y=0.12)
+        axes.margins(x=0.26, y=0.12)
         axes.set_xlabel("bytes per vector of 32 channels (fp16: 64)")
         axes.set_ylabel("KL divergence, nats per token")
         axes.grid(alpha=0.3, which="both")
