@@ -114,12 +114,15 @@ cache_policy parse_policy(std::string_view text, std::string_view what) {
     const named_text whole{text, what};
     cache_policy p;
     p.text = text;
-    std::string_view rest = text;
+    std::string_view page = text;
+    std::string_view rest = take_until(page, '#');
     std::string_view layers = take_until(rest, '@');
     if (!rest.empty()) {
         p.fp16_sinks = parse_count(take_until(rest, ':'), whole);
         p.fp16_window = parse_count(rest, whole);
     }
+    if (!page.empty())
+        p.page_tokens = parse_count(page, whole);
     p.common = parse_layer(take_until(layers, '/'), whole);
     while (!layers.empty()) {
         std::string_view one = take_until(layers, '/');
@@ -170,6 +173,8 @@ kv1::cache_description describe(const model& m, const cache_policy& policy, cons
     kv1::cache_description d = m.cache_shape({}, tokens);
     d.fp16_sinks = policy.fp16_sinks;
     d.fp16_window = policy.fp16_window;
+    if (policy.page_tokens != 0)
+        d.page_tokens = policy.page_tokens;
     if (!policy.layers.empty() && policy.layers.rbegin()->first >= d.layers.size())
         named.refuse("the model has " + std::to_string(d.layers.size()) + " layers");
     for (std::size_t i = 0; i < d.layers.size(); ++i) {

@@ -2,14 +2,14 @@
 //
 // A cache policy: formats, encodings and fp16 tokens, written as text.
 //
-//   policy   SIDES[/LAYER:SIDES]...[@SINKS:WINDOW]
+//   policy   SIDES[/LAYER:SIDES]...[@SINKS:WINDOW][#PAGE]
 //   SIDES    KEYS,VALUES, or one for both
 //   KEYS     FORMAT[+ls|+cs][+had][+mean][+ew][+gCHANNELS|+channel]
 //   FORMAT   1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4 (compact), cb2 (codebook)
 //
 // ls: least squares, cs: clip search, had: Hadamard rotation, mean: less calibrated means, ew: error weights,
 // g32: a scale and minimum for every 32 channels, channel: one for every channel over a page (keys alone). A
-// slash gives one layer something else, @ the fp16 sinks and window.
+// slash gives one layer something else, @ the fp16 sinks and window, # the tokens of a page.
 #pragma once
 
 #include <kv1/cache_description.hpp>
@@ -42,6 +42,7 @@ struct cache_policy {
     layer_policy common;
     std::map<std::size_t, layer_policy> layers; ///< those that differ
     std::size_t fp16_sinks = 0, fp16_window = 0;
+    std::size_t page_tokens = 0; ///< 0: the cache's default
 
     /// Whether any layer takes means, or error weights.
     /// @{

@@ -158,12 +158,13 @@ int run_or_throw(int argc, const char* const* argv, std::istream& in, std::ostre
         "UTF-8 text that means and error weights are taken from; not the one measured on");
     add_count(*sweep_command, "--calibration-tokens", s.calibration_tokens, "Tokens of it to use");
     sweep_command
-        ->add_option("--policy", s.policies,
-                     "KEYS,VALUES such as c3+ls+had+mean+ew,c2+ls+had+mean: a width (c: compact), least "
-                     "squares (or cs, clip search), Hadamard rotation, centring, error weights, +g32 for a "
-                     "scale and minimum every 32 channels, +channel for those of keys by channel; "
-                     "/LAYER:KEYS,VALUES for one layer, @SINKS:WINDOW for fp16 tokens. "
-                     "Several may be given; none: those of README's table")
+        ->add_option(
+            "--policy", s.policies,
+            "KEYS,VALUES such as c3+ls+had+mean+ew,c2+ls+had+mean: a width (c: compact), least "
+            "squares (or cs, clip search), Hadamard rotation, centring, error weights, +g32 for a "
+            "scale and minimum every 32 channels, +channel for those of keys by channel; "
+            "/LAYER:KEYS,VALUES for one layer, @SINKS:WINDOW for fp16 tokens, #256 for pages of 256. "
+            "Several may be given; none: those of README's table")
         ->expected(1, -1);
     add_count(*sweep_command, "--chunks", s.chunks, "The first so many chunks; 0 is all");
     add_count(*sweep_command, "--seq-len", s.seq_len, "Tokens of a chunk");

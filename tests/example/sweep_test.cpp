@@ -69,7 +69,7 @@ TEST_CASE("a policy says formats, encodings, exceptions by layer and fp16 tokens
 TEST_CASE("what is no policy is refused with the place that is wrong", "[sweep]") {
     for (const char* text :
          {"", "2,", ",2", "2,2,2", "9,2", "2+lsq,2", "2,2@x:1", "2,2@1", "2,2/a:2,2", "2,2/3:2,", "c5,2",
-          "2+ls+cs,2", "2+g,2", "2+gx,2", "2+g-32,2", "2+g32x,2", "2,2+channel"}) {
+          "2+ls+cs,2", "2+g,2", "2+gx,2", "2+g-32,2", "2+g32x,2", "2,2+channel", "2,2#x", "2,2#16@1:2"}) {
         INFO(text);
         CHECK_THROWS_AS(parse_policy(text), kv1_lm::input_error);
     }
@@ -99,6 +99,9 @@ TEST_CASE("keys per channel are named by a policy, values are not", "[sweep]") {
     // of 1,040 tokens of a layer, 64 in a page: 14 bytes and a pair a channel, of the last 16 fp16, too
     kv1::cache_description one = d;
     one.layers.resize(1);
+    CHECK(describe(kv1_test::shipped_model(), parse_policy("2+channel,2@1:2#256"), {}, 64).page_tokens ==
+          256);
+    CHECK(d.page_tokens == 64);
     const double page = 64 * 12 + 32 * 2 + 64 * 10;
     CHECK(kv1_lm::bytes_per_vector(one, 1040) == (page / 64 + 64.0 * 16 / 1040) / 2);
 }
@@ -113,6 +116,7 @@ TEST_CASE("what no cache of the model takes is refused as the cache refuses it",
         ContainsSubstring("policy '2/5:2,2+g64': invalid argument: a group is a multiple of 32 channels") &&
             ContainsSubstring("(layer 5)"));
     CHECK_THAT(refusal_of("16+g32,2"), ContainsSubstring("a group is a multiple of 32 channels"));
+    CHECK_THAT(refusal_of("2,2#20"), ContainsSubstring("pages whole tiles"));
     CHECK_THAT(refusal_of("8+channel,2"), ContainsSubstring("at most 4 bits"));
     CHECK_THAT(refusal_of("16+ls,2"), ContainsSubstring("policy '16+ls,2': "));
     CHECK_THAT(refusal_of("2/8:2"), ContainsSubstring("the model has 8 layers"));
