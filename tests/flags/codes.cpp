@@ -148,7 +148,8 @@ void encode(const char* name, kv1::target t) {
     }
 }
 
-using cache_type = kv1::basic_kv_cache<kv1::formats<kv1::affine<2>, kv1::codebook2>>;
+using cache_type =
+    kv1::basic_kv_cache<kv1::formats<kv1::affine<2>, kv1::codebook2, kv1::plain<kv1::float16>>>;
 
 // Levels and codes chosen by what errors cost: correlated channels, exactly the same numbers with any flags.
 kv1::vector_encoding weighted(std::size_t heads, std::size_t dim) {
@@ -202,6 +203,40 @@ void append(kv1::target t, kv1::kv_format format, bool weights) {
                 }
         }
         std::printf("%s append %s%s %s: %016llx, %zu refused\n", to_string(t).data(),
+                    kv1::to_string(format).data(), weights ? " weighted" : "",
+                    kind_names[static_cast<int>(k)], static_cast<unsigned long long>(d.value()), refused);
+    }
+}
+
+// Full pages of keys per channel.
+void seal(kv1::target t, kv1::kv_format format, bool weights) {
+    for (const kind k : kinds) {
+        generator g{static_cast<std::uint64_t>(k) + 99};
+        digest d;
+        std::size_t refused = 0;
+        for (const std::size_t dim : {std::size_t{20}, std::size_t{64}}) {
+            constexpr std::size_t tokens = 64, heads = 2;
+            kv1::layer_description layer{heads, dim, dim, format, format};
+            layer.key_axis = kv1::quantization_axis::per_channel;
+            if (weights)
+                layer.key_encoding = weighted(heads, dim);
+            auto cache = cache_type::create(kv1::uniform_cache(1, layer, tokens, tokens));
+            const auto sequence = cache->try_create_sequence();
+            std::vector<float> x(tokens * heads * dim);
+            for (std::size_t i = 0; i < tokens * heads; ++i)
+                fill(k, g, std::span(x).subspan(i * dim, dim));
+            const kv1::tensor_view view(x.data(), tokens, heads, dim);
+            const kv1::status s = cache->try_append(*sequence, 0, view, view);
+            d.add(s.code());
+            d.add(s.where().token);
+            refused += s ? 0u : 1u;
+            for (std::size_t head = 0; head < heads && s; ++head) {
+                const auto page = cache->try_page(0, head, 0);
+                for (const std::byte b : *page)
+                    d.add(b);
+            }
+        }
+        std::printf("%s channels %s%s %s: %016llx, %zu refused\n", to_string(t).data(),
                     kv1::to_string(format).data(), weights ? " weighted" : "",
                     kind_names[static_cast<int>(k)], static_cast<unsigned long long>(d.value()), refused);
     }
@@ -264,6 +299,9 @@ int main(int argc, char** argv) {
         append(t, kv1::kv_format::affine2, false);
         append(t, kv1::kv_format::affine2, true);
         append(t, kv1::kv_format::codebook2, true);
+        seal(t, kv1::kv_format::affine2, false);
+        seal(t, kv1::kv_format::affine2, true);
+        seal(t, kv1::kv_format::codebook2, true);
         convert<kv1::float16>("float16", t);
         convert<kv1::bfloat16>("bfloat16", t);
     }
