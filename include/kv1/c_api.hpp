@@ -191,10 +191,9 @@ kv1_code kv1_cache_create(const kv1_layer* layers, size_t distinct_layers, size_
                              {.layer = static_cast<std::int64_t>(i)}},
                             error);
         if (!kv1::detail::c_within(l.key_axis, KV1_PER_CHANNEL))
-            return c_report({errc::invalid_argument,
-                             "an axis is an enumerator",
-                             {.layer = static_cast<std::int64_t>(i)}},
-                            error);
+            return c_report(
+                {errc::invalid_argument, "an axis is an enumerator", {.layer = static_cast<std::int64_t>(i)}},
+                error);
         d.layers.push_back({.kv_heads = l.kv_heads,
                             .key_dim = l.key_dim,
                             .value_dim = l.value_dim,

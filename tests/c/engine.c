@@ -221,14 +221,14 @@ int main(void) {
         turned.key_axis = KV1_PER_CHANNEL;
         CHECK(kv1_cache_create(&turned, 1, 1, 128, 32, &cache, &error) == KV1_OK);
         CHECK(kv1_sequence_create(cache, &s, NULL) == KV1_OK);
-        CHECK(kv1_append(cache, s, 0, kv1_contiguous(k, KV1_FP32, 40, kv_heads, dim),
+        CHECK(kv1_append(cache, s, 0, kv1_contiguous(v, KV1_FP32, 40, kv_heads, dim),
                          kv1_contiguous(v, KV1_FP32, 40, kv_heads, dim), NULL, &error) == KV1_OK);
         CHECK(kv1_cache_statistics(cache, &statistics, NULL) == KV1_OK);
         CHECK(statistics.bytes_stored ==
               kv_heads * (32 * dim / 4 + dim * 4 + 8 * dim * 2) + 40 * kv_heads * (dim / 4 + 4));
         CHECK(kv1_read(cache, s, 0, 0, 1, 39, 1, keys, NULL) == KV1_OK);
         for (t = 0; t < dim; ++t) /* of the open page: 11 significant bits */
-            CHECK(fabs((double)keys[t] - (double)k[(39 * kv_heads + 1) * dim + t]) < 0x1p-11);
+            CHECK(fabs((double)keys[t] - (double)v[(39 * kv_heads + 1) * dim + t]) < 0x1p-11);
         kv1_cache_destroy(cache);
         turned.key_axis = (kv1_axis)7;
         CHECK(kv1_cache_create(&turned, 1, 1, 128, 32, &cache, &error) == KV1_INVALID_ARGUMENT);
