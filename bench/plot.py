@@ -37,10 +37,11 @@ def draw(rows, field, factor, label, path):
 
 
 def short_name(policy):
-    """Bits of keys and values; an asterisk where single layers differ; fp16 sinks and window."""
+    """Bits of keys and values, p where per channel; an asterisk where single layers differ; fp16 sinks and window."""
     sides, _, window = policy.partition("@")
     sides, _, layers = sides.partition("/")
-    name = "/".join(side.partition("+")[0] for side in sides.split(",")) + ("*" if layers else "")
+    bits = [side.partition("+")[0] + ("p" if side.endswith("+channel") else "") for side in sides.split(",")]
+    name = "/".join(bits) + ("*" if layers else "")
     return name + (f" + fp16 {window.replace(':', ', ')}" if window else "")
 
 

@@ -385,7 +385,9 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
     const bool fast_values = mode == kv1::precision::fast && values.coded;
 
     // the query as the kernels prepare it, group by group
-    const bool paired = fast_keys && keys.two_bits && kv1::detail::takes_pairs(kv1::current_target());
+    const kv1::target used =
+        keys.per_channel ? kv1::detail::without_pairs(kv1::current_target()) : kv1::current_target();
+    const bool paired = fast_keys && keys.two_bits && kv1::detail::takes_pairs(used);
     std::vector<float> q(query.begin(), query.end());
     std::vector<double> i(d);
     struct query_part {

@@ -190,7 +190,8 @@ private:
     }
 
     [[nodiscard]] attention_job job_for(const plane<Allocator>& p, std::size_t query_heads) const noexcept {
-        const target t = current_target();
+        const bool per_channel = p.layout.keys().axis == quantization_axis::per_channel;
+        const target t = per_channel ? without_pairs(current_target()) : current_target();
         attention_job job{};
         job.target = &common_registry<>::at(t);
         job.key_kernels = format_registry<Formats>::find(t, p.layout.keys().format);

@@ -11,32 +11,9 @@ KV1_LAZY KV1_INLINE float maximum_of(const float* scores, std::size_t slots, flo
     return xs::reduce_max(largest);
 }
 
-// The bytes of four words as the rows of a square, turned into its columns. In registers: what is stored in pieces
-// can not be loaded as a whole at once.
-KV1_LAZY KV1_INLINE void turn_bytes(const std::int8_t* in, std::int8_t* out) {
-    std::uint64_t low, high; // words 0, 1 and 2, 3
-    std::memcpy(&low, in, sizeof low);
-    std::memcpy(&high, in + sizeof low, sizeof high);
-    constexpr std::uint64_t even = 0x00ff00ff00ff00ffu, odd = even << 8;
-    // bytes 0, 2 (and 1, 3) of words 0 and 2, each beside that of the word after it
-    const std::uint64_t a = (low & even & 0xffffffffu) | (low & even) >> 32 << 8,
-                        b = (low & odd & 0xffffffffu) >> 8 | (low & odd) >> 32;
-    const std::uint64_t c = (high & even & 0xffffffffu) | (high & even) >> 32 << 8,
-                        d = (high & odd & 0xffffffffu) >> 8 | (high & odd) >> 32;
-    const std::uint64_t first = (a & 0xffffu) | (c & 0xffffu) << 16 | (b & 0xffffu) << 32 | d << 48,
-                        second = a >> 16 | (c & 0xffff0000u) | (b & 0xffff0000u) << 16 | (d & 0xffff0000u) << 32;
-    std::memcpy(out, &first, sizeof first);
-    std::memcpy(out + sizeof first, &second, sizeof second);
-}
-
 // Channels in the order of a lane's bytes and their planes, into the runs of one of `rows` rows.
 template <std::size_t Planes>
 KV1_INLINE void scatter_query(const std::int8_t* plain, std::size_t padded, std::int8_t* out, std::size_t rows) {
-    if constexpr (Planes == 4) {
-        for (std::size_t first = 0; first < padded; first += 16, out += rows * 16)
-            turn_bytes(plain + first, out);
-        return;
-    }
     for (std::size_t first = 0; first < padded; first += 4 * Planes, out += rows * 4 * Planes)
         KV1_UNROLL for (std::size_t f = 0; f < Planes; ++f)
             KV1_UNROLL for (std::size_t j = 0; j < 4; ++j)

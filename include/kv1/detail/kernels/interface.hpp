@@ -130,6 +130,12 @@ constexpr bool takes_pairs(target t) noexcept {
     return t == target::avx512_vbmi;
 }
 
+// The target that does the same without pairs, where there is one. Keys per channel meet another query in
+// every page, whose tables would cost more than they save.
+constexpr target without_pairs(target t) noexcept {
+    return t == target::avx512_vbmi ? target::avx512_vnni : t;
+}
+
 // Scores of a block, to become softmax weights: exp(score - maximum), zero where a row does not see a token.
 struct softmax_rows {
     std::size_t rows;
