@@ -39,6 +39,15 @@ bool read_least_squares(const json_view& cache) {
     return true;
 }
 
+bool read_axis(const json_view& cache) {
+    const auto axis = cache.find("key_axis");
+    if (!axis || axis->string() == "per_token")
+        return false;
+    if (axis->string() != "per_channel")
+        axis->fail(quote(axis->string()) + " is none of per_token, per_channel");
+    return true;
+}
+
 // A format with what it has a use for of an encoding: a cache refuses the rest.
 side_policy side_of(kv1::kv_format format, const side_policy& wanted) {
     const kv1::detail::format_traits t = kv1::detail::traits_of(format);
@@ -128,6 +137,11 @@ cache_policy read_policy(const std::filesystem::path& folder, const model_config
     policy.common.value = side_of(read_format(cache->member("value_format")), wanted);
     if (const auto layers = cache->find("layers"))
         read_layers(*layers, config, wanted, policy);
+    if (read_axis(*cache)) {
+        policy.common.key.per_channel = true;
+        for (auto& [layer, differs] : policy.layers)
+            differs.key.per_channel = true;
+    }
     policy.text = to_string(policy.common);
     for (const auto& [layer, differs] : policy.layers)
         policy.text.append("/").append(std::to_string(layer)).append(":").append(to_string(differs));

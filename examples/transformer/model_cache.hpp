@@ -4,7 +4,7 @@
 //
 //   config.json              "kv1": {"key_format": "compact3", "value_format": "compact2",
 //                                    "encoder": "least_squares", "hadamard": true, "centre": true,
-//                                    "error_weights": true,
+//                                    "error_weights": true, "key_axis": "per_channel",
 //                                    "layers": {"0": {"key_format": "compact2"}}}    those that differ
 //   kv1_means.safetensors    with "centre": layers.I.key_means and layers.I.value_means, [kv_heads][head_dim]
 //   kv1_error_weights.safetensors    with "error_weights": layers.I.key_weights and layers.I.value_weights,

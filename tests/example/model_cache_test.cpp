@@ -142,6 +142,23 @@ TEST_CASE("layers of a model may have formats of their own", "[model_cache]") {
     CHECK(kv1::kv_cache::create(d));
 }
 
+TEST_CASE("a model's keys may be quantized per channel", "[model_cache]") {
+    const kv1_test::temporary_folder folder;
+    trained_model m;
+    m.config["kv1"]["key_axis"] = "per_channel";
+    m.config["kv1"]["layers"] = {{"2", {{"value_format", "compact4"}}}};
+    m.write(folder);
+    const kv1_lm::model_cache cache = cache_of(folder);
+    CHECK(cache.policy.text ==
+          "c3+ls+had+mean+channel,c2+ls+had+mean/2:c3+ls+had+mean+channel,c4+ls+had+mean");
+    const kv1::cache_description d = describe(kv1_test::shipped_model(), cache.policy, cache.calibrated, 64);
+    for (const kv1::layer_description& l : d.layers)
+        CHECK(l.key_axis == kv1::quantization_axis::per_channel);
+    CHECK(kv1::kv_cache::create(d));
+    refuses([](trained_model& other) { other.config["kv1"]["key_axis"] = "per_page"; },
+            "kv1.key_axis: 'per_page' is none of per_token, per_channel");
+}
+
 TEST_CASE("a model's folder names error weights", "[model_cache]") {
     const kv1_test::temporary_folder folder;
     trained_model m;
