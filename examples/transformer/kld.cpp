@@ -94,11 +94,14 @@ private:
 };
 
 double shrink(const kv1::cache_description& cache) {
-    std::size_t fp16 = 0, packed = 0;
+    std::size_t fp16 = 0, packed = 0; // of a full page
     for (const kv1::layer_description& l : cache.layers) {
-        fp16 += l.kv_heads * 2 * (l.key_dim + l.value_dim);
-        packed += l.kv_heads * (kv1::row_bytes(l.key_format, l.key_dim, l.key_group) +
-                                kv1::row_bytes(l.value_format, l.value_dim, l.value_group));
+        fp16 += cache.page_tokens * l.kv_heads * 2 * (l.key_dim + l.value_dim);
+        packed += cache.page_tokens * l.kv_heads * kv1::row_bytes(l.value_format, l.value_dim, l.value_group);
+        packed +=
+            l.kv_heads * (l.key_axis == kv1::quantization_axis::per_channel
+                              ? kv1::channel_page_bytes(l.key_format, l.key_dim, cache.page_tokens)
+                              : cache.page_tokens * kv1::row_bytes(l.key_format, l.key_dim, l.key_group));
     }
     return static_cast<double>(fp16) / static_cast<double>(packed);
 }

@@ -259,6 +259,13 @@ inline constexpr kv_format kv_format_of = detail::format_id<F>::value;
            (group == 0 ? 1 : head_dim / group) * detail::traits_of(f).metadata_bytes();
 }
 
+/// Bytes of a full page of keys that are quantized per channel (quantization_axis): packed values, and
+/// metadata of each channel.
+[[nodiscard]] constexpr std::size_t channel_page_bytes(kv_format f, std::size_t head_dim,
+                                                       std::size_t page_tokens) noexcept {
+    return page_tokens * packed_bytes(f, head_dim) + head_dim * detail::traits_of(f).metadata_bytes();
+}
+
 /// A compile-time list of storage formats: the ones a cache type carries kernels for.
 template <storage_format... Fs>
 struct formats {

@@ -72,6 +72,28 @@ TEST_CASE("the model that runs by default costs what it was measured to cost", "
     }
 }
 
+TEST_CASE("keys per channel cost the shipped model what they were measured to cost", "[kld]") {
+    // of the run over the whole text that README reports, with the policy that it names
+    const double measured[] = {0.0737697, 0.0821483};
+    const std::string value = "+ls+had+mean+ew", key = value + "+channel", low = "c2" + key + ",c2" + value,
+                      wide = "c3" + key + ",c3" + value;
+    const std::string policy = "c3" + key + ",c2" + value + "/0:" + low + "/1:" + low + "/2:" + wide +
+                               "/3:" + wide + "/4:" + wide + "/7:" + wide;
+    const kv1_test::temporary_folder folder;
+    const std::string report = (folder.path() / "report.json").string();
+    const auto r = run_kv1_lm({"kld", "--text", KV1_LM_TEXT_FILE, "--max-tokens", "2048", "--threads", "2",
+                               "--kv", policy, "--json", report});
+    INFO(r.err);
+    REQUIRE(r.code == 0);
+    const nlohmann::json result = kv1_lm::read_json_file(report).value;
+    CHECK(result.at("avg_cache_shrink_vs_fp16") == 64.0 / 12.0);
+    for (std::size_t i = 0; i < 2; ++i) {
+        const double found = result.at("chunk_mean_kld").at(i);
+        INFO("chunk " << i << ": " << found << ", not " << measured[i]);
+        CHECK(std::fabs(found - measured[i]) <= 0.02 * measured[i]);
+    }
+}
+
 TEST_CASE("a cache diverges from itself by nothing", "[kld]") {
     const kv1_lm::kld_result r = measure({.kv = kv1_lm::parse_policy("2"),
                                           .reference = kv1_lm::parse_kv("2", "--reference"),

@@ -156,7 +156,7 @@ TEST_CASE("a model's keys may be quantized per channel", "[model_cache]") {
         CHECK(l.key_axis == kv1::quantization_axis::per_channel);
     CHECK(kv1::kv_cache::create(d));
     refuses([](trained_model& other) { other.config["kv1"]["key_axis"] = "per_page"; },
-            "kv1.key_axis: 'per_page' is none of per_token, per_channel");
+            "kv1.key_axis: \"per_page\" is none of per_token, per_channel");
 }
 
 TEST_CASE("a model's folder names error weights", "[model_cache]") {

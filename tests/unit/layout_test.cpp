@@ -387,6 +387,8 @@ TEST_CASE("row sizes are those of the format table", "[layout]") {
         }
     STATIC_REQUIRE(kv1::row_bytes(kv_format::affine2, 32) == 12);
     STATIC_REQUIRE(kv1::row_bytes(kv_format::affine2, 128) == 36);
+    STATIC_REQUIRE(kv1::channel_page_bytes(kv_format::affine2, 32, 64) == 64 * 10);
+    STATIC_REQUIRE(kv1::channel_page_bytes(kv_format::compact3, 128, 64) == 64 * 48 + 128 * 2);
 }
 
 TEST_CASE("every format has a name, and a type that names it", "[layout]") {

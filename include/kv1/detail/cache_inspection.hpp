@@ -120,8 +120,8 @@ private:
             return held * row_bytes(d.key_format, d.key_dim, d.key_group);
         const std::size_t open = std::min(length % cache_.page_tokens(), held), full = held - open;
         return open * packed_bytes(kv_format::fp16, d.key_dim) +
-               full * packed_bytes(d.key_format, d.key_dim) +
-               full / cache_.page_tokens() * d.key_dim * traits_of(d.key_format).metadata_bytes();
+               full / cache_.page_tokens() *
+                   channel_page_bytes(d.key_format, d.key_dim, cache_.page_tokens());
     }
 
     void add_tokens(cache_statistics& s, const sequence_state& q) const noexcept {
