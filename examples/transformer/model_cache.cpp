@@ -30,21 +30,15 @@ bool read_flag(const json_view& cache, std::string_view key) {
     return flag && flag->boolean();
 }
 
-bool read_least_squares(const json_view& cache) {
-    const auto encoder = cache.find("encoder");
-    if (!encoder || encoder->string() == "min_max")
+// Whether a key names the other of two choices; none stands for the usual one.
+bool read_other(const json_view& cache, std::string_view key, std::string_view usual,
+                std::string_view other) {
+    const auto choice = cache.find(key);
+    if (!choice || choice->string() == usual)
         return false;
-    if (encoder->string() != "least_squares")
-        encoder->fail(quote(encoder->string()) + " is none of min_max, least_squares");
-    return true;
-}
-
-bool read_axis(const json_view& cache) {
-    const auto axis = cache.find("key_axis");
-    if (!axis || axis->string() == "per_token")
-        return false;
-    if (axis->string() != "per_channel")
-        axis->fail(quote(axis->string()) + " is none of per_token, per_channel");
+    if (choice->string() != other)
+        choice->fail(quote(choice->string()) + " is none of " +
+                     std::string(usual).append(", ").append(other));
     return true;
 }
 
@@ -126,7 +120,7 @@ cache_policy read_policy(const std::filesystem::path& folder, const model_config
     const auto cache = document.root().find("kv1");
     if (!cache)
         return parse_policy("2");
-    const side_policy wanted{.least_squares = read_least_squares(*cache),
+    const side_policy wanted{.least_squares = read_other(*cache, "encoder", "min_max", "least_squares"),
                              .hadamard = read_flag(*cache, "hadamard"),
                              .means = read_flag(*cache, "centre"),
                              .error_weights = read_flag(*cache, "error_weights")};
@@ -137,7 +131,7 @@ cache_policy read_policy(const std::filesystem::path& folder, const model_config
     policy.common.value = side_of(read_format(cache->member("value_format")), wanted);
     if (const auto layers = cache->find("layers"))
         read_layers(*layers, config, wanted, policy);
-    if (read_axis(*cache)) {
+    if (read_other(*cache, "key_axis", "per_token", "per_channel")) {
         policy.common.key.per_channel = true;
         for (auto& [layer, differs] : policy.layers)
             differs.key.per_channel = true;

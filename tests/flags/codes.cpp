@@ -164,6 +164,13 @@ kv1::vector_encoding weighted(std::size_t heads, std::size_t dim) {
     return e;
 }
 
+std::vector<float> vectors(kind k, generator& g, std::size_t count, std::size_t dim) {
+    std::vector<float> x(count * dim);
+    for (std::size_t i = 0; i < count; ++i)
+        fill(k, g, std::span(x).subspan(i * dim, dim));
+    return x;
+}
+
 // What a cache stores of tokens that are appended many at once.
 void append(kv1::target t, kv1::kv_format format, bool weights) {
     for (const kind k : kinds) {
@@ -177,9 +184,7 @@ void append(kv1::target t, kv1::kv_format format, bool weights) {
                 layer.key_encoding = layer.value_encoding = weighted(heads, dim);
             auto cache = cache_type::create(kv1::uniform_cache(1, layer, 2 * tokens));
             const auto sequence = cache->try_create_sequence();
-            std::vector<float> x(tokens * heads * dim);
-            for (std::size_t i = 0; i < tokens * heads; ++i)
-                fill(k, g, std::span(x).subspan(i * dim, dim));
+            const std::vector<float> x = vectors(k, g, tokens * heads, dim);
             const kv1::tensor_view view(x.data(), tokens, heads, dim);
             const kv1::status s = cache->try_append(*sequence, 0, view, view);
             d.add(s.code());
@@ -222,9 +227,7 @@ void seal(kv1::target t, kv1::kv_format format, bool weights) {
                 layer.key_encoding = weighted(heads, dim);
             auto cache = cache_type::create(kv1::uniform_cache(1, layer, tokens, tokens));
             const auto sequence = cache->try_create_sequence();
-            std::vector<float> x(tokens * heads * dim);
-            for (std::size_t i = 0; i < tokens * heads; ++i)
-                fill(k, g, std::span(x).subspan(i * dim, dim));
+            const std::vector<float> x = vectors(k, g, tokens * heads, dim);
             const kv1::tensor_view view(x.data(), tokens, heads, dim);
             const kv1::status s = cache->try_append(*sequence, 0, view, view);
             d.add(s.code());
