@@ -210,8 +210,8 @@ KV1_LAZY KV1_INLINE void prefetch_channels(const section_layout& s, const block_
 }
 
 // Scores of keys quantized per channel: of each page by a query times that page's scales, to which what the query
-// makes of its minima is added; those of a page that is not full, in fp16, by the query itself. `room`: codes and
-// tables of the fast path.
+// makes of its minima is added; those of a page that is not full, in fp16, by the query itself. round_row(x, r) makes
+// row r's codes, or tables, of the fast path, to which q refers.
 template <class Rounding>
 KV1_NOINLINE void add_page_scores(const attention_job& job, const block_tiles& block, const block_view& view,
                                   const query_rows& q, const Rounding& round_row, float* scores, float* tops) noexcept {
