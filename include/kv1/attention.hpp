@@ -100,7 +100,7 @@ private:
 struct token_range {
     std::size_t first = 0; ///< the first position
     /// One past the last position.
-    std::size_t last = std::numeric_limits<std::size_t>::max();
+    std::size_t last = (std::numeric_limits<std::size_t>::max)();
 };
 
 /// How one call attends; the default is causal attention on the fast path.
@@ -165,7 +165,7 @@ inline status try_merge_attention(std::span<const attention_part> parts, std::si
         // seldom
         constexpr std::size_t step = 256;
         for (std::size_t first = r * channels; first < (r + 1) * channels; first += step) {
-            const std::size_t n = std::min(step, (r + 1) * channels - first);
+            const std::size_t n = (std::min)(step, (r + 1) * channels - first);
             float joined[step] = {};
             for (const attention_part& p : parts) {
                 const float w = weight(p) * inverse;

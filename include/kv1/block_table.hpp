@@ -58,7 +58,7 @@ public:
         for (const page_hole& h : holes_)
             if (page >= h.first && page < h.last)
                 page = h.last;
-        return std::min(page, pages());
+        return (std::min)(page, pages());
     }
 
     /// The hole that a page lies in. O(holes).
@@ -77,7 +77,7 @@ public:
             const std::size_t last = static_cast<std::size_t>(h.last) * page_tokens;
             if (token <= first)
                 break;
-            kept -= std::min(token, last) - first;
+            kept -= (std::min)(token, last) - first;
         }
         return kept;
     }
@@ -153,8 +153,8 @@ public:
             ++at;
         std::size_t end = at;
         for (; end < holes_.size() && holes_[end].first <= last; ++end) {
-            merged.first = std::min(merged.first, holes_[end].first);
-            merged.last = std::max(merged.last, holes_[end].last);
+            merged.first = (std::min)(merged.first, holes_[end].first);
+            merged.last = (std::max)(merged.last, holes_[end].last);
         }
         holes_.erase(at, end);
         holes_.insert(at, merged);

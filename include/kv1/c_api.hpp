@@ -151,7 +151,7 @@ size_t kv1_describe(const kv1_error* error, char* text, size_t size) {
                             {error->layer, error->kv_head, error->token, error->channel});
         const std::string message = s.message();
         if (text != nullptr && size != 0) {
-            const std::size_t n = std::min(message.size(), size - 1);
+            const std::size_t n = (std::min)(message.size(), size - 1);
             std::memcpy(text, message.data(), n);
             text[n] = '\0';
         }

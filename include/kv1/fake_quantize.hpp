@@ -104,14 +104,14 @@ struct code_moments {
 
 inline real_metadata min_max(std::span<const float> x, int max_code) noexcept {
     const auto [lo, hi] = std::minmax_element(x.begin(), x.end(), less_with_signed_zero);
-    return {std::max((*hi - *lo) / as_written(static_cast<float>(max_code)), smallest_scale), *lo, false};
+    return {(std::max)((*hi - *lo) / as_written(static_cast<float>(max_code)), smallest_scale), *lo, false};
 }
 
 inline float mean_magnitude(std::span<const float> x) noexcept {
     std::array<float, 16> sums{};
     for (std::size_t i = 0; i < x.size(); ++i)
         sums[i % 16] = as_written(sums[i % 16] + std::fabs(x[i]));
-    return std::max(add_pairwise(sums) / static_cast<float>(x.size()), smallest_scale);
+    return (std::max)(add_pairwise(sums) / static_cast<float>(x.size()), smallest_scale);
 }
 
 // Levels with a scale and a base.
@@ -137,7 +137,7 @@ struct level_format<unrounded<Q>> {
     static constexpr float max_code = level_format<Q>::max_code, top = level_format<Q>::top;
     static constexpr float low(float lo) noexcept { return level_format<Q>::low(lo); }
     static constexpr float high(float hi) noexcept { return level_format<Q>::high(hi); }
-    static float round_scale(float scale) noexcept { return std::max(scale, smallest_scale); }
+    static float round_scale(float scale) noexcept { return (std::max)(scale, smallest_scale); }
     static float scale_of(float scale) noexcept { return scale; }
     static stored_levels store(float scale, float base) noexcept {
         const bool fits = is_finite(float16(scale)) && is_finite(float16(base));

@@ -249,7 +249,7 @@ public:
         detail::sequence_state* q = state_->find(id);
         if (q == nullptr)
             return detail::stale();
-        return state_->truncate(*q, std::min(q->committed, q->shortest(layers())));
+        return state_->truncate(*q, (std::min)(q->committed, q->shortest(layers())));
     }
 
     // ---- append
@@ -354,7 +354,7 @@ public:
             return detail::placed({errc::invalid_argument, rule_channel_rows}, layer);
         const detail::plane<Allocator>& body = state_->body_of(layer);
         const std::size_t rows = tokens * body.kv_heads;
-        if (tokens > std::numeric_limits<std::uint32_t>::max() ||
+        if (tokens > (std::numeric_limits<std::uint32_t>::max)() ||
             !detail::fits(body.layout.keys(), rows, keys.packed.size(), keys.scales.size(),
                           keys.minima.size()) ||
             !detail::fits(body.layout.values(), rows, values.packed.size(), values.scales.size(),
@@ -511,7 +511,7 @@ public:
         if (out.indptr.size() != ids.size() + 1 || out.last_page_tokens.size() != ids.size() ||
             out.indices.size() < *total)
             return detail::placed({errc::shape_mismatch, "the spans do not fit the tables"}, layer);
-        if (*total > std::numeric_limits<std::int32_t>::max())
+        if (*total > (std::numeric_limits<std::int32_t>::max)())
             return detail::placed({errc::not_representable, "more than 2^31 - 1 indices"}, layer);
         std::size_t at = 0;
         out.indptr[0] = 0;
@@ -525,8 +525,8 @@ public:
             // a layer that lags within a step may end before the last page
             const std::size_t before =
                 table.blocks().empty() ? 0 : (table.blocks().size() - 1) * state_->page_tokens();
-            out.last_page_tokens[i] =
-                static_cast<std::int32_t>(kept > before ? std::min(kept - before, state_->page_tokens()) : 0);
+            out.last_page_tokens[i] = static_cast<std::int32_t>(
+                kept > before ? (std::min)(kept - before, state_->page_tokens()) : 0);
         }
         return *total;
     }

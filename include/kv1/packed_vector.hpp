@@ -91,7 +91,7 @@ public:
     }
     /// New codes are 0.
     void resize(std::size_t n) {
-        const std::size_t kept = std::min(n, size_);
+        const std::size_t kept = (std::min)(n, size_);
         bytes_.resize(packed_size<Bits>(n));
         size_ = n;
         // codes that a shrink cut off must not come back with a later growth, nor a part of one

@@ -54,9 +54,9 @@ struct prefix_event {
 
 /// Keeps a prefix from being evicted until it is given back.
 struct prefix_pin {
-    std::uint32_t node = std::numeric_limits<std::uint32_t>::max(); ///< the index's own
-    std::uint32_t stamp = 0;                                        ///< the index's own
-    std::size_t tokens = 0;                                         ///< that are pinned
+    std::uint32_t node = (std::numeric_limits<std::uint32_t>::max)(); ///< the index's own
+    std::uint32_t stamp = 0;                                          ///< the index's own
+    std::size_t tokens = 0;                                           ///< that are pinned
 };
 
 /// Hash of a block's tokens after those that `previous` stands for.
@@ -77,7 +77,7 @@ using token_hash = std::uint64_t (*)(std::uint64_t previous, std::span<const tok
 class prefix_index {
 public:
     /// A group whose page a node does not hold.
-    static constexpr std::uint32_t no_block = std::numeric_limits<std::uint32_t>::max();
+    static constexpr std::uint32_t no_block = (std::numeric_limits<std::uint32_t>::max)();
 
     prefix_index() = default;
     /// With another hash, for tests.
@@ -115,7 +115,7 @@ public:
             root = add_root(salt);
         std::uint32_t at = root;
         for (std::size_t first = 0; first < known; first += block_tokens_) {
-            const auto block = tokens.subspan(first, std::min(block_tokens_, known - first));
+            const auto block = tokens.subspan(first, (std::min)(block_tokens_, known - first));
             const std::uint64_t hash = hash_(nodes_[at].hash, block);
             std::uint32_t child = find_child(at, hash, block);
             if (child == none) {
@@ -206,7 +206,7 @@ public:
         std::uint32_t at = find_root(salt);
         std::size_t matched = 0;
         while (at != none && matched < tokens.size()) {
-            const auto block = tokens.subspan(matched, std::min(block_tokens_, tokens.size() - matched));
+            const auto block = tokens.subspan(matched, (std::min)(block_tokens_, tokens.size() - matched));
             const std::uint32_t child = find_child(at, hash_(nodes_[at].hash, block), block);
             if (child == none)
                 break;
@@ -230,7 +230,7 @@ public:
     /// Moves the oldest events to the span. How many.
     std::size_t take_events(std::span<prefix_event> out) noexcept {
         const std::lock_guard lock(mutex_);
-        const std::size_t n = std::min(out.size(), events_.size());
+        const std::size_t n = (std::min)(out.size(), events_.size());
         std::copy_n(events_.begin(), n, out.begin());
         events_.erase(0, n);
         return n;
@@ -286,7 +286,7 @@ public:
     }
 
 private:
-    static constexpr std::uint32_t none = std::numeric_limits<std::uint32_t>::max();
+    static constexpr std::uint32_t none = (std::numeric_limits<std::uint32_t>::max)();
 
     struct node {
         std::uint64_t hash = 0;

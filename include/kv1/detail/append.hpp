@@ -194,7 +194,7 @@ class recipe_batch {
 public:
     recipe_batch(const append_job& job, const section_layout& s) noexcept
         : job_(job), section_(s), codec_(*job.codec(s)), stride_(round_up(s.channels, 32)),
-          most_(std::min(tile_tokens, max_head_dim / stride_)) {
+          most_((std::min)(tile_tokens, max_head_dim / stride_)) {
         if (stride_ != s.channels)
             std::memset(codes_, 0, most_ * stride_);
     }

@@ -36,7 +36,7 @@ public:
     [[nodiscard]] bool reserve(std::size_t n) noexcept {
         if (n <= capacity_)
             return true;
-        if (n > std::numeric_limits<std::ptrdiff_t>::max() / sizeof(T))
+        if (n > (std::numeric_limits<std::ptrdiff_t>::max)() / sizeof(T))
             return false;
         const std::size_t wanted = n > 2 * capacity_ ? n : 2 * capacity_;
         std::unique_ptr<T[]> grown(new (std::nothrow) T[wanted]);

@@ -54,8 +54,8 @@ public:
             return attend_parts(sight, queries, outputs, run);
 
         attention_job job = job_for(body_, queries.heads());
-        job.last_token = table_.kept_before(std::min(length_, options_.range.last), page());
-        job.first_visible = std::min(table_.kept_before(sight.fixed_lower(), page()), job.last_token);
+        job.last_token = table_.kept_before((std::min)(length_, options_.range.last), page());
+        job.first_visible = (std::min)(table_.kept_before(sight.fixed_lower(), page()), job.last_token);
         job.visible_base = sight.base() - dropped;
         job.visible_step = sight.step();
         job.first_position = sight.first_position() - static_cast<std::ptrdiff_t>(dropped);
@@ -93,36 +93,36 @@ private:
         [[nodiscard]] std::size_t step() const noexcept { return step_; }
         [[nodiscard]] std::ptrdiff_t first_position() const noexcept { return first_position_; }
         [[nodiscard]] std::size_t limit(std::size_t i) const noexcept {
-            return std::min(base_ + i * step_, length_);
+            return (std::min)(base_ + i * step_, length_);
         }
         // Whether all lower ends stand still or move with the queries' positions.
         [[nodiscard]] bool in_step() const noexcept { return in_step_; }
         // Of the lower ends that move with the positions, the nearest, as a window; 0: none.
         [[nodiscard]] std::size_t window() const noexcept {
             const std::size_t own = step_ != 0 ? bounded(sliding_) : 0;
-            return own == 0 || asked_ == 0 ? own + asked_ : std::min(own, asked_);
+            return own == 0 || asked_ == 0 ? own + asked_ : (std::min)(own, asked_);
         }
         // The lower end that all queries share.
         [[nodiscard]] std::size_t fixed_lower() const noexcept {
-            const std::size_t first = std::min(length_, range_.first);
-            return step_ != 0 ? first : std::max(first, behind(length_, sliding_));
+            const std::size_t first = (std::min)(length_, range_.first);
+            return step_ != 0 ? first : (std::max)(first, behind(length_, sliding_));
         }
         [[nodiscard]] std::size_t lower(std::size_t i) const noexcept {
             const std::ptrdiff_t asked = asked_ == 0 ? 0
                                                      : first_position_ + static_cast<std::ptrdiff_t>(i) + 1 -
                                                            static_cast<std::ptrdiff_t>(asked_);
-            return std::max({std::min(length_, range_.first), behind(limit(i), sliding_),
-                             asked > 0 ? static_cast<std::size_t>(asked) : 0});
+            return (std::max)({(std::min)(length_, range_.first), behind(limit(i), sliding_),
+                               asked > 0 ? static_cast<std::size_t>(asked) : 0});
         }
         // limit(), as far as the range goes.
         [[nodiscard]] std::size_t upper(std::size_t i) const noexcept {
-            return std::min(limit(i), range_.last);
+            return (std::min)(limit(i), range_.last);
         }
 
     private:
         // No window is wider than positions are large.
         static std::size_t bounded(std::size_t window) noexcept {
-            return window < std::numeric_limits<std::size_t>::max() / 4 ? window : 0;
+            return window < (std::numeric_limits<std::size_t>::max)() / 4 ? window : 0;
         }
         static std::size_t behind(std::size_t end, std::size_t window) noexcept {
             return window != 0 && end > window ? end - window : 0;
@@ -180,7 +180,7 @@ private:
         if (mask.is_causal() && !mask.first_position() && queries.tokens() > length_)
             return {errc::shape_mismatch, "causal queries are among the cached tokens", where};
         if (mask.is_causal() &&
-            mask.first_position().value_or(0) > std::numeric_limits<std::size_t>::max() / 4)
+            mask.first_position().value_or(0) > (std::numeric_limits<std::size_t>::max)() / 4)
             return {errc::out_of_range, "the first position overflows", where};
         if (!mask.is_causal() && (mask.explicit_keys() > length_ ||
                                   mask.visible().size() != mask.explicit_keys() * queries.tokens()))
@@ -244,12 +244,12 @@ private:
             const std::size_t last = sight.upper(i), first = sight.lower(i), seen = sight.limit(i);
             if (!copied_)
                 return {visible_run{}, placed_in(table_, first, last), visible_run{}};
-            const std::size_t s = std::min(d.fp16_sinks, last), r = d.fp16_window;
+            const std::size_t s = (std::min)(d.fp16_sinks, last), r = d.fp16_window;
             // tokens that the window or a truncation left behind are there in quantized form only
             const std::size_t from =
-                r == 0 ? last : std::min(last, std::max({s, seen > r ? seen - r : 0, q_.fp16_from}));
-            return {placed_in(copies, first, s), placed_in(table_, std::max(s, first), from),
-                    placed_in(copies, std::max(from, first), last)};
+                r == 0 ? last : (std::min)(last, (std::max)({s, seen > r ? seen - r : 0, q_.fp16_from}));
+            return {placed_in(copies, first, s), placed_in(table_, (std::max)(s, first), from),
+                    placed_in(copies, (std::max)(from, first), last)};
         };
 
         part_attention<E> attend(shape_.kv_heads, page(), run);

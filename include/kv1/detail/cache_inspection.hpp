@@ -50,9 +50,9 @@ public:
         return s;
     }
     [[nodiscard]] std::size_t available_pages() const noexcept {
-        std::size_t least = std::numeric_limits<std::size_t>::max();
+        std::size_t least = (std::numeric_limits<std::size_t>::max)();
         for (const page_group& g : cache_.groups())
-            least = std::min(least, g.pool.available());
+            least = (std::min)(least, g.pool.available());
         return least;
     }
 
@@ -75,7 +75,7 @@ public:
                 std::size_t longest = 0;
                 for (const plane<Allocator>& each : cache_.storage.planes())
                     if (each.group == g)
-                        longest = std::max(longest, q.length(each.layer));
+                        longest = (std::max)(longest, q.length(each.layer));
                 if (!p.table.valid() || p.dropped.load(std::memory_order_relaxed) != p.table.dropped())
                     s = broken("a block table contradicts itself");
                 if (p.table.pages() != (longest + cache_.page_tokens() - 1) / cache_.page_tokens())
@@ -118,7 +118,7 @@ private:
                                         std::size_t held) const noexcept {
         if (d.key_axis == quantization_axis::per_token)
             return held * row_bytes(d.key_format, d.key_dim, d.key_group);
-        const std::size_t open = std::min(length % cache_.page_tokens(), held), full = held - open;
+        const std::size_t open = (std::min)(length % cache_.page_tokens(), held), full = held - open;
         return open * packed_bytes(kv_format::fp16, d.key_dim) +
                full / cache_.page_tokens() *
                    channel_page_bytes(d.key_format, d.key_dim, cache_.page_tokens());

@@ -130,7 +130,7 @@ public:
     void cut(sequence_state& q, std::size_t group, std::size_t pages) noexcept {
         q.pages[group].table.truncate(pages, [&](std::uint32_t block) { pool(group).release(block); });
         note_dropped(q, group);
-        q.pages[group].window_from = std::min(q.pages[group].window_from, pages * page_tokens());
+        q.pages[group].window_from = (std::min)(q.pages[group].window_from, pages * page_tokens());
     }
 
     // Frees pages first ... last - 1. Precondition: room for a hole.
@@ -158,7 +158,7 @@ public:
             const std::size_t window = groups()[body.group].window;
             const std::size_t first =
                 tokens + 1 > window ? tokens + 1 - window : 0; // that the next query sees
-            if (window != 0 && std::min(tokens, own.window_from) > first)
+            if (window != 0 && (std::min)(tokens, own.window_from) > first)
                 return placed({errc::dropped_tokens, "the window has given up tokens before the cut"}, i);
             if (tokens % page_tokens() != 0 && !keeps_open_keys(q, i, page))
                 return placed({errc::dropped_tokens, "the cut lies within a page whose keys are codes"}, i);
@@ -177,8 +177,8 @@ public:
             q.pages[copies].table.push_back(open);
         for (std::size_t i = 0; i < layers(); ++i)
             q.set_length(i, tokens);
-        q.committed = std::min(q.committed, tokens);
-        q.fp16_from = std::min(q.fp16_from, tokens);
+        q.committed = (std::min)(q.committed, tokens);
+        q.fp16_from = (std::min)(q.fp16_from, tokens);
         return {};
     }
 
@@ -300,11 +300,11 @@ public:
                 const std::size_t sinks =
                     (storage.description().fp16_sinks + page_tokens() - 1) / page_tokens();
                 drop(q, g, sinks, from / page_tokens());
-                q.fp16_from = std::max(q.fp16_from, from);
+                q.fp16_from = (std::max)(q.fp16_from, from);
             } else if (window != 0) {
                 drop(q, g, 0, from / page_tokens());
                 q.pages[g].window_from =
-                    std::max(q.pages[g].window_from, from / page_tokens() * page_tokens());
+                    (std::max)(q.pages[g].window_from, from / page_tokens() * page_tokens());
             }
         }
         return n;
@@ -317,7 +317,7 @@ public:
         for (std::size_t g = 0; g < groups().size(); ++g)
             if (groups()[g].kind == plane_kind::body)
                 if (const auto holes = q.pages[g].table.holes(); !holes.empty())
-                    usable = std::min(usable, holes[0].first * page_tokens());
+                    usable = (std::min)(usable, holes[0].first * page_tokens());
         const std::size_t sinks = storage.description().fp16_sinks, keys = group_of(plane_kind::open_keys);
         const std::size_t tail = usable % page_tokens() != 0 ? usable / page_tokens() : no_page;
         if (tail != no_page && keys != groups().size() && !q.pages[keys].table.find(tail))
@@ -406,7 +406,7 @@ public:
         const std::size_t end = (length + tokens + page_tokens() - 1) / page_tokens();
         const std::size_t more = end > own.pages_before ? end - own.pages_before : 0;
         std::size_t shared = 0;
-        for (std::size_t p = first; p < std::min(end, own.pages_before); ++p)
+        for (std::size_t p = first; p < (std::min)(end, own.pages_before); ++p)
             if (const auto place = table.find(p);
                 place && pool(group).references(table.blocks()[*place]) != 1)
                 ++shared;
@@ -417,7 +417,7 @@ public:
         if (!take(group, {own.fresh.data(), own.fresh.size()}))
             return exhausted();
         std::size_t used = 0; // of the fresh blocks, in order: consecutive pages lie side by side
-        for (std::size_t p = first; p < std::min(end, own.pages_before); ++p) {
+        for (std::size_t p = first; p < (std::min)(end, own.pages_before); ++p) {
             const auto place = table.find(p);
             if (!place || used == shared)
                 continue;

@@ -27,7 +27,7 @@
 
 namespace kv1::inline KV1_ABI::detail {
 
-inline constexpr std::size_t no_plane = std::numeric_limits<std::size_t>::max();
+inline constexpr std::size_t no_plane = (std::numeric_limits<std::size_t>::max)();
 
 template <class Allocator>
 struct plane {
@@ -161,9 +161,9 @@ public:
     }
 
 private:
-    static constexpr std::size_t most_pages = std::numeric_limits<std::uint32_t>::max() - 1;
+    static constexpr std::size_t most_pages = (std::numeric_limits<std::uint32_t>::max)() - 1;
     static constexpr std::size_t most_tokens = std::size_t{1} << 48;
-    static constexpr std::size_t most_bytes = std::numeric_limits<std::ptrdiff_t>::max();
+    static constexpr std::size_t most_bytes = (std::numeric_limits<std::ptrdiff_t>::max)();
 
     static std::size_t pages_for(std::size_t tokens, std::size_t page) noexcept {
         return tokens / page + (tokens % page != 0 ? 1 : 0);

@@ -134,9 +134,9 @@ inline encode_result seal_keys(const target_kernels& kernels, const vector_codec
     alignas(64) std::uint8_t codes[room];
     row_metadata metadata[tile_tokens];
     const std::size_t stride = round_up(s.tokens, 32);
-    const std::size_t most = std::min(tile_tokens, room / stride / 2 * 2); // of a batch
+    const std::size_t most = (std::min)(tile_tokens, room / stride / 2 * 2); // of a batch
     for (std::size_t first = 0; first < s.channels; first += most) {
-        const std::size_t count = std::min(most, s.channels - first);
+        const std::size_t count = (std::min)(most, s.channels - first);
         for (std::size_t c = 0; c < count; c += 2)
             load_two_channels(kernels, open, open_page, first + c, x + c * stride, x + (c + 1) * stride);
         encode_result r = encode_channels(kernels, codec, s, x, count, stride, codes, metadata);

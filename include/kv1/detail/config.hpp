@@ -12,6 +12,7 @@
 // copy that the other one's processor cannot run.
 #pragma once
 
+#include <kv1/detail/min_max_macros.hpp> // before any standard header
 #include <kv1/version.hpp>
 
 #if !defined(KV1_EXCEPTIONS)

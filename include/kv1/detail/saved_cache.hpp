@@ -205,7 +205,7 @@ inline bool finite_section(const section_layout& s, const std::byte* page) noexc
 
 // Writing and reading the form. Cache is a cache_state.
 struct saved_cache {
-    static constexpr std::uint32_t none = std::numeric_limits<std::uint32_t>::max();
+    static constexpr std::uint32_t none = (std::numeric_limits<std::uint32_t>::max)();
 
     // Which pages are saved, by group: their numbers in the file, and their tokens.
     struct page_list {
@@ -247,14 +247,14 @@ struct saved_cache {
                     if (!at)
                         continue;
                     const std::uint32_t block = table.blocks()[*at];
-                    const auto used = static_cast<std::uint32_t>(std::min(page, q.length(0) - p * page));
+                    const auto used = static_cast<std::uint32_t>((std::min)(page, q.length(0) - p * page));
                     if (list.place[block] == none) {
                         list.place[block] = static_cast<std::uint32_t>(list.blocks.size());
                         if (!list.blocks.try_push_back(block) || !list.tokens.try_push_back(0))
                             return no_memory();
                     }
                     std::uint32_t& tokens = list.tokens[list.place[block]];
-                    tokens = std::max(tokens, used);
+                    tokens = (std::max)(tokens, used);
                 }
             }
             s.sizes.page_bytes += list.blocks.size() * groups[g].block_bytes;
@@ -317,7 +317,7 @@ struct saved_cache {
         buffer<std::byte> part; // a page with slots to clear
         std::size_t largest = 0;
         for (const auto& p : s.cache.storage.planes())
-            largest = std::max(largest, p.block_bytes);
+            largest = (std::max)(largest, p.block_bytes);
         if (!part.resize(largest))
             return no_memory();
         byte_writer w(sink);

@@ -33,15 +33,15 @@ struct attention_split {
 inline attention_split split_attention(const page_layout& layout, std::size_t rows, std::size_t kv_heads,
                                        std::size_t first_token, std::size_t last_token) noexcept {
     attention_split s{};
-    s.rows_per_block = std::min(rows_for(layout.keys().channels), rows_for(layout.values().channels));
+    s.rows_per_block = (std::min)(rows_for(layout.keys().channels), rows_for(layout.values().channels));
     s.row_blocks = (rows + s.rows_per_block - 1) / s.rows_per_block;
-    s.first_token = std::min(first_token, last_token) / layout.page_tokens() * layout.page_tokens();
+    s.first_token = (std::min)(first_token, last_token) / layout.page_tokens() * layout.page_tokens();
     const std::size_t tokens = last_token - s.first_token;
     const std::size_t tasks = kv_heads * s.row_blocks;
     const std::size_t wanted = tasks >= wanted_tasks ? 1 : (wanted_tasks + tasks - 1) / tasks;
     // a power of two of equal ranges: they divide among 2, 4, 8 or 16 workers
     const std::size_t ranges =
-        std::bit_floor(std::max<std::size_t>(1, std::min(wanted, tokens / smallest_range)));
+        std::bit_floor(std::max<std::size_t>(1, (std::min)(wanted, tokens / smallest_range)));
     s.range_tokens = round_up(std::max<std::size_t>(1, (tokens + ranges - 1) / ranges), layout.page_tokens());
     s.ranges = std::max<std::size_t>(1, (tokens + s.range_tokens - 1) / s.range_tokens);
     return s;
@@ -53,7 +53,7 @@ inline void merge_partials(float* partials, std::size_t ranges, std::size_t stri
                            std::size_t channels) noexcept {
     float maximum = lowest_score;
     for (std::size_t i = 0; i < ranges; ++i)
-        maximum = std::max(maximum, partials[i * stride]);
+        maximum = (std::max)(maximum, partials[i * stride]);
     float denominator = 0.0f;
     for (std::size_t i = 0; i < ranges; ++i) {
         float* p = partials + i * stride;
@@ -83,10 +83,10 @@ status attend_heads(const attention_job& common, std::size_t kv_heads, const ten
     std::size_t front = common.first_visible;
     if (common.window != 0) {
         const std::ptrdiff_t from = common.first_position + 1 - static_cast<std::ptrdiff_t>(common.window);
-        front = std::max(front, from > 0 ? static_cast<std::size_t>(from) : 0);
+        front = (std::max)(front, from > 0 ? static_cast<std::size_t>(from) : 0);
     }
     const std::size_t reach =
-        std::min(common.last_token, common.visible_base + (queries.tokens() - 1) * common.visible_step);
+        (std::min)(common.last_token, common.visible_base + (queries.tokens() - 1) * common.visible_step);
     const attention_split split = split_attention(layout, rows, kv_heads, front, reach);
     const std::size_t stride = round_up(channels + 2, 16);
 
@@ -113,7 +113,7 @@ status attend_heads(const attention_job& common, std::size_t kv_heads, const ten
         job.output_token_stride = outputs.token_stride();
         job.output_head_stride = outputs.head_stride();
         job.first_row = row_block * split.rows_per_block;
-        job.rows = std::min(split.rows_per_block, rows - job.first_row);
+        job.rows = (std::min)(split.rows_per_block, rows - job.first_row);
         job.first_token = split.first_token;
         job.alibi_slopes =
             heads.alibi_slopes == nullptr ? nullptr : heads.alibi_slopes + head_offset(kv_head);
@@ -136,7 +136,7 @@ status attend_heads(const attention_job& common, std::size_t kv_heads, const ten
         float lse[max_rows];
         if (split.ranges > 1) {
             job.first_token = split.first_token + range * split.range_tokens;
-            job.last_token = std::min(common.last_token, job.first_token + split.range_tokens);
+            job.last_token = (std::min)(common.last_token, job.first_token + split.range_tokens);
             job.fetch_token = reach;
             job.partials =
                 partials.get() + ((kv_head * rows + job.first_row) * split.ranges + range) * stride;

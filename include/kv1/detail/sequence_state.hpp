@@ -68,13 +68,13 @@ struct sequence_state {
     [[nodiscard]] std::size_t shortest(std::size_t layers) const noexcept {
         std::size_t n = length(0);
         for (std::size_t i = 1; i < layers; ++i)
-            n = std::min(n, length(i));
+            n = (std::min)(n, length(i));
         return n;
     }
     [[nodiscard]] std::size_t longest(std::size_t layers) const noexcept {
         std::size_t n = length(0);
         for (std::size_t i = 1; i < layers; ++i)
-            n = std::max(n, length(i));
+            n = (std::max)(n, length(i));
         return n;
     }
 };

@@ -115,7 +115,7 @@ private:
         std::size_t chunk, index;
     };
     static constexpr std::size_t first_chunk = 32; // chunk k has 32 * 2^k slots
-    static constexpr std::uint32_t last_generation = std::numeric_limits<std::uint32_t>::max() - 1;
+    static constexpr std::uint32_t last_generation = (std::numeric_limits<std::uint32_t>::max)() - 1;
 
     static place place_of(std::uint32_t slot) noexcept {
         const std::size_t n = slot / first_chunk + 1;

@@ -47,7 +47,7 @@ struct row_results {
     }
     // A logit without a value joins row r's softmax.
     void add_sink(std::size_t r, std::size_t channels, float sink) noexcept {
-        const float top = std::max(log_sum_exp[r], sink);
+        const float top = (std::max)(log_sum_exp[r], sink);
         const float own = std::exp(log_sum_exp[r] - top), sum = own + std::exp(sink - top);
         for (std::size_t c = 0; c < channels; ++c)
             outputs[r * channels + c] *= own / sum;
@@ -124,7 +124,7 @@ private:
                        const tensor_view& queries, row_results& total) noexcept {
         const std::size_t skipped = from.first / page_; // pages that no query sees
         job.block_table += skipped;
-        job.open_from -= std::min(skipped * page_, job.open_from);
+        job.open_from -= (std::min)(skipped * page_, job.open_from);
         from.first -= skipped * page_;
         from.last -= skipped * page_;
         job.last_token = from.last + (queries.tokens() - 1) * last_step;

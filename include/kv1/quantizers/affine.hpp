@@ -41,8 +41,8 @@ struct affine {
             return s;
         const auto [lo_at, hi_at] = std::minmax_element(x.begin(), x.end(), detail::less_with_signed_zero);
         const float lo = *lo_at;
-        const float scale = std::max((*hi_at - lo) / detail::as_written(static_cast<float>(max_code)),
-                                     detail::smallest_scale);
+        const float scale = (std::max)((*hi_at - lo) / detail::as_written(static_cast<float>(max_code)),
+                                       detail::smallest_scale);
         const metadata stored{float16(scale), float16(lo)};
         if (!detail::is_finite(stored.scale) || !detail::is_finite(stored.minimum))
             return {errc::not_representable, detail::rule_fp16_metadata};

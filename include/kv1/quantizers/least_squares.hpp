@@ -61,7 +61,7 @@ stored_levels refine_levels(std::span<const float> x, float lo, float hi,
     using format = level_format<Q>;
     const auto n = static_cast<float>(x.size());
     const float middle = 0.5f * lo + 0.5f * hi;
-    float scale = std::max(product_of(hi - lo, fit_start / format::top), smallest_scale);
+    float scale = (std::max)(product_of(hi - lo, fit_start / format::top), smallest_scale);
     float base = product_of(scale, -0.5f * format::top);
     float sum_c = 0.0f, sum_x = 0.0f;
     for (int round = 0; round < fit_rounds; ++round) {
@@ -81,7 +81,7 @@ stored_levels refine_levels(std::span<const float> x, float lo, float hi,
         const float variance = product_of(n, sum_cc) - product_of(sum_c, sum_c);
         const float covariance = product_of(n, sum_xc) - product_of(sum_x, sum_c);
         if (variance > 0.0f)
-            scale = std::max(covariance / as_written(variance), smallest_scale);
+            scale = (std::max)(covariance / as_written(variance), smallest_scale);
         base = (sum_x - product_of(scale, sum_c)) / as_written(n);
     }
     const auto stored = format::round_scale(scale);

@@ -43,7 +43,7 @@ struct scaled_binary {
         for (std::size_t i = 0; i < x.size(); ++i)
             sums[i % 16] = detail::as_written(sums[i % 16] + std::fabs(x[i]));
         const float mean = detail::add_pairwise(sums) / static_cast<float>(x.size());
-        const metadata stored{float16(std::max(mean, 1e-6f))};
+        const metadata stored{float16((std::max)(mean, 1e-6f))};
         if (!detail::is_finite(stored.scale))
             return {errc::not_representable, detail::rule_fp16_metadata};
         for (std::size_t i = 0; i < x.size(); ++i)

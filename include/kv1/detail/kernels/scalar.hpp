@@ -264,7 +264,7 @@ void value_sums_fast(const block_view& view, const softmax_rows& w, float* sums,
             const float weight = w.scores[r * score_stride + t];
             scaled[t] = weight * p.slope;
             affine_sum += weight * centre_of<Format>(p);
-            top = std::max(top, scaled[t]);
+            top = (std::max)(top, scaled[t]);
         }
         constexpr auto top_code =
             static_cast<float>(top_weight_code(traits_of(kv_format_of<Format>).code_bits));
@@ -294,7 +294,7 @@ inline bool sees(const attention_job& job, std::size_t token, std::size_t t) noe
 inline float round_query(std::span<const float> query, std::int8_t* codes) noexcept {
     float top = 0.0f;
     for (const float x : query)
-        top = std::max(top, std::fabs(x));
+        top = (std::max)(top, std::fabs(x));
     const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
     for (std::size_t c = 0; c < query.size(); ++c)
         codes[c] = rounded_code(query[c] * inverse);
@@ -366,7 +366,7 @@ inline void attend_rows(const attention_job& job) noexcept {
         std::fill_n(sums, values.channels, 0.0f);
 
         softmax_state state;
-        const std::size_t last = std::min(job.visible_base + token * job.visible_step, job.last_token);
+        const std::size_t last = (std::min)(job.visible_base + token * job.visible_step, job.last_token);
         for (std::size_t first = job.first_token; first < last;) {
             const std::size_t end = block_end(keys.tokens, granule_of(values), first, last);
             tile_ref tiles[max_block_tiles];
@@ -408,10 +408,10 @@ inline void attend_rows(const attention_job& job) noexcept {
                     s += job.alibi_slopes[head] *
                          static_cast<float>(static_cast<std::ptrdiff_t>(t) - job.first_position -
                                             static_cast<std::ptrdiff_t>(token));
-                maximum = std::max(maximum, s);
+                maximum = (std::max)(maximum, s);
             }
             const float m =
-                std::max(maximum == lowest_score ? lowest_score : maximum * log2_e, state.maximum);
+                (std::max)(maximum == lowest_score ? lowest_score : maximum * log2_e, state.maximum);
             const float rescale = softmax_rescale(state.maximum, m);
             state.maximum = m;
             const float denominator = state.denominator;

@@ -96,6 +96,12 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
+// xsimd and the kernels use these names; <windows.h> defines macros of them
+#pragma push_macro("min")
+#pragma push_macro("max")
+#undef min
+#undef max
+
 // ---- baseline: the instruction set of the translation unit
 #include <xsimd/config/xsimd_config.hpp>
 #if XSIMD_VERSION_MAJOR > 13
@@ -331,6 +337,8 @@ using namespace avx512;
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
+#pragma pop_macro("max")
+#pragma pop_macro("min")
 #undef KV1_INLINE
 #undef KV1_NOINLINE
 #undef KV1_UNROLL
