@@ -97,11 +97,11 @@ namespace detail {
 // What basic_kv_cache keeps to itself.
 struct cache_access {
     template <class F, class A>
-    static const cache_state<A>& state(const basic_kv_cache<F, A>& cache) noexcept {
+    static const cache_state& state(const basic_kv_cache<F, A>& cache) noexcept {
         return *cache.state_;
     }
     template <class F, class A>
-    static cache_state<A>& state(basic_kv_cache<F, A>& cache) noexcept {
+    static cache_state& state(basic_kv_cache<F, A>& cache) noexcept {
         return *cache.state_;
     }
 };
@@ -112,8 +112,7 @@ struct cache_access {
 template <class F, class A>
 [[nodiscard]] result<std::size_t> try_saved_bytes(const basic_kv_cache<F, A>& cache,
                                                   std::span<const sequence_id> ids) noexcept {
-    detail::saved_cache::saving<detail::cache_state<A>> s{
-        detail::cache_access::state(cache), ids, nullptr, {}};
+    detail::saved_cache::saving<detail::cache_state> s{detail::cache_access::state(cache), ids, nullptr, {}};
     if (const status collected = detail::saved_cache::collect(s); !collected)
         return collected;
     return detail::saved_fixed_bytes + static_cast<std::size_t>(s.sizes.table_bytes + s.sizes.page_bytes) + 8;
@@ -123,8 +122,7 @@ template <class F, class A>
 /// invalid_sequence, layers_disagree, out_of_memory, io_error (the sink refused).
 template <class F, class A, byte_sink S>
 status try_save(const basic_kv_cache<F, A>& cache, std::span<const sequence_id> ids, S&& sink) noexcept {
-    detail::saved_cache::saving<detail::cache_state<A>> s{
-        detail::cache_access::state(cache), ids, nullptr, {}};
+    detail::saved_cache::saving<detail::cache_state> s{detail::cache_access::state(cache), ids, nullptr, {}};
     if (const status collected = detail::saved_cache::collect(s); !collected)
         return collected;
     return detail::saved_cache::write(s, sink);

@@ -51,4 +51,26 @@ struct inline_executor {
 
 static_assert(executor<inline_executor>);
 
+namespace detail {
+
+// Non-owning reference to an executor: what is inside the library need not know its type.
+class executor_view {
+public:
+    template <class E>
+    requires(!std::same_as<std::remove_cv_t<E>, executor_view> && executor<E>) executor_view(E& run)
+    noexcept
+        : object_(const_cast<void*>(reinterpret_cast<const volatile void*>(std::addressof(run)))),
+          call_([](void* object, std::size_t count, task_view task) {
+              (*reinterpret_cast<E*>(object))(count, task);
+          }) {}
+
+    void operator()(std::size_t count, task_view task) const { call_(object_, count, task); }
+
+private:
+    void* object_;
+    void (*call_)(void*, std::size_t, task_view);
+};
+
+} // namespace detail
+
 } // namespace kv1::inline KV1_ABI

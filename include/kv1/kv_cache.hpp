@@ -85,6 +85,7 @@
 #include <kv1/detail/cache_rows.hpp>
 #include <kv1/detail/cache_state.hpp>
 #include <kv1/detail/kernels/registry.hpp>
+#include <kv1/detail/memory_source.hpp>
 
 #include <algorithm>
 #include <atomic>
@@ -154,7 +155,7 @@ public:
     /// Raises the capacity; pages keep their numbers and move. O(bytes in use). Errors: invalid_argument,
     /// out_of_memory.
     status try_grow(std::size_t capacity_tokens) noexcept {
-        return state_->storage.grow(capacity_tokens, state_->allocator);
+        return state_->storage.grow(capacity_tokens, *state_->memory);
     }
 
     // ---- sequences
@@ -307,7 +308,7 @@ public:
                 break;
             q->appending = true;
         }
-        const detail::plane<Allocator>& body = state_->body_of(layer);
+        const detail::plane& body = state_->body_of(layer);
         if (s) {
             std::atomic<std::size_t> first_failed{ids.size()};
             auto task = [&](std::size_t i) {
@@ -352,7 +353,7 @@ public:
             return detail::placed({errc::invalid_argument, "rows have no fp16 copies"}, layer);
         if (state_->planes_of(layer).open != detail::no_plane)
             return detail::placed({errc::invalid_argument, rule_channel_rows}, layer);
-        const detail::plane<Allocator>& body = state_->body_of(layer);
+        const detail::plane& body = state_->body_of(layer);
         const std::size_t rows = tokens * body.kv_heads;
         if (tokens > (std::numeric_limits<std::uint32_t>::max)() ||
             !detail::fits(body.layout.keys(), rows, keys.packed.size(), keys.scales.size(),
@@ -398,8 +399,7 @@ public:
             return detail::stale();
         if (layer >= layers())
             return detail::no_such_layer(layer);
-        return detail::sequence_attention<Formats, Allocator>(*state_, *q, layer, options)(queries, outputs,
-                                                                                           run);
+        return detail::sequence_attention(*state_, *q, layer, options)(queries, outputs, run);
     }
 
     /// The same for several sequences, each with query rows indptr[i] ... indptr[i + 1] - 1 (continuous
@@ -425,7 +425,7 @@ public:
             const std::size_t first = indptr[i], count = indptr[i + 1] - first;
             if (!own.log_sum_exp.empty())
                 own.log_sum_exp = own.log_sum_exp.subspan(first * queries.heads(), count * queries.heads());
-            return detail::sequence_attention<Formats, Allocator>(*state_, *state_->find(ids[i]), layer, own)(
+            return detail::sequence_attention(*state_, *state_->find(ids[i]), layer, own)(
                 queries.rows(first, count), outputs.rows(first, count), with);
         };
         const auto is_long = [&](std::size_t i) { // worth splitting further
@@ -537,7 +537,7 @@ public:
                                                               std::uint32_t block) const noexcept {
         if (layer >= layers())
             return detail::no_such_layer(layer);
-        const detail::plane<Allocator>& body = state_->body_of(layer);
+        const detail::plane& body = state_->body_of(layer);
         if (kv_head >= body.kv_heads)
             return detail::no_such_head(kv_head);
         if (block >= state_->pool(body.group).capacity() || state_->pool(body.group).references(block) == 0)
@@ -561,7 +561,7 @@ public:
             return detail::no_such_head(kv_head);
         if (planes.open == detail::no_plane || q->length(layer) % state_->page_tokens() == 0)
             return detail::placed({errc::out_of_range, "no page of keys per channel is open"}, layer);
-        const detail::plane<Allocator>& open = state_->open_keys_of(layer);
+        const detail::plane& open = state_->open_keys_of(layer);
         return std::span<const std::byte>(
             open.block(state_->open_block(*q, layer)) + kv_head * open.layout.bytes(), open.layout.bytes());
     }
@@ -705,27 +705,31 @@ private:
     status initialize(const cache_description& d, const Allocator& allocator) noexcept {
         if (detail::environment_target().refused)
             return {errc::unsupported_target, "KV1_TARGET names no target that this processor supports"};
-        std::unique_ptr<detail::cache_state<Allocator>> fresh(new (std::nothrow)
-                                                                  detail::cache_state<Allocator>(allocator));
+        std::unique_ptr<detail::memory_source> memory(new (std::nothrow)
+                                                          detail::allocator_memory<Allocator>(allocator));
+        if (memory == nullptr)
+            return detail::no_memory();
+        std::unique_ptr<detail::cache_state> fresh(
+            new (std::nothrow) detail::cache_state(std::move(memory), detail::kernel_set::of<Formats>()));
         if (fresh == nullptr)
             return detail::no_memory();
         cache_description copy;
         if (const status s = detail::guarded([&] { copy = d; }); !s)
             return s;
-        if (const status s = fresh->template initialize<Formats>(std::move(copy)); !s)
+        if (const status s = fresh->initialize(std::move(copy)); !s)
             return s;
         state_ = std::move(fresh);
         return {};
     }
 
-    [[nodiscard]] detail::cache_inspection<Allocator> inspection() const noexcept {
-        return detail::cache_inspection<Allocator>(*state_);
+    [[nodiscard]] detail::cache_inspection inspection() const noexcept {
+        return detail::cache_inspection(*state_);
     }
 
     // The new tokens of a living sequence, whose pages are open.
-    [[nodiscard]] detail::sequence_append<Allocator> append_of(sequence_id id, std::size_t layer,
-                                                               const tensor_view& keys,
-                                                               const tensor_view& values) const noexcept {
+    [[nodiscard]] detail::sequence_append append_of(sequence_id id, std::size_t layer,
+                                                    const tensor_view& keys,
+                                                    const tensor_view& values) const noexcept {
         return {*state_, *state_->find(id), layer, keys, values};
     }
 
@@ -790,7 +794,7 @@ private:
     // The page of a token that is there.
     [[nodiscard]] const std::byte* page_of(const detail::sequence_state& q, std::size_t layer,
                                            std::size_t kv_head, std::size_t token) const noexcept {
-        const detail::plane<Allocator>& body = state_->body_of(layer);
+        const detail::plane& body = state_->body_of(layer);
         const block_table& table = q.pages[body.group].table;
         return body.block(table.blocks()[*table.find(token / state_->page_tokens())]) +
                kv_head * body.layout.bytes();
@@ -802,7 +806,7 @@ private:
         const std::size_t page = token / state_->page_tokens(), slot = token % state_->page_tokens();
         if (section.axis == quantization_axis::per_channel &&
             page == q.length(layer) / state_->page_tokens()) {
-            const detail::plane<Allocator>& open = state_->open_keys_of(layer);
+            const detail::plane& open = state_->open_keys_of(layer);
             const std::byte* keys = open.block(state_->open_block(q, layer)) + kv_head * open.layout.bytes();
             detail::decode_row(open.layout.keys(), keys, slot, out);
         } else {
@@ -810,7 +814,7 @@ private:
         }
     }
 
-    std::unique_ptr<detail::cache_state<Allocator>> state_;
+    std::unique_ptr<detail::cache_state> state_;
 };
 
 /// A cache for any mix of formats.

@@ -326,8 +326,7 @@ inline status append_head(const append_job& job, std::size_t head) noexcept {
     return keys ? append_section(job, job.layout->values(), head) : keys;
 }
 
-template <executor E>
-status append_heads(const append_job& job, std::size_t kv_heads, E& run) noexcept {
+inline status append_heads(const append_job& job, std::size_t kv_heads, executor_view run) noexcept {
     const section_layout& keys = job.layout->keys();
     const section_layout& values = job.layout->values();
     const bool per_channel = keys.axis == quantization_axis::per_channel;

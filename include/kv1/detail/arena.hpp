@@ -4,14 +4,11 @@
 // and says so with a status. advise_huge_pages(): asks the system for large pages where it can.
 #pragma once
 
-#include <kv1/layout.hpp>
+#include <kv1/detail/memory_source.hpp>
 #include <kv1/status.hpp>
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
-#include <new>
-#include <type_traits>
 #include <utility>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -45,58 +42,38 @@ inline void advise_huge_pages([[maybe_unused]] std::byte* data, [[maybe_unused]]
 #endif
 }
 
-struct alignas(line_bytes) memory_line {
-    std::byte bytes[line_bytes];
-};
-
-template <class Allocator>
 class arena {
-    using line_allocator = typename std::allocator_traits<Allocator>::template rebind_alloc<memory_line>;
-    using traits = std::allocator_traits<line_allocator>;
-
 public:
-    explicit arena(const Allocator& allocator = {}) noexcept : allocator_(allocator) {}
+    // The source outlives the arena.
+    explicit arena(memory_source& source) noexcept : source_(&source) {}
     arena(arena&& other) noexcept
-        : allocator_(other.allocator_), lines_(std::exchange(other.lines_, nullptr)),
-          count_(std::exchange(other.count_, 0)) {}
+        : source_(other.source_), data_(std::exchange(other.data_, nullptr)),
+          bytes_(std::exchange(other.bytes_, 0)) {}
     arena& operator=(arena&& other) noexcept {
-        std::swap(lines_, other.lines_);
-        std::swap(count_, other.count_);
-        using std::swap;
-        swap(allocator_, other.allocator_);
+        std::swap(source_, other.source_);
+        std::swap(data_, other.data_);
+        std::swap(bytes_, other.bytes_);
         return *this;
     }
     ~arena() {
-        if (lines_ != nullptr)
-            traits::deallocate(allocator_, lines_, count_);
+        if (data_ != nullptr)
+            source_->deallocate(data_, bytes_);
     }
 
     // Precondition: nothing is allocated yet, bytes a positive multiple of line_bytes.
     [[nodiscard]] bool allocate(std::size_t bytes) noexcept {
-        const std::size_t count = bytes / line_bytes;
-#if !KV1_EXCEPTIONS
-        if constexpr (std::is_same_v<line_allocator, std::allocator<memory_line>>) {
-            // what std::allocator does, without its exception
-            lines_ =
-                static_cast<memory_line*>(::operator new (bytes, std::align_val_t{line_bytes}, std::nothrow));
-            count_ = lines_ != nullptr ? count : 0;
-            return lines_ != nullptr;
-        }
-#endif
-        const status s = guarded([&] { lines_ = traits::allocate(allocator_, count); });
-        count_ = s ? count : 0;
-        return static_cast<bool>(s);
+        data_ = source_->allocate(bytes);
+        bytes_ = data_ != nullptr ? bytes : 0;
+        return data_ != nullptr;
     }
 
-    [[nodiscard]] std::byte* data() noexcept { return reinterpret_cast<std::byte*>(lines_); }
-    [[nodiscard]] const std::byte* data() const noexcept {
-        return reinterpret_cast<const std::byte*>(lines_);
-    }
+    [[nodiscard]] std::byte* data() noexcept { return data_; }
+    [[nodiscard]] const std::byte* data() const noexcept { return data_; }
 
 private:
-    line_allocator allocator_;
-    memory_line* lines_ = nullptr;
-    std::size_t count_ = 0;
+    memory_source* source_;
+    std::byte* data_ = nullptr;
+    std::size_t bytes_ = 0;
 };
 
 } // namespace kv1::inline KV1_ABI::detail

@@ -13,17 +13,15 @@
 
 namespace kv1::inline KV1_ABI::detail {
 
-template <class Allocator>
 class sequence_append {
 public:
     // The layer exists; open_layer() was called for as many tokens.
-    sequence_append(const cache_state<Allocator>& cache, const sequence_state& q, std::size_t layer,
+    sequence_append(const cache_state& cache, const sequence_state& q, std::size_t layer,
                     const tensor_view& keys, const tensor_view& values) noexcept
         : cache_(cache), q_(q), layer_(layer), keys_(keys), values_(values) {}
 
     // All KV heads.
-    template <executor E>
-    status operator()(E& run) const noexcept {
+    status operator()(executor_view run) const noexcept {
         return to_planes(
             [&](const append_job& job) { return append_heads(job, cache_.body_of(layer_).kv_heads, run); });
     }
@@ -46,7 +44,7 @@ private:
         job.key_codec = &planes.keys;
         job.value_codec = &planes.values;
         if (planes.open != no_plane) {
-            const plane<Allocator>& open = cache_.open_keys_of(layer_);
+            const plane& open = cache_.open_keys_of(layer_);
             const auto [begun, later] = cache_.open_key_blocks(q_, layer_, keys_.tokens());
             job.open_layout = &open.layout;
             job.open_before = open.block(begun);
@@ -55,9 +53,9 @@ private:
         return append(job);
     }
 
-    [[nodiscard]] append_job job_for(const plane<Allocator>& p) const noexcept {
+    [[nodiscard]] append_job job_for(const plane& p) const noexcept {
         const block_table& table = q_.pages[p.group].table;
-        return {&common_kernels(),
+        return {&cache_.kernels.common(current_target()),
                 &p.layout,
                 p.arena.data(),
                 p.block_bytes,
@@ -67,7 +65,7 @@ private:
                 values_};
     }
 
-    const cache_state<Allocator>& cache_;
+    const cache_state& cache_;
     const sequence_state& q_;
     std::size_t layer_;
     tensor_view keys_, values_;

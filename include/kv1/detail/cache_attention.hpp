@@ -20,18 +20,17 @@
 
 namespace kv1::inline KV1_ABI::detail {
 
-template <class Formats, class Allocator>
 class sequence_attention {
 public:
     // The layer exists.
-    sequence_attention(const cache_state<Allocator>& cache, const sequence_state& q, std::size_t layer,
+    sequence_attention(const cache_state& cache, const sequence_state& q, std::size_t layer,
                        const attention_options& options) noexcept
         : cache_(cache), q_(q), layer_(layer), options_(options), shape_(cache.planes_of(layer).shape),
           body_(cache.body_of(layer)), table_(q.pages[body_.group].table), length_(q.length(layer)),
           copied_(cache.planes_of(layer).copy != no_plane) {}
 
-    template <executor E>
-    status operator()(const tensor_view& queries, const mutable_tensor_view& outputs, E& run) const noexcept {
+    status operator()(const tensor_view& queries, const mutable_tensor_view& outputs,
+                      executor_view run) const noexcept {
         if (const status s = check(queries, outputs); !s)
             return s;
         if (queries.tokens() == 0)
@@ -189,13 +188,13 @@ private:
         return {};
     }
 
-    [[nodiscard]] attention_job job_for(const plane<Allocator>& p, std::size_t query_heads) const noexcept {
+    [[nodiscard]] attention_job job_for(const plane& p, std::size_t query_heads) const noexcept {
         const bool per_channel = p.layout.keys().axis == quantization_axis::per_channel;
         const target t = per_channel ? without_pairs(current_target()) : current_target();
         attention_job job{};
-        job.target = &common_registry<>::at(t);
-        job.key_kernels = format_registry<Formats>::find(t, p.layout.keys().format);
-        job.value_kernels = format_registry<Formats>::find(t, p.layout.values().format);
+        job.target = &cache_.kernels.common(t);
+        job.key_kernels = cache_.kernels.find(t, p.layout.keys().format);
+        job.value_kernels = cache_.kernels.find(t, p.layout.values().format);
         job.mode = options_.mode;
         job.layout = &p.layout;
         job.pages = p.arena.data();
@@ -211,10 +210,10 @@ private:
             job.key_means = planes.keys.mean(0);
             job.value_means = planes.values.mean(0);
             if (planes.open != no_plane && length_ % page() != 0) {
-                const plane<Allocator>& open = cache_.open_keys_of(layer_);
+                const plane& open = cache_.open_keys_of(layer_);
                 job.open_keys = open.block(cache_.open_block(q_, layer_));
                 job.open_layout = &open.layout;
-                job.open_kernels = format_registry<Formats>::find(t, kv_format::fp16);
+                job.open_kernels = cache_.kernels.find(t, kv_format::fp16);
                 job.open_from = table_.kept_before(length_ / page() * page(), page());
             }
         }
@@ -222,9 +221,8 @@ private:
     }
 
     // fp16 sinks, the quantized body, the fp16 window; each a run in its table.
-    template <executor E>
     status attend_parts(const query_sight& sight, const tensor_view& queries,
-                        const mutable_tensor_view& outputs, E& run) const noexcept {
+                        const mutable_tensor_view& outputs, executor_view run) const noexcept {
         enum part : std::size_t { sinks, quantized, window };
         std::array<part_source, max_parts> parts;
         parts[quantized] = {job_for(body_, queries.heads()), true};
@@ -252,7 +250,7 @@ private:
                     placed_in(copies, (std::max)(from, first), last)};
         };
 
-        part_attention<E> attend(shape_.kv_heads, page(), run);
+        part_attention attend(shape_.kv_heads, page(), run);
         row_results total;
         const std::size_t heads = queries.heads(), channels = shape_.value_dim;
         for (std::size_t i = 0; i < queries.tokens();) {
@@ -273,12 +271,12 @@ private:
         return {};
     }
 
-    const cache_state<Allocator>& cache_;
+    const cache_state& cache_;
     const sequence_state& q_;
     std::size_t layer_;
     const attention_options& options_;
     const layer_description& shape_;
-    const plane<Allocator>& body_;
+    const plane& body_;
     const block_table& table_;
     std::size_t length_;
     bool copied_;

@@ -16,10 +16,9 @@
 
 namespace kv1::inline KV1_ABI::detail {
 
-template <class Allocator>
 class cache_inspection {
 public:
-    explicit cache_inspection(const cache_state<Allocator>& cache) noexcept : cache_(cache) {}
+    explicit cache_inspection(const cache_state& cache) noexcept : cache_(cache) {}
 
     [[nodiscard]] cache_statistics statistics() const noexcept {
         cache_statistics s = empty_statistics();
@@ -73,14 +72,14 @@ public:
                     if (block < counts.size())
                         ++counts[block];
                 std::size_t longest = 0;
-                for (const plane<Allocator>& each : cache_.storage.planes())
+                for (const plane& each : cache_.storage.planes())
                     if (each.group == g)
                         longest = (std::max)(longest, q.length(each.layer));
                 if (!p.table.valid() || p.dropped.load(std::memory_order_relaxed) != p.table.dropped())
                     s = broken("a block table contradicts itself");
                 if (p.table.pages() != (longest + cache_.page_tokens() - 1) / cache_.page_tokens())
                     s = broken("a sequence has another number of pages than its tokens need");
-                for (const plane<Allocator>& each : cache_.storage.planes())
+                for (const plane& each : cache_.storage.planes())
                     if (const std::size_t n = q.length(each.layer);
                         each.group == g && n % cache_.page_tokens() != 0 &&
                         !p.table.find(n / cache_.page_tokens()) &&
@@ -129,7 +128,7 @@ private:
         s.tokens += q.longest(cache_.layers());
         for (std::size_t i = 0; i < cache_.layers(); ++i) {
             const layer_description& d = cache_.planes_of(i).shape;
-            const plane<Allocator>& body = cache_.body_of(i);
+            const plane& body = cache_.body_of(i);
             const std::size_t gone =
                 q.pages[body.group].dropped.load(std::memory_order_relaxed) * cache_.page_tokens();
             const std::size_t length = q.length(i), held = length > gone ? length - gone : 0;
@@ -142,7 +141,7 @@ private:
         }
     }
 
-    const cache_state<Allocator>& cache_;
+    const cache_state& cache_;
 };
 
 } // namespace kv1::inline KV1_ABI::detail

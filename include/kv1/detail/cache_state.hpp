@@ -20,6 +20,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <span>
 #include <utility>
@@ -45,19 +46,19 @@ inline status placed(const status& s, std::size_t layer) noexcept {
 inline constexpr std::size_t most_tokens = std::size_t{1} << 35; // page numbers fit 32 bits
 
 // Locks do not move, so a cache keeps this behind a pointer.
-template <class Allocator>
 class cache_state {
 public:
-    explicit cache_state(const Allocator& a) : allocator(a) {}
+    cache_state(std::unique_ptr<memory_source> its_memory, const kernel_set& its_kernels) noexcept
+        : memory(std::move(its_memory)), kernels(its_kernels) {}
 
-    Allocator allocator;
-    cache_storage<Allocator> storage;
+    std::unique_ptr<memory_source> memory; // of the storage's arenas
+    kernel_set kernels;
+    cache_storage storage;
     slot_table<sequence_state> sequences;
     prefix_index index;
 
-    template <class Formats>
     status initialize(cache_description&& d) noexcept {
-        if (const status s = storage.template initialize<Formats>(std::move(d), allocator); !s)
+        if (const status s = storage.initialize(std::move(d), kernels, *memory); !s)
             return s;
         buffer<page_pool*> pools;
         for (page_group& g : storage.groups())
@@ -78,13 +79,13 @@ public:
     [[nodiscard]] const layer_planes& planes_of(std::size_t layer) const noexcept {
         return storage.layers()[layer];
     }
-    [[nodiscard]] const plane<Allocator>& body_of(std::size_t layer) const noexcept {
+    [[nodiscard]] const plane& body_of(std::size_t layer) const noexcept {
         return storage.planes()[planes_of(layer).body];
     }
-    [[nodiscard]] const plane<Allocator>& copy_of(std::size_t layer) const noexcept {
+    [[nodiscard]] const plane& copy_of(std::size_t layer) const noexcept {
         return storage.planes()[planes_of(layer).copy];
     }
-    [[nodiscard]] const plane<Allocator>& open_keys_of(std::size_t layer) const noexcept {
+    [[nodiscard]] const plane& open_keys_of(std::size_t layer) const noexcept {
         return storage.planes()[planes_of(layer).open];
     }
     // The group of a kind of which there is one at most; groups().size() where there is none.
@@ -151,7 +152,7 @@ public:
         const std::size_t page = tokens / page_tokens();
         const std::size_t pages = page + (tokens % page_tokens() != 0 ? 1 : 0);
         for (std::size_t i = 0; i < layers(); ++i) {
-            const plane<Allocator>& body = body_of(i);
+            const plane& body = body_of(i);
             const sequence_pages& own = q.pages[body.group];
             if (tokens % page_tokens() != 0 && !own.table.find(page))
                 return placed({errc::dropped_tokens, "the cut lies within a dropped page"}, i);
@@ -202,7 +203,7 @@ public:
             };
             if (is_open(q.committed))
                 return true;
-            for (const plane<Allocator>& p : storage.planes())
+            for (const plane& p : storage.planes())
                 if (p.group == group && is_open(q.length(p.layer)))
                     return true;
             return false;

@@ -12,6 +12,7 @@
 #include <kv1/cache_description.hpp>
 #include <kv1/detail/arena.hpp>
 #include <kv1/detail/kernels/interface.hpp>
+#include <kv1/detail/kernels/registry.hpp>
 #include <kv1/detail/vector_codec.hpp>
 #include <kv1/page_pool.hpp>
 #include <kv1/quantizer.hpp>
@@ -29,14 +30,13 @@ namespace kv1::inline KV1_ABI::detail {
 
 inline constexpr std::size_t no_plane = (std::numeric_limits<std::size_t>::max)();
 
-template <class Allocator>
 struct plane {
     page_layout layout;
     std::size_t layer = 0;
     std::size_t kv_heads = 0;
     std::size_t group = 0;
     std::size_t block_bytes = 0; // of all KV heads
-    detail::arena<Allocator> arena;
+    detail::arena arena;
 
     [[nodiscard]] std::byte* block(std::uint32_t index) noexcept {
         return arena.data() + static_cast<std::size_t>(index) * block_bytes;
@@ -63,20 +63,18 @@ struct layer_planes {
     vector_codec keys, values;   // of the body
 };
 
-template <class Allocator>
 class cache_storage {
 public:
     [[nodiscard]] const cache_description& description() const noexcept { return description_; }
     [[nodiscard]] std::size_t page_tokens() const noexcept { return description_.page_tokens; }
     [[nodiscard]] const std::vector<layer_planes>& layers() const noexcept { return layers_; }
-    [[nodiscard]] const std::vector<plane<Allocator>>& planes() const noexcept { return planes_; }
-    [[nodiscard]] std::vector<plane<Allocator>>& planes() noexcept { return planes_; }
+    [[nodiscard]] const std::vector<plane>& planes() const noexcept { return planes_; }
+    [[nodiscard]] std::vector<plane>& planes() noexcept { return planes_; }
     [[nodiscard]] const std::vector<page_group>& groups() const noexcept { return groups_; }
     [[nodiscard]] std::vector<page_group>& groups() noexcept { return groups_; }
 
     // Checks the description and reserves everything.
-    template <class Formats>
-    status initialize(cache_description&& d, const Allocator& allocator) noexcept {
+    status initialize(cache_description&& d, const kernel_set& kernels, memory_source& memory) noexcept {
         if (d.layers.empty() || d.page_tokens == 0 || d.page_tokens % tile_tokens != 0 ||
             d.capacity_tokens == 0)
             return {errc::invalid_argument, "layers, capacity and page size are positive, pages whole tiles"};
@@ -94,37 +92,37 @@ public:
         if (!s)
             return s;
         for (std::size_t i = 0; i < description_.layers.size(); ++i)
-            if (const status added = add_layer<Formats>(i, allocator); !added)
+            if (const status added = add_layer(i, kernels, memory); !added)
                 return added;
         for (std::size_t i = 0; i < layers_.size(); ++i)
-            if (const status added = add_open_keys<Formats>(i, allocator); !added)
+            if (const status added = add_open_keys(i, kernels, memory); !added)
                 return added;
         if (description_.fp16_sinks != 0 || description_.fp16_window != 0)
             for (std::size_t i = 0; i < layers_.size(); ++i)
-                if (const status added = add_copy<Formats>(i, allocator); !added)
+                if (const status added = add_copy(i, kernels, memory); !added)
                     return added;
         for (page_group& g : groups_)
             if (const status grown = g.pool.try_grow(capacity_of(g)); !grown)
                 return grown;
-        for (plane<Allocator>& p : planes_)
+        for (plane& p : planes_)
             if (!allocate(p.arena, groups_[p.group].pool.capacity() * p.block_bytes))
                 return {errc::out_of_memory, "no memory for the arena", at_layer(p.layer)};
         return {};
     }
 
     // Raises the capacity of groups that follow capacity_tokens. All or nothing; blocks keep their numbers.
-    status grow(std::size_t capacity_tokens, const Allocator& allocator) noexcept {
+    status grow(std::size_t capacity_tokens, memory_source& memory) noexcept {
         if (pages_for(capacity_tokens, page_tokens()) > most_pages)
             return {errc::invalid_argument, "more than 2^32 - 2 pages"};
         if (capacity_tokens <= description_.capacity_tokens)
             return {};
         const std::size_t before = std::exchange(description_.capacity_tokens, capacity_tokens);
-        std::vector<detail::arena<Allocator>> arenas;
+        std::vector<detail::arena> arenas;
         status s = guarded([&] { arenas.reserve(planes_.size()); });
         for (std::size_t i = 0; s && i < planes_.size(); ++i) {
-            const plane<Allocator>& p = planes_[i];
+            const plane& p = planes_[i];
             const std::size_t blocks = capacity_of(groups_[p.group]);
-            arenas.emplace_back(allocator); // within the reserved capacity
+            arenas.emplace_back(memory); // within the reserved capacity
             if (blocks > most_bytes / p.block_bytes || !allocate(arenas[i], blocks * p.block_bytes))
                 s = {errc::out_of_memory, "no memory for the arena", at_layer(p.layer)};
         }
@@ -137,7 +135,7 @@ public:
             return s;
         }
         for (std::size_t i = 0; i < planes_.size(); ++i) {
-            plane<Allocator>& p = planes_[i];
+            plane& p = planes_[i];
             std::memcpy(arenas[i].data(), p.arena.data(), groups_[p.group].pool.touched() * p.block_bytes);
             p.arena = std::move(arenas[i]);
         }
@@ -146,12 +144,12 @@ public:
 
     // Lanes past the stored tokens meet weights of zero: they must be finite.
     void clear_block(std::size_t group, std::uint32_t block) noexcept {
-        for (plane<Allocator>& p : planes_)
+        for (plane& p : planes_)
             if (p.group == group)
                 std::memset(p.block(block), 0, p.block_bytes);
     }
     void copy_block(std::size_t group, std::uint32_t from, std::uint32_t to) noexcept {
-        for (plane<Allocator>& p : planes_)
+        for (plane& p : planes_)
             if (p.group == group)
                 std::memcpy(p.block(to), p.block(from), p.block_bytes);
     }
@@ -175,7 +173,7 @@ private:
         return static_cast<std::uint32_t>(
             pages_for(own != 0 ? own : description_.capacity_tokens, page_tokens()));
     }
-    bool allocate(detail::arena<Allocator>& arena, std::size_t bytes) noexcept {
+    bool allocate(detail::arena& arena, std::size_t bytes) noexcept {
         if (!arena.allocate(bytes))
             return false;
         if (description_.huge_pages)
@@ -202,14 +200,13 @@ private:
         return nullptr;
     }
 
-    template <class Formats>
-    status add_layer(std::size_t i, const Allocator& allocator) noexcept {
+    status add_layer(std::size_t i, const kernel_set& kernels, memory_source& memory) noexcept {
         const layer_description& l = description_.layers[i];
         if (l.kv_heads == 0 || l.key_dim == 0 || l.value_dim == 0)
             return {errc::invalid_argument, "KV heads and head dims are positive", at_layer(i)};
         if (l.key_dim > max_head_dim || l.value_dim > max_head_dim)
             return {errc::invalid_argument, "head dims are at most 4096", at_layer(i)};
-        if (!Formats::contains(l.key_format) || !Formats::contains(l.value_format))
+        if (!kernels.contains(l.key_format) || !kernels.contains(l.value_format))
             return {errc::unsupported_format, "the cache type was not compiled for this format", at_layer(i)};
         if (!groups_fit(l.key_format, l.key_dim, l.key_group) ||
             !groups_fit(l.value_format, l.value_dim, l.value_group))
@@ -229,7 +226,7 @@ private:
             groups_.emplace_back(); // within the reserved capacity
             groups_.back().window = l.sliding_window;
         }
-        if (const status s = add_plane(i, group, layout_of(l, page_tokens()), allocator); !s)
+        if (const status s = add_plane(i, group, layout_of(l, page_tokens()), memory); !s)
             return s;
         layer_planes planes;
         if (status s =
@@ -247,31 +244,29 @@ private:
         return {};
     }
 
-    template <class Formats>
-    status add_copy(std::size_t i, const Allocator& allocator) noexcept {
+    status add_copy(std::size_t i, const kernel_set& kernels, memory_source& memory) noexcept {
         const layer_description& l = description_.layers[i];
         const bool coded = traits_of(l.key_format).code_bits != 0 || traits_of(l.value_format).code_bits != 0;
         if (l.sliding_window != 0 || !coded)
             return {};
-        if (!Formats::contains(kv_format::fp16))
+        if (!kernels.contains(kv_format::fp16))
             return {errc::unsupported_format, "fp16 sinks and windows need a cache type with fp16",
                     at_layer(i)};
         const page_layout layout(kv_format::fp16, l.key_dim, kv_format::fp16, l.value_dim, page_tokens());
-        if (const status s = add_plane(i, last_group(plane_kind::fp16_copy), layout, allocator); !s)
+        if (const status s = add_plane(i, last_group(plane_kind::fp16_copy), layout, memory); !s)
             return s;
         layers_[i].copy = planes_.size() - 1;
         return {};
     }
 
-    template <class Formats>
-    status add_open_keys(std::size_t i, const Allocator& allocator) noexcept {
+    status add_open_keys(std::size_t i, const kernel_set& kernels, memory_source& memory) noexcept {
         const layer_description& l = description_.layers[i];
         if (l.key_axis != quantization_axis::per_channel)
             return {};
-        if (!Formats::contains(kv_format::fp16))
+        if (!kernels.contains(kv_format::fp16))
             return {errc::unsupported_format, "keys per channel need a cache type with fp16", at_layer(i)};
         const page_layout layout(kv_format::fp16, l.key_dim, kv_format::fp16, 0, page_tokens());
-        if (const status s = add_plane(i, last_group(plane_kind::open_keys), layout, allocator); !s)
+        if (const status s = add_plane(i, last_group(plane_kind::open_keys), layout, memory); !s)
             return s;
         layers_[i].open = planes_.size() - 1;
         return {};
@@ -287,19 +282,19 @@ private:
     }
 
     status add_plane(std::size_t layer, std::size_t group, const page_layout& layout,
-                     const Allocator& allocator) noexcept {
+                     memory_source& memory) noexcept {
         const std::size_t heads = description_.layers[layer].kv_heads, blocks = capacity_of(groups_[group]);
         if (heads > most_bytes / layout.bytes() || blocks > most_bytes / (heads * layout.bytes()))
             return {errc::out_of_memory, "the arena's size overflows", at_layer(layer)};
         planes_.push_back({layout, layer, heads, group, heads * layout.bytes(),
-                           detail::arena<Allocator>(allocator)}); // within the reserved capacity
+                           detail::arena(memory)}); // within the reserved capacity
         groups_[group].block_bytes += heads * layout.bytes();
         return {};
     }
 
     cache_description description_;
     std::vector<layer_planes> layers_;
-    std::vector<plane<Allocator>> planes_;
+    std::vector<plane> planes_;
     std::vector<page_group> groups_;
 };
 

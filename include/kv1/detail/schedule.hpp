@@ -72,10 +72,9 @@ struct head_options {
     const float* sinks = nullptr;
 };
 
-template <executor E>
-status attend_heads(const attention_job& common, std::size_t kv_heads, const tensor_view& queries,
-                    const mutable_tensor_view& outputs, const head_options& heads,
-                    std::span<float> log_sum_exp, E& run) noexcept {
+inline status attend_heads(const attention_job& common, std::size_t kv_heads, const tensor_view& queries,
+                           const mutable_tensor_view& outputs, const head_options& heads,
+                           std::span<float> log_sum_exp, executor_view run) noexcept {
     const page_layout& layout = *common.layout;
     const std::size_t rows = queries.tokens() * common.group;
     const std::size_t channels = layout.values().channels;

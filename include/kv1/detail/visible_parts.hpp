@@ -86,10 +86,9 @@ query_run next_query_run(std::size_t first, std::size_t queries, std::size_t lon
     return q;
 }
 
-template <executor E>
 class part_attention {
 public:
-    part_attention(std::size_t kv_heads, std::size_t page_tokens, E& run) noexcept
+    part_attention(std::size_t kv_heads, std::size_t page_tokens, executor_view run) noexcept
         : kv_heads_(kv_heads), page_(page_tokens), run_(run) {}
 
     // All queries of a run over all parts, to `total`.
@@ -155,7 +154,7 @@ private:
     }
 
     std::size_t kv_heads_, page_;
-    E& run_;
+    executor_view run_;
     row_results part_;
 };
 

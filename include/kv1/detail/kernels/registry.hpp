@@ -24,6 +24,29 @@ struct format_registry<formats<Fs...>> {
     [[nodiscard]] static const format_kernels* find(target t, kv_format f) noexcept;
 };
 
+// The kernels that a cache type was compiled with, without the type: nothing but its maker compiles kernels.
+class kernel_set {
+public:
+    template <class Formats>
+    [[nodiscard]] static kernel_set of() noexcept {
+        return {&common_registry<>::at, &format_registry<Formats>::find};
+    }
+
+    [[nodiscard]] const target_kernels& common(target t) const noexcept { return common_(t); }
+    // Null where the set does not contain the format.
+    [[nodiscard]] const format_kernels* find(target t, kv_format f) const noexcept { return find_(t, f); }
+    [[nodiscard]] bool contains(kv_format f) const noexcept { return find(target::scalar, f) != nullptr; }
+
+private:
+    using common_lookup = const target_kernels& (*)(target) noexcept;
+    using format_lookup = const format_kernels* (*)(target, kv_format) noexcept;
+    kernel_set(common_lookup common_at, format_lookup find_at) noexcept
+        : common_(common_at), find_(find_at) {}
+
+    common_lookup common_;
+    format_lookup find_;
+};
+
 // A template, too: who never calls it compiles no kernel.
 template <class = void>
 const target_kernels& common_kernels() noexcept {
