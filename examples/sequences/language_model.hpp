@@ -25,7 +25,8 @@ using tokens = std::vector<std::int32_t>;
 class language_model {
 public:
     [[nodiscard]] kv1::kv_cache make_cache(std::size_t capacity_tokens) const {
-        kv1::cache_description shape = describe(model_, cache_.policy, cache_.calibrated, capacity_tokens);
+        kv1::cache_description shape =
+            describe(model_.config(), cache_.policy, cache_.calibrated, capacity_tokens);
         shape.page_tokens = 16; // small pages: more of a short text is shared
         return kv1::kv_cache(shape);
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Writes the safetensors format that examples/transformer/safetensors.hpp reads.
+// Writes the safetensors format that examples/language_model/safetensors.hpp reads.
 #pragma once
 
 #include <torch/types.h>

@@ -44,7 +44,7 @@ public:
     void run(const std::string& prompt) {
         std::vector<std::int32_t> tokens = tokenizer_.encode(prompt);
         check(tokens.size());
-        kv1::kv_cache cache(describe(model_, cache_.policy, cache_.calibrated,
+        kv1::kv_cache cache(describe(model_.config(), cache_.policy, cache_.calibrated,
                                      std::max<std::size_t>(1, room(tokens.size()))));
         const kv1::sequence_id sequence = cache.create_sequence();
         stream_decoder text(tokenizer_);

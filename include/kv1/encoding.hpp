@@ -53,7 +53,7 @@ struct vector_encoding {
     /// [kv_heads][dim][dim], symmetric and positive semidefinite, or empty: an error e costs e^T W e. For
     /// keys the second moment of the queries (moment_estimator), for values that of the output projection's
     /// columns, sum of W_o^T W_o over the heads of a group; better, both with each token and head counting by
-    /// what its errors do to the layer's output (examples/transformer/error_weights.hpp). Not with min_max.
+    /// what its errors do to the layer's output (examples/evaluation/error_weights.hpp). Not with min_max.
     std::vector<float> error_weights = {};
 
     /// Whether all fields are the same.

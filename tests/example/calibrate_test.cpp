@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // kv1-lm calibrate: error weights for the cache that a model's folder names.
+#include "calibrate.hpp"
 #include "command_line.hpp"
 #include "file.hpp"
 #include "json_file.hpp"
@@ -83,7 +84,7 @@ TEST_CASE("calibrate adds error weights to a model's cache, which then costs les
     const kv1_lm::calibration found = calibrate(shipped, tokens, 1024, true);
     CHECK(cache.calibrated.key_weights == found.key_weights);
     CHECK(cache.calibrated.value_weights == found.value_weights);
-    CHECK(kv1::kv_cache::create(describe(shipped, cache.policy, cache.calibrated, 64)));
+    CHECK(kv1::kv_cache::create(describe(shipped.config(), cache.policy, cache.calibrated, 64)));
     CHECK(m.divergence() < 0.95 * before);
 }
 

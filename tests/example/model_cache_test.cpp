@@ -111,7 +111,8 @@ TEST_CASE("a model's folder names its cache", "[model_cache]") {
     CHECK(cache.policy.text == "c3+ls+had+mean,c2+ls+had+mean");
     CHECK(cache.formats() == kv1_lm::parse_kv("c3,c2", "--kv"));
 
-    const kv1::cache_description d = describe(kv1_test::shipped_model(), cache.policy, cache.calibrated, 64);
+    const kv1::cache_description d =
+        describe(kv1_test::shipped_model().config(), cache.policy, cache.calibrated, 64);
     const kv1::vector_encoding expected{.levels = kv1::level_choice::least_squares,
                                         .hadamard = kv1::hadamard_block(32),
                                         .means = std::vector<float>(64, 0.125f)};
@@ -133,7 +134,8 @@ TEST_CASE("layers of a model may have formats of their own", "[model_cache]") {
     const kv1_lm::model_cache cache = cache_of(folder);
     CHECK(cache.policy.text ==
           "c3+ls+had+mean,c2+ls+had+mean/0:c2+ls+had+mean,c2+ls+had+mean/7:16,c4+ls+had+mean");
-    const kv1::cache_description d = describe(kv1_test::shipped_model(), cache.policy, cache.calibrated, 64);
+    const kv1::cache_description d =
+        describe(kv1_test::shipped_model().config(), cache.policy, cache.calibrated, 64);
     CHECK(d.layers[0].key_format == kv1::kv_format::compact2);
     CHECK(d.layers[0].value_format == kv1::kv_format::compact2);
     CHECK(d.layers[1].key_format == kv1::kv_format::compact3);
@@ -151,7 +153,8 @@ TEST_CASE("a model's keys may be quantized per channel", "[model_cache]") {
     const kv1_lm::model_cache cache = cache_of(folder);
     CHECK(cache.policy.text ==
           "c3+ls+had+mean+channel,c2+ls+had+mean/2:c3+ls+had+mean+channel,c4+ls+had+mean");
-    const kv1::cache_description d = describe(kv1_test::shipped_model(), cache.policy, cache.calibrated, 64);
+    const kv1::cache_description d =
+        describe(kv1_test::shipped_model().config(), cache.policy, cache.calibrated, 64);
     for (const kv1::layer_description& l : d.layers)
         CHECK(l.key_axis == kv1::quantization_axis::per_channel);
     CHECK(kv1::kv_cache::create(d));
@@ -168,7 +171,7 @@ TEST_CASE("a model's folder names error weights", "[model_cache]") {
     const kv1_lm::model_cache cache = cache_of(folder);
     CHECK(cache.policy.text == "c3+ls+had+mean+ew,c2+ls+had+mean+ew/3:16,c2+ls+had+mean+ew");
     const kv1_lm::model& shipped = kv1_test::shipped_model();
-    const kv1::cache_description d = describe(shipped, cache.policy, cache.calibrated, 64);
+    const kv1::cache_description d = describe(shipped.config(), cache.policy, cache.calibrated, 64);
     CHECK(kv1::kv_cache::create(d));
     for (const std::size_t i : {0u, 7u}) {
         CHECK(d.layers[i].key_encoding.error_weights == m.weights[2 * i].values);
@@ -218,7 +221,8 @@ TEST_CASE("an encoding leaves out what a format has no use for", "[model_cache]"
     m.write(folder);
     const kv1_lm::model_cache cache = cache_of(folder);
     CHECK(cache.policy.text == "16,1.5+had+mean");
-    CHECK(kv1::kv_cache::create(describe(kv1_test::shipped_model(), cache.policy, cache.calibrated, 64)));
+    CHECK(kv1::kv_cache::create(
+        describe(kv1_test::shipped_model().config(), cache.policy, cache.calibrated, 64)));
 }
 
 TEST_CASE("--kv takes the place of the cache that a model names", "[model_cache]") {
@@ -238,7 +242,8 @@ TEST_CASE("--kv may name any cache; means and error weights are the folder's", "
     m.weigh_errors();
     m.write(folder);
     const kv1_lm::model_cache cache = cache_of(folder, kv1_lm::parse_policy("c2+ls+mean,c2+ls+ew+g32@2:6"));
-    const kv1::cache_description d = describe(kv1_test::shipped_model(), cache.policy, cache.calibrated, 64);
+    const kv1::cache_description d =
+        describe(kv1_test::shipped_model().config(), cache.policy, cache.calibrated, 64);
     CHECK(d.layers[5].key_encoding.means == std::vector<float>(64, m.value));
     CHECK(d.layers[5].value_encoding.error_weights == m.weights[11].values);
     CHECK(d.fp16_window == 6);

@@ -93,14 +93,14 @@ TEST_CASE("keys per channel are named by a policy, values are not", "[sweep]") {
     CHECK(to_string(p.common) == "c3+ls+channel,c2");
     CHECK_THAT(kv1_test::refusal([] { static_cast<void>(parse_policy("c3+channel")); }),
                ContainsSubstring("channel is for keys alone"));
-    const kv1::cache_description d = describe(kv1_test::shipped_model(), p, {}, 1024);
+    const kv1::cache_description d = describe(kv1_test::shipped_model().config(), p, {}, 1024);
     CHECK(d.layers[0].key_axis == kv1::quantization_axis::per_channel);
     CHECK(d.layers[2].key_axis == kv1::quantization_axis::per_token);
     // of 1,040 tokens of a layer, 64 in a page: 14 bytes and a pair a channel, of the last 16 fp16, too
     kv1::cache_description one = d;
     one.layers.resize(1);
-    CHECK(describe(kv1_test::shipped_model(), parse_policy("2+channel,2@1:2#256"), {}, 64).page_tokens ==
-          256);
+    CHECK(describe(kv1_test::shipped_model().config(), parse_policy("2+channel,2@1:2#256"), {}, 64)
+              .page_tokens == 256);
     CHECK(d.page_tokens == 64);
     const double page = 64 * 12 + 32 * 2 + 64 * 10;
     CHECK(kv1_lm::bytes_per_vector(one, 1040) == (page / 64 + 64.0 * 16 / 1040) / 2);
@@ -108,8 +108,9 @@ TEST_CASE("keys per channel are named by a policy, values are not", "[sweep]") {
 
 TEST_CASE("what no cache of the model takes is refused as the cache refuses it", "[sweep]") {
     const auto refusal_of = [](const char* text) {
-        return kv1_test::refusal(
-            [&] { static_cast<void>(describe(kv1_test::shipped_model(), parse_policy(text), {}, 64)); });
+        return kv1_test::refusal([&] {
+            static_cast<void>(describe(kv1_test::shipped_model().config(), parse_policy(text), {}, 64));
+        });
     };
     CHECK_THAT(
         refusal_of("2/5:2,2+g64"),
@@ -120,7 +121,8 @@ TEST_CASE("what no cache of the model takes is refused as the cache refuses it",
     CHECK_THAT(refusal_of("8+channel,2"), ContainsSubstring("at most 4 bits"));
     CHECK_THAT(refusal_of("16+ls,2"), ContainsSubstring("policy '16+ls,2': "));
     CHECK_THAT(refusal_of("2/8:2"), ContainsSubstring("the model has 8 layers"));
-    CHECK(describe(kv1_test::shipped_model(), parse_policy("2+g32,2"), {}, 64).layers[7].key_group == 32);
+    CHECK(describe(kv1_test::shipped_model().config(), parse_policy("2+g32,2"), {}, 64).layers[7].key_group ==
+          32);
 }
 
 TEST_CASE("bytes per vector count codes, metadata, means and fp16 tokens", "[sweep]") {
@@ -130,7 +132,7 @@ TEST_CASE("bytes per vector count codes, metadata, means and fp16 tokens", "[swe
                                    {},
                                    {}};
     const auto bytes = [&](const char* text) {
-        return kv1_lm::bytes_per_vector(kv1_lm::describe(m, parse_policy(text), none, 1024), 1024);
+        return kv1_lm::bytes_per_vector(kv1_lm::describe(m.config(), parse_policy(text), none, 1024), 1024);
     };
     CHECK(bytes("2,2") == 12.0);
     CHECK(bytes("c2+ls,c2+ls") == 10.0);

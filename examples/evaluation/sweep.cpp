@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "sweep.hpp"
 
+#include "calibrate.hpp"
 #include "divergence.hpp"
 #include "error.hpp"
 #include "file.hpp"
@@ -87,7 +88,7 @@ public:
             calibrated = calibrate(model_, std::move(sample), options.seq_len, weighted);
         }
         for (const cache_policy& p : policies)
-            descriptions_.push_back(describe(model_, p, calibrated, options.seq_len));
+            descriptions_.push_back(describe(model_.config(), p, calibrated, options.seq_len));
         done_.assign(policies.size(), policy_chunks(chunks_.size()));
     }
 

@@ -43,7 +43,7 @@ class chunk_worker {
 public:
     chunk_worker(const model& m, const kld_options& options, const model_cache& kv)
         : model_(m), options_(options), reference_(m.cache_shape(options.reference, options.seq_len)),
-          kv_(describe(m, kv.policy, kv.calibrated, options.seq_len)),
+          kv_(describe(m.config(), kv.policy, kv.calibrated, options.seq_len)),
           reference_logits_(rows_at_once * m.config().vocab_size), kv_logits_(reference_logits_.size()) {}
 
     chunk_result measure(std::span<const std::int32_t> tokens) {
@@ -168,7 +168,7 @@ kld_result measure_kld(const kld_options& options, std::ostream& log) {
     r.loaded_tokens = tokens.size();
     r.kv = kv.formats();
     r.kv_policy = kv.policy.text;
-    r.shrink_vs_fp16 = shrink(describe(m, kv.policy, kv.calibrated, options.seq_len));
+    r.shrink_vs_fp16 = shrink(describe(m.config(), kv.policy, kv.calibrated, options.seq_len));
     double kld = 0.0, reference_nll = 0.0, kv_nll = 0.0;
     std::size_t targets = 0;
     for (const chunk_result& c : results) { // in order: sums do not depend on the threads

@@ -2,9 +2,8 @@
 #include "cache_policy.hpp"
 
 #include "error.hpp"
-#include "error_weights.hpp"
 #include "kv_option.hpp"
-#include "model.hpp"
+#include "model_config.hpp"
 
 #include <kv1/encoding.hpp>
 #include <kv1/hadamard.hpp>
@@ -12,7 +11,6 @@
 
 #include <algorithm>
 #include <charconv>
-#include <optional>
 #include <utility>
 
 namespace kv1_lm {
@@ -132,45 +130,11 @@ cache_policy parse_policy(std::string_view text, std::string_view what) {
     return p;
 }
 
-calibration calibrate(const model& m, std::vector<std::int32_t> tokens, std::size_t chunk,
-                      bool error_weights) {
-    const model_config& c = m.config();
-    std::vector<kv1::mean_estimator> keys(c.layers, kv1::mean_estimator(c.kv_heads, c.head_dim)),
-        values = keys;
-    std::optional<error_weight_estimator> weights;
-    if (error_weights)
-        weights.emplace(m);
-    kv1::kv_cache cache(m.cache_shape({kv1::kv_format::fp32, kv1::kv_format::fp32}, chunk));
-    thread_pool pool(1);
-    for (std::size_t at = 0; at < tokens.size(); at += chunk) {
-        const kv1::sequence_id sequence = cache.create_sequence();
-        static_cast<void>(
-            m.forward(std::span(tokens).subspan(at, std::min(chunk, tokens.size() - at)), cache, sequence,
-                      kv1::precision::exact, pool,
-                      [&](std::size_t layer, kv1::tensor_view q, kv1::tensor_view k, kv1::tensor_view v) {
-                          if (weights)
-                              weights->add(layer, q, k, v);
-                          keys[layer].add(k);
-                          values[layer].add(v);
-                      }));
-        cache.destroy_sequence(sequence);
-    }
-    calibration result;
-    for (std::size_t i = 0; i < c.layers; ++i) {
-        result.key_means.push_back(keys[i].means());
-        result.value_means.push_back(values[i].means());
-        if (!weights)
-            continue;
-        result.key_weights.push_back(weights->key_weights(i));
-        result.value_weights.push_back(weights->value_weights(i));
-    }
-    return result;
-}
-
-kv1::cache_description describe(const model& m, const cache_policy& policy, const calibration& c,
+kv1::cache_description describe(const model_config& config, const cache_policy& policy, const calibration& c,
                                 std::size_t tokens) {
     const named_text named{policy.text, "policy"};
-    kv1::cache_description d = m.cache_shape({}, tokens);
+    kv1::cache_description d =
+        kv1::uniform_cache(config.layers, {config.kv_heads, config.head_dim, config.head_dim}, tokens);
     d.fp16_sinks = policy.fp16_sinks;
     d.fp16_window = policy.fp16_window;
     if (policy.page_tokens != 0)

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "calibrate.hpp"
 
-#include "cache_policy.hpp"
 #include "error.hpp"
+#include "error_weights.hpp"
 #include "file.hpp"
 #include "float_tensors.hpp"
 #include "json_file.hpp"
@@ -11,8 +11,13 @@
 #include "output_file.hpp"
 #include "tokenizer.hpp"
 
+#include <kv1/encoding.hpp>
+#include <kv1/kv_cache.hpp>
+
 #include <algorithm>
+#include <optional>
 #include <ostream>
+#include <span>
 #include <string>
 #include <system_error>
 #include <utility>
@@ -29,6 +34,41 @@ void add_layers(std::vector<float_tensor>& file, const char* name, const std::ve
 }
 
 } // namespace
+
+calibration calibrate(const model& m, std::vector<std::int32_t> tokens, std::size_t chunk,
+                      bool error_weights) {
+    const model_config& c = m.config();
+    std::vector<kv1::mean_estimator> keys(c.layers, kv1::mean_estimator(c.kv_heads, c.head_dim)),
+        values = keys;
+    std::optional<error_weight_estimator> weights;
+    if (error_weights)
+        weights.emplace(m);
+    kv1::kv_cache cache(m.cache_shape({kv1::kv_format::fp32, kv1::kv_format::fp32}, chunk));
+    thread_pool pool(1);
+    for (std::size_t at = 0; at < tokens.size(); at += chunk) {
+        const kv1::sequence_id sequence = cache.create_sequence();
+        static_cast<void>(
+            m.forward(std::span(tokens).subspan(at, std::min(chunk, tokens.size() - at)), cache, sequence,
+                      kv1::precision::exact, pool,
+                      [&](std::size_t layer, kv1::tensor_view q, kv1::tensor_view k, kv1::tensor_view v) {
+                          if (weights)
+                              weights->add(layer, q, k, v);
+                          keys[layer].add(k);
+                          values[layer].add(v);
+                      }));
+        cache.destroy_sequence(sequence);
+    }
+    calibration result;
+    for (std::size_t i = 0; i < c.layers; ++i) {
+        result.key_means.push_back(keys[i].means());
+        result.value_means.push_back(values[i].means());
+        if (!weights)
+            continue;
+        result.key_weights.push_back(weights->key_weights(i));
+        result.value_weights.push_back(weights->value_weights(i));
+    }
+    return result;
+}
 
 void calibrate_folder(const calibrate_options& options, std::ostream& out) {
     const std::filesystem::path config_file = options.model / "config.json";

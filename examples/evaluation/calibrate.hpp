@@ -4,11 +4,23 @@
 // chooses levels by what errors cost the model's attention.
 #pragma once
 
+#include "cache_policy.hpp"
+
 #include <cstddef>
+#include <cstdint>
 #include <filesystem>
 #include <iosfwd>
+#include <vector>
 
 namespace kv1_lm {
+
+class model;
+
+/// Means and error weights of a model, from a run over these tokens in chunks of `chunk`. Weights
+/// (error_weights.hpp) take several times as long as the run; without `error_weights` they are left out.
+/// Throws input_error.
+[[nodiscard]] calibration calibrate(const model& m, std::vector<std::int32_t> tokens, std::size_t chunk,
+                                    bool error_weights);
 
 struct calibrate_options {
     std::filesystem::path model = {};

@@ -22,7 +22,7 @@
 
 namespace kv1_lm {
 
-class model;
+struct model_config;
 
 struct side_policy {
     kv1::kv_format format = kv1::kv_format::fp32;
@@ -63,14 +63,9 @@ struct calibration {
     std::vector<std::vector<float>> key_weights, value_weights; ///< [kv_heads][head_dim][head_dim]
 };
 
-/// From a run over these tokens in chunks of `chunk`; weights (error_weights.hpp) take several times as long
-/// as the run, and are left out where they are not asked for. Throws input_error.
-[[nodiscard]] calibration calibrate(const model& m, std::vector<std::int32_t> tokens, std::size_t chunk,
-                                    bool error_weights);
-
 /// The cache of a policy. Throws input_error for a layer the model does not have, and for what no cache
 /// takes.
-[[nodiscard]] kv1::cache_description describe(const model& m, const cache_policy& policy,
+[[nodiscard]] kv1::cache_description describe(const model_config& config, const cache_policy& policy,
                                               const calibration& c, std::size_t tokens);
 
 /// Bytes that a vector takes, averaged over K and V, layers and the tokens of a sequence of `tokens`: pages
