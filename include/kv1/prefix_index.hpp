@@ -10,6 +10,7 @@
 //          shared, since whoever appends to it copies it first
 //   evict  the least recently used nodes that nothing extends, nobody pinned and no sequence shares
 //   events stored and evicted nodes, for routers; kept until taken, at most as many as asked for
+//   saving snapshot() gives all nodes as a list, and merge() takes such a list in (cache_io.hpp)
 //
 // insert and match are O(tokens), and O(children * block_tokens) at the last node of a match; evict walks
 // past nodes in use. Every member may be called from any threads at once (one lock, taken before the pools').
@@ -70,6 +71,21 @@ struct prefix_pin {
     return h;
 }
 
+/// The nodes of an index as lists, the most recently used first: parents come before their children.
+struct prefix_snapshot {
+    /// No parent.
+    static constexpr std::uint32_t none = (std::numeric_limits<std::uint32_t>::max)();
+    /// A page's tokens.
+    struct node {
+        std::uint32_t parent = none; ///< an earlier node of the list; none: a prompt's first block
+        std::uint32_t tokens = 0;    ///< how many
+        prefix_salt salt;            ///< where there is no parent
+    };
+    detail::buffer<node> nodes;           ///< by use
+    detail::buffer<token_id> tokens;      ///< of the nodes, one after the other
+    detail::buffer<std::uint32_t> blocks; ///< [node][group], or prefix_index::no_block
+};
+
 /// hash_tokens(), or another function of the same form.
 using token_hash = std::uint64_t (*)(std::uint64_t previous, std::span<const token_id> tokens) noexcept;
 
@@ -118,16 +134,9 @@ public:
             const auto block = tokens.subspan(first, (std::min)(block_tokens_, known - first));
             const std::uint64_t hash = hash_(nodes_[at].hash, block);
             std::uint32_t child = find_child(at, hash, block);
-            if (child == none) {
-                child = add_node(at, hash, block);
-                for (std::size_t g = 0; g < pools_.size(); ++g) {
-                    const std::uint32_t b = block_of(first / block_tokens_, g);
-                    blocks_[child * pools_.size() + g] = b;
-                    if (b != no_block)
-                        pools_[g]->retain(b);
-                }
-                record(prefix_event_kind::stored, child);
-            }
+            if (child == none)
+                child = add_child(at, hash, block,
+                                  [&](std::size_t g) { return block_of(first / block_tokens_, g); });
             at = child;
         }
         touch(at);
@@ -224,6 +233,78 @@ public:
         if (pin.node >= nodes_.size() || nodes_[pin.node].stamp != pin.stamp || nodes_[pin.node].pins == 0)
             return {errc::out_of_range, "the pin is not one of this index's"};
         --nodes_[pin.node].pins;
+        return {};
+    }
+
+    /// All nodes, with a reference to each block that the caller then owns and gives back with release().
+    /// O(nodes * block_tokens). Errors: out_of_memory.
+    status snapshot(prefix_snapshot& out) const noexcept {
+        const std::lock_guard lock(mutex_);
+        const std::size_t groups = pools_.size();
+        detail::buffer<std::uint32_t> places; // of nodes in the list
+        std::size_t total = 0;
+        for (std::uint32_t n = newest_; n != none; n = nodes_[n].older)
+            total += nodes_[n].tokens;
+        if (!places.resize(nodes_.size(), prefix_snapshot::none) || !out.nodes.reserve(count_) ||
+            !out.tokens.reserve(total) || !out.blocks.reserve(count_ * groups))
+            return no_memory();
+        out.nodes.clear();
+        out.tokens.clear();
+        out.blocks.clear();
+        for (std::uint32_t n = newest_; n != none; n = nodes_[n].older) {
+            const std::uint32_t parent = nodes_[n].parent;
+            places[n] = static_cast<std::uint32_t>(out.nodes.size());
+            out.nodes.push_back({places[parent], nodes_[n].tokens, nodes_[parent].salt});
+            for (const token_id t : tokens_of(n))
+                out.tokens.push_back(t);
+            for (std::size_t g = 0; g < groups; ++g) {
+                const std::uint32_t b = blocks_[n * groups + g];
+                out.blocks.push_back(b);
+                if (b != no_block)
+                    pools_[g]->retain(b);
+            }
+        }
+        return {};
+    }
+    /// Gives back the references of a snapshot.
+    void release(const prefix_snapshot& s) const noexcept {
+        for (std::size_t i = 0; i < s.blocks.size(); ++i)
+            if (s.blocks[i] != no_block)
+                pools_[i % pools_.size()]->release(s.blocks[i]);
+    }
+    /// Takes in the nodes of a list, as used after all others and in its order; known ones keep their pages.
+    /// Preconditions: parents come before their children and are full blocks; the caller holds references to
+    /// the blocks, which the index adds to. O(nodes * block_tokens). Errors: out_of_memory, which leaves the
+    /// index as it was.
+    status merge(const prefix_snapshot& s) noexcept {
+        const std::lock_guard lock(mutex_);
+        const std::size_t groups = pools_.size();
+        detail::buffer<std::uint32_t> numbers; // of the list's nodes in the index
+        std::size_t roots = 0;
+        for (const prefix_snapshot::node& each : s.nodes)
+            roots += each.parent == prefix_snapshot::none ? 1 : 0;
+        if (!numbers.resize(s.nodes.size()) || !reserve(s.nodes.size() + roots))
+            return no_memory();
+        std::size_t first = 0;
+        for (std::size_t i = 0; i < s.nodes.size(); ++i) {
+            const prefix_snapshot::node& from = s.nodes[i];
+            const auto block = s.tokens.view().subspan(first, from.tokens);
+            first += from.tokens;
+            std::uint32_t parent = none;
+            if (from.parent != prefix_snapshot::none)
+                parent = numbers[from.parent];
+            else if (parent = find_root(from.salt); parent == none)
+                parent = add_root(from.salt);
+            const std::uint64_t hash = hash_(nodes_[parent].hash, block);
+            std::uint32_t n = find_child(parent, hash, block);
+            if (n == none)
+                n = add_child(parent, hash, block, [&](std::size_t g) { return s.blocks[i * groups + g]; });
+            numbers[i] = n;
+        }
+        for (std::size_t i = numbers.size(); i-- > 0;) { // children go before their parents
+            unlink(numbers[i]);
+            link_newest(numbers[i]);
+        }
         return {};
     }
 
@@ -368,7 +449,7 @@ private:
         *at = nodes_[n].chained;
     }
 
-    // The next four within reserved room.
+    // The next five within reserved room.
     [[nodiscard]] std::uint32_t new_node() noexcept {
         std::uint32_t n = 0, stamp = 0;
         if (!free_.empty()) {
@@ -408,6 +489,20 @@ private:
         chain(n);
         link_newest(n);
         ++count_;
+        return n;
+    }
+    // With its pages: block_of(group).
+    template <class BlockOf>
+    [[nodiscard]] std::uint32_t add_child(std::uint32_t parent, std::uint64_t hash,
+                                          std::span<const token_id> tokens, BlockOf&& block_of) noexcept {
+        const std::uint32_t n = add_node(parent, hash, tokens);
+        for (std::size_t g = 0; g < pools_.size(); ++g) {
+            const std::uint32_t b = block_of(g);
+            blocks_[n * pools_.size() + g] = b;
+            if (b != no_block)
+                pools_[g]->retain(b);
+        }
+        record(prefix_event_kind::stored, n);
         return n;
     }
     void free_node(std::uint32_t n) noexcept {

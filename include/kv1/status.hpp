@@ -43,6 +43,7 @@ enum class errc : std::uint8_t {
     checksum_mismatch,   ///< a saved cache with changed bytes
     truncated,           ///< a saved cache that ends too early
     different_cache,     ///< a saved cache whose shape or formats are not this one's
+    different_model,     ///< a saved cache of another model, or one that does not say which
     io_error,            ///< the system refused to read or write
     broken_invariant,    ///< validate() found a contradiction: a defect, or memory overwritten
 };
@@ -86,6 +87,8 @@ enum class errc : std::uint8_t {
         return "truncated";
     case errc::different_cache:
         return "different cache";
+    case errc::different_model:
+        return "different model";
     case errc::io_error:
         return "input or output failed";
     case errc::broken_invariant:

@@ -319,19 +319,32 @@ public:
             if (groups()[g].kind == plane_kind::body)
                 if (const auto holes = q.pages[g].table.holes(); !holes.empty())
                     usable = (std::min)(usable, holes[0].first * page_tokens());
-        const std::size_t sinks = storage.description().fp16_sinks, keys = group_of(plane_kind::open_keys);
+        const std::size_t keys = group_of(plane_kind::open_keys);
         const std::size_t tail = usable % page_tokens() != 0 ? usable / page_tokens() : no_page;
         if (tail != no_page && keys != groups().size() && !q.pages[keys].table.find(tail))
             usable = tail * page_tokens(); // whose keys are codes
         return index.insert(salt, tokens.first(usable), partial,
                             [&](std::size_t page, std::size_t g) -> std::uint32_t {
                                 const block_table& table = q.pages[g].table;
-                                const plane_kind kind = groups()[g].kind;
-                                if ((kind == plane_kind::fp16_copy && page * page_tokens() >= sinks) ||
-                                    (kind == plane_kind::open_keys && page != tail))
+                                const std::size_t own = page == tail ? usable % page_tokens() : page_tokens();
+                                if (!prefix_has_page(g, page, own))
                                     return prefix_index::no_block;
                                 return table.blocks()[*table.find(page)];
                             });
+    }
+
+    // Whether store_prefix() gives a node of the index a page of this group; `tokens` are the node's own.
+    [[nodiscard]] bool prefix_has_page(std::size_t group, std::size_t page,
+                                       std::size_t tokens) const noexcept {
+        switch (groups()[group].kind) {
+        case plane_kind::body:
+            return true;
+        case plane_kind::fp16_copy:
+            return page * page_tokens() < storage.description().fp16_sinks;
+        case plane_kind::open_keys:
+            return tokens != page_tokens();
+        }
+        return false;
     }
 
     [[nodiscard]] result<prefix_match> create_from_prefix(std::span<const token_id> tokens,
