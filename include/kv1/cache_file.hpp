@@ -1,124 +1,72 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Saved sequences in files. A file is written under another name beside its own, synced, and only then
-// renamed: whoever opens it finds the old contents or the new, whole. Where that fails the other name is
-// removed. Loading verifies the whole file before it changes the cache (cache_io.hpp).
+// Saved sequences and prefixes in files.
 //
 //   kv1::save_file(cache, {&id, 1}, "session.kv1");
 //   kv1::load_file(cache, "session.kv1", {&id, 1});
+//
+// Saving. A file is written under another name beside its own, synced, and only then renamed: whoever opens
+// it finds the old contents or the new, whole. Writing the folder has to be permitted; other hard links keep
+// the old contents.
+//
+//   mode      of a file that is replaced is kept, its owner and group where the system permits that (where
+//   the
+//             group is not kept, the group may do what others may); new files have what the umask leaves. Not
+//             kept are access lists and extended attributes. On Windows a file has its folder's permissions.
+//   links     are followed: the file that they lead to is replaced beside itself, or made.
+//   devices   and pipes are written to as streams, never replaced: what a failed save wrote stays written.
+//   partial   files are called <name>.kv1-partial, or <name>.<1 ... 15>.kv1-partial while several saves to
+//   one
+//             name are at work, of which the last to finish stays. A save that fails removes its own; one
+//             that is killed leaves it, and the next save to that name removes it.
+//
+// Loading verifies the whole file before it changes the cache (cache_io.hpp), and refuses one that goes on
+// after its end. Pipes and devices are read as streams: once, verified while they are read, up to the end.
+//
+// Paths are std::filesystem::path and opened by their native names, so that on Windows every path works: give
+// wide or UTF-8 (char8_t) text there, since narrow text is taken to be in the system's code page.
 #pragma once
 
 #include <kv1/cache_io.hpp>
+#include <kv1/detail/file_descriptor.hpp>
+#include <kv1/detail/replaced_file.hpp>
 
-#include <cstdio>
 #include <filesystem>
-#include <memory>
-#include <random>
-#include <string>
-#include <system_error>
-#if defined(_WIN32)
-#include <io.h>
-#else
-#include <fcntl.h>
-#include <unistd.h>
-#endif
 
 namespace kv1::inline KV1_ABI {
 
-namespace detail {
-
-struct file_closer {
-    void operator()(std::FILE* f) const noexcept { static_cast<void>(std::fclose(f)); }
-};
-using file_handle = std::unique_ptr<std::FILE, file_closer>;
-
-inline bool sync_file(std::FILE* f) noexcept {
-    if (std::fflush(f) != 0)
-        return false;
-#if defined(_WIN32)
-    return ::_commit(::_fileno(f)) == 0;
-#else
-    return ::fsync(::fileno(f)) == 0;
-#endif
-}
-
-// That a rename lasts; file systems that cannot sync a folder are let be.
-inline void sync_folder([[maybe_unused]] const std::filesystem::path& folder) noexcept {
-#if !defined(_WIN32)
-    const int f = ::open(folder.c_str(), O_RDONLY);
-    if (f >= 0) {
-        static_cast<void>(::fsync(f));
-        static_cast<void>(::close(f));
-    }
-#endif
-}
-
-class file_source {
-public:
-    explicit file_source(std::FILE* f) noexcept : file_(f) {}
-    bool operator()(std::span<std::byte> out) noexcept {
-        return std::fread(out.data(), 1, out.size(), file_) == out.size();
-    }
-    bool rewind() noexcept { return std::fseek(file_, 0, SEEK_SET) == 0; }
-
-private:
-    std::FILE* file_;
-};
-
-} // namespace detail
-
-/// Saves sequences to a file, replacing it. Errors: as try_save.
+/// Saves sequences to a file, replacing it. Errors: as try_save; io_error, which says what the system
+/// refused.
 template <class F, class A>
 status try_save_file(const basic_kv_cache<F, A>& cache, std::span<const sequence_id> ids,
-                     const std::filesystem::path& path) noexcept {
-    status outcome;
-    const status had_memory = detail::guarded([&] {
-        const std::filesystem::path folder = path.has_parent_path() ? path.parent_path() : ".";
-        std::filesystem::path other;
-        detail::file_handle file;
-        std::random_device number;
-        for (int attempt = 0; file == nullptr && attempt < 16; ++attempt) { // names that others write to
-            other = path;
-            for (const std::string& part :
-                 {std::string("."), std::to_string(number()), std::string(".partial")})
-                other += part;
-            file.reset(std::fopen(other.string().c_str(), "wbx"));
-        }
-        if (file == nullptr) {
-            outcome = {errc::io_error, "no file can be made beside the one to be saved"};
-            return;
-        }
-        outcome = try_save(cache, ids, [&](std::span<const std::byte> bytes) {
-            return std::fwrite(bytes.data(), 1, bytes.size(), file.get()) == bytes.size();
-        });
-        if (outcome && !detail::sync_file(file.get()))
-            outcome = {errc::io_error, "the file can not be synced"};
-        if (std::fclose(file.release()) != 0 && outcome)
-            outcome = {errc::io_error, "the file can not be closed"};
-        std::error_code failed;
-        if (outcome) {
-            std::filesystem::rename(other, path, failed);
-            if (failed)
-                outcome = {errc::io_error, "the file can not be renamed"};
-            else
-                detail::sync_folder(folder);
-        }
-        if (!outcome)
-            std::filesystem::remove(other, failed);
-    });
-    return had_memory ? outcome : had_memory;
+                     const std::filesystem::path& path, const save_options& options = {}) noexcept {
+    detail::cache_saving saving(detail::cache_access::state(cache), ids);
+    if (const status s = saving.collect(options.model, options.prefixes); !s)
+        return s;
+    detail::replaced_file file;
+    if (const status s = file.open(path); !s)
+        return s;
+    if (const status s = saving.write(file); !s)
+        return s.code() == errc::io_error ? file.failure() : s;
+    return file.finish();
 }
 
-/// Loads a file. Errors: as try_load; io_error where it cannot be opened.
+/// Loads a file. Errors: as try_load; bad_format where bytes follow the end; io_error where the file cannot
+/// be opened or read.
 template <class F, class A>
 result<std::size_t> try_load_file(basic_kv_cache<F, A>& cache, const std::filesystem::path& path,
-                                  std::span<sequence_id> out) noexcept {
-    detail::file_handle file;
-    if (const status s = detail::guarded([&] { file.reset(std::fopen(path.string().c_str(), "rb")); }); !s)
-        return s;
-    if (file == nullptr)
-        return status{errc::io_error, "the file can not be opened"};
-    return try_load(cache, detail::file_source(file.get()), out);
+                                  std::span<sequence_id> out, const load_options& options = {}) noexcept {
+    const result<detail::opened_file> opened = detail::open_to_read(path.c_str());
+    if (!opened)
+        return opened.reason();
+    const auto load = [&](auto source) -> result<std::size_t> {
+        const result<std::size_t> loaded = try_load(cache, source, out, options);
+        if (!loaded && source.failed())
+            return status{errc::io_error, "the file can not be read"};
+        return loaded;
+    };
+    return opened->regular ? load(detail::file_source(opened->file))
+                           : load(detail::stream_source(opened->file));
 }
 
 #if KV1_EXCEPTIONS
@@ -126,13 +74,13 @@ result<std::size_t> try_load_file(basic_kv_cache<F, A>& cache, const std::filesy
 /// @{
 template <class F, class A>
 void save_file(const basic_kv_cache<F, A>& cache, std::span<const sequence_id> ids,
-               const std::filesystem::path& path) {
-    detail::throw_if_error(try_save_file(cache, ids, path));
+               const std::filesystem::path& path, const save_options& options = {}) {
+    detail::throw_if_error(try_save_file(cache, ids, path, options));
 }
 template <class F, class A>
 std::size_t load_file(basic_kv_cache<F, A>& cache, const std::filesystem::path& path,
-                      std::span<sequence_id> out) {
-    return try_load_file(cache, path, out).value();
+                      std::span<sequence_id> out, const load_options& options = {}) {
+    return try_load_file(cache, path, out, options).value();
 }
 /// @}
 #endif
