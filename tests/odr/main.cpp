@@ -3,51 +3,30 @@
 // One program of translation units with different -march flags and orders of inclusion. On a processor
 // without AVX2 it also shows that the linker took none of kv1's functions from the -march=x86-64-v3 part for
 // the others.
+#include "check.hpp"
 #include "part.hpp"
 
-#include <cmath>
 #include <cstdio>
-#include <vector>
-
-namespace {
-
-bool check(bool holds, const char* what) {
-    if (!holds)
-        std::printf("failed: %s\n", what);
-    return holds;
-}
-
-bool near(const std::vector<float>& a, const std::vector<float>& b) {
-    if (a.size() != b.size())
-        return false;
-    for (std::size_t i = 0; i < a.size(); ++i)
-        if (!(std::fabs(a[i] - b[i]) <= 1e-5f))
-            return false;
-    return true;
-}
-
-} // namespace
 
 int main([[maybe_unused]] int argc, char**) {
 #if defined(KV1_ODR_HAS_V3)
-    __builtin_cpu_init();
-    const bool has_v3 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-    if (argc > 1 && !has_v3) {
+    if (argc > 1 && !has_v3()) {
         std::puts("skipped: this processor cannot run what is linked first");
         return 77;
     }
 #endif
     const outcome base = run_default(), before = run_xsimd_before(), after = run_xsimd_after();
-    bool good = check(before.out == base.out && after.out == base.out, "parts of one ISA differ");
+    bool good = check(base.good && before.good && after.good, "a call failed");
+    good &= check(before.out == base.out && after.out == base.out, "parts of one ISA differ");
     good &= check(before.bytes == base.bytes && after.bytes == base.bytes, "rows of one ISA differ");
     good &= check(before.abi == base.abi && after.abi == base.abi, "types of one ISA differ");
     good &= check(before.batch_bytes > 0 && before.batch_bytes == after.batch_bytes,
                   "the user's xsimd is not the same before and after kv1");
 #if defined(KV1_ODR_HAS_V3)
     // the part is entered only where its every instruction can run
-    if (has_v3) {
+    if (has_v3()) {
         const outcome v3 = run_v3();
+        good &= check(v3.good, "a call failed");
         good &= check(v3.bytes == base.bytes, "rows differ between ISAs");
         good &= check(near(v3.out, base.out), "outputs differ between ISAs");
         good &= check(v3.abi != base.abi, "translation units of two ISAs share types");

@@ -10,6 +10,7 @@
 struct outcome {
     std::vector<float> out;
     std::vector<unsigned char> bytes; // exported rows
+    bool good = false;                // every call did what it should
     std::string abi;                  // mangled type of the cache
     int batch_bytes = 0;              // of the user's own xsimd batch, where the part uses one
 };
@@ -18,3 +19,4 @@ outcome run_default();
 outcome run_xsimd_before();
 outcome run_xsimd_after();
 outcome run_v3();
+outcome run_no_exceptions();

@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// From (target, format) to kernels. Class templates, so that their instantiation can be confined to one
-// translation unit: with KV1_EXTERNAL_KERNELS defined, kv1's headers parse no kernel (and no xsimd), and
-// exactly one translation unit of the program includes <kv1/kernels.hpp>, which instantiates them.
+// From (target, format) to kernels. Class templates, so that who never calls them compiles no kernel.
+//
+// With KV1_EXTERNAL_KERNELS defined, kv1's headers parse no kernel (and no xsimd): exactly one translation
+// unit of the program includes <kv1/kernels.hpp>, which compiles all of them and hands them out as
+// external_kernels.
 #pragma once
 
 #include <kv1/detail/kernels/interface.hpp>
 #include <kv1/target.hpp>
+
+#include <cstdint>
 
 namespace kv1::inline KV1_ABI::detail {
 
@@ -55,12 +59,57 @@ const target_kernels& common_kernels() noexcept {
 
 } // namespace kv1::inline KV1_ABI::detail
 
+// Where the kernels were compiled for another instruction set, or for exceptions where the caller has none,
+// types on both sides have the same members and other names. So enumerators and tables cross as plain numbers
+// and pointers, in a namespace that both sides share.
+namespace kv1::KV1_KERNELS_ABI {
+
+template <class = void>
+struct external_kernels {
+    /// A target_kernels.
+    [[nodiscard]] static const void* common(std::uint8_t target) noexcept;
+    /// A format_kernels.
+    [[nodiscard]] static const void* of_format(std::uint8_t target, std::uint8_t format) noexcept;
+};
+
+} // namespace kv1::KV1_KERNELS_ABI
+
 #if defined(KV1_EXTERNAL_KERNELS)
+namespace kv1::KV1_KERNELS_ABI {
+extern template struct external_kernels<>;
+} // namespace kv1::KV1_KERNELS_ABI
+
 namespace kv1::inline KV1_ABI::detail {
-extern template struct common_registry<>;
-extern template struct format_registry<all_formats>;
-extern template struct format_registry<formats<affine<2>>>;
+
+template <class Tag>
+const target_kernels& common_registry<Tag>::at(target t) noexcept {
+    return *static_cast<const target_kernels*>(
+        KV1_KERNELS_ABI::external_kernels<>::common(static_cast<std::uint8_t>(t)));
+}
+
+template <class... Fs>
+const format_kernels* format_registry<formats<Fs...>>::find(target t, kv_format f) noexcept {
+    if (!formats<Fs...>::contains(f))
+        return nullptr;
+    return static_cast<const format_kernels*>(KV1_KERNELS_ABI::external_kernels<>::of_format(
+        static_cast<std::uint8_t>(t), static_cast<std::uint8_t>(f)));
+}
+
 } // namespace kv1::inline KV1_ABI::detail
 #else
 #include <kv1/detail/kernels/registry_impl.hpp>
+
+namespace kv1::inline KV1_ABI::detail {
+
+template <class Tag>
+const target_kernels& common_registry<Tag>::at(target t) noexcept {
+    return compiled_kernels<Tag>(t);
+}
+
+template <class... Fs>
+const format_kernels* format_registry<formats<Fs...>>::find(target t, kv_format f) noexcept {
+    return compiled_format_kernels(formats<Fs...>{}, t, f);
+}
+
+} // namespace kv1::inline KV1_ABI::detail
 #endif

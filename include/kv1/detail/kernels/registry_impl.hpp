@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Definitions of registry.hpp: pulls in every target's kernels.
+// What registry.hpp finds: pulls in every target's kernels.
 #pragma once
 
-#include <kv1/detail/kernels/registry.hpp>
+#include <kv1/detail/kernels/interface.hpp>
 #include <kv1/detail/kernels/scalar.hpp>
 #include <kv1/detail/simd/passes.hpp>
 
 namespace kv1::inline KV1_ABI::detail {
 
-template <class Tag>
-const target_kernels& common_registry<Tag>::at(target t) noexcept {
+// A template: who never calls it compiles no kernel.
+template <class = void>
+const target_kernels& compiled_kernels(target t) noexcept {
     switch (t) {
     case target::scalar:
         break;
@@ -73,8 +74,9 @@ const format_kernels& format_kernels_at(target t) noexcept {
     return scalar::kernels_for<F>();
 }
 
+// Null where the list does not contain the format.
 template <class... Fs>
-const format_kernels* format_registry<formats<Fs...>>::find(target t, kv_format f) noexcept {
+const format_kernels* compiled_format_kernels(formats<Fs...>, target t, kv_format f) noexcept {
     const format_kernels* found = nullptr;
     static_cast<void>(((kv_format_of<Fs> == f && (found = &format_kernels_at<Fs>(t), true)) || ...));
     return found;
