@@ -13,7 +13,9 @@
 
 namespace kv1::inline KV1_ABI {
 
-/// One layer: how many KV heads, how wide, how stored. K and V are independent of each other.
+/// One layer: how many KV heads, how wide, how stored. K and V are independent of each other. Numbers are
+/// std::size_t, as in a shape that is written once; an int variable between braces is narrowed, and wants a
+/// cast.
 struct layer_description {
     std::size_t kv_heads = 0;                    ///< of K and of V
     std::size_t key_dim = 0;                     ///< head_dim of keys and queries

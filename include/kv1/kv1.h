@@ -227,7 +227,7 @@ KV1_C_API size_t kv1_describe(const kv1_error* error, char* text, size_t size);
 
 /** The instruction set that kernels run on now; static text. */
 KV1_C_API const char* kv1_target(void);
-/** Forces one: "scalar", "baseline", "avx2", "avx512", "avx512_vnni" or "avx512_vbmi". Errors:
+/** Forces one: "scalar", "baseline", "sse41", "avx2", "avx_vnni", "avx512", "avx512_vnni" or "avx512_vbmi". Errors:
  * KV1_UNSUPPORTED_TARGET. */
 KV1_C_API kv1_code kv1_set_target(const char* name);
 

@@ -739,6 +739,8 @@ private:
                                       const tensor_view& values) const noexcept {
         const layer_description& l = state_->planes_of(layer).shape;
         const error_location where{.layer = static_cast<std::int64_t>(layer)};
+        if (keys.has_negative_extent() || values.has_negative_extent())
+            return {errc::invalid_argument, detail::rule_extents, where};
         if (keys.tokens() != values.tokens())
             return {errc::shape_mismatch, "keys and values have the same number of tokens", where};
         if (keys.heads() != l.kv_heads || values.heads() != l.kv_heads)
@@ -752,6 +754,8 @@ private:
 
     [[nodiscard]] status check_batch(std::span<const sequence_id> ids, std::span<const std::size_t> indptr,
                                      std::size_t rows) const noexcept {
+        if (rows == detail::extent::negative)
+            return {errc::invalid_argument, detail::rule_extents};
         if (indptr.size() != ids.size() + 1 || indptr.front() != 0 || indptr.back() != rows)
             return {errc::invalid_argument, "indptr divides the rows among the sequences"};
         for (std::size_t i = 0; i < ids.size(); ++i) {

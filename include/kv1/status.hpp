@@ -149,6 +149,9 @@ private:
     error_location where_{};
 };
 
+/// As message(), beside the others of that name. Allocates.
+[[nodiscard]] inline std::string to_string(const status& s) { return s.message(); }
+
 #if KV1_EXCEPTIONS
 /// What the throwing forms throw.
 class error : public std::runtime_error {

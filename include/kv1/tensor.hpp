@@ -7,29 +7,55 @@
 //   kv1::tensor_view keys(k.data(), tokens, kv_heads, head_dim);
 //
 // views [token][head][channel]; with strides head_dim and tokens * head_dim it would be
-// [head][token][channel].
+// [head][token][channel]. Extents are integers of any type, int as well as std::size_t; calls refuse a view
+// with a negative one (invalid_argument).
 #pragma once
 
 #include <kv1/float16.hpp>
 
+#include <concepts>
 #include <cstddef>
+#include <limits>
 
 namespace kv1::inline KV1_ABI {
+
+namespace detail {
+
+// An extent as it was given. A negative one would be a huge number: it becomes one that no tensor has.
+class extent {
+public:
+    static constexpr std::size_t negative = (std::numeric_limits<std::size_t>::max)();
+
+    constexpr extent(std::size_t n) noexcept : value_(n) {}
+    template <std::signed_integral I>
+    constexpr extent(I n) noexcept : value_(n < 0 ? negative : static_cast<std::size_t>(n)) {}
+
+    [[nodiscard]] constexpr std::size_t value() const noexcept { return value_; }
+
+private:
+    std::size_t value_;
+};
+
+inline constexpr const char* rule_extents = "tokens, heads and channels are not negative";
+
+} // namespace detail
 
 /// Read-only view.
 class tensor_view {
 public:
     /// Contiguous [tokens][heads][channels].
     template <scalar T>
-    constexpr tensor_view(const T* data, std::size_t tokens, std::size_t heads, std::size_t channels) noexcept
-        : tensor_view(data, tokens, heads, channels, static_cast<std::ptrdiff_t>(heads * channels),
-                      static_cast<std::ptrdiff_t>(channels)) {}
+    constexpr tensor_view(const T* data, detail::extent tokens, detail::extent heads,
+                          detail::extent channels) noexcept
+        : tensor_view(data, tokens, heads, channels,
+                      static_cast<std::ptrdiff_t>(heads.value() * channels.value()),
+                      static_cast<std::ptrdiff_t>(channels.value())) {}
     /// With strides, in elements, between tokens and between heads; channels are contiguous.
     template <scalar T>
-    constexpr tensor_view(const T* data, std::size_t tokens, std::size_t heads, std::size_t channels,
+    constexpr tensor_view(const T* data, detail::extent tokens, detail::extent heads, detail::extent channels,
                           std::ptrdiff_t token_stride, std::ptrdiff_t head_stride) noexcept
-        : data_(data), type_(scalar_type_of<T>), tokens_(tokens), heads_(heads), channels_(channels),
-          token_stride_(token_stride), head_stride_(head_stride) {}
+        : data_(data), type_(scalar_type_of<T>), tokens_(tokens.value()), heads_(heads.value()),
+          channels_(channels.value()), token_stride_(token_stride), head_stride_(head_stride) {}
 
     /// Extents, and strides in elements.
     /// @{
@@ -41,6 +67,11 @@ public:
     [[nodiscard]] constexpr std::ptrdiff_t token_stride() const noexcept { return token_stride_; }
     [[nodiscard]] constexpr std::ptrdiff_t head_stride() const noexcept { return head_stride_; }
     /// @}
+    /// Whether an extent was given as a negative number.
+    [[nodiscard]] constexpr bool has_negative_extent() const noexcept {
+        return tokens_ == detail::extent::negative || heads_ == detail::extent::negative ||
+               channels_ == detail::extent::negative;
+    }
 
     /// The view of some consecutive tokens. Precondition: first + count <= tokens().
     [[nodiscard]] tensor_view rows(std::size_t first, std::size_t count) const noexcept {
@@ -71,13 +102,14 @@ class mutable_tensor_view {
 public:
     /// Contiguous [tokens][heads][channels].
     template <scalar T>
-    constexpr mutable_tensor_view(T* data, std::size_t tokens, std::size_t heads,
-                                  std::size_t channels) noexcept
+    constexpr mutable_tensor_view(T* data, detail::extent tokens, detail::extent heads,
+                                  detail::extent channels) noexcept
         : view_(data, tokens, heads, channels), data_(data) {}
     /// With strides, in elements, between tokens and between heads; channels are contiguous.
     template <scalar T>
-    constexpr mutable_tensor_view(T* data, std::size_t tokens, std::size_t heads, std::size_t channels,
-                                  std::ptrdiff_t token_stride, std::ptrdiff_t head_stride) noexcept
+    constexpr mutable_tensor_view(T* data, detail::extent tokens, detail::extent heads,
+                                  detail::extent channels, std::ptrdiff_t token_stride,
+                                  std::ptrdiff_t head_stride) noexcept
         : view_(data, tokens, heads, channels, token_stride, head_stride), data_(data) {}
 
     /// The same elements, read-only.
@@ -92,6 +124,8 @@ public:
     [[nodiscard]] constexpr std::ptrdiff_t token_stride() const noexcept { return view_.token_stride(); }
     [[nodiscard]] constexpr std::ptrdiff_t head_stride() const noexcept { return view_.head_stride(); }
     /// @}
+    /// Whether an extent was given as a negative number.
+    [[nodiscard]] constexpr bool has_negative_extent() const noexcept { return view_.has_negative_extent(); }
     /// Tokens first ... first + count - 1.
     [[nodiscard]] mutable_tensor_view rows(std::size_t first, std::size_t count) const noexcept {
         mutable_tensor_view part = *this;

@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The version of kv1. CMake reads it from here.
+// The version of kv1, which CMake reads from here, and what every header needs of the compiler.
 #pragma once
+
+#if defined(__cplusplus) && (defined(_MSVC_LANG) ? _MSVC_LANG : __cplusplus) < 202002L
+#error "kv1 needs C++20: compile with -std=c++20 (MSVC: /std:c++20) or a later standard."
+#include <kv1-needs-C++20> // ends the compilation, which #error alone does not
+#endif
 
 /// Changes with what breaks users, from 1 on.
 #define KV1_VERSION_MAJOR 0

@@ -154,6 +154,8 @@ private:
     [[nodiscard]] status check(const tensor_view& queries,
                                const mutable_tensor_view& outputs) const noexcept {
         const error_location where{.layer = static_cast<std::int64_t>(layer_)};
+        if (queries.has_negative_extent() || outputs.has_negative_extent())
+            return {errc::invalid_argument, rule_extents, where};
         if (queries.heads() == 0 || queries.heads() % shape_.kv_heads != 0)
             return {errc::shape_mismatch, "query heads are a multiple of the KV heads", where};
         if (queries.channels() != shape_.key_dim || outputs.channels() != shape_.value_dim)
