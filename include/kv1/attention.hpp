@@ -13,6 +13,7 @@
 //   out   = sum_t exp(s[t]) v[t] / D,  log_sum_exp = log D,  D = sum_t exp(s[t]) [+ exp(sinks[h])]
 #pragma once
 
+#include <kv1/detail/buffer.hpp>
 #include <kv1/detail/kernels/interface.hpp>
 #include <kv1/status.hpp>
 
@@ -72,26 +73,53 @@ private:
     std::span<const std::uint8_t> visible_;
 };
 
-/// Visibility of a token tree, for attention_mask::explicit_for_last: token i of the m newest tokens sees
-/// itself and its ancestors. parents[i] is -1 for a child of the cached prefix, else less than i. O(m^2).
-[[nodiscard]] inline result<std::vector<std::uint8_t>> try_tree_mask(std::span<const std::int32_t> parents) {
+/// Which tokens of a token tree see which, [m][m], 1 where they do; for attention_mask::explicit_for_last. A
+/// contiguous range that owns its bytes.
+class tree_visibility {
+public:
+    /// No token at all.
+    tree_visibility() = default;
+
+    /// As the standard's containers have them.
+    /// @{
+    [[nodiscard]] const std::uint8_t* data() const noexcept { return bytes_.data(); }
+    [[nodiscard]] std::size_t size() const noexcept { return bytes_.size(); }
+    [[nodiscard]] bool empty() const noexcept { return bytes_.empty(); }
+    [[nodiscard]] const std::uint8_t* begin() const noexcept { return bytes_.begin(); }
+    [[nodiscard]] const std::uint8_t* end() const noexcept { return bytes_.end(); }
+    [[nodiscard]] std::uint8_t operator[](std::size_t i) const noexcept { return bytes_[i]; }
+    /// @}
+    /// A copy. Throws std::bad_alloc.
+    [[nodiscard]] operator std::vector<std::uint8_t>() const { return {begin(), end()}; }
+
+private:
+    friend result<tree_visibility> try_tree_mask(std::span<const std::int32_t> parents) noexcept;
+
+    detail::buffer<std::uint8_t> bytes_;
+};
+
+/// Visibility of a token tree: token i of the m newest tokens sees itself and its ancestors. parents[i] is -1
+/// for a child of the cached prefix, else less than i. O(m^2). Errors: invalid_argument, out_of_memory.
+[[nodiscard]] inline result<tree_visibility> try_tree_mask(std::span<const std::int32_t> parents) noexcept {
     const std::size_t m = parents.size();
-    std::vector<std::uint8_t> visible(m * m, 0);
+    tree_visibility visible;
+    if ((m != 0 && m > (std::numeric_limits<std::size_t>::max)() / m) || !visible.bytes_.resize(m * m))
+        return status{errc::out_of_memory, "an allocation failed"};
+    std::uint8_t* const sees = visible.bytes_.data();
     for (std::size_t i = 0; i < m; ++i) {
         if (parents[i] < -1 || parents[i] >= static_cast<std::int64_t>(i))
             return status{errc::invalid_argument,
                           "a parent comes before its child",
                           {.token = static_cast<std::int64_t>(i)}};
         if (parents[i] >= 0)
-            for (std::size_t j = 0; j < i; ++j)
-                visible[i * m + j] = visible[static_cast<std::size_t>(parents[i]) * m + j];
-        visible[i * m + i] = 1;
+            std::copy_n(sees + static_cast<std::size_t>(parents[i]) * m, i, sees + i * m);
+        sees[i * m + i] = 1;
     }
     return visible;
 }
 #if KV1_EXCEPTIONS
 /// As try_tree_mask; throws kv1::error.
-[[nodiscard]] inline std::vector<std::uint8_t> tree_mask(std::span<const std::int32_t> parents) {
+[[nodiscard]] inline tree_visibility tree_mask(std::span<const std::int32_t> parents) {
     return try_tree_mask(parents).value();
 }
 #endif

@@ -205,7 +205,7 @@ kv1_code kv1_cache_create(const kv1_layer* layers, size_t distinct_layers, size_
     }
     d.capacity_tokens = capacity_tokens;
     d.page_tokens = page_tokens;
-    auto made = kv1::kv_cache::create(d);
+    auto made = kv1::kv_cache::create(std::move(d));
     if (!made)
         return c_report(made.reason(), error);
     *cache = new (std::nothrow) kv1_cache{std::move(*made)};

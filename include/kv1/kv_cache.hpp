@@ -86,6 +86,7 @@
 #include <kv1/detail/cache_state.hpp>
 #include <kv1/detail/kernels/registry.hpp>
 #include <kv1/detail/memory_source.hpp>
+#include <kv1/detail/try_copy.hpp>
 
 #include <algorithm>
 #include <atomic>
@@ -118,20 +119,38 @@ public:
 
     /// Reserves the arenas: O(layers) plus 8 bytes a page. Errors: invalid_argument and shape_mismatch for a
     /// description that no cache can have, unsupported_format, unsupported_target (KV1_TARGET),
-    /// out_of_memory.
-    [[nodiscard]] static result<basic_kv_cache> create(const cache_description& description,
+    /// out_of_memory. A description that is moved here is not copied, and used up also where the call fails.
+    /// Without exceptions the memory for a copy is sought beforehand; another thread may take it meanwhile,
+    /// which ends the program (status.hpp).
+    /// @{
+    [[nodiscard]] static result<basic_kv_cache> create(cache_description&& description,
                                                        const Allocator& allocator = {}) noexcept {
         basic_kv_cache cache;
-        if (const status s = cache.initialize(description, allocator); !s)
+        if (const status s = cache.initialize(std::move(description), allocator); !s)
             return s;
         return cache;
     }
+    [[nodiscard]] static result<basic_kv_cache> create(const cache_description& description,
+                                                       const Allocator& allocator = {}) noexcept {
+        cache_description copy;
+        if (const status s = detail::try_copy(description, copy); !s)
+            return s;
+        return create(std::move(copy), allocator);
+    }
+    /// @}
 
 #if KV1_EXCEPTIONS
-    /// As create; throws kv1::error.
-    explicit basic_kv_cache(const cache_description& description, const Allocator& allocator = {}) {
-        detail::throw_if_error(initialize(description, allocator));
+    /// As create; throw kv1::error.
+    /// @{
+    explicit basic_kv_cache(cache_description&& description, const Allocator& allocator = {}) {
+        detail::throw_if_error(initialize(std::move(description), allocator));
     }
+    explicit basic_kv_cache(const cache_description& description, const Allocator& allocator = {}) {
+        cache_description copy;
+        detail::throw_if_error(detail::try_copy(description, copy));
+        detail::throw_if_error(initialize(std::move(copy), allocator));
+    }
+    /// @}
 #endif
 
     /// Caches are moved, not copied: handles stay valid, the source holds nothing and may only be destroyed
@@ -702,7 +721,7 @@ private:
 
     basic_kv_cache() = default;
 
-    status initialize(const cache_description& d, const Allocator& allocator) noexcept {
+    status initialize(cache_description&& d, const Allocator& allocator) noexcept {
         if (detail::environment_target().refused)
             return {errc::unsupported_target, "KV1_TARGET names no target that this processor supports"};
         std::unique_ptr<detail::memory_source> memory(new (std::nothrow)
@@ -713,10 +732,7 @@ private:
             new (std::nothrow) detail::cache_state(std::move(memory), detail::kernel_set::of<Formats>()));
         if (fresh == nullptr)
             return detail::no_memory();
-        cache_description copy;
-        if (const status s = detail::guarded([&] { copy = d; }); !s)
-            return s;
-        if (const status s = fresh->initialize(std::move(copy)); !s)
+        if (const status s = fresh->initialize(std::move(d)); !s)
             return s;
         state_ = std::move(fresh);
         return {};

@@ -6,6 +6,13 @@
 // where exceptions are enabled, a plain form that throws `kv1::error` carrying the same status. An operation
 // that fails leaves its object as it was. A status allocates nothing: it names the error, the rule that was
 // broken, and where (layer, KV head, token, channel; -1 where that does not apply).
+//
+// Without exceptions a try_ form never ends the program for want of memory: kv1 asks operator new
+// (std::nothrow). What callers bring is theirs: a std::vector, std::string or std::filesystem::path that they
+// make or copy, an allocator of theirs, an executor. A cache_description is made of such vectors; create()
+// allocates nothing for one that is moved to it, and seeks the memory beforehand for one that it copies.
+// Forms that are not try_ forms and say that they allocate (status::message(), to_string(), the estimators of
+// encoding.hpp, packed_vector) do so as the standard's containers do.
 #pragma once
 
 #include <kv1/detail/config.hpp>

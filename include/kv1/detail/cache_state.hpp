@@ -24,7 +24,6 @@
 #include <optional>
 #include <span>
 #include <utility>
-#include <vector>
 
 namespace kv1::inline KV1_ABI::detail {
 
@@ -71,7 +70,7 @@ public:
     [[nodiscard]] sequence_state* find(sequence_id id) noexcept { return sequences.find(id); }
     [[nodiscard]] std::size_t layers() const noexcept { return storage.layers().size(); }
     [[nodiscard]] std::size_t page_tokens() const noexcept { return storage.page_tokens(); }
-    [[nodiscard]] const std::vector<page_group>& groups() const noexcept { return storage.groups(); }
+    [[nodiscard]] std::span<const page_group> groups() const noexcept { return storage.groups(); }
     [[nodiscard]] page_pool& pool(std::size_t group) noexcept { return storage.groups()[group].pool; }
     [[nodiscard]] const page_pool& pool(std::size_t group) const noexcept {
         return storage.groups()[group].pool;

@@ -11,6 +11,7 @@
 
 #include <kv1/cache_description.hpp>
 #include <kv1/detail/arena.hpp>
+#include <kv1/detail/fixed_vector.hpp>
 #include <kv1/detail/kernels/interface.hpp>
 #include <kv1/detail/kernels/registry.hpp>
 #include <kv1/detail/vector_codec.hpp>
@@ -23,8 +24,8 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <span>
 #include <utility>
-#include <vector>
 
 namespace kv1::inline KV1_ABI::detail {
 
@@ -56,22 +57,22 @@ struct page_group {
 };
 
 struct layer_planes {
-    layer_description shape;
+    const layer_description& shape; // of the storage's description
     std::size_t body = no_plane;
     std::size_t copy = no_plane; // fp16, where the layer has one
     std::size_t open = no_plane; // keys of the open page in fp16, where the body's are quantized per channel
-    vector_codec keys, values;   // of the body
+    vector_codec keys = {}, values = {}; // of the body
 };
 
 class cache_storage {
 public:
     [[nodiscard]] const cache_description& description() const noexcept { return description_; }
     [[nodiscard]] std::size_t page_tokens() const noexcept { return description_.page_tokens; }
-    [[nodiscard]] const std::vector<layer_planes>& layers() const noexcept { return layers_; }
-    [[nodiscard]] const std::vector<plane>& planes() const noexcept { return planes_; }
-    [[nodiscard]] std::vector<plane>& planes() noexcept { return planes_; }
-    [[nodiscard]] const std::vector<page_group>& groups() const noexcept { return groups_; }
-    [[nodiscard]] std::vector<page_group>& groups() noexcept { return groups_; }
+    [[nodiscard]] std::span<const layer_planes> layers() const noexcept { return layers_; }
+    [[nodiscard]] std::span<const plane> planes() const noexcept { return planes_; }
+    [[nodiscard]] std::span<plane> planes() noexcept { return planes_; }
+    [[nodiscard]] std::span<const page_group> groups() const noexcept { return groups_; }
+    [[nodiscard]] std::span<page_group> groups() noexcept { return groups_; }
 
     // Checks the description and reserves everything.
     status initialize(cache_description&& d, const kernel_set& kernels, memory_source& memory) noexcept {
@@ -83,14 +84,10 @@ public:
                 return {errc::invalid_argument, "more than 2^32 - 2 pages"};
         if (d.fp16_sinks > most_tokens || d.fp16_window > most_tokens)
             return {errc::invalid_argument, "fp16 sinks and windows are less than 2^48 tokens"};
-        const status s = guarded([&] {
-            description_ = std::move(d);
-            layers_.reserve(description_.layers.size());
-            planes_.reserve(3 * description_.layers.size());
-            groups_.reserve(description_.layers.size() + 2);
-        });
-        if (!s)
-            return s;
+        description_ = std::move(d);
+        const std::size_t count = description_.layers.size();
+        if (!layers_.reserve(count) || !planes_.reserve(3 * count) || !groups_.reserve(count + 2))
+            return {errc::out_of_memory, "an allocation failed"};
         for (std::size_t i = 0; i < description_.layers.size(); ++i)
             if (const status added = add_layer(i, kernels, memory); !added)
                 return added;
@@ -117,12 +114,14 @@ public:
         if (capacity_tokens <= description_.capacity_tokens)
             return {};
         const std::size_t before = std::exchange(description_.capacity_tokens, capacity_tokens);
-        std::vector<detail::arena> arenas;
-        status s = guarded([&] { arenas.reserve(planes_.size()); });
+        fixed_vector<detail::arena> arenas;
+        status s;
+        if (!arenas.reserve(planes_.size()))
+            s = {errc::out_of_memory, "an allocation failed"};
         for (std::size_t i = 0; s && i < planes_.size(); ++i) {
             const plane& p = planes_[i];
             const std::size_t blocks = capacity_of(groups_[p.group]);
-            arenas.emplace_back(memory); // within the reserved capacity
+            arenas.emplace_back(memory);
             if (blocks > most_bytes / p.block_bytes || !allocate(arenas[i], blocks * p.block_bytes))
                 s = {errc::out_of_memory, "no memory for the arena", at_layer(p.layer)};
         }
@@ -223,12 +222,12 @@ private:
         while (group < groups_.size() && groups_[group].window != l.sliding_window)
             ++group;
         if (group == groups_.size()) {
-            groups_.emplace_back(); // within the reserved capacity
-            groups_.back().window = l.sliding_window;
+            groups_.emplace_back().window = l.sliding_window;
         }
         if (const status s = add_plane(i, group, layout_of(l, page_tokens()), memory); !s)
             return s;
-        layer_planes planes;
+        layer_planes& planes = layers_.emplace_back(l);
+        planes.body = planes_.size() - 1;
         if (status s =
                 make_codec(l.key_format, l.key_encoding, l.kv_heads, l.key_dim, l.key_group, planes.keys);
             !s)
@@ -237,10 +236,6 @@ private:
                                   planes.values);
             !s)
             return {s.code(), s.rule(), at_layer(i)};
-        planes.body = planes_.size() - 1;
-        if (const status s = guarded([&] { planes.shape = l; }); !s)
-            return s;
-        layers_.push_back(std::move(planes)); // within the reserved capacity
         return {};
     }
 
@@ -275,8 +270,7 @@ private:
     // The last group, which is of this kind, made where it is of another.
     std::size_t last_group(plane_kind kind) noexcept {
         if (groups_.back().kind != kind) {
-            groups_.emplace_back(); // within the reserved capacity
-            groups_.back().kind = kind;
+            groups_.emplace_back().kind = kind;
         }
         return groups_.size() - 1;
     }
@@ -286,16 +280,15 @@ private:
         const std::size_t heads = description_.layers[layer].kv_heads, blocks = capacity_of(groups_[group]);
         if (heads > most_bytes / layout.bytes() || blocks > most_bytes / (heads * layout.bytes()))
             return {errc::out_of_memory, "the arena's size overflows", at_layer(layer)};
-        planes_.push_back({layout, layer, heads, group, heads * layout.bytes(),
-                           detail::arena(memory)}); // within the reserved capacity
+        planes_.emplace_back(layout, layer, heads, group, heads * layout.bytes(), detail::arena(memory));
         groups_[group].block_bytes += heads * layout.bytes();
         return {};
     }
 
     cache_description description_;
-    std::vector<layer_planes> layers_;
-    std::vector<plane> planes_;
-    std::vector<page_group> groups_;
+    fixed_vector<layer_planes> layers_;
+    fixed_vector<plane> planes_;
+    fixed_vector<page_group> groups_;
 };
 
 } // namespace kv1::inline KV1_ABI::detail

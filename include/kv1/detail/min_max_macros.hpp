@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Where `min` and `max` are macros, as they are after <windows.h> without NOMINMAX, libstdc++'s headers do not
-// compile: other standard libraries protect themselves. All of them that kv1 includes are therefore included here,
-// while the macros are set aside. kv1's own code writes (std::min)(a, b), which no macro of that name matches.
+// Where `min` and `max` are macros, as they are after <windows.h> without NOMINMAX, libstdc++'s headers do
+// not compile: other standard libraries protect themselves. All of them that kv1 includes are therefore
+// included here, while the macros are set aside. kv1's own code writes (std::min)(a, b), which no macro of
+// that name matches.
 #pragma once
 
 #if defined(min) || defined(max)
@@ -13,6 +14,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <complex>
 #include <filesystem>

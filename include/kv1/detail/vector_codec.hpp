@@ -4,7 +4,7 @@
 #pragma once
 
 #include <kv1/cache_description.hpp>
-#include <kv1/detail/arena.hpp>
+#include <kv1/detail/buffer.hpp>
 #include <kv1/detail/crc32c.hpp>
 #include <kv1/detail/kernels/interface.hpp>
 #include <kv1/encoding.hpp>
@@ -12,11 +12,11 @@
 #include <kv1/quantizer.hpp>
 #include <kv1/status.hpp>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstddef>
 #include <span>
-#include <utility>
 #include <vector>
 
 namespace kv1::inline KV1_ABI::detail {
@@ -24,9 +24,9 @@ namespace kv1::inline KV1_ABI::detail {
 // One side of a layer. Kernels get pointers into it.
 struct vector_codec {
     encode_recipe recipe{};
-    std::vector<float> means;    // [kv_heads][channels], or empty
-    std::vector<float> feedback; // [kv_heads][channels][channels], or empty
-    bool by_recipe = false;      // codes are chosen by encode_rows
+    buffer<float> means;    // [kv_heads][channels], or empty
+    buffer<float> feedback; // [kv_heads][channels][channels], or empty
+    bool by_recipe = false; // codes are chosen by encode_rows
 
     [[nodiscard]] bool prepares() const noexcept { return recipe.hadamard != 0 || !means.empty(); }
     [[nodiscard]] const float* mean(std::size_t head) const noexcept {
@@ -46,7 +46,7 @@ struct vector_codec {
     }
     // What reading stored vectors needs to know, for those who save them.
     [[nodiscard]] std::uint32_t means_checksum() const noexcept {
-        return means.empty() ? 0 : crc32c(0, std::as_bytes(std::span(means)));
+        return means.empty() ? 0 : crc32c(0, std::as_bytes(means.view()));
     }
 };
 
@@ -54,12 +54,18 @@ struct vector_codec {
 
 // The transpose of R's part above the diagonal and D, in parts of W's mean diagonal, on it where W, rotated,
 // is R^T D R: feedback of one head (encode_reference.hpp). W gets a hundredth of its mean diagonal added, so
-// that channels that cost nothing do not ask for the impossible. False: W is not positive semidefinite.
-inline bool factor_weights(std::span<const float> weights, std::size_t n, std::size_t block,
-                           float* feedback) {
-    std::vector<double> w(weights.begin(), weights.end());
+// that channels that cost nothing do not ask for the impossible. Errors: invalid_argument where W is not
+// positive semidefinite, out_of_memory.
+inline status factor_weights(std::span<const float> weights, std::size_t n, std::size_t block,
+                             float* feedback) noexcept {
+    constexpr status indefinite(errc::invalid_argument, "error weights are positive semidefinite");
+    buffer<double> w;
+    buffer<float> line_buffer;
+    if (!w.resize(weights.size()) || !line_buffer.resize(n))
+        return {errc::out_of_memory, "an allocation failed"};
+    std::copy(weights.begin(), weights.end(), w.begin());
     if (block != 0) { // rows, then columns
-        std::vector<float> line(n);
+        const std::span<float> line(line_buffer.data(), n);
         for (const bool columns : {false, true})
             for (std::size_t i = 0; i < n; ++i) {
                 const std::size_t first = columns ? i : i * n, step = columns ? n : 1;
@@ -74,7 +80,7 @@ inline bool factor_weights(std::span<const float> weights, std::size_t n, std::s
     for (std::size_t i = 0; i < n; ++i)
         trace += w[i * n + i];
     if (!(trace >= 0.0))
-        return false;
+        return indefinite;
     const double ridge = trace == 0.0 ? 1.0 : 0.01 * trace / static_cast<double>(n);
     const double mean = trace / static_cast<double>(n) + ridge;
     for (std::size_t i = 0; i < n; ++i)
@@ -83,7 +89,7 @@ inline bool factor_weights(std::span<const float> weights, std::size_t n, std::s
         for (std::size_t k = 0; k < j; ++k)
             w[j * n + j] -= w[j * n + k] * w[j * n + k];
         if (!(w[j * n + j] > 0.0))
-            return false;
+            return indefinite;
         w[j * n + j] = std::sqrt(w[j * n + j]);
         for (std::size_t i = j + 1; i < n; ++i) {
             for (std::size_t k = 0; k < j; ++k)
@@ -96,7 +102,7 @@ inline bool factor_weights(std::span<const float> weights, std::size_t n, std::s
             feedback[i * n + j] = i > j    ? static_cast<float>(w[i * n + j] / w[j * n + j])
                                   : i == j ? static_cast<float>(w[j * n + j] * w[j * n + j] / mean)
                                            : 0.0f;
-    return true;
+    return {};
 }
 
 #include <kv1/detail/precise_math_end.inl>
@@ -128,18 +134,15 @@ inline status make_codec(kv_format format, const vector_encoding& e, std::size_t
             return {errc::non_finite, "means and error weights are finite"};
     out.recipe = {format, e.levels, channels, group == 0 ? channels : group, e.hadamard};
     out.by_recipe = e.levels != level_choice::min_max || t.metadata == metadata_kind::compact;
-    bool semidefinite = true;
-    const status s = guarded([&] {
-        out.means = e.means;
-        out.feedback.resize(e.error_weights.size());
-        for (std::size_t h = 0; h < heads && !out.feedback.empty() && semidefinite; ++h)
-            semidefinite = factor_weights(
-                std::span(e.error_weights).subspan(h * channels * channels, channels * channels), channels,
-                e.hadamard, out.feedback.data() + h * channels * channels);
-    });
-    if (s && !semidefinite)
-        return {errc::invalid_argument, "error weights are positive semidefinite"};
-    return s;
+    if (!out.means.assign(e.means) || !out.feedback.resize(e.error_weights.size()))
+        return {errc::out_of_memory, "an allocation failed"};
+    const std::size_t matrix = channels * channels;
+    for (std::size_t first = 0; first < e.error_weights.size(); first += matrix)
+        if (const status s = factor_weights(std::span(e.error_weights).subspan(first, matrix), channels,
+                                            e.hadamard, out.feedback.data() + first);
+            !s)
+            return s;
+    return {};
 }
 
 } // namespace kv1::inline KV1_ABI::detail

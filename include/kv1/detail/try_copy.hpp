@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// try_copy(): a copy of a description, whose members are the standard's containers, or a status.
+#pragma once
+
+#include <kv1/cache_description.hpp>
+#include <kv1/detail/arena.hpp>
+#include <kv1/status.hpp>
+
+#include <cstddef>
+#include <new>
+
+namespace kv1::inline KV1_ABI::detail {
+
+// What a copy's containers ask for in all.
+inline std::size_t copied_bytes(const cache_description& d) noexcept {
+    std::size_t bytes = d.layers.size() * sizeof(layer_description);
+    for (const layer_description& l : d.layers)
+        for (const vector_encoding* e : {&l.key_encoding, &l.value_encoding})
+            bytes += (e->means.size() + e->error_weights.size()) * sizeof(float);
+    return bytes;
+}
+
+// Without exceptions a container that gets no memory ends the program, so memory is sought first. Another
+// thread may take it before the container does; nothing but moving the description is safe from that.
+inline status try_copy(const cache_description& from, cache_description& to) noexcept {
+#if !KV1_EXCEPTIONS
+    void* const room = ::operator new(copied_bytes(from), std::nothrow);
+    if (room == nullptr)
+        return {errc::out_of_memory, "an allocation failed"};
+    ::operator delete(room);
+#endif
+    return guarded([&] { to = from; });
+}
+
+} // namespace kv1::inline KV1_ABI::detail

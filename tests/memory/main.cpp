@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The whole life of a cache through the try_ forms, with each allocation of each call failing in turn: every
+// failure is a status, and none changes the cache. Compiled twice, with exceptions and without. operator new
+// throws where it is not asked to do otherwise, which ends a program without exceptions.
+#include "failing_new.hpp"
+
+#include <kv1/cache_file.hpp>
+#include <kv1/kv1.hpp>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <filesystem>
+#include <numeric>
+#include <span>
+#include <utility>
+#include <vector>
+
+static_assert(noexcept(kv1::try_tree_mask({})));
+
+namespace {
+
+int failures = 0;
+std::size_t failed_allocations = 0;
+
+void expect(bool holds, const char* what) {
+    if (!holds) {
+        std::fprintf(stderr, "%s\n", what);
+        ++failures;
+    }
+}
+
+// call(argument) at its first, second, ... failing allocation gives out_of_memory, and then ok. Arguments are
+// made where nothing fails.
+template <class Prepare, class Call>
+void fails_cleanly(const char* what, Prepare&& prepare, Call&& call) {
+    for (std::size_t n = 0; n < 1000; ++n) {
+        auto argument = prepare();
+        kv1::errc code{};
+        bool failed = false;
+        {
+            const kv1_test::failing_new guard(n);
+            code = call(argument);
+            failed = guard.failed();
+        }
+        expect(code == (failed ? kv1::errc::out_of_memory : kv1::errc::ok), what);
+        if (!failed)
+            return;
+        ++failed_allocations;
+    }
+    expect(false, what);
+}
+
+// The same of a call that changes a cache, which stays valid, and lengths and pages what they were.
+template <class Call>
+void leaves_unchanged(const char* what, const kv1::kv_cache& cache, Call&& call) {
+    std::size_t pages = cache.available_pages(), sequences = cache.statistics().sequences;
+    bool fine = true;
+    const auto unchanged = [&] {
+        fine = fine && cache.try_validate() && cache.available_pages() == pages &&
+               cache.statistics().sequences == sequences;
+        return 0;
+    };
+    fails_cleanly(what, unchanged, [&](int) { return call(); });
+    expect(fine, what);
+}
+
+// Two layers of every kind: keys per channel and fp16 copies; fitted, rotated, centred and weighted; a
+// window.
+kv1::cache_description everything() {
+    kv1::cache_description d = kv1::uniform_cache(3, {1, 16, 16}, 256, 16);
+    d.fp16_sinks = 4;
+    d.fp16_window = 8;
+    d.prefix_events = 4;
+    d.layers[1].key_format = kv1::kv_format::compact3;
+    d.layers[1].key_encoding = {.levels = kv1::level_choice::least_squares, .hadamard = 16};
+    d.layers[1].key_encoding.means.assign(16, 0.25f);
+    d.layers[1].key_encoding.error_weights.assign(16 * 16, 0.0f);
+    for (std::size_t c = 0; c < 16; ++c)
+        d.layers[1].key_encoding.error_weights[c * 17] = 1.0f + static_cast<float>(c);
+    d.layers[1].value_encoding = d.layers[1].key_encoding;
+    d.layers[1].value_format = kv1::kv_format::affine4;
+    d.layers[2].sliding_window = 20;
+    d.layers[2].key_axis = kv1::quantization_axis::per_channel;
+    return d;
+}
+
+void create_and_grow() {
+    fails_cleanly("create from a description that is moved", everything,
+                  [](kv1::cache_description& d) { return kv1::kv_cache::create(std::move(d)).code(); });
+#if KV1_EXCEPTIONS
+    fails_cleanly("create from a description that is copied", everything,
+                  [](const kv1::cache_description& d) { return kv1::kv_cache::create(d).code(); });
+#else
+    const kv1::cache_description d = everything();
+    kv1::errc code{};
+    {
+        const kv1_test::failing_new guard(0);
+        code = kv1::kv_cache::create(d).code();
+    }
+    expect(code == kv1::errc::out_of_memory, "memory for a copy is sought");
+#endif
+    auto cache = kv1::kv_cache::create(everything());
+    expect(static_cast<bool>(cache), "create");
+    if (cache)
+        leaves_unchanged("grow", *cache, [&] {
+            const kv1::errc outcome = cache->try_grow(1024).code();
+            const std::size_t capacity = cache->description().capacity_tokens;
+            expect(capacity == (outcome == kv1::errc::ok ? 1024u : 256u), "the capacity after growing");
+            return outcome;
+        });
+    fails_cleanly(
+        "make a pool", [] { return 7u; }, [](unsigned n) { return kv1::page_pool::create(n).code(); });
+    fails_cleanly(
+        "tree mask",
+        [] {
+            return std::array{-1, 0, 1};
+        },
+        [](const std::array<int, 3>& parents) { return kv1::try_tree_mask(parents).code(); });
+}
+
+void steps_of_layers_of_every_kind() {
+    auto made = kv1::kv_cache::create(everything());
+    expect(static_cast<bool>(made), "create");
+    if (!made)
+        return;
+    kv1::kv_cache& cache = *made;
+    const std::vector<float> x(40 * 16, 0.5f);
+    std::array<float, 16> out{};
+    const kv1::sequence_id id = *cache.try_create_sequence();
+    for (int step = 0; step < 2; ++step) {
+        for (std::size_t layer = 0; layer < 3; ++layer) {
+            leaves_unchanged("append", cache, [&] {
+                return cache.try_append(id, layer, {x.data(), 40, 1, 16}, {x.data(), 40, 1, 16}).code();
+            });
+            expect(
+                static_cast<bool>(cache.try_attend(id, layer, {x.data(), 1, 1, 16}, {out.data(), 1, 1, 16})),
+                "attend");
+        }
+        const kv1_test::failing_new guard(1000);
+        expect(static_cast<bool>(cache.try_commit(id)), "commit");
+    }
+    const std::size_t before = cache.available_pages();
+    kv1::sequence_id twin;
+    leaves_unchanged("fork", cache, [&] {
+        const auto r = cache.try_fork(id);
+        if (r)
+            twin = *r;
+        return r.code();
+    });
+    leaves_unchanged("append to a shared page", cache, [&] {
+        return cache.try_append(twin, 0, {x.data(), 1, 1, 16}, {x.data(), 1, 1, 16}).code();
+    });
+    expect(static_cast<bool>(cache.try_destroy_sequence(twin)), "destroy");
+    expect(cache.available_pages() == before, "all pages come back");
+}
+
+void long_attention() {
+    auto made = kv1::kv2_cache::create(kv1::uniform_cache(1, {1, 16, 16}, 32768));
+    expect(static_cast<bool>(made), "create");
+    if (!made)
+        return;
+    kv1::kv2_cache& cache = *made;
+    const kv1::sequence_id id = *cache.try_create_sequence();
+    const std::vector<float> x(20000 * 16, 0.5f);
+    std::array<float, 16> out{};
+    expect(static_cast<bool>(cache.try_append(id, 0, {x.data(), 20000, 1, 16}, {x.data(), 20000, 1, 16})),
+           "append");
+    fails_cleanly(
+        "attend to many tokens", [] { return 0; },
+        [&](int) {
+            return cache.try_attend(id, 0, {x.data(), 1, 1, 16}, {out.data(), 1, 1, 16}).code();
+        });
+}
+
+void life_of_a_cache() {
+    kv1::cache_description d = kv1::uniform_cache(2, {1, 16, 16}, 256, 16);
+    auto made = kv1::kv_cache::create(d);
+    expect(static_cast<bool>(made), "create");
+    if (!made)
+        return;
+    kv1::kv_cache& cache = *made;
+    const std::vector<float> x(80 * 16, 0.5f);
+    std::array<float, 16> out{};
+    kv1::sequence_id id, twin;
+    leaves_unchanged("create a sequence", cache, [&] {
+        const auto r = cache.try_create_sequence();
+        if (r)
+            id = *r;
+        return r.code();
+    });
+    for (const std::size_t layer : {0u, 1u})
+        leaves_unchanged("append", cache, [&] {
+            return cache.try_append(id, layer, {x.data(), 40, 1, 16}, {x.data(), 40, 1, 16}).code();
+        });
+    leaves_unchanged("fork", cache, [&] {
+        const auto r = cache.try_fork(id);
+        if (r)
+            twin = *r;
+        return r.code();
+    });
+    expect(static_cast<bool>(cache.try_attend(twin, 1, {x.data(), 1, 1, 16}, {out.data(), 1, 1, 16})),
+           "attend");
+    std::vector<std::int32_t> tokens(40);
+    std::iota(tokens.begin(), tokens.end(), 0);
+    leaves_unchanged("store", cache, [&] { return cache.try_store_prefix(id, tokens).code(); });
+    leaves_unchanged("drop", cache, [&] { return cache.try_drop_pages(twin, 0, 1).code(); });
+    expect(cache.try_truncate(twin, 41).code() == kv1::errc::out_of_range, "truncate too far");
+    expect(static_cast<bool>(cache.try_truncate(twin, 33)), "truncate");
+    leaves_unchanged("create from a prefix", cache, [&] {
+        const auto r = cache.try_create_from_prefix(tokens);
+        return r ? cache.try_destroy_sequence(r->sequence).code() : r.code();
+    });
+    const std::array<std::size_t, 2> indptr{0, 1};
+    leaves_unchanged("append a batch", cache, [&] {
+        return cache.try_append({&id, 1}, 0, indptr, {x.data(), 1, 1, 16}, {x.data(), 1, 1, 16}).code();
+    });
+    expect(static_cast<bool>(cache.try_truncate(id, 40)), "truncate");
+    const auto path = std::filesystem::temp_directory_path() /
+                      (KV1_EXCEPTIONS ? "kv1_memory_exceptions.kv1" : "kv1_memory_no_exceptions.kv1");
+    const kv1::save_options with_prefixes{.model = {}, .prefixes = true};
+    leaves_unchanged("save to a file", cache, [&] {
+        return kv1::try_save_file(cache, {&id, 1}, path, with_prefixes).code();
+    });
+    leaves_unchanged("save over a file", cache, [&] {
+        return kv1::try_save_file(cache, {&id, 1}, path, with_prefixes).code();
+    });
+    kv1::sequence_id loaded;
+    leaves_unchanged("load from a file", cache, [&] {
+        const auto r = kv1::try_load_file(cache, path, {&loaded, 1});
+        return r ? cache.try_destroy_sequence(loaded).code() : r.code();
+    });
+    std::filesystem::remove(path);
+    std::vector<std::byte> memory(1 << 16);
+    leaves_unchanged("swap out", cache, [&] { return kv1::try_swap_out(cache, twin, memory).code(); });
+    expect(cache.try_length(twin).code() == kv1::errc::invalid_sequence, "a stale handle");
+    leaves_unchanged("swap in", cache, [&] { return kv1::try_swap_in(cache, memory).code(); });
+    memory[70] ^= std::byte{1};
+    expect(kv1::try_swap_in(cache, memory).code() == kv1::errc::checksum_mismatch, "a flipped bit");
+    expect(cache.try_append(id, 0, {x.data(), 80, 1, 16}, {x.data(), 80, 1, 16}).code() == kv1::errc::ok,
+           "append");
+    for (int i = 0; i < 3; ++i)
+        expect(cache.try_append(id, 0, {x.data(), 80, 1, 16}, {x.data(), 80, 1, 16}).code() ==
+                   (i == 0 ? kv1::errc::ok : kv1::errc::capacity_exceeded),
+               "a full pool");
+}
+
+} // namespace
+
+int main() {
+    create_and_grow();
+    steps_of_layers_of_every_kind();
+    long_attention();
+    life_of_a_cache();
+    expect(failed_allocations > 100, "allocations are seen to fail");
+    std::printf("%zu failed allocations, %d failures\n", failed_allocations, failures);
+    return failures == 0 ? 0 : 1;
+}
