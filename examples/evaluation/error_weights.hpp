@@ -8,8 +8,8 @@
 // by p_j (q . e) / sqrt(D) W (v_j - o), and an error f of value j by p_j W f. The heads that share a KV head
 // meet the same error, so their changes are added before they are squared:
 //
-//   key    weights = sum over queries and tokens of B^T B, B = sum over heads of p_j W (v_j - o) q^T /
-//   sqrt(D) value  weights = sum over queries and tokens of A^T A, A = sum over heads of p_j W
+//   key    weights = sum over queries and tokens of B^T B, B = sum over heads of p_j W (v_j - o) q^T / sqrt(D)
+//   value  weights = sum over queries and tokens of A^T A, A = sum over heads of p_j W
 //
 // Next to plain second moments of queries and columns of W these know which queries and heads spread errors,
 // and which tell few tokens apart.

@@ -1,81 +1,45 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kld.hpp"
 
-#include "divergence.hpp"
+#include "comparison.hpp"
 #include "error.hpp"
 #include "file.hpp"
 #include "model.hpp"
 #include "model_cache.hpp"
 #include "output_file.hpp"
 #include "progress.hpp"
+#include "side_by_side.hpp"
 #include "tokenizer.hpp"
 
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cmath>
-#include <condition_variable>
-#include <exception>
-#include <mutex>
+#include <memory>
 #include <numbers>
 #include <optional>
 #include <ostream>
 #include <span>
 #include <string>
-#include <thread>
+#include <vector>
 
 namespace kv1_lm {
 
 namespace {
-
-// Logits of so many positions are held at once.
-constexpr std::size_t rows_at_once = 128;
-
-struct chunk_result {
-    std::size_t positions = 0, targets = 0;
-    double kld = 0.0, worst = 0.0, reference_nll = 0.0, kv_nll = 0.0; // sums but for worst, nats
-};
 
 // What one thread measures chunks with.
 class chunk_worker {
 public:
     chunk_worker(const model& m, const kld_options& options, const model_cache& kv)
         : model_(m), options_(options), reference_(m.cache_shape(options.reference, options.seq_len)),
-          kv_(describe(m.config(), kv.policy, kv.calibrated, options.seq_len)),
-          reference_logits_(rows_at_once * m.config().vocab_size), kv_logits_(reference_logits_.size()) {}
+          kv_(describe(m.config(), kv.policy, kv.calibrated, options.seq_len)) {}
 
-    chunk_result measure(std::span<const std::int32_t> tokens) {
-        const std::vector<float> reference = run(reference_, tokens), kv = run(kv_, tokens);
-        const std::size_t hidden = model_.config().hidden_size, vocabulary = model_.config().vocab_size;
-        const std::size_t rows = tokens.size() - (options_.include_last_logit ? 0 : 1);
-        chunk_result total;
-        for (std::size_t first = 0; first < rows; first += rows_at_once) {
-            const std::size_t n = std::min(rows_at_once, rows - first);
-            const auto logits = [&](const std::vector<float>& states, std::vector<float>& out) {
-                model_.logits(std::span(states).subspan(first * hidden, n * hidden),
-                              std::span(out).first(n * vocabulary), one_thread_);
-            };
-            logits(reference, reference_logits_);
-            logits(kv, kv_logits_);
-            for (std::size_t i = 0; i < n; ++i) {
-                const auto p = std::span<const float>(reference_logits_).subspan(i * vocabulary, vocabulary);
-                const auto q = std::span<const float>(kv_logits_).subspan(i * vocabulary, vocabulary);
-                const double p_norm = log_sum_exp(p), q_norm = log_sum_exp(q);
-                const double kld = divergence(p, p_norm, q, q_norm);
-                total.kld += kld;
-                total.worst = std::max(total.worst, kld);
-                ++total.positions;
-                if (first + i + 1 < tokens.size()) {
-                    const auto target = static_cast<std::size_t>(tokens[first + i + 1]);
-                    total.reference_nll += p_norm - static_cast<double>(p[target]);
-                    total.kv_nll += q_norm - static_cast<double>(q[target]);
-                    ++total.targets;
-                }
-            }
-        }
-        return total;
+    comparison measure(std::span<const std::int32_t> tokens) {
+        const std::size_t positions = tokens.size() - (options_.include_last_logit ? 0 : 1);
+        const reference_predictions reference(model_, tokens, positions, run(reference_, tokens),
+                                              one_thread_);
+        return reference.compare(run(kv_, tokens), one_thread_);
     }
 
 private:
@@ -90,7 +54,6 @@ private:
     const kld_options& options_;
     kv1::kv_cache reference_, kv_;
     thread_pool one_thread_{1}; // chunks run side by side, each on one thread
-    std::vector<float> reference_logits_, kv_logits_;
 };
 
 double shrink(const kv1::cache_description& cache) {
@@ -127,42 +90,18 @@ kld_result measure_kld(const kld_options& options, std::ostream& log) {
     if (chunks.empty())
         throw input_error(options.text.string() + ": fewer than two tokens, nothing to measure");
 
-    std::vector<chunk_result> results(chunks.size());
-    std::atomic<std::size_t> next{0}, done{0};
-    std::exception_ptr failure;
-    std::mutex mutex;
-    std::condition_variable changed;
-    std::size_t running = std::min(options.threads, chunks.size());
-    std::vector<std::thread> threads;
-    const auto work = [&] {
-        try {
-            chunk_worker worker(m, options, kv);
-            for (std::size_t i = next.fetch_add(1); i < chunks.size(); i = next.fetch_add(1)) {
-                results[i] = worker.measure(chunks[i]);
-                done.fetch_add(1);
-            }
-        } catch (...) {
-            const std::lock_guard lock(mutex);
-            failure = std::current_exception();
-            next.store(chunks.size()); // the others stop soon
-        }
-        const std::lock_guard lock(mutex);
-        --running;
-        changed.notify_one();
-    };
+    std::vector<comparison> results(chunks.size());
     {
         progress_bar bar(log, options.show_progress, "chunks", chunks.size());
-        for (std::size_t i = running; i > 0; --i)
-            threads.emplace_back(work);
-        std::unique_lock lock(mutex);
-        while (!changed.wait_for(lock, std::chrono::milliseconds(200), [&] { return running == 0; }))
-            bar.show(done.load(), {});
-        bar.show(done.load(), {});
+        run_side_by_side(
+            chunks.size(), options.threads,
+            [&] {
+                return [&, worker = std::make_unique<chunk_worker>(m, options, kv)](std::size_t i) {
+                    results[i] = worker->measure(chunks[i]);
+                };
+            },
+            [&](std::size_t done) { bar.show(done, {}); });
     }
-    for (std::thread& thread : threads)
-        thread.join();
-    if (failure)
-        std::rethrow_exception(failure);
 
     kld_result r;
     r.loaded_tokens = tokens.size();
@@ -171,13 +110,13 @@ kld_result measure_kld(const kld_options& options, std::ostream& log) {
     r.shrink_vs_fp16 = shrink(describe(m.config(), kv.policy, kv.calibrated, options.seq_len));
     double kld = 0.0, reference_nll = 0.0, kv_nll = 0.0;
     std::size_t targets = 0;
-    for (const chunk_result& c : results) { // in order: sums do not depend on the threads
+    for (const comparison& c : results) { // in order: sums do not depend on the threads
         kld += c.kld;
         reference_nll += c.reference_nll;
-        kv_nll += c.kv_nll;
+        kv_nll += c.nll;
         targets += c.targets;
         r.positions += c.positions;
-        r.max_position_nats = std::max(r.max_position_nats, c.worst);
+        r.max_position_nats = std::max(r.max_position_nats, c.worst_kld);
         r.chunk_means.push_back(c.kld / static_cast<double>(c.positions));
     }
     r.max_chunk_mean_nats = *std::max_element(r.chunk_means.begin(), r.chunk_means.end());

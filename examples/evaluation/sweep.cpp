@@ -2,23 +2,21 @@
 #include "sweep.hpp"
 
 #include "calibrate.hpp"
-#include "divergence.hpp"
+#include "comparison.hpp"
 #include "error.hpp"
 #include "file.hpp"
 #include "linear.hpp"
 #include "model.hpp"
 #include "output_file.hpp"
 #include "progress.hpp"
+#include "side_by_side.hpp"
 #include "tokenizer.hpp"
 
 #include <nlohmann/json.hpp>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cmath>
-#include <condition_variable>
-#include <exception>
 #include <iomanip>
 #include <memory>
 #include <mutex>
@@ -26,23 +24,15 @@
 #include <ostream>
 #include <span>
 #include <sstream>
-#include <thread>
 
 namespace kv1_lm {
 
 namespace {
 
-constexpr std::size_t rows_at_once = 128; // logits of so many positions are held for a policy
 constexpr auto save_every = std::chrono::seconds(20);
 
-// Sums over the positions of a chunk.
-struct chunk_sums {
-    std::size_t positions = 0, agreed = 0;
-    double kld = 0.0, reference_nll = 0.0, nll = 0.0;
-};
-
 // By policy and chunk; empty where not measured yet.
-using policy_chunks = std::vector<std::optional<chunk_sums>>;
+using policy_chunks = std::vector<std::optional<comparison>>;
 
 nlohmann::ordered_json to_json(const policy_chunks& chunks) {
     nlohmann::ordered_json list = nlohmann::ordered_json::array();
@@ -52,10 +42,16 @@ nlohmann::ordered_json to_json(const policy_chunks& chunks) {
     return list;
 }
 
-struct norms {
-    std::vector<double> log_sums;
-    std::vector<std::size_t> likeliest;
-};
+// As to_json() writes it, the chunk's number left out.
+comparison comparison_from(const nlohmann::ordered_json& c) {
+    comparison sums;
+    sums.positions = sums.targets = c.at(1);
+    sums.agreed = c.at(2);
+    sums.kld = c.at(3);
+    sums.reference_nll = c.at(4);
+    sums.nll = c.at(5);
+    return sums;
+}
 
 // Everything of one model.
 class model_sweep {
@@ -110,7 +106,7 @@ public:
                 if (r.at("policy") == policies_[p].text)
                     for (const auto& c : r.at("chunk_sums"))
                         if (const auto i = c.at(0).get<std::size_t>(); i < chunks_.size())
-                            done_[p][i] = chunk_sums{c.at(1), c.at(2), c.at(3), c.at(4), c.at(5)};
+                            done_[p][i] = comparison_from(c);
     }
 
     [[nodiscard]] std::size_t total() const noexcept { return wanted_; }
@@ -127,26 +123,15 @@ public:
         if (wanted.empty())
             return;
         const std::span<const std::int32_t> tokens = chunks_[i];
-        const std::size_t rows = tokens.size() - 1, vocabulary = model_.config().vocab_size;
         const auto run = [&](const kv1::cache_description& d) {
             kv1::kv_cache cache(d);
             return model_.forward(tokens, cache, cache.create_sequence(), options_.precision, pool);
         };
-        std::vector<float> reference(rows * vocabulary);
-        {
-            const std::vector<float> states =
-                run(model_.cache_shape({kv1::kv_format::fp32, kv1::kv_format::fp32}, options_.seq_len));
-            model_.logits(std::span(states).first(rows * model_.config().hidden_size), reference, pool);
-        }
-        norms n;
-        for (std::size_t r = 0; r < rows; ++r) {
-            const auto row = std::span<const float>(reference).subspan(r * vocabulary, vocabulary);
-            n.log_sums.push_back(log_sum_exp(row));
-            n.likeliest.push_back(
-                static_cast<std::size_t>(std::max_element(row.begin(), row.end()) - row.begin()));
-        }
+        const reference_predictions reference(
+            model_, tokens, tokens.size() - 1,
+            run(model_.cache_shape({kv1::kv_format::fp32, kv1::kv_format::fp32}, options_.seq_len)), pool);
         for (const std::size_t p : wanted) {
-            const chunk_sums sums = compare(tokens, reference, n, run(descriptions_[p]), pool);
+            const comparison sums = reference.compare(run(descriptions_[p]), pool);
             const std::lock_guard lock(mutex_);
             done_[p][i] = sums;
         }
@@ -254,32 +239,6 @@ private:
     struct vector_costs {
         double key_mse = 0.0, value_mse = 0.0, encode_ns = 0.0;
     };
-
-    chunk_sums compare(std::span<const std::int32_t> tokens, std::span<const float> reference, const norms& n,
-                       const std::vector<float>& states, thread_pool& pool) const {
-        const std::size_t vocabulary = model_.config().vocab_size, hidden = model_.config().hidden_size;
-        const std::size_t rows = tokens.size() - 1;
-        std::vector<float> logits(std::min(rows, rows_at_once) * vocabulary);
-        chunk_sums sums;
-        for (std::size_t first = 0; first < rows; first += rows_at_once) {
-            const std::size_t count = std::min(rows_at_once, rows - first);
-            model_.logits(std::span(states).subspan(first * hidden, count * hidden),
-                          std::span(logits).first(count * vocabulary), pool);
-            for (std::size_t i = 0; i < count; ++i) {
-                const auto p = reference.subspan((first + i) * vocabulary, vocabulary);
-                const auto q = std::span<const float>(logits).subspan(i * vocabulary, vocabulary);
-                const double p_norm = n.log_sums[first + i], q_norm = log_sum_exp(q);
-                const auto target = static_cast<std::size_t>(tokens[first + i + 1]);
-                sums.kld += divergence(p, p_norm, q, q_norm);
-                sums.reference_nll += p_norm - static_cast<double>(p[target]);
-                sums.nll += q_norm - static_cast<double>(q[target]);
-                const auto best = static_cast<std::size_t>(std::max_element(q.begin(), q.end()) - q.begin());
-                sums.agreed += best == n.likeliest[first + i] ? 1 : 0;
-                ++sums.positions;
-            }
-        }
-        return sums;
-    }
 
     vector_costs errors(const kv1::kv_cache& cache, kv1::sequence_id id,
                         const std::vector<std::vector<float>>& keys,
@@ -433,53 +392,32 @@ std::vector<sweep_row> measure_sweep(const sweep_options& options, std::ostream&
         total += models.back()->total();
     }
 
-    std::atomic<std::size_t> next{0}, done{0};
-    std::exception_ptr failure;
-    std::mutex mutex;
-    std::condition_variable changed;
-    std::size_t running = std::min(options.threads, std::max<std::size_t>(total, 1));
-    std::vector<std::thread> threads;
-    const auto work = [&] {
-        try {
-            thread_pool pool(1); // chunks run side by side, each on one thread
-            for (std::size_t i = next.fetch_add(1); i < total; i = next.fetch_add(1)) {
-                std::size_t chunk = i, m = 0;
-                for (; chunk >= models[m]->total(); ++m)
-                    chunk -= models[m]->total();
-                models[m]->measure(chunk, pool);
-                done.fetch_add(1);
-            }
-        } catch (...) {
-            const std::lock_guard lock(mutex);
-            failure = std::current_exception();
-            next.store(total); // the others stop soon
-        }
-        const std::lock_guard lock(mutex);
-        --running;
-        changed.notify_one();
+    const auto measure = [&](std::size_t i, thread_pool& pool) { // chunk i of all models'
+        std::size_t m = 0;
+        for (; i >= models[m]->total(); ++m)
+            i -= models[m]->total();
+        models[m]->measure(i, pool);
     };
-    {
-        progress_bar bar(log, options.show_progress, "chunks", total);
-        for (std::size_t i = running; i > 0; --i)
-            threads.emplace_back(work);
-        auto saved = std::chrono::steady_clock::now();
-        std::unique_lock lock(mutex);
-        while (!changed.wait_for(lock, std::chrono::milliseconds(200), [&] { return running == 0; })) {
-            bar.show(done.load(), {});
-            if (std::chrono::steady_clock::now() - saved > save_every) {
-                lock.unlock();
-                file.save(models);
-                lock.lock();
-                saved = std::chrono::steady_clock::now();
-            }
+    progress_bar bar(log, options.show_progress, "chunks", total);
+    auto saved = std::chrono::steady_clock::now();
+    const auto watch = [&](std::size_t done) {
+        bar.show(done, {});
+        if (const auto now = std::chrono::steady_clock::now(); now - saved > save_every || done == total) {
+            file.save(models);
+            saved = now;
         }
-        bar.show(done.load(), {});
+    };
+    try {
+        run_side_by_side(
+            total, options.threads,
+            [&] { // chunks run side by side, each on one thread
+                return [&, pool = std::make_unique<thread_pool>(1)](std::size_t i) { measure(i, *pool); };
+            },
+            watch);
+    } catch (...) {
+        file.save(models); // what was measured before
+        throw;
     }
-    for (std::thread& thread : threads)
-        thread.join();
-    file.save(models);
-    if (failure)
-        std::rethrow_exception(failure);
     std::vector<sweep_row> rows;
     for (const auto& m : models)
         for (sweep_row& r : m->rows())

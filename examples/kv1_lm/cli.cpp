@@ -10,10 +10,12 @@
 
 #include <CLI/CLI.hpp>
 
+#include <cstdlib>
 #include <exception>
 #include <new>
 #include <optional>
 #include <ostream>
+#include <sstream>
 #include <string>
 #include <thread>
 #if defined(__unix__) || defined(__APPLE__)
@@ -77,11 +79,13 @@ void add_count(CLI::App& command, const char* name, auto& value, const char* des
 CLI::Validator between(double low, double high, std::string name) {
     return CLI::Validator(
         [low, high](const std::string& text) {
-            double value = 0.0;
-            const bool fits = CLI::detail::lexical_cast(text, value) && value > low && value <= high;
-            return fits ? std::string()
-                        : text + " is not above " + CLI::detail::to_string(low) + " and at most " +
-                              CLI::detail::to_string(high);
+            char* end = nullptr;
+            const double value = std::strtod(text.c_str(), &end);
+            if (!text.empty() && *end == '\0' && value > low && value <= high)
+                return std::string();
+            std::ostringstream why;
+            why << text << " is not above " << low << " and at most " << high;
+            return why.str();
         },
         std::move(name));
 }
@@ -164,7 +168,7 @@ int run_or_throw(int argc, const char* const* argv, std::istream& in, std::ostre
             "squares (or cs, clip search), Hadamard rotation, centring, error weights, +g32 for a "
             "scale and minimum every 32 channels, +channel for those of keys by channel; "
             "/LAYER:KEYS,VALUES for one layer, @SINKS:WINDOW for fp16 tokens, #256 for pages of 256. "
-            "Several may be given; none: those of README's table")
+            "Several may be given; none: those of examples/evaluation/README.md")
         ->expected(1, -1);
     add_count(*sweep_command, "--chunks", s.chunks, "The first so many chunks; 0 is all");
     add_count(*sweep_command, "--seq-len", s.seq_len, "Tokens of a chunk");

@@ -15,8 +15,7 @@
 
 namespace kv1_lm {
 
-namespace detail {
-
+/// The table both ways.
 struct byte_alphabet {
     std::array<char32_t, 256> letter{}; // by byte
     std::array<int, 0x144> byte{};      // by letter; -1 where it is none
@@ -33,13 +32,11 @@ struct byte_alphabet {
 };
 inline constexpr byte_alphabet alphabet{};
 
-} // namespace detail
-
 /// Bytes as a vocabulary spells them.
 [[nodiscard]] inline std::string spell(std::string_view bytes) {
     std::string text;
     for (const char c : bytes)
-        append_utf8(text, detail::alphabet.letter[static_cast<std::uint8_t>(c)]);
+        append_utf8(text, alphabet.letter[static_cast<std::uint8_t>(c)]);
     return text;
 }
 
@@ -48,10 +45,10 @@ inline constexpr byte_alphabet alphabet{};
     std::string bytes;
     while (!text.empty()) {
         const utf8_step step = first_step(text);
-        if (step.form != utf8_form::valid || step.code >= detail::alphabet.byte.size() ||
-            detail::alphabet.byte[step.code] < 0)
+        if (step.form != utf8_form::valid || step.code >= alphabet.byte.size() ||
+            alphabet.byte[step.code] < 0)
             return std::nullopt;
-        bytes += static_cast<char>(detail::alphabet.byte[step.code]);
+        bytes += static_cast<char>(alphabet.byte[step.code]);
         text.remove_prefix(step.length);
     }
     return bytes;

@@ -44,13 +44,11 @@ bool read_other(const json_view& cache, std::string_view key, std::string_view u
 
 // A format with what it has a use for of an encoding: a cache refuses the rest.
 side_policy side_of(kv1::kv_format format, const side_policy& wanted) {
-    const kv1::detail::format_traits t = kv1::detail::traits_of(format);
+    const kv1::format_info info = kv1::info_of(format);
     side_policy side{.format = format};
-    if (t.code_bits == 0)
+    if (info.code_bits == 0)
         return side;
-    side.least_squares =
-        wanted.least_squares && (t.metadata == kv1::detail::metadata_kind::scale_and_minimum ||
-                                 t.metadata == kv1::detail::metadata_kind::compact);
+    side.least_squares = wanted.least_squares && info.fits_levels;
     side.hadamard = wanted.hadamard;
     side.means = wanted.means;
     side.error_weights = wanted.error_weights && side.least_squares;

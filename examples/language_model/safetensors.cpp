@@ -157,7 +157,8 @@ safetensors safetensors::parse(std::vector<std::byte> contents, std::string orig
     const json document = parse_json(header, header_place);
 
     std::vector<extent> extents;
-    for (const auto& [name, value] : json_view(document, header_place).object()) {
+    const json_view root(document, header_place);
+    for (const auto& [name, value] : root.object()) {
         if (name == "__metadata__") {
             if (!value.is_null())
                 file.metadata_ = read_metadata(json_view(value, header_place + ": __metadata__"));

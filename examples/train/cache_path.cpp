@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cache_path.hpp"
 
+#include "rotary.hpp"
+
 #ifdef KV1_TRAIN_CUDA
 #include "device_path.hpp"
 
@@ -14,7 +16,6 @@
 
 #include <ATen/Parallel.h>
 
-#include <cmath>
 #include <span>
 #include <stdexcept>
 #include <vector>
@@ -94,21 +95,17 @@ cuda::cache_path_job job_for(const Tensor& x, Tensor& y) {
     return job;
 }
 
-bool is_compact(kv1::kv_format format) {
-    return kv1::detail::traits_of(format).metadata == kv1::detail::metadata_kind::compact;
-}
-
 void set_format(cuda::cache_path_job& job, kv1::kv_format format, const kv_policy& policy) {
     using kv1::kv_format;
     if (format == kv_format::codebook2)
         throw std::invalid_argument("cb2 is trained for on processors alone");
-    const int bits = kv1::detail::traits_of(format).code_bits;
+    const kv1::format_info info = kv1::info_of(format);
     job.format = is_plain(format)                     ? cuda::scheme::plain
                  : format == kv_format::binary        ? cuda::scheme::binary
                  : format == kv_format::scaled_binary ? cuda::scheme::scaled_binary
-                 : is_compact(format)                 ? cuda::scheme::compact
+                 : info.compact                       ? cuda::scheme::compact
                                                       : cuda::scheme::affine;
-    job.max_code = (1 << bits) - 1;
+    job.max_code = (1 << info.code_bits) - 1;
     job.least_squares = policy.least_squares;
     job.hadamard = policy.hadamard;
     job.round_metadata = policy.round_metadata;
@@ -187,19 +184,12 @@ Tensor nothing() { return torch::empty({0}); }
 
 rotary_table rotary_table::make(std::int64_t positions, std::int64_t head_dim, float theta,
                                 torch::Device device) {
-    // Angles in fp32, as the reference computes them.
-    std::vector<float> cosines, sines;
-    for (std::int64_t position = 0; position < positions; ++position)
-        for (std::int64_t i = 0; i < head_dim / 2; ++i) {
-            const float exponent = static_cast<float>(2 * i) / static_cast<float>(head_dim);
-            const float angle = static_cast<float>(position) * (1.0f / std::pow(theta, exponent));
-            cosines.push_back(std::cos(angle));
-            sines.push_back(std::sin(angle));
-        }
+    const kv1_lm::rotary_angles angles = kv1_lm::make_rotary_angles(
+        static_cast<std::size_t>(positions), static_cast<std::size_t>(head_dim), theta);
     const auto tensor = [&](const std::vector<float>& values) {
         return torch::tensor(values).view({positions, head_dim / 2}).to(device);
     };
-    return {tensor(cosines), tensor(sines)};
+    return {tensor(angles.cosines), tensor(angles.sines)};
 }
 
 torch::Tensor rotate(const torch::Tensor& x, const rotary_table& table) {

@@ -57,7 +57,7 @@ __device__ void turn(vector<N>& x, const float* cosines, const float* sines, std
     }
 }
 
-// Orthonormal; as detail::rotate_hadamard for channels whose largest power-of-two divisor is all of them, or
+// Orthonormal; as the cache rotates (kv1/hadamard.hpp) channels whose largest power-of-two divisor is all of them, or
 // 32 * (the power of two in N) of them.
 template <int N>
 __device__ void rotate_hadamard(vector<N>& x, int lane) {
@@ -121,7 +121,7 @@ __device__ float nearest(const vector<N>& x, levels l, float max_code, vector<N>
     return warp_sum(sum);
 }
 
-// As kv1::detail::refine_levels; sums are a warp's, not channel by channel.
+// As the cache fits levels (kv1/quantizers/least_squares.hpp); sums are a warp's, not channel by channel.
 template <int N>
 __device__ levels refine(const vector<N>& x, float lo, float hi, const cache_path_job& job) {
     constexpr float n = 32.0f * N;

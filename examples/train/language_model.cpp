@@ -58,32 +58,17 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v) {
 language_model::language_model(kv1_lm::model_config config, torch::Device device)
     : config_(std::move(config)) {
     const kv1_lm::model_config& c = config_;
-    const std::int64_t hidden = extent(c.hidden_size), wide = extent(c.intermediate_size),
-                       q_width = extent(c.heads * c.head_dim), kv_width = extent(c.kv_heads * c.head_dim);
-
     struct entry {
         std::string name;
         std::vector<std::int64_t> shape;
         Tensor* place;
     };
-    std::vector<entry> matrices{{"embed_tokens.weight", {extent(c.vocab_size), hidden}, &embeddings_}}, norms;
-    layers_.resize(c.layers);
-    for (std::size_t i = 0; i < c.layers; ++i) {
-        const std::string at = "layers." + std::to_string(i) + ".";
-        layer& l = layers_[i];
-        matrices.push_back({at + "self_attn.q_proj.weight", {q_width, hidden}, &l.query});
-        matrices.push_back({at + "self_attn.k_proj.weight", {kv_width, hidden}, &l.key});
-        matrices.push_back({at + "self_attn.v_proj.weight", {kv_width, hidden}, &l.value});
-        matrices.push_back({at + "self_attn.o_proj.weight", {hidden, q_width}, &l.output});
-        matrices.push_back({at + "mlp.gate_proj.weight", {wide, hidden}, &l.gate});
-        matrices.push_back({at + "mlp.up_proj.weight", {wide, hidden}, &l.up});
-        matrices.push_back({at + "mlp.down_proj.weight", {hidden, wide}, &l.down});
-        norms.push_back({at + "input_layernorm.weight", {hidden}, &l.attention_norm});
-        norms.push_back({at + "post_attention_layernorm.weight", {hidden}, &l.mlp_norm});
-    }
-    norms.push_back({"norm.weight", {hidden}, &final_norm_});
-    if (!c.tied_embeddings)
-        matrices.push_back({"lm_head.weight", {extent(c.vocab_size), hidden}, &head_});
+    std::vector<entry> matrices, norms;
+    kv1_lm::for_each_weight(c, !c.tied_embeddings, named_,
+                            [&](std::string name, const std::vector<std::size_t>& shape, Tensor& place) {
+                                (shape.size() == 1 ? norms : matrices)
+                                    .push_back({std::move(name), {shape.begin(), shape.end()}, &place});
+                            });
 
     const auto count = [](const std::vector<entry>& entries) {
         std::int64_t n = 0;
@@ -107,14 +92,14 @@ language_model::language_model(kv1_lm::model_config config, torch::Device device
             at += n;
         }
     if (c.tied_embeddings)
-        head_ = embeddings_;
+        named_.head = named_.embeddings;
     means_ = torch::zeros({extent(c.layers), 2, extent(c.kv_heads), extent(c.head_dim)}, weights_.options());
     rotary_ = rotary_table::make(extent(c.max_positions), extent(c.head_dim), c.rope_theta, device);
 }
 
 void language_model::initialize(std::uint64_t seed) {
     const torch::NoGradGuard no_gradient;
-    const at::Generator generator = at::detail::createCPUGenerator(seed);
+    const at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(seed);
     const double residual = 0.02 / std::sqrt(2.0 * static_cast<double>(config_.layers));
     for (const parameter& p : parameters_) {
         Tensor value = p.value;
@@ -157,10 +142,10 @@ torch::Tensor language_model::logits(const torch::Tensor& tokens, const kv_polic
     };
     const auto heads = [&](const Tensor& x) { return x.view({batch, length, -1, extent(c.head_dim)}); };
 
-    Tensor x = torch::embedding(embeddings_, tokens);
+    Tensor x = torch::embedding(named_.embeddings, tokens);
     std::vector<Tensor> observed;
-    for (std::size_t i = 0; i < layers_.size(); ++i) {
-        const layer& l = layers_[i];
+    for (std::size_t i = 0; i < named_.layers.size(); ++i) {
+        const auto& l = named_.layers[i];
         const kv1_lm::kv_formats& formats = kv.formats_of(i);
         const Tensor centres = means_[extent(i)];
         const Tensor h = normalize(x, l.attention_norm, epsilon).to(type);
@@ -181,7 +166,7 @@ torch::Tensor language_model::logits(const torch::Tensor& tokens, const kv_polic
     }
     if (seen != nullptr)
         *seen = torch::stack(observed);
-    return apply(normalize(x, final_norm_, epsilon).to(type), head_).flatten(0, 1);
+    return apply(normalize(x, named_.final_norm, epsilon).to(type), named_.head).flatten(0, 1);
 }
 
 } // namespace kv1_train

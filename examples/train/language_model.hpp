@@ -10,6 +10,7 @@
 #include "cache_path.hpp"
 #include "kv_policy.hpp"
 #include "model_config.hpp"
+#include "weights.hpp"
 
 #include <torch/types.h>
 
@@ -60,16 +61,12 @@ public:
     [[nodiscard]] std::int64_t matrix_weights() const noexcept { return matrix_weights_; }
 
 private:
-    struct layer {
-        torch::Tensor attention_norm, mlp_norm, query, key, value, output, gate, up, down;
-    };
-
     kv1_lm::model_config config_;
     std::vector<parameter> parameters_;
     torch::Tensor weights_, gradients_, means_;
     std::int64_t matrix_weights_ = 0;
-    torch::Tensor embeddings_, head_, final_norm_; // head_ is embeddings_ where the two are tied
-    std::vector<layer> layers_;
+    // views of weights_; the head is the embeddings where the two are tied
+    kv1_lm::model_weights<torch::Tensor, torch::Tensor> named_;
     rotary_table rotary_;
 };
 

@@ -38,8 +38,11 @@ public:
         parameters_ += values.size();
         return values;
     }
-    linear take_linear(const std::string& name, std::size_t outputs, std::size_t inputs) {
-        return {take(name, {outputs, inputs}), outputs, inputs};
+    void take(const std::string& name, const std::vector<std::size_t>& shape, std::vector<float>& place) {
+        place = take(name, shape);
+    }
+    void take(const std::string& name, const std::vector<std::size_t>& shape, linear& place) {
+        place = {take(name, shape), shape[0], shape[1]};
     }
     void expect_all_taken() const {
         for (const auto& [name, found] : file_.tensors())
@@ -72,38 +75,15 @@ model model::read(const std::filesystem::path& folder) {
 }
 
 model::model(model_config config, const safetensors& file) : config_(std::move(config)) {
-    const model_config& c = config_;
-    weight_source weights(file);
-    embeddings_ = weights.take_linear("embed_tokens.weight", c.vocab_size, c.hidden_size);
-    for (std::size_t i = 0; i < c.layers; ++i) {
-        const std::string at = "layers." + std::to_string(i) + ".";
-        layer l;
-        l.attention_norm = weights.take(at + "input_layernorm.weight", {c.hidden_size});
-        l.query = weights.take_linear(at + "self_attn.q_proj.weight", c.heads * c.head_dim, c.hidden_size);
-        l.key = weights.take_linear(at + "self_attn.k_proj.weight", c.kv_heads * c.head_dim, c.hidden_size);
-        l.value = weights.take_linear(at + "self_attn.v_proj.weight", c.kv_heads * c.head_dim, c.hidden_size);
-        l.output = weights.take_linear(at + "self_attn.o_proj.weight", c.hidden_size, c.heads * c.head_dim);
-        l.mlp_norm = weights.take(at + "post_attention_layernorm.weight", {c.hidden_size});
-        l.gate = weights.take_linear(at + "mlp.gate_proj.weight", c.intermediate_size, c.hidden_size);
-        l.up = weights.take_linear(at + "mlp.up_proj.weight", c.intermediate_size, c.hidden_size);
-        l.down = weights.take_linear(at + "mlp.down_proj.weight", c.hidden_size, c.intermediate_size);
-        layers_.push_back(std::move(l));
-    }
-    final_norm_ = weights.take("norm.weight", {c.hidden_size});
-    if (weights.has("lm_head.weight") || !c.tied_embeddings)
-        head_ = weights.take_linear("lm_head.weight", c.vocab_size, c.hidden_size);
-    weights.expect_all_taken();
-    parameters_ = weights.parameters();
-
-    // angles in fp32, as the reference computes them
-    const std::size_t pairs = c.head_dim / 2;
-    for (std::size_t position = 0; position < c.max_positions; ++position)
-        for (std::size_t i = 0; i < pairs; ++i) {
-            const float exponent = static_cast<float>(2 * i) / static_cast<float>(c.head_dim);
-            const float angle = static_cast<float>(position) * (1.0f / std::pow(c.rope_theta, exponent));
-            cosines_.push_back(std::cos(angle));
-            sines_.push_back(std::sin(angle));
-        }
+    weight_source source(file);
+    const bool own_head = source.has("lm_head.weight") || !config_.tied_embeddings;
+    for_each_weight(config_, own_head, weights_,
+                    [&](const std::string& name, const std::vector<std::size_t>& shape, auto& place) {
+                        source.take(name, shape, place);
+                    });
+    source.expect_all_taken();
+    parameters_ = source.parameters();
+    angles_ = make_rotary_angles(config_.max_positions, config_.head_dim, config_.rope_theta);
 }
 
 kv1::cache_description model::cache_shape(const kv_formats& formats, std::size_t tokens) const {
@@ -133,7 +113,7 @@ std::vector<float> model::forward(std::span<const std::int32_t> tokens, kv1::kv_
             throw input_error("token " + std::to_string(tokens[i]) + " at position " +
                               std::to_string(first + i) + " is not in the model's vocabulary of " +
                               std::to_string(c.vocab_size));
-        std::ranges::copy(embeddings_.row(static_cast<std::size_t>(tokens[i])),
+        std::ranges::copy(weights_.embeddings.row(static_cast<std::size_t>(tokens[i])),
                           x.begin() + static_cast<std::ptrdiff_t>(i * c.hidden_size));
     }
 
@@ -141,8 +121,8 @@ std::vector<float> model::forward(std::span<const std::int32_t> tokens, kv1::kv_
     std::vector<float> q(n * c.heads * c.head_dim), k(n * c.kv_heads * c.head_dim), v(k.size()),
         attended(q.size());
     std::vector<float> gate(n * c.intermediate_size), up(gate.size());
-    for (std::size_t i = 0; i < layers_.size(); ++i) {
-        const layer& l = layers_[i];
+    for (std::size_t i = 0; i < weights_.layers.size(); ++i) {
+        const auto& l = weights_.layers[i];
         normalize(x, l.attention_norm, normed);
         l.query(normed, q, pool);
         l.key(normed, k, pool);
@@ -170,7 +150,7 @@ std::vector<float> model::forward(std::span<const std::int32_t> tokens, kv1::kv_
         l.down(gate, sum, pool);
         add(x, sum);
     }
-    normalize(x, final_norm_, normed);
+    normalize(x, weights_.final_norm, normed);
     return normed;
 }
 
@@ -178,7 +158,7 @@ std::vector<double> model::output_products(std::size_t index) const {
     const std::size_t d = config_.head_dim, group = config_.heads / config_.kv_heads;
     std::vector<double> sums(config_.heads * group * d * d);
     for (std::size_t o = 0; o < config_.hidden_size; ++o) {
-        const std::span<const float> row = layers_[index].output.row(o);
+        const std::span<const float> row = weights_.layers[index].output.row(o);
         std::size_t at = 0;
         for (std::size_t a = 0; a < config_.heads; ++a)
             for (std::size_t b = a / group * group; b < (a / group + 1) * group; ++b)
@@ -191,7 +171,7 @@ std::vector<double> model::output_products(std::size_t index) const {
 }
 
 void model::logits(std::span<const float> hidden, std::span<float> out, thread_pool& pool) const {
-    (head_.outputs() != 0 ? head_ : embeddings_)(hidden, out, pool);
+    (weights_.head.outputs() != 0 ? weights_.head : weights_.embeddings)(hidden, out, pool);
 }
 
 void model::normalize(std::span<const float> x, std::span<const float> weight, std::span<float> out) const {
@@ -214,7 +194,7 @@ void model::rotate(std::span<float> vectors, std::size_t heads, std::size_t firs
         for (std::size_t i = 0; i < pairs; ++i) {
             float& a = vectors[at + 2 * i];
             float& b = vectors[at + 2 * i + 1];
-            const float cosine = cosines_[angles + i], sine = sines_[angles + i];
+            const float cosine = angles_.cosines[angles + i], sine = angles_.sines[angles + i];
             const float turned = a * cosine - b * sine;
             b = a * sine + b * cosine;
             a = turned;

@@ -8,7 +8,9 @@
 #include "kv_option.hpp"
 #include "linear.hpp"
 #include "model_config.hpp"
+#include "rotary.hpp"
 #include "thread_pool.hpp"
+#include "weights.hpp"
 
 #include <kv1/kv_cache.hpp>
 
@@ -54,21 +56,12 @@ public:
     void logits(std::span<const float> hidden, std::span<float> out, thread_pool& pool) const;
 
 private:
-    struct layer {
-        std::vector<float> attention_norm, mlp_norm;
-        linear query, key, value, output;
-        linear gate, up, down;
-    };
-
     void normalize(std::span<const float> x, std::span<const float> weight, std::span<float> out) const;
     void rotate(std::span<float> vectors, std::size_t heads, std::size_t first_position) const;
 
     model_config config_;
-    linear embeddings_;
-    linear head_; // empty where it is tied to the embeddings
-    std::vector<layer> layers_;
-    std::vector<float> final_norm_;
-    std::vector<float> cosines_, sines_; // [position][head_dim / 2]
+    model_weights<linear, std::vector<float>> weights_;
+    rotary_angles angles_;
     std::size_t parameters_ = 0;
 };
 

@@ -246,6 +246,22 @@ concept storage_format = requires {
 template <storage_format F>
 inline constexpr kv_format kv_format_of = detail::format_id<F>::value;
 
+/// What a format keeps of a vector, for programs that treat formats by their properties.
+struct format_info {
+    int code_bits = 0;              ///< of a channel's code; 0: the format keeps values plain
+    std::size_t metadata_bytes = 0; ///< beside the codes of a vector, or of a group of its channels
+    bool fits_levels = false;       ///< takes a level_choice besides min_max: affine, compact, codebook2
+    bool compact = false;           ///< scale and offset share 16 bits: compact, codebook2
+};
+
+/// The properties of a format. O(1).
+[[nodiscard]] constexpr format_info info_of(kv_format f) noexcept {
+    const detail::format_traits t = detail::traits_of(f);
+    const bool compact = t.metadata == detail::metadata_kind::compact;
+    return {t.code_bits, t.metadata_bytes(),
+            compact || t.metadata == detail::metadata_kind::scale_and_minimum, compact};
+}
+
 /// Bytes of the packed values of one row-format vector, metadata not counted.
 [[nodiscard]] constexpr std::size_t packed_bytes(kv_format f, std::size_t head_dim) noexcept {
     const detail::format_traits t = detail::traits_of(f);

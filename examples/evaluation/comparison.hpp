@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// How far a model's predictions with one cache differ from those with another, position by position.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+namespace kv1_lm {
+
+class model;
+class thread_pool;
+
+/// Sums over positions, in nats but for the counts; worst_kld is the largest of any position.
+struct comparison {
+    std::size_t positions = 0;
+    std::size_t agreed = 0;  ///< positions whose likeliest token is the reference's
+    std::size_t targets = 0; ///< positions whose next token is known
+    double kld = 0.0, worst_kld = 0.0;
+    double reference_nll = 0.0, nll = 0.0; ///< over targets
+};
+
+/// A model's predictions in a run, kept so that other runs over the same tokens are compared with them.
+class reference_predictions {
+public:
+    /// `states` are the run's final hidden states, [tokens][hidden_size], of which the first `positions`
+    /// count. Holds tokens.size() * vocab_size floats. `m` and the tokens must outlive this.
+    reference_predictions(const model& m, std::span<const std::int32_t> tokens, std::size_t positions,
+                          std::span<const float> states, thread_pool& pool);
+
+    /// KL(reference || other) and the rest, of another run's hidden states.
+    [[nodiscard]] comparison compare(std::span<const float> states, thread_pool& pool) const;
+
+private:
+    [[nodiscard]] std::span<const float> row(std::size_t position) const;
+    template <class Use>
+    void for_each_block(std::span<const float> states, thread_pool& pool, Use use) const;
+
+    const model& model_;
+    std::span<const std::int32_t> tokens_;
+    std::vector<float> logits_; // [tokens][vocab_size]
+    std::vector<double> log_sums_;
+    std::vector<std::size_t> likeliest_;
+};
+
+} // namespace kv1_lm
