@@ -10,8 +10,8 @@
 //
 //   ns_per_token_kvhead   time / (n * kv_heads), mean of the run
 //   ns_fastest            the same for the fastest call: on a shared machine the figure to compare
-//   fp16_limit_ratio      how many times faster than reading the cache in fp16 (fastest calls, see
-//   limits.hpp) dot4_floor_ratio      fastest call / time of its dot products alone; integer path only
+//   fp16_limit_ratio      how many times faster than reading the cache in fp16 (fastest calls, see limits.hpp)
+//   dot4_floor_ratio      fastest call / time of its dot products alone; integer path only
 //
 // Plain formats are this library's own fp32 and fp16 caches, affine8 its int8 cache, on the same layout,
 // prefetch and driver. fp16 beside its own limit: fp16_limit_ratio of fp16/fp16 is at most 1.

@@ -2,11 +2,10 @@
 //
 // What the cache costs beside its kernels, one thread.
 //
-//   cache/step/<shape>/<whole|kernels>  one decode step: a token appended to each of the sequences and
-//   attended
-//                                       to, in every layer. kernels: the same quantizing and attention by the
-//                                       very jobs that the cache makes, prepared beforehand. Read the two
-//                                       side by side: the rest is the cache's.
+//   cache/step/<shape>/<whole|kernels>  one decode step: a token appended to each of the sequences and attended to,
+//                                       in every layer. kernels: the same quantizing and attention by the very
+//                                       jobs that the cache makes, prepared beforehand. Read the two side by side:
+//                                       the rest is the cache's.
 //   cache/fork/<tokens>                 fork and destroy
 //   cache/cycle                         create, append a token to every layer, destroy
 //   cache/save, cache/load              a sequence to memory and back

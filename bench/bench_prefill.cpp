@@ -2,11 +2,11 @@
 //
 // Prefill attention: n queries over n keys, causal, one thread, one KV head.
 //
-//   prefill/kv1/<format>/<target>/h<heads>/d<head_dim>/n<tokens>    attend() on the packed cache
-//   prefill/blas/<format>/h<heads>/d<head_dim>/n<tokens>            the same cache decoded to fp32, then
-//   sgemm for
-//                                                                   the scores of a query head, causal
-//                                                                   softmax, sgemm with the values
+//   prefill/kv1/<format>/<target>/h<heads>/d<head_dim>/n<tokens>
+//       attend() on the packed cache
+//   prefill/blas/<format>/h<heads>/d<head_dim>/n<tokens>
+//       the same cache decoded to fp32, then sgemm for the scores of a query head, causal softmax, sgemm with the
+//       values
 //
 // The BLAS picks its own instruction set; compare it with the kv1 target that uses the same. Decoding is done
 // once for all query heads, and its time is counted.

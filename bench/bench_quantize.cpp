@@ -2,10 +2,9 @@
 //
 // What it takes to store vectors, one thread, random data. Items are values, bytes are fp32 bytes read.
 //
-//   quantize/<scheme>/<target>/d<channels>                       the row format, vector by vector
-//   encode/<format>/<policy>/<target>/d<head_dim>                 64 tokens into a cache, K and V alike:
-//   means,
-//                                                                 rotation, levels, codes, insertion
+//   quantize/<scheme>/<target>/d<channels>           the row format, vector by vector
+//   encode/<format>/<policy>/<target>/d<head_dim>    64 tokens into a cache, K and V alike: means, rotation,
+//                                                    levels, codes, insertion
 //
 // Policies as kv1-lm sweep writes them: ls least squares, cs clip search, had Hadamard rotation over the
 // whole head, mean centring, ew error weights. values_per_s is the mean of the run, values_per_s_fastest that

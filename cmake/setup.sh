@@ -5,6 +5,7 @@
 #   bash cmake/setup.sh test                             build everything, warnings as errors, and test it
 #   bash cmake/setup.sh bench                            build the benchmarks and list them
 #   bash cmake/setup.sh extended                         hours of tests: compilers, sanitizers, fuzzers, CPUs
+#   bash cmake/setup.sh deps                             install what run, test and bench need, and nothing else
 #
 # On Debian and Ubuntu whatever is missing is installed first (as root, or with sudo); where nothing is missing
 # nothing is installed. Package sources are not changed: packages newer than the machine's release are
@@ -18,7 +19,7 @@ log=$source_dir/build/setup.log
 jobs=$(nproc 2>/dev/null || echo 2)
 
 usage() {
-    sed -n '4,7s/^#   //p' cmake/setup.sh
+    sed -n '4,8s/^#   //p' cmake/setup.sh
     exit 2
 }
 
@@ -361,10 +362,23 @@ command_run() {
     build/examples/kv1-lm "$@"
 }
 
+# For the consumer that is a Makefile.
+test_tools=(make:make pkg-config:pkg-config)
+
+# The test of the sources' formatting is skipped without it, so nothing fails for want of it.
+provide_formatter() {
+    ! have clang-format-14 && have apt-get && may_be_root || return 0
+    apt_update clang-format-14
+    [ -n "$(candidate clang-format-14 || true)" ] || return 0
+    say "installing clang-format-14"
+    as_root apt-get -q -y -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 install --no-install-recommends \
+        clang-format-14 >>"$log" 2>&1 </dev/null || say "clang-format-14 could not be installed"
+}
+
 command_test() {
-    # For the consumer that is a Makefile.
-    tools=(make:make pkg-config:pkg-config)
+    tools=("${test_tools[@]}")
     provide xsimd catch2 json cli11 pcre2 cblas
+    provide_formatter
     pick_generator
     say "configuring"
     configure build/check -DKV1_BUILD_TESTS=ON -DKV1_BUILD_EXAMPLES=ON -DKV1_BUILD_C=ON -DKV1_WERROR=ON
@@ -372,6 +386,13 @@ command_test() {
     build build/check
     say "testing: $(test_cases build/check) test cases, one test for each file of them"
     run_ctest build/check
+}
+
+command_deps() {
+    tools=("${test_tools[@]}")
+    provide xsimd catch2 json cli11 pcre2 cblas benchmark
+    provide_formatter
+    say "everything that run, test and bench need is there"
 }
 
 command_bench() {
@@ -568,7 +589,7 @@ command_extended() {
 command=$1
 shift
 case $command in
-run | test | bench | extended) ;;
+run | test | bench | extended | deps) ;;
 *) usage ;;
 esac
 

@@ -2,6 +2,7 @@
 //
 // The program README shows; a test compares the two.
 
+#include <kv1/hadamard.hpp>
 #include <kv1/kv_cache.hpp>
 
 #include <iostream>
@@ -9,17 +10,27 @@
 
 int main() {
     constexpr std::size_t layers = 4, kv_heads = 8, heads = 32, head_dim = 128;
-    kv1::kv2_cache cache(kv1::uniform_cache(layers, {kv_heads, head_dim, head_dim}, 4096));
+
+    // Keys in three bits, values in two: rotated, then with the levels that fit each vector best.
+    kv1::layer_description layer{kv_heads, head_dim, head_dim, kv1::kv_format::compact3,
+                                 kv1::kv_format::compact2};
+    layer.key_encoding = layer.value_encoding = {.levels = kv1::level_choice::least_squares,
+                                                 .hadamard = kv1::hadamard_block(head_dim)};
+    kv1::cache_description shape = kv1::uniform_cache(layers, layer, 4096); // room for 4,096 tokens
+    shape.fp16_sinks = 4;                                                   // the first tokens stay in fp16,
+    shape.fp16_window = 32;                                                 // and so do the newest
+    kv1::kv_cache cache(shape);
     const kv1::sequence_id sequence = cache.create_sequence();
 
     std::vector<float> k(kv_heads * head_dim), v(k.size()), q(heads * head_dim), out(q.size());
-    for (std::size_t token = 0; token < 100; ++token)
-        for (std::size_t layer = 0; layer < layers; ++layer) {
+    for (std::size_t token = 0; token < 100; ++token) {
+        for (std::size_t l = 0; l < layers; ++l) {
             for (std::size_t i = 0; i < k.size(); ++i) // your projections; keys and queries after RoPE
-                k[i] = v[i] = q[i] = static_cast<float>((i * 7 + token + layer) % 13) - 6.0f;
-            cache.append(sequence, layer, {k.data(), 1, kv_heads, head_dim},
-                         {v.data(), 1, kv_heads, head_dim});
-            cache.attend(sequence, layer, {q.data(), 1, heads, head_dim}, {out.data(), 1, heads, head_dim});
+                k[i] = v[i] = q[i] = static_cast<float>((i * 7 + token + l) % 13) - 6.0f;
+            cache.append(sequence, l, {k.data(), 1, kv_heads, head_dim}, {v.data(), 1, kv_heads, head_dim});
+            cache.attend(sequence, l, {q.data(), 1, heads, head_dim}, {out.data(), 1, heads, head_dim});
         }
+        cache.commit(sequence); // the step is whole: tokens that left the window give their fp16 back
+    }
     std::cout << to_string(cache.statistics(sequence)) << '\n';
 }

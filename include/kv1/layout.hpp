@@ -5,8 +5,7 @@
 // Everything is 64-byte lines of sixteen 32-bit lanes, so that one walk serves 16-, 8- and 4-lane processors
 // and no kernel needs a horizontal sum:
 //
-//   K line  lane = token (16 tokens), the lane's bits = 32/b consecutive channels of that token, in
-//   row-format
+//   K line  lane = token (16 tokens), the lane's bits = 32/b consecutive channels of that token, in row-format
 //           order: byte j, field f (bits b*f.. of the byte) = channel (8/b)*j + f of the line's channels
 //   V line  lane = channel (16 channels), the lane's bits = 32/b consecutive tokens: byte i, field f = token
 //           4f + i, so that four consecutive tokens' weights make one broadcast dword

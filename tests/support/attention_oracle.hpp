@@ -5,8 +5,7 @@
 //
 // Bounds are derived, not tuned. u = 2^-24, gamma(n) = n u / (1 - n u).
 //
-// exact path   a score is a sum of D products of fp32 numbers: |error| <= gamma(D + 3) sum |q_d k_d|, the 3
-// for
+// exact path   a score is a sum of D products of fp32 numbers: |error| <= gamma(D + 3) sum |q_d k_d|, the 3 for
 //              the scaled query and the padded sum's last additions. A weight is exp(score - maximum), times
 //              a factor exp(m - m') for every later block whose maximum m' is larger; each subtraction rounds
 //              its result, and the results add up to (final maximum - score); they are taken in units of

@@ -12,7 +12,7 @@
 // with x taken from the middle of the range. The scale is then rounded as stored, the base computed once more
 // for it, and codes are the nearest of the stored levels. The range itself, as min/max would store it, is the
 // other candidate: the one with the smaller squared error is taken, so the result is never worse than
-// min/max. (Better starts and more rounds gain nothing on keys and values that were measured: README.)
+// min/max. (Better starts and more rounds gained nothing on the keys and values that were measured.)
 //
 // Sums run channel by channel, products are rounded before they are added: a vector's codes and metadata are
 // the same bits on every target. O(n), no allocation.

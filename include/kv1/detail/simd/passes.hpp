@@ -3,8 +3,7 @@
 // Region passes: one source of kernels, one namespace per target, all in a header that is compiled without -m
 // flags.
 //
-//   inside a region:   xsimd (under a private name), the isa_*.inl primitives, the kernels; all of it
-//   templates
+//   inside a region:   xsimd (under a private name), the isa_*.inl primitives, the kernels; all of it templates
 //                      or inline functions in a namespace of the target
 //   outside:           everything else. Standard headers come before the first region, so that no inline std
 //                      function is ever compiled for a target that the processor may lack
