@@ -9,10 +9,13 @@
 #include "tokenizer.hpp"
 
 #include <kv1/kv_cache.hpp>
+#include <kv1/model_fingerprint.hpp>
 
 #include <algorithm>
 #include <cstdint>
 #include <filesystem>
+#include <fstream>
+#include <iterator>
 #include <span>
 #include <string>
 #include <string_view>
@@ -29,6 +32,11 @@ public:
             describe(model_.config(), cache_.policy, cache_.calibrated, capacity_tokens);
         shape.page_tokens = 16; // small pages: more of a short text is shared
         return kv1::kv_cache(shape);
+    }
+    /// Names the model by its weights. Caches saved with it are not loaded by another model of this shape.
+    [[nodiscard]] kv1::model_fingerprint fingerprint() const {
+        std::ifstream weights(folder_ / "model.safetensors", std::ios::binary);
+        return kv1::fingerprint_of(std::string(std::istreambuf_iterator<char>(weights), {}));
     }
     [[nodiscard]] tokens encode(std::string_view text) const { return tokenizer_.encode(text); }
     [[nodiscard]] std::string decode(const tokens& t) const { return tokenizer_.decode(t); }

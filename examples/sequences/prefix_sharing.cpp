@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Two prompts with a common beginning: the second one starts from the pages of the first.
+// Prompts with a common beginning: the second one starts from the pages of the first, and so does the third,
+// after a restart.
 #include "language_model.hpp"
 
+#include <kv1/cache_file.hpp>
+
 #include <chrono>
+#include <filesystem>
 #include <iostream>
 #include <string>
 
@@ -15,6 +19,7 @@ int main() {
         common += " In the year 18" + std::to_string(10 + i) + ", settlers built a new road along the river.";
     const example::tokens prompts[] = {lm.encode(common + " The first of them"),
                                        lm.encode(common + " Later, the railway")};
+    const std::filesystem::path file = std::filesystem::temp_directory_path() / "kv1-example-prefixes.kv1";
 
     // Runs a prompt from what is known of it. The last token is always run: its logits are wanted.
     double seconds = 0.0;
@@ -37,10 +42,17 @@ int main() {
     const example::tokens shared = prefill(prompts[1]);
     const double with = seconds;
     const std::size_t reused = known;
+    kv1::save_file(cache, {}, file, {.model = lm.fingerprint(), .prefixes = true});
     cache.prefixes().clear();
     const example::tokens alone = prefill(prompts[1]);
     std::cout << "prefill of the second prompt: " << seconds * 1e3 << " ms alone, " << with * 1e3
               << " ms sharing\n"
               << lm.decode(shared) << '\n';
-    return shared == alone && reused > prompts[1].size() / 2 ? 0 : 1;
+
+    cache = lm.make_cache(4096); // as a process that starts would have it
+    kv1::load_file(cache, file, {}, {.model = lm.fingerprint()});
+    std::cout << "after a restart, with " << std::filesystem::file_size(file) << " bytes from disk: ";
+    const example::tokens restarted = prefill(prompts[1]);
+    std::filesystem::remove(file);
+    return shared == alone && restarted == alone && reused > prompts[1].size() / 2 && known >= reused ? 0 : 1;
 }

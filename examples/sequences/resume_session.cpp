@@ -17,11 +17,11 @@ int main() {
     kv1::sequence_id session = cache.create_sequence();
     const std::int32_t first = example::language_model::best(lm.run(cache, session, prompt).back());
     const example::tokens before = lm.continue_greedily(cache, session, first, 20);
-    kv1::save_file(cache, {&session, 1}, file);
+    kv1::save_file(cache, {&session, 1}, file, {.model = lm.fingerprint()});
     const example::tokens here = lm.continue_greedily(cache, session, before.back(), 20);
 
     kv1::kv_cache other = lm.make_cache(1024);
-    kv1::load_file(other, file, {&session, 1});
+    kv1::load_file(other, file, {&session, 1}, {.model = lm.fingerprint()});
     const example::tokens there = lm.continue_greedily(other, session, before.back(), 20);
     std::cout << std::filesystem::file_size(file) << " bytes on disk\n"
               << lm.decode(before) << " |" << lm.decode(there) << '\n';

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cache_model.hpp"
+#include "saved_bytes.hpp"
 
 #include <kv1/cache_io.hpp>
 #include <kv1/kv_cache.hpp>
@@ -28,7 +29,7 @@ public:
     struct tallies {
         std::size_t appended = 0, refused = 0, exhausted = 0, forked = 0, truncated = 0, dropped = 0,
                     committed = 0, destroyed = 0, attended = 0, stored = 0, matched = 0, imported = 0,
-                    batches = 0, partly_matched = 0, loaded = 0;
+                    batches = 0, partly_matched = 0, loaded = 0, prefixes_loaded = 0;
     };
 
     static void run(std::span<const std::uint8_t> bytes, tallies& t) {
@@ -549,7 +550,7 @@ private:
         require(s.code() == (l->model.agreed() ? kv1::errc::ok : kv1::errc::layers_disagree), "save");
         if (!s)
             return;
-        const std::size_t at = (next() * std::size_t{257} + next()) % memory.size();
+        const std::size_t chosen = next() * std::size_t{257} + next(), at = chosen % memory.size();
         memory[at] ^= std::byte{4};
         require(!kv1::try_swap_in(cache_, memory), "changed bytes are refused");
         memory[at] ^= std::byte{4};
@@ -561,6 +562,30 @@ private:
         compare(twin);
         living_.push_back(std::move(twin));
         ++tallies_.loaded;
+        if (chosen % 2 == 0)
+            save_prefixes(living_.back().model);
+    }
+
+    // All prefixes, loaded into another cache, are known there as here, page for page and in the same order.
+    void save_prefixes(const model_sequence& prompt) {
+        const auto memory = try_saved(cache_, {}, {.prefixes = true});
+        require(memory.reason(), "save of prefixes");
+        kv1::kv_cache other(description_);
+        require(kv1::try_load(other, kv1::memory_source(*memory), {}).reason(), "load of prefixes");
+        require(other.try_validate(), "the invariants, with loaded prefixes");
+        require(try_saved(other, {}, {.prefixes = true}).value() == *memory, "the same prefixes");
+        const auto here = cache_.try_create_from_prefix(prompt.ids, salt_of(prompt));
+        if (here.code() == kv1::errc::capacity_exceeded)
+            return;
+        require(here.reason(), "match");
+        const auto there = other.try_create_from_prefix(prompt.ids, salt_of(prompt));
+        require(there.reason(), "match of loaded prefixes");
+        require(here->tokens == there->tokens, "as much is known");
+        require(try_saved(cache_, {&here->sequence, 1}).value() ==
+                    try_saved(other, {&there->sequence, 1}).value(),
+                "the same pages");
+        require(cache_.try_destroy_sequence(here->sequence), "destroy");
+        tallies_.prefixes_loaded += there->tokens;
     }
 
     void attend() {
