@@ -13,6 +13,7 @@
 #include "support.hpp"
 
 #include <kv1/cache_io.hpp>
+#include <kv1/detail/append.hpp>
 
 #include <array>
 

@@ -113,11 +113,11 @@ namespace detail {
 struct cache_access {
     template <class F, class A>
     static const cache_state& state(const basic_kv_cache<F, A>& cache) noexcept {
-        return *cache.state_;
+        return cache.core_->state();
     }
     template <class F, class A>
     static cache_state& state(basic_kv_cache<F, A>& cache) noexcept {
-        return *cache.state_;
+        return cache.core_->state();
     }
 };
 } // namespace detail

@@ -1,27 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// For programs that define KV1_EXTERNAL_KERNELS: include this in exactly one translation unit, and the
-// kernels of all formats are compiled there and only there. Its flags may differ from the others', in -march
-// and in exceptions: what target::baseline is, is what this translation unit is compiled for.
-// KV1_STATIC_DISPATCH must be defined for all or for none of them, or external_kernels is not found when they
-// are linked. Without KV1_EXTERNAL_KERNELS there is no need for this header.
+// For programs that define KV1_EXTERNAL_KERNELS: include this in exactly one translation unit, which defines
+// it too, and the kernels of all formats and the cache itself are compiled there and only there. Its flags
+// may differ from the others', in -march and in exceptions: what target::baseline is, is what this
+// translation unit is compiled for. KV1_STATIC_DISPATCH must be defined for all or for none of them, or
+// external_kernels is not found when they are linked. Without KV1_EXTERNAL_KERNELS there is no need for this
+// header. kv1's own build compiles the two parts of it side by side.
 #pragma once
 
-#include <kv1/detail/kernels/registry.hpp>
-#include <kv1/detail/kernels/registry_impl.hpp>
+#if !defined(KV1_EXTERNAL_KERNELS)
+#error "kv1/kernels.hpp is for programs that define KV1_EXTERNAL_KERNELS; define it here, too"
+#endif
 
-namespace kv1::KV1_KERNELS_ABI {
-
-template <class Tag>
-const void* external_kernels<Tag>::common(std::uint8_t t) noexcept {
-    return &detail::compiled_kernels<Tag>(static_cast<target>(t));
-}
-
-template <class Tag>
-const void* external_kernels<Tag>::of_format(std::uint8_t t, std::uint8_t f) noexcept {
-    return detail::compiled_format_kernels(all_formats{}, static_cast<target>(t), static_cast<kv_format>(f));
-}
-
-template struct external_kernels<>;
-
-} // namespace kv1::KV1_KERNELS_ABI
+#include <kv1/detail/external_caches.hpp>
+#include <kv1/detail/external_kernels.hpp>

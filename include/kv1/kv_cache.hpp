@@ -79,23 +79,14 @@
 #include <kv1/status.hpp>
 #include <kv1/tensor.hpp>
 
-#include <kv1/detail/cache_append.hpp>
-#include <kv1/detail/cache_attention.hpp>
-#include <kv1/detail/cache_inspection.hpp>
-#include <kv1/detail/cache_rows.hpp>
-#include <kv1/detail/cache_state.hpp>
-#include <kv1/detail/kernels/registry.hpp>
+#include <kv1/detail/any_cache.hpp>
 #include <kv1/detail/memory_source.hpp>
 #include <kv1/detail/try_copy.hpp>
 
-#include <algorithm>
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 #include <memory>
 #include <new>
-#include <optional>
 #include <span>
 #include <utility>
 
@@ -161,116 +152,60 @@ public:
     /// @}
 
     /// What the cache was made from.
-    [[nodiscard]] const cache_description& description() const noexcept {
-        return state_->storage.description();
-    }
+    [[nodiscard]] const cache_description& description() const noexcept { return core_->description(); }
     /// How many there are.
-    [[nodiscard]] std::size_t layers() const noexcept { return state_->storage.layers().size(); }
+    [[nodiscard]] std::size_t layers() const noexcept { return core_->layers(); }
     /// Geometry of one KV head's page of a layer. Precondition: layer < layers().
-    [[nodiscard]] const page_layout& layout(std::size_t layer) const noexcept {
-        return state_->body_of(layer).layout;
-    }
+    [[nodiscard]] const page_layout& layout(std::size_t layer) const noexcept { return core_->layout(layer); }
 
     /// Raises the capacity; pages keep their numbers and move. O(bytes in use). Errors: invalid_argument,
     /// out_of_memory.
-    status try_grow(std::size_t capacity_tokens) noexcept {
-        return state_->storage.grow(capacity_tokens, *state_->memory);
-    }
+    status try_grow(std::size_t capacity_tokens) noexcept { return core_->grow(capacity_tokens); }
 
     // ---- sequences
 
     /// An empty sequence. O(layers). Errors: out_of_memory.
-    [[nodiscard]] result<sequence_id> try_create_sequence() noexcept {
-        const result<std::uint32_t> slot = state_->new_slot();
-        if (!slot)
-            return slot.reason();
-        return state_->sequences.publish(*slot);
-    }
+    [[nodiscard]] result<sequence_id> try_create_sequence() noexcept { return core_->create_sequence(); }
 
     /// Gives the sequence's pages back. O(pages). Errors: invalid_sequence.
-    status try_destroy_sequence(sequence_id id) noexcept {
-        detail::sequence_state* q = state_->sequences.retire(id);
-        if (q == nullptr)
-            return detail::stale();
-        for (std::size_t g = 0; g < state_->groups().size(); ++g)
-            state_->cut(*q, g, 0);
-        state_->sequences.recycle(id.slot);
-        return {};
-    }
+    status try_destroy_sequence(sequence_id id) noexcept { return core_->destroy_sequence(id); }
 
     /// Whether the handle names a living sequence. O(1).
-    [[nodiscard]] bool contains(sequence_id id) const noexcept { return state_->find(id) != nullptr; }
+    [[nodiscard]] bool contains(sequence_id id) const noexcept { return core_->contains(id); }
 
     /// Tokens of one layer, dropped ones included: the position of the next one. Errors: invalid_sequence,
     /// out_of_range.
     [[nodiscard]] result<std::size_t> try_length(sequence_id id, std::size_t layer) const noexcept {
-        const detail::sequence_state* q = state_->find(id);
-        if (q == nullptr)
-            return detail::stale();
-        if (layer >= layers())
-            return detail::no_such_layer(layer);
-        return q->length(layer);
+        return core_->length(id, layer);
     }
     /// Tokens that every layer holds. O(layers).
-    [[nodiscard]] result<std::size_t> try_length(sequence_id id) const noexcept {
-        const detail::sequence_state* q = state_->find(id);
-        if (q == nullptr)
-            return detail::stale();
-        return q->shortest(layers());
-    }
+    [[nodiscard]] result<std::size_t> try_length(sequence_id id) const noexcept { return core_->length(id); }
 
     /// A sequence that shares every page with this one, until one of them writes to it. O(pages). Errors:
     /// invalid_sequence, layers_disagree, out_of_memory.
-    [[nodiscard]] result<sequence_id> try_fork(sequence_id id) noexcept {
-        const detail::sequence_state* q = state_->find(id);
-        if (q == nullptr)
-            return detail::stale();
-        if (const status s = state_->agreed(*q); !s)
-            return s;
-        return state_->fork(*q);
-    }
+    [[nodiscard]] result<sequence_id> try_fork(sequence_id id) noexcept { return core_->fork(id); }
 
     /// Cuts every layer to its first `tokens`. O(pages freed). Errors: invalid_sequence; out_of_range where a
     /// layer holds fewer; dropped_tokens where the cut lies within a dropped page, where a sliding window has
     /// given up tokens that the next query would see, or within a full page of keys per channel that the last
     /// commit does not lie in; with fp16 windows capacity_exceeded, out_of_memory.
-    status try_truncate(sequence_id id, std::size_t tokens) noexcept {
-        detail::sequence_state* q = state_->find(id);
-        if (q == nullptr)
-            return detail::stale();
-        return state_->truncate(*q, tokens);
-    }
+    status try_truncate(sequence_id id, std::size_t tokens) noexcept { return core_->truncate(id, tokens); }
 
     /// Frees whole pages: first_page ... first_page + pages - 1, each full in every layer. What is left keeps
     /// its positions, and attention goes on over it alone. O(pages of the sequence). Errors:
     /// invalid_sequence, out_of_range, out_of_memory.
     status try_drop_pages(sequence_id id, std::size_t first_page, std::size_t pages) noexcept {
-        detail::sequence_state* q = state_->find(id);
-        if (q == nullptr)
-            return detail::stale();
-        return state_->drop_pages(*q, first_page, pages);
+        return core_->drop_pages(id, first_page, pages);
     }
 
     /// Ends a step: all layers agree, rollback() returns here, and windows free the pages that no later query
     /// can see. The length. O(layers + pages freed). Errors: invalid_sequence, layers_disagree,
     /// out_of_memory.
-    result<std::size_t> try_commit(sequence_id id) noexcept {
-        detail::sequence_state* q = state_->find(id);
-        if (q == nullptr)
-            return detail::stale();
-        if (const status s = state_->agreed(*q); !s)
-            return s;
-        return state_->commit(*q);
-    }
+    result<std::size_t> try_commit(sequence_id id) noexcept { return core_->commit(id); }
 
     /// Cuts back to the last commit, or to nothing: undoes a step that failed or was a guess. Errors as
     /// truncate.
-    status try_rollback(sequence_id id) noexcept {
-        detail::sequence_state* q = state_->find(id);
-        if (q == nullptr)
-            return detail::stale();
-        return state_->truncate(*q, (std::min)(q->committed, q->shortest(layers())));
-    }
+    status try_rollback(sequence_id id) noexcept { return core_->rollback(id); }
 
     // ---- append
 
@@ -283,21 +218,7 @@ public:
     template <executor E = inline_executor>
     status try_append(sequence_id id, std::size_t layer, tensor_view keys, tensor_view values,
                       E&& run = {}) noexcept {
-        detail::sequence_state* q = state_->find(id);
-        if (q == nullptr)
-            return detail::stale();
-        if (layer >= layers())
-            return detail::no_such_layer(layer);
-        if (const status s = check_append(layer, keys, values); !s)
-            return s;
-        if (keys.tokens() == 0)
-            return {};
-        if (const status s = state_->open_layer(*q, layer, keys.tokens()); !s)
-            return s;
-        const status s = append_of(id, layer, keys, values)(run);
-        state_->close_layer(*q, layer, keys.tokens(), static_cast<bool>(s));
-        // on failure what was written lies past the sequence's length: it is not data
-        return s ? s : detail::placed(s, layer);
+        return core_->append(id, layer, keys, values, run);
     }
 
     /// The next tokens of one layer for several sequences, all or none: sequence i takes rows indptr[i] ...
@@ -308,53 +229,7 @@ public:
     status try_append(std::span<const sequence_id> ids, std::size_t layer,
                       std::span<const std::size_t> indptr, tensor_view keys, tensor_view values,
                       E&& run = {}) noexcept {
-        if (layer >= layers())
-            return detail::no_such_layer(layer);
-        if (const status s = check_append(layer, keys, values); !s)
-            return s;
-        if (const status s = check_batch(ids, indptr, keys.tokens()); !s)
-            return s;
-        std::size_t opened = 0;
-        status s;
-        for (; opened < ids.size(); ++opened) {
-            const std::size_t tokens = indptr[opened + 1] - indptr[opened];
-            detail::sequence_state* q = state_->find(ids[opened]);
-            if (q->appending)
-                s = {errc::invalid_argument, "a sequence comes once in a batch"};
-            else
-                s = state_->open_layer(*q, layer, tokens);
-            if (!s)
-                break;
-            q->appending = true;
-        }
-        const detail::plane& body = state_->body_of(layer);
-        if (s) {
-            std::atomic<std::size_t> first_failed{ids.size()};
-            auto task = [&](std::size_t i) {
-                const std::size_t b = i / body.kv_heads;
-                if (append_of(ids[b], layer, batch_rows(keys, indptr, b), batch_rows(values, indptr, b))
-                        .head(i % body.kv_heads))
-                    return;
-                std::size_t seen = first_failed.load(std::memory_order_relaxed);
-                while (b < seen && !first_failed.compare_exchange_weak(seen, b, std::memory_order_relaxed)) {
-                }
-            };
-            run(ids.size() * body.kv_heads, task_view(task));
-            if (const std::size_t b = first_failed.load(std::memory_order_relaxed); b != ids.size()) {
-                inline_executor again; // for its reason
-                s = append_of(ids[b], layer, batch_rows(keys, indptr, b),
-                              batch_rows(values, indptr, b))(again);
-                error_location where = s.where();
-                where.token += static_cast<std::int64_t>(indptr[b]);
-                s = {s.code(), s.rule(), where};
-            }
-        }
-        for (std::size_t i = 0; i < opened; ++i) {
-            detail::sequence_state* q = state_->find(ids[i]);
-            q->appending = false;
-            state_->close_layer(*q, layer, indptr[i + 1] - indptr[i], static_cast<bool>(s));
-        }
-        return s ? s : detail::placed(s, layer);
+        return core_->append(ids, layer, indptr, keys, values, run);
     }
 
     /// Appends rows that are quantized already, bit for bit, as export_rows gives them: [tokens][kv_heads].
@@ -363,39 +238,7 @@ public:
     /// one with keys quantized per channel.
     status try_append_rows(sequence_id id, std::size_t layer, std::size_t tokens, const_row_buffers keys,
                            const_row_buffers values) noexcept {
-        detail::sequence_state* q = state_->find(id);
-        if (q == nullptr)
-            return detail::stale();
-        if (layer >= layers())
-            return detail::no_such_layer(layer);
-        if (state_->planes_of(layer).copy != detail::no_plane)
-            return detail::placed({errc::invalid_argument, "rows have no fp16 copies"}, layer);
-        if (state_->planes_of(layer).open != detail::no_plane)
-            return detail::placed({errc::invalid_argument, rule_channel_rows}, layer);
-        const detail::plane& body = state_->body_of(layer);
-        const std::size_t rows = tokens * body.kv_heads;
-        if (tokens > (std::numeric_limits<std::uint32_t>::max)() ||
-            !detail::fits(body.layout.keys(), rows, keys.packed.size(), keys.scales.size(),
-                          keys.minima.size()) ||
-            !detail::fits(body.layout.values(), rows, values.packed.size(), values.scales.size(),
-                          values.minima.size()))
-            return detail::placed({errc::shape_mismatch, "the buffers do not fit the rows"}, layer);
-        for (const auto& [section, from] :
-             {std::pair(&body.layout.keys(), &keys), std::pair(&body.layout.values(), &values)})
-            if (const status s = detail::check_rows_finite(*section, rows, *from); !s)
-                return detail::placed(s, layer);
-        if (tokens == 0)
-            return {};
-        if (const status s = state_->open_layer(*q, layer, tokens); !s)
-            return s;
-        for (std::size_t i = 0; i < rows; ++i) {
-            const std::size_t token = q->length(layer) + i / body.kv_heads;
-            std::byte* page = const_cast<std::byte*>(page_of(*q, layer, i % body.kv_heads, token));
-            detail::store_row(body.layout.keys(), page, token % state_->page_tokens(), keys, i);
-            detail::store_row(body.layout.values(), page, token % state_->page_tokens(), values, i);
-        }
-        state_->close_layer(*q, layer, tokens, true);
-        return {};
+        return core_->append_rows(id, layer, tokens, keys, values);
     }
 
     // ---- attend
@@ -413,12 +256,7 @@ public:
     template <executor E = inline_executor>
     status try_attend(sequence_id id, std::size_t layer, tensor_view queries, mutable_tensor_view outputs,
                       const attention_options& options = {}, E&& run = {}) const noexcept {
-        const detail::sequence_state* q = state_->find(id);
-        if (q == nullptr)
-            return detail::stale();
-        if (layer >= layers())
-            return detail::no_such_layer(layer);
-        return detail::sequence_attention(*state_, *q, layer, options)(queries, outputs, run);
+        return core_->attend(id, layer, queries, outputs, options, run);
     }
 
     /// The same for several sequences, each with query rows indptr[i] ... indptr[i + 1] - 1 (continuous
@@ -429,39 +267,7 @@ public:
     status try_attend(std::span<const sequence_id> ids, std::size_t layer,
                       std::span<const std::size_t> indptr, tensor_view queries, mutable_tensor_view outputs,
                       const attention_options& options = {}, E&& run = {}) const noexcept {
-        if (layer >= layers())
-            return detail::no_such_layer(layer);
-        if (const status s = check_batch(ids, indptr, queries.tokens()); !s)
-            return s;
-        if (outputs.tokens() != queries.tokens())
-            return detail::placed({errc::shape_mismatch, "one output row per query row"}, layer);
-        if (!options.mask.visible().empty() || options.mask.first_position())
-            return detail::placed({errc::invalid_argument, "one mask does not fit several sequences"}, layer);
-        if (!options.log_sum_exp.empty() && options.log_sum_exp.size() != queries.tokens() * queries.heads())
-            return detail::placed({errc::shape_mismatch, "one log-sum-exp per query row"}, layer);
-        const auto attend_one = [&](std::size_t i, auto& with) {
-            attention_options own = options;
-            const std::size_t first = indptr[i], count = indptr[i + 1] - first;
-            if (!own.log_sum_exp.empty())
-                own.log_sum_exp = own.log_sum_exp.subspan(first * queries.heads(), count * queries.heads());
-            return detail::sequence_attention(*state_, *state_->find(ids[i]), layer, own)(
-                queries.rows(first, count), outputs.rows(first, count), with);
-        };
-        const auto is_long = [&](std::size_t i) { // worth splitting further
-            return state_->find(ids[i])->length(layer) * (indptr[i + 1] - indptr[i]) >= long_sequence;
-        };
-        std::atomic<bool> failed{false};
-        auto task = [&](std::size_t i) {
-            inline_executor alone;
-            if (!is_long(i) && !attend_one(i, alone))
-                failed.store(true, std::memory_order_relaxed);
-        };
-        run(ids.size(), task_view(task));
-        for (std::size_t i = 0; i < ids.size(); ++i)
-            if (is_long(i) || failed.load(std::memory_order_relaxed))
-                if (const status s = attend_one(i, run); !s)
-                    return s;
-        return {};
+        return core_->attend(ids, layer, indptr, queries, outputs, options, run);
     }
 
     // ---- rows and pages
@@ -472,51 +278,20 @@ public:
     /// invalid_argument for keys quantized per channel.
     status try_export_rows(sequence_id id, std::size_t layer, kv_side side, std::size_t kv_head,
                            std::size_t first, std::size_t count, row_buffers out) const noexcept {
-        if (const status s = check_rows(id, layer, kv_head, first, count); !s)
-            return s;
-        const section_layout& section = section_of(layer, side);
-        if (section.axis == quantization_axis::per_channel)
-            return detail::placed({errc::invalid_argument, rule_channel_rows}, layer);
-        if (!detail::fits(section, count, out.packed.size(), out.scales.size(), out.minima.size()))
-            return {errc::shape_mismatch, "the buffers do not fit the rows"};
-        for (std::size_t i = 0; i < count; ++i)
-            detail::export_row(section, page_of(*state_->find(id), layer, kv_head, first + i),
-                               (first + i) % state_->page_tokens(), out, i);
-        return {};
+        return core_->export_rows(id, layer, side, kv_head, first, count, out);
     }
 
     /// Decodes cached vectors, rotated back and with their means: out is [count][channels]. Errors as
     /// try_export_rows.
     status try_read(sequence_id id, std::size_t layer, kv_side side, std::size_t kv_head, std::size_t first,
                     std::size_t count, std::span<float> out) const noexcept {
-        if (const status s = check_rows(id, layer, kv_head, first, count); !s)
-            return s;
-        const section_layout& section = section_of(layer, side);
-        if (out.size() != count * section.channels)
-            return {errc::shape_mismatch, "the buffer does not fit the rows"};
-        const detail::layer_planes& planes = state_->planes_of(layer);
-        const detail::vector_codec& codec = side == kv_side::key ? planes.keys : planes.values;
-        for (std::size_t i = 0; i < count; ++i) {
-            const std::span<float> row = out.subspan(i * section.channels, section.channels);
-            read_row(*state_->find(id), layer, side, kv_head, first + i, row);
-            codec.restore(row, kv_head);
-        }
-        return {};
+        return core_->read(id, layer, side, kv_head, first, count, out);
     }
 
     /// Indices that export_block_tables() needs. Errors: invalid_sequence, out_of_range.
     [[nodiscard]] result<std::size_t> try_count_blocks(std::span<const sequence_id> ids,
                                                        std::size_t layer) const noexcept {
-        if (layer >= layers())
-            return detail::no_such_layer(layer);
-        std::size_t total = 0;
-        for (const sequence_id id : ids) {
-            const detail::sequence_state* q = state_->find(id);
-            if (q == nullptr)
-                return detail::stale();
-            total += q->pages[state_->body_of(layer).group].table.blocks().size();
-        }
-        return total;
+        return core_->count_blocks(ids, layer);
     }
 
     /// Block tables of a layer for engines that bring their own kernels: pages that are not dropped, in order
@@ -524,45 +299,14 @@ public:
     /// invalid_sequence, out_of_range, shape_mismatch (a span's size).
     result<std::size_t> try_export_block_tables(std::span<const sequence_id> ids, std::size_t layer,
                                                 block_tables out) const noexcept {
-        const result<std::size_t> total = try_count_blocks(ids, layer);
-        if (!total)
-            return total;
-        if (out.indptr.size() != ids.size() + 1 || out.last_page_tokens.size() != ids.size() ||
-            out.indices.size() < *total)
-            return detail::placed({errc::shape_mismatch, "the spans do not fit the tables"}, layer);
-        if (*total > (std::numeric_limits<std::int32_t>::max)())
-            return detail::placed({errc::not_representable, "more than 2^31 - 1 indices"}, layer);
-        std::size_t at = 0;
-        out.indptr[0] = 0;
-        for (std::size_t i = 0; i < ids.size(); ++i) {
-            const detail::sequence_state& q = *state_->find(ids[i]);
-            const block_table& table = q.pages[state_->body_of(layer).group].table;
-            for (const std::uint32_t block : table.blocks())
-                out.indices[at++] = static_cast<std::int32_t>(block);
-            out.indptr[i + 1] = static_cast<std::int32_t>(at);
-            const std::size_t kept = table.kept_before(q.length(layer), state_->page_tokens());
-            // a layer that lags within a step may end before the last page
-            const std::size_t before =
-                table.blocks().empty() ? 0 : (table.blocks().size() - 1) * state_->page_tokens();
-            out.last_page_tokens[i] = static_cast<std::int32_t>(
-                kept > before ? (std::min)(kept - before, state_->page_tokens()) : 0);
-        }
-        return *total;
+        return core_->export_block_tables(ids, layer, out);
     }
 
     /// The bytes of one KV head's page in layout(layer). Keys quantized per channel are there once the page
     /// is full; before that, try_open_keys(). Errors: out_of_range for a block that is not in use.
     [[nodiscard]] result<std::span<const std::byte>> try_page(std::size_t layer, std::size_t kv_head,
                                                               std::uint32_t block) const noexcept {
-        if (layer >= layers())
-            return detail::no_such_layer(layer);
-        const detail::plane& body = state_->body_of(layer);
-        if (kv_head >= body.kv_heads)
-            return detail::no_such_head(kv_head);
-        if (block >= state_->pool(body.group).capacity() || state_->pool(body.group).references(block) == 0)
-            return status{errc::out_of_range, "the block is not in use"};
-        return std::span<const std::byte>(body.block(block) + kv_head * body.layout.bytes(),
-                                          body.layout.bytes());
+        return core_->page(layer, kv_head, block);
     }
 
     /// Keys quantized per channel, of the open page: fp16, rotated and less their means, in the keys' half of
@@ -570,19 +314,7 @@ public:
     /// layer has no such keys, or no open page.
     [[nodiscard]] result<std::span<const std::byte>> try_open_keys(sequence_id id, std::size_t layer,
                                                                    std::size_t kv_head) const noexcept {
-        const detail::sequence_state* q = state_->find(id);
-        if (q == nullptr)
-            return detail::stale();
-        if (layer >= layers())
-            return detail::no_such_layer(layer);
-        const detail::layer_planes& planes = state_->planes_of(layer);
-        if (kv_head >= planes.shape.kv_heads)
-            return detail::no_such_head(kv_head);
-        if (planes.open == detail::no_plane || q->length(layer) % state_->page_tokens() == 0)
-            return detail::placed({errc::out_of_range, "no page of keys per channel is open"}, layer);
-        const detail::plane& open = state_->open_keys_of(layer);
-        return std::span<const std::byte>(
-            open.block(state_->open_block(*q, layer)) + kv_head * open.layout.bytes(), open.layout.bytes());
+        return core_->open_keys(id, layer, kv_head);
     }
 
     // ---- prefixes
@@ -594,14 +326,7 @@ public:
     /// out_of_memory.
     result<std::size_t> try_store_prefix(sequence_id id, std::span<const token_id> tokens,
                                          prefix_salt salt = {}, bool partial = false) noexcept {
-        const detail::sequence_state* q = state_->find(id);
-        if (q == nullptr)
-            return detail::stale();
-        if (const status s = state_->agreed(*q); !s)
-            return s;
-        if (tokens.size() > q->length(0))
-            return status{errc::out_of_range, "the sequence holds fewer tokens"};
-        return state_->store_prefix(*q, tokens, salt, partial);
+        return core_->store_prefix(id, tokens, salt, partial);
     }
 
     /// A new sequence that shares the pages of the longest known beginning of these tokens; leave out the
@@ -609,33 +334,30 @@ public:
     /// rest is as quantized. O(tokens). Errors: out_of_memory, capacity_exceeded (with fp16 windows).
     [[nodiscard]] result<prefix_match> try_create_from_prefix(std::span<const token_id> tokens,
                                                               prefix_salt salt = {}) noexcept {
-        return state_->create_from_prefix(tokens, salt);
+        return core_->create_from_prefix(tokens, salt);
     }
 
     /// The index itself: pins, events, eviction.
     /// @{
-    [[nodiscard]] prefix_index& prefixes() noexcept { return state_->index; }
-    [[nodiscard]] const prefix_index& prefixes() const noexcept { return state_->index; }
+    [[nodiscard]] prefix_index& prefixes() noexcept { return core_->prefixes(); }
+    [[nodiscard]] const prefix_index& prefixes() const noexcept { return core_->prefixes(); }
     /// @}
 
     // ---- statistics
 
     /// Over all sequences. O(pages + sequences * layers).
-    [[nodiscard]] cache_statistics statistics() const noexcept { return inspection().statistics(); }
+    [[nodiscard]] cache_statistics statistics() const noexcept { return core_->statistics(); }
     /// Of one sequence. O(pages + layers). Errors: invalid_sequence.
     [[nodiscard]] result<cache_statistics> try_statistics(sequence_id id) const noexcept {
-        const detail::sequence_state* q = state_->find(id);
-        if (q == nullptr)
-            return detail::stale();
-        return inspection().statistics(*q);
+        return core_->statistics(id);
     }
     /// Free pages, of the page group that has fewest.
-    [[nodiscard]] std::size_t available_pages() const noexcept { return inspection().available_pages(); }
+    [[nodiscard]] std::size_t available_pages() const noexcept { return core_->available_pages(); }
 
     /// Checks every invariant: reference counts against all tables and the prefix index, lengths against
     /// pages. For tests and debugging. O(pages + sequences * layers). Errors: broken_invariant,
     /// out_of_memory.
-    [[nodiscard]] status try_validate() const noexcept { return inspection().validate(); }
+    [[nodiscard]] status try_validate() const noexcept { return core_->validate(); }
 
 #if KV1_EXCEPTIONS
     /// As the try_ forms; throw kv1::error.
@@ -716,125 +438,22 @@ public:
 private:
     friend struct detail::cache_access;
 
-    static constexpr std::size_t long_sequence = 16384; // query rows * tokens
-    static constexpr const char* rule_channel_rows = "keys per channel have no rows of their own";
-
     basic_kv_cache() = default;
 
     status initialize(cache_description&& d, const Allocator& allocator) noexcept {
-        if (detail::environment_target().refused)
-            return {errc::unsupported_target, "KV1_TARGET names no target that this processor supports"};
         std::unique_ptr<detail::memory_source> memory(new (std::nothrow)
                                                           detail::allocator_memory<Allocator>(allocator));
         if (memory == nullptr)
-            return detail::no_memory();
-        std::unique_ptr<detail::cache_state> fresh(
-            new (std::nothrow) detail::cache_state(std::move(memory), detail::kernel_set::of<Formats>()));
-        if (fresh == nullptr)
-            return detail::no_memory();
-        if (const status s = fresh->initialize(std::move(d)); !s)
-            return s;
-        state_ = std::move(fresh);
+            return {errc::out_of_memory, "an allocation failed"};
+        result<std::unique_ptr<detail::any_cache>> made =
+            detail::make_cache<Formats>(std::move(d), std::move(memory));
+        if (!made)
+            return made.reason();
+        core_ = std::move(*made);
         return {};
     }
 
-    [[nodiscard]] detail::cache_inspection inspection() const noexcept {
-        return detail::cache_inspection(*state_);
-    }
-
-    // The new tokens of a living sequence, whose pages are open.
-    [[nodiscard]] detail::sequence_append append_of(sequence_id id, std::size_t layer,
-                                                    const tensor_view& keys,
-                                                    const tensor_view& values) const noexcept {
-        return {*state_, *state_->find(id), layer, keys, values};
-    }
-
-    // ---- checks
-
-    [[nodiscard]] status check_append(std::size_t layer, const tensor_view& keys,
-                                      const tensor_view& values) const noexcept {
-        const layer_description& l = state_->planes_of(layer).shape;
-        const error_location where{.layer = static_cast<std::int64_t>(layer)};
-        if (keys.has_negative_extent() || values.has_negative_extent())
-            return {errc::invalid_argument, detail::rule_extents, where};
-        if (keys.tokens() != values.tokens())
-            return {errc::shape_mismatch, "keys and values have the same number of tokens", where};
-        if (keys.heads() != l.kv_heads || values.heads() != l.kv_heads)
-            return {errc::shape_mismatch, "keys and values have the layer's number of KV heads", where};
-        if (keys.channels() != l.key_dim || values.channels() != l.value_dim)
-            return {errc::shape_mismatch, "keys and values have the layer's head dims", where};
-        if (keys.tokens() != 0 && (keys.data() == nullptr || values.data() == nullptr))
-            return {errc::invalid_argument, "keys and values are not null", where};
-        return {};
-    }
-
-    [[nodiscard]] status check_batch(std::span<const sequence_id> ids, std::span<const std::size_t> indptr,
-                                     std::size_t rows) const noexcept {
-        if (rows == detail::extent::negative)
-            return {errc::invalid_argument, detail::rule_extents};
-        if (indptr.size() != ids.size() + 1 || indptr.front() != 0 || indptr.back() != rows)
-            return {errc::invalid_argument, "indptr divides the rows among the sequences"};
-        for (std::size_t i = 0; i < ids.size(); ++i) {
-            if (indptr[i] > indptr[i + 1])
-                return {errc::invalid_argument, "indptr ascends"};
-            if (state_->find(ids[i]) == nullptr)
-                return detail::stale();
-        }
-        return {};
-    }
-    static tensor_view batch_rows(const tensor_view& all, std::span<const std::size_t> indptr,
-                                  std::size_t i) noexcept {
-        return all.rows(indptr[i], indptr[i + 1] - indptr[i]);
-    }
-
-    [[nodiscard]] status check_rows(sequence_id id, std::size_t layer, std::size_t kv_head, std::size_t first,
-                                    std::size_t count) const noexcept {
-        const detail::sequence_state* q = state_->find(id);
-        if (q == nullptr)
-            return detail::stale();
-        if (layer >= layers())
-            return detail::no_such_layer(layer);
-        if (kv_head >= state_->planes_of(layer).shape.kv_heads)
-            return detail::no_such_head(kv_head);
-        if (first > q->length(layer) || count > q->length(layer) - first)
-            return {errc::out_of_range, "the tokens are not all cached"};
-        for (const page_hole& h : q->pages[state_->body_of(layer).group].table.holes())
-            if (count != 0 && first < h.last * state_->page_tokens() &&
-                first + count > h.first * state_->page_tokens())
-                return {errc::dropped_tokens, "the tokens are not all there any more"};
-        return {};
-    }
-
-    // ---- rows
-
-    [[nodiscard]] const section_layout& section_of(std::size_t layer, kv_side side) const noexcept {
-        const page_layout& p = state_->body_of(layer).layout;
-        return side == kv_side::key ? p.keys() : p.values();
-    }
-    // The page of a token that is there.
-    [[nodiscard]] const std::byte* page_of(const detail::sequence_state& q, std::size_t layer,
-                                           std::size_t kv_head, std::size_t token) const noexcept {
-        const detail::plane& body = state_->body_of(layer);
-        const block_table& table = q.pages[body.group].table;
-        return body.block(table.blocks()[*table.find(token / state_->page_tokens())]) +
-               kv_head * body.layout.bytes();
-    }
-
-    void read_row(const detail::sequence_state& q, std::size_t layer, kv_side side, std::size_t kv_head,
-                  std::size_t token, std::span<float> out) const noexcept {
-        const section_layout& section = section_of(layer, side);
-        const std::size_t page = token / state_->page_tokens(), slot = token % state_->page_tokens();
-        if (section.axis == quantization_axis::per_channel &&
-            page == q.length(layer) / state_->page_tokens()) {
-            const detail::plane& open = state_->open_keys_of(layer);
-            const std::byte* keys = open.block(state_->open_block(q, layer)) + kv_head * open.layout.bytes();
-            detail::decode_row(open.layout.keys(), keys, slot, out);
-        } else {
-            detail::decode_row(section, page_of(q, layer, kv_head, token), slot, out);
-        }
-    }
-
-    std::unique_ptr<detail::cache_state> state_;
+    std::unique_ptr<detail::any_cache> core_;
 };
 
 /// A cache for any mix of formats.

@@ -24,6 +24,12 @@
 #include <cpuid.h>
 #endif
 
+// One for all translation units of a program: a cache may be compiled in another one than its callers.
+namespace kv1::KV1_KERNELS_ABI {
+inline constexpr int no_target = -1;
+inline std::atomic<int> target_in_use{no_target}; // the number of a target, once one was asked for
+} // namespace kv1::KV1_KERNELS_ABI
+
 namespace kv1::inline KV1_ABI {
 
 /// An instruction set that kernels are compiled for.
@@ -170,26 +176,28 @@ inline const environment_choice& environment_target() noexcept {
     return choice;
 }
 
-inline std::atomic<target>& target_in_use() noexcept {
-    static std::atomic<target> current{[] {
-        const environment_choice& e = environment_target();
-        return e.chosen && !e.refused ? *e.chosen : best_target();
-    }()};
-    return current;
+inline target first_target() noexcept {
+    const environment_choice& e = environment_target();
+    int none = KV1_KERNELS_ABI::no_target;
+    const int chosen = static_cast<int>(e.chosen && !e.refused ? *e.chosen : best_target());
+    return KV1_KERNELS_ABI::target_in_use.compare_exchange_strong(none, chosen, std::memory_order_relaxed)
+               ? static_cast<target>(chosen)
+               : static_cast<target>(none); // that another thread has chosen meanwhile
 }
 
 } // namespace detail
 
 /// The target that kernels run on now. Thread-safe.
 [[nodiscard]] inline target current_target() noexcept {
-    return detail::target_in_use().load(std::memory_order_relaxed);
+    const int chosen = KV1_KERNELS_ABI::target_in_use.load(std::memory_order_relaxed);
+    return chosen != KV1_KERNELS_ABI::no_target ? static_cast<target>(chosen) : detail::first_target();
 }
 
 /// Forces a target for calls that start from now on, in all threads.
 inline status try_set_target(target t) noexcept {
     if (!is_supported(t))
         return {errc::unsupported_target, "the target is not compiled in or this processor lacks it"};
-    detail::target_in_use().store(t, std::memory_order_relaxed);
+    KV1_KERNELS_ABI::target_in_use.store(static_cast<int>(t), std::memory_order_relaxed);
     return {};
 }
 

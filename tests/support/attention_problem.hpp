@@ -11,6 +11,7 @@
 
 #include <catch2/catch_test_macros.hpp>
 
+#include <kv1/detail/schedule.hpp>
 #include <kv1/kv_cache.hpp>
 
 #include <algorithm>

@@ -8,6 +8,7 @@
 #include "attention_oracle.hpp"
 #include "random.hpp"
 
+#include <kv1/hadamard.hpp>
 #include <kv1/kv_cache.hpp>
 #include <kv1/quantizers/least_squares.hpp>
 

@@ -19,7 +19,7 @@ public:
     target_guard() = default;
     target_guard(const target_guard&) = delete;
     target_guard& operator=(const target_guard&) = delete;
-    ~target_guard() { kv1::detail::target_in_use().store(before_); }
+    ~target_guard() { static_cast<void>(kv1::try_set_target(before_)); }
 
 private:
     kv1::target before_ = kv1::current_target();

@@ -12,7 +12,8 @@
 #include <new>
 #include <type_traits>
 
-namespace kv1::inline KV1_ABI::detail {
+// It crosses from one translation unit to another, as kernels do (kernels/registry.hpp).
+namespace kv1::KV1_KERNELS_ABI {
 
 // Memory in whole lines, aligned to them. Sizes are positive multiples of line_bytes.
 class memory_source {
@@ -27,6 +28,12 @@ public:
     // `data` came from allocate(bytes).
     virtual void deallocate(std::byte* data, std::size_t bytes) noexcept = 0;
 };
+
+} // namespace kv1::KV1_KERNELS_ABI
+
+namespace kv1::inline KV1_ABI::detail {
+
+using KV1_KERNELS_ABI::memory_source;
 
 struct alignas(line_bytes) memory_line {
     std::byte bytes[line_bytes];

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <kv1/detail/kernels/interface.hpp>
+#include <kv1/format.hpp>
 #include <kv1/target.hpp>
 
 #include <cstdint>
@@ -28,27 +29,46 @@ struct format_registry<formats<Fs...>> {
     [[nodiscard]] static const format_kernels* find(target t, kv_format f) noexcept;
 };
 
+// A bit for each format of the list.
+template <class Formats>
+[[nodiscard]] constexpr std::uint32_t format_mask() noexcept {
+    std::uint32_t mask = 0;
+    for (int f = 0; f < 32; ++f)
+        if (Formats::contains(static_cast<kv_format>(f)))
+            mask |= std::uint32_t{1} << f;
+    return mask;
+}
+
 // The kernels that a cache type was compiled with, without the type: nothing but its maker compiles kernels.
 class kernel_set {
 public:
     template <class Formats>
     [[nodiscard]] static kernel_set of() noexcept {
-        return {&common_registry<>::at, &format_registry<Formats>::find};
+        return {&common_registry<>::at, &format_registry<Formats>::find, format_mask<Formats>()};
+    }
+    // The same, but for formats that are not in the mask.
+    [[nodiscard]] kernel_set only(std::uint32_t formats) const noexcept {
+        return {common_, find_, formats_ & formats};
     }
 
     [[nodiscard]] const target_kernels& common(target t) const noexcept { return common_(t); }
+    [[nodiscard]] bool contains(kv_format f) const noexcept {
+        return static_cast<int>(f) < 32 && (formats_ >> static_cast<int>(f) & 1u) != 0;
+    }
     // Null where the set does not contain the format.
-    [[nodiscard]] const format_kernels* find(target t, kv_format f) const noexcept { return find_(t, f); }
-    [[nodiscard]] bool contains(kv_format f) const noexcept { return find(target::scalar, f) != nullptr; }
+    [[nodiscard]] const format_kernels* find(target t, kv_format f) const noexcept {
+        return contains(f) ? find_(t, f) : nullptr;
+    }
 
 private:
     using common_lookup = const target_kernels& (*)(target) noexcept;
     using format_lookup = const format_kernels* (*)(target, kv_format) noexcept;
-    kernel_set(common_lookup common_at, format_lookup find_at) noexcept
-        : common_(common_at), find_(find_at) {}
+    kernel_set(common_lookup common_at, format_lookup find_at, std::uint32_t its_formats) noexcept
+        : common_(common_at), find_(find_at), formats_(its_formats) {}
 
     common_lookup common_;
     format_lookup find_;
+    std::uint32_t formats_;
 };
 
 // A template, too: who never calls it compiles no kernel.

@@ -1,0 +1,554 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The cache without its types: every call of basic_kv_cache, on what is known when the program runs. It
+// checks what callers give, finds their sequences, and leaves the work to the parts that it includes.
+#pragma once
+
+#include <kv1/attention.hpp>
+#include <kv1/block_table.hpp>
+#include <kv1/cache_description.hpp>
+#include <kv1/cache_views.hpp>
+#include <kv1/detail/cache_append.hpp>
+#include <kv1/detail/cache_attention.hpp>
+#include <kv1/detail/cache_inspection.hpp>
+#include <kv1/detail/cache_rows.hpp>
+#include <kv1/detail/cache_state.hpp>
+#if defined(KV1_EXTERNAL_KERNELS)
+#include <kv1/detail/any_cache.hpp>
+#endif
+#include <kv1/detail/kernels/registry.hpp>
+#include <kv1/detail/memory_source.hpp>
+#include <kv1/executor.hpp>
+#include <kv1/layout.hpp>
+#include <kv1/prefix_index.hpp>
+#include <kv1/sequence_id.hpp>
+#include <kv1/status.hpp>
+#include <kv1/target.hpp>
+#include <kv1/tensor.hpp>
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <new>
+#include <span>
+#include <utility>
+
+namespace kv1::inline KV1_ABI::detail {
+
+class cache_core final
+#if defined(KV1_EXTERNAL_KERNELS)
+    : public any_cache // whose functions these are
+#endif
+{
+public:
+    [[nodiscard]] static result<std::unique_ptr<cache_core>>
+    create(cache_description&& d, std::unique_ptr<memory_source> memory, const kernel_set& kernels) noexcept {
+        if (environment_target().refused)
+            return status{errc::unsupported_target,
+                          "KV1_TARGET names no target that this processor supports"};
+        std::unique_ptr<cache_core> made(new (std::nothrow) cache_core(std::move(memory), kernels));
+        if (made == nullptr)
+            return no_memory();
+        if (const status s = made->state_.initialize(std::move(d)); !s)
+            return s;
+        return made;
+    }
+
+    [[nodiscard]] const cache_description& description() const noexcept {
+        return state_.storage.description();
+    }
+    [[nodiscard]] std::size_t layers() const noexcept { return state_.storage.layers().size(); }
+    [[nodiscard]] const page_layout& layout(std::size_t layer) const noexcept {
+        return state_.body_of(layer).layout;
+    }
+
+    status grow(std::size_t capacity_tokens) noexcept {
+        return state_.storage.grow(capacity_tokens, *state_.memory);
+    }
+
+    // ---- sequences
+
+    [[nodiscard]] result<sequence_id> create_sequence() noexcept {
+        const result<std::uint32_t> slot = state_.new_slot();
+        if (!slot)
+            return slot.reason();
+        return state_.sequences.publish(*slot);
+    }
+
+    status destroy_sequence(sequence_id id) noexcept {
+        sequence_state* q = state_.sequences.retire(id);
+        if (q == nullptr)
+            return stale();
+        for (std::size_t g = 0; g < state_.groups().size(); ++g)
+            state_.cut(*q, g, 0);
+        state_.sequences.recycle(id.slot);
+        return {};
+    }
+
+    [[nodiscard]] bool contains(sequence_id id) const noexcept { return state_.find(id) != nullptr; }
+
+    [[nodiscard]] result<std::size_t> length(sequence_id id, std::size_t layer) const noexcept {
+        const sequence_state* q = state_.find(id);
+        if (q == nullptr)
+            return stale();
+        if (layer >= layers())
+            return no_such_layer(layer);
+        return q->length(layer);
+    }
+    [[nodiscard]] result<std::size_t> length(sequence_id id) const noexcept {
+        const sequence_state* q = state_.find(id);
+        if (q == nullptr)
+            return stale();
+        return q->shortest(layers());
+    }
+
+    [[nodiscard]] result<sequence_id> fork(sequence_id id) noexcept {
+        const sequence_state* q = state_.find(id);
+        if (q == nullptr)
+            return stale();
+        if (const status s = state_.agreed(*q); !s)
+            return s;
+        return state_.fork(*q);
+    }
+
+    status truncate(sequence_id id, std::size_t tokens) noexcept {
+        sequence_state* q = state_.find(id);
+        if (q == nullptr)
+            return stale();
+        return state_.truncate(*q, tokens);
+    }
+
+    status drop_pages(sequence_id id, std::size_t first_page, std::size_t pages) noexcept {
+        sequence_state* q = state_.find(id);
+        if (q == nullptr)
+            return stale();
+        return state_.drop_pages(*q, first_page, pages);
+    }
+
+    result<std::size_t> commit(sequence_id id) noexcept {
+        sequence_state* q = state_.find(id);
+        if (q == nullptr)
+            return stale();
+        if (const status s = state_.agreed(*q); !s)
+            return s;
+        return state_.commit(*q);
+    }
+
+    status rollback(sequence_id id) noexcept {
+        sequence_state* q = state_.find(id);
+        if (q == nullptr)
+            return stale();
+        return state_.truncate(*q, (std::min)(q->committed, q->shortest(layers())));
+    }
+
+    // ---- append
+
+    status append(sequence_id id, std::size_t layer, tensor_view keys, tensor_view values,
+                  executor_view run) noexcept {
+        sequence_state* q = state_.find(id);
+        if (q == nullptr)
+            return stale();
+        if (layer >= layers())
+            return no_such_layer(layer);
+        if (const status s = check_append(layer, keys, values); !s)
+            return s;
+        if (keys.tokens() == 0)
+            return {};
+        if (const status s = state_.open_layer(*q, layer, keys.tokens()); !s)
+            return s;
+        const status s = append_of(id, layer, keys, values)(run);
+        state_.close_layer(*q, layer, keys.tokens(), static_cast<bool>(s));
+        // on failure what was written lies past the sequence's length: it is not data
+        return s ? s : placed(s, layer);
+    }
+
+    status append(std::span<const sequence_id> ids, std::size_t layer, std::span<const std::size_t> indptr,
+                  tensor_view keys, tensor_view values, executor_view run) noexcept {
+        if (layer >= layers())
+            return no_such_layer(layer);
+        if (const status s = check_append(layer, keys, values); !s)
+            return s;
+        if (const status s = check_batch(ids, indptr, keys.tokens()); !s)
+            return s;
+        std::size_t opened = 0;
+        status s;
+        for (; opened < ids.size(); ++opened) {
+            const std::size_t tokens = indptr[opened + 1] - indptr[opened];
+            sequence_state* q = state_.find(ids[opened]);
+            if (q->appending)
+                s = {errc::invalid_argument, "a sequence comes once in a batch"};
+            else
+                s = state_.open_layer(*q, layer, tokens);
+            if (!s)
+                break;
+            q->appending = true;
+        }
+        const plane& body = state_.body_of(layer);
+        if (s) {
+            std::atomic<std::size_t> first_failed{ids.size()};
+            auto task = [&](std::size_t i) {
+                const std::size_t b = i / body.kv_heads;
+                if (append_of(ids[b], layer, batch_rows(keys, indptr, b), batch_rows(values, indptr, b))
+                        .head(i % body.kv_heads))
+                    return;
+                std::size_t seen = first_failed.load(std::memory_order_relaxed);
+                while (b < seen && !first_failed.compare_exchange_weak(seen, b, std::memory_order_relaxed)) {
+                }
+            };
+            run(ids.size() * body.kv_heads, task_view(task));
+            if (const std::size_t b = first_failed.load(std::memory_order_relaxed); b != ids.size()) {
+                inline_executor again; // for its reason
+                s = append_of(ids[b], layer, batch_rows(keys, indptr, b),
+                              batch_rows(values, indptr, b))(again);
+                error_location where = s.where();
+                where.token += static_cast<std::int64_t>(indptr[b]);
+                s = {s.code(), s.rule(), where};
+            }
+        }
+        for (std::size_t i = 0; i < opened; ++i) {
+            sequence_state* q = state_.find(ids[i]);
+            q->appending = false;
+            state_.close_layer(*q, layer, indptr[i + 1] - indptr[i], static_cast<bool>(s));
+        }
+        return s ? s : placed(s, layer);
+    }
+
+    status append_rows(sequence_id id, std::size_t layer, std::size_t tokens, const_row_buffers keys,
+                       const_row_buffers values) noexcept {
+        sequence_state* q = state_.find(id);
+        if (q == nullptr)
+            return stale();
+        if (layer >= layers())
+            return no_such_layer(layer);
+        if (state_.planes_of(layer).copy != no_plane)
+            return placed({errc::invalid_argument, "rows have no fp16 copies"}, layer);
+        if (state_.planes_of(layer).open != no_plane)
+            return placed({errc::invalid_argument, rule_channel_rows}, layer);
+        const plane& body = state_.body_of(layer);
+        const std::size_t rows = tokens * body.kv_heads;
+        if (tokens > (std::numeric_limits<std::uint32_t>::max)() ||
+            !fits(body.layout.keys(), rows, keys.packed.size(), keys.scales.size(), keys.minima.size()) ||
+            !fits(body.layout.values(), rows, values.packed.size(), values.scales.size(),
+                  values.minima.size()))
+            return placed({errc::shape_mismatch, "the buffers do not fit the rows"}, layer);
+        for (const auto& [section, from] :
+             {std::pair(&body.layout.keys(), &keys), std::pair(&body.layout.values(), &values)})
+            if (const status s = check_rows_finite(*section, rows, *from); !s)
+                return placed(s, layer);
+        if (tokens == 0)
+            return {};
+        if (const status s = state_.open_layer(*q, layer, tokens); !s)
+            return s;
+        for (std::size_t i = 0; i < rows; ++i) {
+            const std::size_t token = q->length(layer) + i / body.kv_heads;
+            std::byte* page = const_cast<std::byte*>(page_of(*q, layer, i % body.kv_heads, token));
+            store_row(body.layout.keys(), page, token % state_.page_tokens(), keys, i);
+            store_row(body.layout.values(), page, token % state_.page_tokens(), values, i);
+        }
+        state_.close_layer(*q, layer, tokens, true);
+        return {};
+    }
+
+    // ---- attend
+
+    status attend(sequence_id id, std::size_t layer, tensor_view queries, mutable_tensor_view outputs,
+                  const attention_options& options, executor_view run) const noexcept {
+        const sequence_state* q = state_.find(id);
+        if (q == nullptr)
+            return stale();
+        if (layer >= layers())
+            return no_such_layer(layer);
+        return sequence_attention(state_, *q, layer, options)(queries, outputs, run);
+    }
+
+    status attend(std::span<const sequence_id> ids, std::size_t layer, std::span<const std::size_t> indptr,
+                  tensor_view queries, mutable_tensor_view outputs, const attention_options& options,
+                  executor_view run) const noexcept {
+        if (layer >= layers())
+            return no_such_layer(layer);
+        if (const status s = check_batch(ids, indptr, queries.tokens()); !s)
+            return s;
+        if (outputs.tokens() != queries.tokens())
+            return placed({errc::shape_mismatch, "one output row per query row"}, layer);
+        if (!options.mask.visible().empty() || options.mask.first_position())
+            return placed({errc::invalid_argument, "one mask does not fit several sequences"}, layer);
+        if (!options.log_sum_exp.empty() && options.log_sum_exp.size() != queries.tokens() * queries.heads())
+            return placed({errc::shape_mismatch, "one log-sum-exp per query row"}, layer);
+        const auto attend_one = [&](std::size_t i, auto& with) {
+            attention_options own = options;
+            const std::size_t first = indptr[i], count = indptr[i + 1] - first;
+            if (!own.log_sum_exp.empty())
+                own.log_sum_exp = own.log_sum_exp.subspan(first * queries.heads(), count * queries.heads());
+            return sequence_attention(state_, *state_.find(ids[i]), layer,
+                                      own)(queries.rows(first, count), outputs.rows(first, count), with);
+        };
+        const auto is_long = [&](std::size_t i) { // worth splitting further
+            return state_.find(ids[i])->length(layer) * (indptr[i + 1] - indptr[i]) >= long_sequence;
+        };
+        std::atomic<bool> failed{false};
+        auto task = [&](std::size_t i) {
+            inline_executor alone;
+            if (!is_long(i) && !attend_one(i, alone))
+                failed.store(true, std::memory_order_relaxed);
+        };
+        run(ids.size(), task_view(task));
+        for (std::size_t i = 0; i < ids.size(); ++i)
+            if (is_long(i) || failed.load(std::memory_order_relaxed))
+                if (const status s = attend_one(i, run); !s)
+                    return s;
+        return {};
+    }
+
+    // ---- rows and pages
+
+    status export_rows(sequence_id id, std::size_t layer, kv_side side, std::size_t kv_head,
+                       std::size_t first, std::size_t count, row_buffers out) const noexcept {
+        if (const status s = check_rows(id, layer, kv_head, first, count); !s)
+            return s;
+        const section_layout& section = section_of(layer, side);
+        if (section.axis == quantization_axis::per_channel)
+            return placed({errc::invalid_argument, rule_channel_rows}, layer);
+        if (!fits(section, count, out.packed.size(), out.scales.size(), out.minima.size()))
+            return {errc::shape_mismatch, "the buffers do not fit the rows"};
+        for (std::size_t i = 0; i < count; ++i)
+            export_row(section, page_of(*state_.find(id), layer, kv_head, first + i),
+                       (first + i) % state_.page_tokens(), out, i);
+        return {};
+    }
+
+    status read(sequence_id id, std::size_t layer, kv_side side, std::size_t kv_head, std::size_t first,
+                std::size_t count, std::span<float> out) const noexcept {
+        if (const status s = check_rows(id, layer, kv_head, first, count); !s)
+            return s;
+        const section_layout& section = section_of(layer, side);
+        if (out.size() != count * section.channels)
+            return {errc::shape_mismatch, "the buffer does not fit the rows"};
+        const layer_planes& planes = state_.planes_of(layer);
+        const vector_codec& codec = side == kv_side::key ? planes.keys : planes.values;
+        for (std::size_t i = 0; i < count; ++i) {
+            const std::span<float> row = out.subspan(i * section.channels, section.channels);
+            read_row(*state_.find(id), layer, side, kv_head, first + i, row);
+            codec.restore(row, kv_head);
+        }
+        return {};
+    }
+
+    [[nodiscard]] result<std::size_t> count_blocks(std::span<const sequence_id> ids,
+                                                   std::size_t layer) const noexcept {
+        if (layer >= layers())
+            return no_such_layer(layer);
+        std::size_t total = 0;
+        for (const sequence_id id : ids) {
+            const sequence_state* q = state_.find(id);
+            if (q == nullptr)
+                return stale();
+            total += q->pages[state_.body_of(layer).group].table.blocks().size();
+        }
+        return total;
+    }
+
+    result<std::size_t> export_block_tables(std::span<const sequence_id> ids, std::size_t layer,
+                                            block_tables out) const noexcept {
+        const result<std::size_t> total = count_blocks(ids, layer);
+        if (!total)
+            return total;
+        if (out.indptr.size() != ids.size() + 1 || out.last_page_tokens.size() != ids.size() ||
+            out.indices.size() < *total)
+            return placed({errc::shape_mismatch, "the spans do not fit the tables"}, layer);
+        if (*total > (std::numeric_limits<std::int32_t>::max)())
+            return placed({errc::not_representable, "more than 2^31 - 1 indices"}, layer);
+        std::size_t at = 0;
+        out.indptr[0] = 0;
+        for (std::size_t i = 0; i < ids.size(); ++i) {
+            const sequence_state& q = *state_.find(ids[i]);
+            const block_table& table = q.pages[state_.body_of(layer).group].table;
+            for (const std::uint32_t block : table.blocks())
+                out.indices[at++] = static_cast<std::int32_t>(block);
+            out.indptr[i + 1] = static_cast<std::int32_t>(at);
+            const std::size_t kept = table.kept_before(q.length(layer), state_.page_tokens());
+            // a layer that lags within a step may end before the last page
+            const std::size_t before =
+                table.blocks().empty() ? 0 : (table.blocks().size() - 1) * state_.page_tokens();
+            out.last_page_tokens[i] = static_cast<std::int32_t>(
+                kept > before ? (std::min)(kept - before, state_.page_tokens()) : 0);
+        }
+        return *total;
+    }
+
+    [[nodiscard]] result<std::span<const std::byte>> page(std::size_t layer, std::size_t kv_head,
+                                                          std::uint32_t block) const noexcept {
+        if (layer >= layers())
+            return no_such_layer(layer);
+        const plane& body = state_.body_of(layer);
+        if (kv_head >= body.kv_heads)
+            return no_such_head(kv_head);
+        if (block >= state_.pool(body.group).capacity() || state_.pool(body.group).references(block) == 0)
+            return status{errc::out_of_range, "the block is not in use"};
+        return std::span<const std::byte>(body.block(block) + kv_head * body.layout.bytes(),
+                                          body.layout.bytes());
+    }
+
+    [[nodiscard]] result<std::span<const std::byte>> open_keys(sequence_id id, std::size_t layer,
+                                                               std::size_t kv_head) const noexcept {
+        const sequence_state* q = state_.find(id);
+        if (q == nullptr)
+            return stale();
+        if (layer >= layers())
+            return no_such_layer(layer);
+        const layer_planes& planes = state_.planes_of(layer);
+        if (kv_head >= planes.shape.kv_heads)
+            return no_such_head(kv_head);
+        if (planes.open == no_plane || q->length(layer) % state_.page_tokens() == 0)
+            return placed({errc::out_of_range, "no page of keys per channel is open"}, layer);
+        const plane& open = state_.open_keys_of(layer);
+        return std::span<const std::byte>(
+            open.block(state_.open_block(*q, layer)) + kv_head * open.layout.bytes(), open.layout.bytes());
+    }
+
+    // ---- prefixes
+
+    result<std::size_t> store_prefix(sequence_id id, std::span<const token_id> tokens, prefix_salt salt,
+                                     bool partial) noexcept {
+        const sequence_state* q = state_.find(id);
+        if (q == nullptr)
+            return stale();
+        if (const status s = state_.agreed(*q); !s)
+            return s;
+        if (tokens.size() > q->length(0))
+            return status{errc::out_of_range, "the sequence holds fewer tokens"};
+        return state_.store_prefix(*q, tokens, salt, partial);
+    }
+
+    [[nodiscard]] result<prefix_match> create_from_prefix(std::span<const token_id> tokens,
+                                                          prefix_salt salt) noexcept {
+        return state_.create_from_prefix(tokens, salt);
+    }
+
+    [[nodiscard]] prefix_index& prefixes() noexcept { return state_.index; }
+    [[nodiscard]] const prefix_index& prefixes() const noexcept { return state_.index; }
+
+    // ---- statistics
+
+    [[nodiscard]] cache_statistics statistics() const noexcept { return inspection().statistics(); }
+    [[nodiscard]] result<cache_statistics> statistics(sequence_id id) const noexcept {
+        const sequence_state* q = state_.find(id);
+        if (q == nullptr)
+            return stale();
+        return inspection().statistics(*q);
+    }
+    [[nodiscard]] std::size_t available_pages() const noexcept { return inspection().available_pages(); }
+
+    [[nodiscard]] status validate() const noexcept { return inspection().validate(); }
+
+    // ---- for those who save and load
+
+    [[nodiscard]] cache_state& state() noexcept { return state_; }
+    [[nodiscard]] const cache_state& state() const noexcept { return state_; }
+
+private:
+    cache_core(std::unique_ptr<memory_source> memory, const kernel_set& kernels) noexcept
+        : state_(std::move(memory), kernels) {}
+
+    static constexpr std::size_t long_sequence = 16384; // query rows * tokens
+    static constexpr const char* rule_channel_rows = "keys per channel have no rows of their own";
+
+    [[nodiscard]] cache_inspection inspection() const noexcept { return cache_inspection(state_); }
+
+    // The new tokens of a living sequence, whose pages are open.
+    [[nodiscard]] sequence_append append_of(sequence_id id, std::size_t layer, const tensor_view& keys,
+                                            const tensor_view& values) const noexcept {
+        return {state_, *state_.find(id), layer, keys, values};
+    }
+
+    // ---- checks
+
+    [[nodiscard]] status check_append(std::size_t layer, const tensor_view& keys,
+                                      const tensor_view& values) const noexcept {
+        const layer_description& l = state_.planes_of(layer).shape;
+        const error_location where{.layer = static_cast<std::int64_t>(layer)};
+        if (keys.has_negative_extent() || values.has_negative_extent())
+            return {errc::invalid_argument, rule_extents, where};
+        if (keys.tokens() != values.tokens())
+            return {errc::shape_mismatch, "keys and values have the same number of tokens", where};
+        if (keys.heads() != l.kv_heads || values.heads() != l.kv_heads)
+            return {errc::shape_mismatch, "keys and values have the layer's number of KV heads", where};
+        if (keys.channels() != l.key_dim || values.channels() != l.value_dim)
+            return {errc::shape_mismatch, "keys and values have the layer's head dims", where};
+        if (keys.tokens() != 0 && (keys.data() == nullptr || values.data() == nullptr))
+            return {errc::invalid_argument, "keys and values are not null", where};
+        return {};
+    }
+
+    [[nodiscard]] status check_batch(std::span<const sequence_id> ids, std::span<const std::size_t> indptr,
+                                     std::size_t rows) const noexcept {
+        if (rows == extent::negative)
+            return {errc::invalid_argument, rule_extents};
+        if (indptr.size() != ids.size() + 1 || indptr.front() != 0 || indptr.back() != rows)
+            return {errc::invalid_argument, "indptr divides the rows among the sequences"};
+        for (std::size_t i = 0; i < ids.size(); ++i) {
+            if (indptr[i] > indptr[i + 1])
+                return {errc::invalid_argument, "indptr ascends"};
+            if (state_.find(ids[i]) == nullptr)
+                return stale();
+        }
+        return {};
+    }
+    static tensor_view batch_rows(const tensor_view& all, std::span<const std::size_t> indptr,
+                                  std::size_t i) noexcept {
+        return all.rows(indptr[i], indptr[i + 1] - indptr[i]);
+    }
+
+    [[nodiscard]] status check_rows(sequence_id id, std::size_t layer, std::size_t kv_head, std::size_t first,
+                                    std::size_t count) const noexcept {
+        const sequence_state* q = state_.find(id);
+        if (q == nullptr)
+            return stale();
+        if (layer >= layers())
+            return no_such_layer(layer);
+        if (kv_head >= state_.planes_of(layer).shape.kv_heads)
+            return no_such_head(kv_head);
+        if (first > q->length(layer) || count > q->length(layer) - first)
+            return {errc::out_of_range, "the tokens are not all cached"};
+        for (const page_hole& h : q->pages[state_.body_of(layer).group].table.holes())
+            if (count != 0 && first < h.last * state_.page_tokens() &&
+                first + count > h.first * state_.page_tokens())
+                return {errc::dropped_tokens, "the tokens are not all there any more"};
+        return {};
+    }
+
+    // ---- rows
+
+    [[nodiscard]] const section_layout& section_of(std::size_t layer, kv_side side) const noexcept {
+        const page_layout& p = state_.body_of(layer).layout;
+        return side == kv_side::key ? p.keys() : p.values();
+    }
+    // The page of a token that is there.
+    [[nodiscard]] const std::byte* page_of(const sequence_state& q, std::size_t layer, std::size_t kv_head,
+                                           std::size_t token) const noexcept {
+        const plane& body = state_.body_of(layer);
+        const block_table& table = q.pages[body.group].table;
+        return body.block(table.blocks()[*table.find(token / state_.page_tokens())]) +
+               kv_head * body.layout.bytes();
+    }
+
+    void read_row(const sequence_state& q, std::size_t layer, kv_side side, std::size_t kv_head,
+                  std::size_t token, std::span<float> out) const noexcept {
+        const section_layout& section = section_of(layer, side);
+        const std::size_t page = token / state_.page_tokens(), slot = token % state_.page_tokens();
+        if (section.axis == quantization_axis::per_channel &&
+            page == q.length(layer) / state_.page_tokens()) {
+            const plane& open = state_.open_keys_of(layer);
+            const std::byte* keys = open.block(state_.open_block(q, layer)) + kv_head * open.layout.bytes();
+            decode_row(open.layout.keys(), keys, slot, out);
+        } else {
+            decode_row(section, page_of(q, layer, kv_head, token), slot, out);
+        }
+    }
+
+    cache_state state_;
+};
+
+} // namespace kv1::inline KV1_ABI::detail

@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Definitions of external_caches (any_cache.hpp), in one translation unit of a program.
+#pragma once
+
+#include <kv1/detail/any_cache.hpp>
+#include <kv1/detail/cache_core.hpp>
+#include <kv1/detail/kernels/registry.hpp>
+#include <kv1/format.hpp>
+
+#include <utility>
+
+namespace kv1::KV1_KERNELS_ABI {
+
+template <class Tag>
+void external_caches<Tag>::make(void* request) noexcept {
+    auto& r = *static_cast<detail::cache_request*>(request);
+    auto made = detail::cache_core::create(std::move(*r.description), std::move(r.memory),
+                                           detail::kernel_set::of<all_formats>().only(r.formats));
+    if (made)
+        r.made = std::move(*made);
+    else
+        r.failure = made.reason();
+}
+
+template struct external_caches<>;
+
+} // namespace kv1::KV1_KERNELS_ABI
