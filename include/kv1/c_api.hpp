@@ -6,6 +6,7 @@
 
 #include <kv1/kv1.h>
 
+#include <kv1/detail/arena.hpp>
 #include <kv1/kv_cache.hpp>
 
 #include <algorithm>

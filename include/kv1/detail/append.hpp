@@ -36,6 +36,12 @@ struct append_job {
     const std::byte* open_before = nullptr;
     const std::byte* open_after = nullptr;
 
+    // where not null: the new tokens' places, not one after the other (never of keys per channel)
+    const std::uint32_t* slots = nullptr;
+
+    [[nodiscard]] std::size_t slot(std::size_t i) const noexcept {
+        return slots != nullptr ? slots[i] : first_token + i;
+    }
     [[nodiscard]] const vector_codec* codec(const section_layout& s) const noexcept {
         return s.keys ? key_codec : value_codec;
     }
@@ -163,7 +169,7 @@ public:
                 return flushed;
         const float* x = row_of(job_, source, i, head, converted_ + used_);
         used_ += converts ? s.channels : 0;
-        const std::size_t token = job_.first_token + i;
+        const std::size_t token = job_.slot(i);
         const std::size_t page_tokens = job_.layout->page_tokens(), index = token / page_tokens;
         rows_[count_] = {&s, page_of(job_, head, index), token - index * page_tokens, x};
         heads_[count_] = head;
@@ -222,7 +228,7 @@ public:
             return append_error(r, heads_[failed], tokens_[failed]);
         const std::size_t page_tokens = job_.layout->page_tokens(), groups = section_.groups();
         for (std::size_t k = 0; k < count; ++k) {
-            const std::size_t token = job_.first_token + tokens_[k];
+            const std::size_t token = job_.slot(tokens_[k]);
             std::byte* page = page_of(job_, heads_[k], token / page_tokens);
             job_.kernels->insert_codes(section_, page, token % page_tokens, codes_ + k * stride_);
             for (std::size_t g = 0; g < groups; ++g)
@@ -292,7 +298,7 @@ inline status append_section(const append_job& job, const section_layout& s, std
         affine2_batch batch(job);
         for (std::size_t i = 0; i < source.tokens(); ++i) {
             // batches are tiles, so that the lines of V are written once
-            if ((job.first_token + i) % tile_tokens == 0)
+            if (job.slot(i) % tile_tokens == 0)
                 if (const status flushed = batch.flush(); !flushed)
                     return flushed;
             if (const status added = batch.add(s, head, i); !added)
@@ -306,7 +312,7 @@ inline status append_section(const append_job& job, const section_layout& s, std
     std::memset(codes, 0, round_up(s.channels, 32));
     for (std::size_t i = 0; i < source.tokens(); ++i) {
         const float* x = row_of(job, source, i, head, converted);
-        const std::size_t token = job.first_token + i;
+        const std::size_t token = job.slot(i);
         if (codec != nullptr && codec->prepares()) {
             if (const std::size_t bad = first_non_finite({x, s.channels}); bad != s.channels)
                 return append_error({errc::non_finite, rule_finite, bad, {}}, head, i);

@@ -7,7 +7,7 @@
 
 #include <kv1/attention.hpp>
 #include <kv1/detail/cache_state.hpp>
-#include <kv1/detail/kernels/registry.hpp>
+#include <kv1/detail/layer_store.hpp>
 #include <kv1/detail/schedule.hpp>
 #include <kv1/detail/visible_parts.hpp>
 
@@ -25,9 +25,9 @@ public:
     // The layer exists.
     sequence_attention(const cache_state& cache, const sequence_state& q, std::size_t layer,
                        const attention_options& options) noexcept
-        : cache_(cache), q_(q), layer_(layer), options_(options), shape_(cache.planes_of(layer).shape),
-          body_(cache.body_of(layer)), table_(q.pages[body_.group].table), length_(q.length(layer)),
-          copied_(cache.planes_of(layer).copy != no_plane) {}
+        : cache_(cache), q_(q), layer_(layer), options_(options), store_(cache.store_of(layer)),
+          shape_(cache.planes_of(layer).shape), body_(store_.body()), table_(q.pages[body_.group].table),
+          length_(q.length(layer)), copied_(store_.copies() != nullptr) {}
 
     status operator()(const tensor_view& queries, const mutable_tensor_view& outputs,
                       executor_view run) const noexcept {
@@ -64,10 +64,7 @@ public:
             job.mask_first = length_ - dropped - mask.explicit_keys();
             job.mask_stride = mask.explicit_keys();
         }
-        const auto optional = [](std::span<const float> x) { return x.empty() ? nullptr : x.data(); };
-        return attend_heads(job, shape_.kv_heads, queries, outputs,
-                            {optional(options_.alibi_slopes), optional(options_.sinks)}, options_.log_sum_exp,
-                            run);
+        return store_.attend(job, queries, outputs, options_, run);
     }
 
 private:
@@ -140,17 +137,6 @@ private:
         return placed({errc::invalid_argument, rule}, layer_);
     }
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic push // at -O3 g++ 12 sees the payload of an empty optional and not the test before it
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-    [[nodiscard]] float scale() const noexcept {
-        return options_.scale ? *options_.scale : 1.0f / std::sqrt(static_cast<float>(shape_.key_dim));
-    }
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
-
     [[nodiscard]] status check(const tensor_view& queries,
                                const mutable_tensor_view& outputs) const noexcept {
         const error_location where{.layer = static_cast<std::int64_t>(layer_)};
@@ -164,7 +150,7 @@ private:
             return {errc::shape_mismatch, "one output row per query row", where};
         if (queries.tokens() != 0 && (queries.data() == nullptr || outputs.data() == nullptr))
             return {errc::invalid_argument, "queries and outputs are not null", where};
-        if (!is_finite(scale()))
+        if (!is_finite(store_.scale(options_)))
             return {errc::invalid_argument, "the softmax scale is finite", where};
         if (!options_.log_sum_exp.empty() &&
             options_.log_sum_exp.size() != queries.tokens() * queries.heads())
@@ -191,34 +177,10 @@ private:
     }
 
     [[nodiscard]] attention_job job_for(const plane& p, std::size_t query_heads) const noexcept {
-        const bool per_channel = p.layout.keys().axis == quantization_axis::per_channel;
-        const target t = per_channel ? without_pairs(current_target()) : current_target();
-        attention_job job{};
-        job.target = &cache_.kernels.common(t);
-        job.key_kernels = cache_.kernels.find(t, p.layout.keys().format);
-        job.value_kernels = cache_.kernels.find(t, p.layout.values().format);
-        job.mode = options_.mode;
-        job.layout = &p.layout;
-        job.pages = p.arena.data();
-        job.block_stride = p.block_bytes;
-        job.block_table = q_.pages[p.group].table.blocks().data();
-        job.group = query_heads / shape_.kv_heads;
-        job.scale = scale();
-        job.soft_cap = options_.soft_cap;
-        if (&p == &body_) { // fp16 copies are as they were given
-            const layer_planes& planes = cache_.planes_of(layer_);
-            job.key_hadamard = planes.keys.recipe.hadamard;
-            job.value_hadamard = planes.values.recipe.hadamard;
-            job.key_means = planes.keys.mean(0);
-            job.value_means = planes.values.mean(0);
-            if (planes.open != no_plane && length_ % page() != 0) {
-                const plane& open = cache_.open_keys_of(layer_);
-                job.open_keys = open.block(cache_.open_block(q_, layer_));
-                job.open_layout = &open.layout;
-                job.open_kernels = cache_.kernels.find(t, kv_format::fp16);
-                job.open_from = table_.kept_before(length_ / page() * page(), page());
-            }
-        }
+        attention_job job = store_.job(p, q_.pages[p.group].table.blocks().data(), query_heads, options_);
+        if (&p == &body_ && store_.open_keys() != nullptr && length_ % page() != 0)
+            store_.read_open_keys(job, cache_.open_block(q_, layer_),
+                                  table_.kept_before(length_ / page() * page(), page()));
         return job;
     }
 
@@ -277,6 +239,7 @@ private:
     const sequence_state& q_;
     std::size_t layer_;
     const attention_options& options_;
+    layer_store store_;
     const layer_description& shape_;
     const plane& body_;
     const block_table& table_;

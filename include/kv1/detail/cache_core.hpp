@@ -242,11 +242,12 @@ public:
             return {};
         if (const status s = state_.open_layer(*q, layer, tokens); !s)
             return s;
+        const layer_store store = state_.store_of(layer);
         for (std::size_t i = 0; i < rows; ++i) {
             const std::size_t token = q->length(layer) + i / body.kv_heads;
-            std::byte* page = const_cast<std::byte*>(page_of(*q, layer, i % body.kv_heads, token));
-            store_row(body.layout.keys(), page, token % state_.page_tokens(), keys, i);
-            store_row(body.layout.values(), page, token % state_.page_tokens(), values, i);
+            const slot_place to = place_of(*q, layer, token);
+            store.write_row(kv_side::key, to, i % body.kv_heads, keys, i);
+            store.write_row(kv_side::value, to, i % body.kv_heads, values, i);
         }
         state_.close_layer(*q, layer, tokens, true);
         return {};
@@ -308,14 +309,14 @@ public:
                        std::size_t first, std::size_t count, row_buffers out) const noexcept {
         if (const status s = check_rows(id, layer, kv_head, first, count); !s)
             return s;
-        const section_layout& section = section_of(layer, side);
+        const layer_store store = state_.store_of(layer);
+        const section_layout& section = store.section(side);
         if (section.axis == quantization_axis::per_channel)
             return placed({errc::invalid_argument, rule_channel_rows}, layer);
         if (!fits(section, count, out.packed.size(), out.scales.size(), out.minima.size()))
             return {errc::shape_mismatch, "the buffers do not fit the rows"};
         for (std::size_t i = 0; i < count; ++i)
-            export_row(section, page_of(*state_.find(id), layer, kv_head, first + i),
-                       (first + i) % state_.page_tokens(), out, i);
+            store.read_row(side, place_of(*state_.find(id), layer, first + i), kv_head, out, i);
         return {};
     }
 
@@ -323,15 +324,20 @@ public:
                 std::size_t count, std::span<float> out) const noexcept {
         if (const status s = check_rows(id, layer, kv_head, first, count); !s)
             return s;
-        const section_layout& section = section_of(layer, side);
+        const layer_store store = state_.store_of(layer);
+        const section_layout& section = store.section(side);
         if (out.size() != count * section.channels)
             return {errc::shape_mismatch, "the buffer does not fit the rows"};
-        const layer_planes& planes = state_.planes_of(layer);
-        const vector_codec& codec = side == kv_side::key ? planes.keys : planes.values;
+        const sequence_state& q = *state_.find(id);
+        const bool per_channel = section.axis == quantization_axis::per_channel;
         for (std::size_t i = 0; i < count; ++i) {
             const std::span<float> row = out.subspan(i * section.channels, section.channels);
-            read_row(*state_.find(id), layer, side, kv_head, first + i, row);
-            codec.restore(row, kv_head);
+            const std::size_t token = first + i;
+            if (per_channel && token / state_.page_tokens() == q.length(layer) / state_.page_tokens())
+                store.read_open_key({state_.open_block(q, layer), token % state_.page_tokens()}, kv_head,
+                                    row);
+            else
+                store.read(side, place_of(q, layer, token), kv_head, row);
         }
         return {};
     }
@@ -521,31 +527,11 @@ private:
 
     // ---- rows
 
-    [[nodiscard]] const section_layout& section_of(std::size_t layer, kv_side side) const noexcept {
-        const page_layout& p = state_.body_of(layer).layout;
-        return side == kv_side::key ? p.keys() : p.values();
-    }
-    // The page of a token that is there.
-    [[nodiscard]] const std::byte* page_of(const sequence_state& q, std::size_t layer, std::size_t kv_head,
-                                           std::size_t token) const noexcept {
-        const plane& body = state_.body_of(layer);
-        const block_table& table = q.pages[body.group].table;
-        return body.block(table.blocks()[*table.find(token / state_.page_tokens())]) +
-               kv_head * body.layout.bytes();
-    }
-
-    void read_row(const sequence_state& q, std::size_t layer, kv_side side, std::size_t kv_head,
-                  std::size_t token, std::span<float> out) const noexcept {
-        const section_layout& section = section_of(layer, side);
-        const std::size_t page = token / state_.page_tokens(), slot = token % state_.page_tokens();
-        if (section.axis == quantization_axis::per_channel &&
-            page == q.length(layer) / state_.page_tokens()) {
-            const plane& open = state_.open_keys_of(layer);
-            const std::byte* keys = open.block(state_.open_block(q, layer)) + kv_head * open.layout.bytes();
-            decode_row(open.layout.keys(), keys, slot, out);
-        } else {
-            decode_row(section, page_of(q, layer, kv_head, token), slot, out);
-        }
+    // Of a token that is there.
+    [[nodiscard]] slot_place place_of(const sequence_state& q, std::size_t layer,
+                                      std::size_t token) const noexcept {
+        const block_table& table = q.pages[state_.body_of(layer).group].table;
+        return {table.blocks()[*table.find(token / state_.page_tokens())], token % state_.page_tokens()};
     }
 
     cache_state state_;

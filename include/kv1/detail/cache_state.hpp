@@ -8,6 +8,7 @@
 #include <kv1/cache_views.hpp>
 #include <kv1/detail/buffer.hpp>
 #include <kv1/detail/cache_storage.hpp>
+#include <kv1/detail/layer_store.hpp>
 #include <kv1/detail/sequence_state.hpp>
 #include <kv1/detail/slot_table.hpp>
 #include <kv1/page_pool.hpp>
@@ -77,6 +78,11 @@ public:
     }
     [[nodiscard]] const layer_planes& planes_of(std::size_t layer) const noexcept {
         return storage.layers()[layer];
+    }
+    [[nodiscard]] layer_store store_of(std::size_t layer) const noexcept {
+        const layer_planes& l = planes_of(layer);
+        const auto optional = [&](std::size_t i) { return i == no_plane ? nullptr : &storage.planes()[i]; };
+        return {l, kernels, storage.planes()[l.body], optional(l.copy), optional(l.open)};
     }
     [[nodiscard]] const plane& body_of(std::size_t layer) const noexcept {
         return storage.planes()[planes_of(layer).body];

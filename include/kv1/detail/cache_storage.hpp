@@ -14,6 +14,7 @@
 #include <kv1/detail/fixed_vector.hpp>
 #include <kv1/detail/kernels/interface.hpp>
 #include <kv1/detail/kernels/registry.hpp>
+#include <kv1/detail/layer_store.hpp>
 #include <kv1/detail/vector_codec.hpp>
 #include <kv1/page_pool.hpp>
 #include <kv1/quantizer.hpp>
@@ -31,22 +32,6 @@ namespace kv1::inline KV1_ABI::detail {
 
 inline constexpr std::size_t no_plane = (std::numeric_limits<std::size_t>::max)();
 
-struct plane {
-    page_layout layout;
-    std::size_t layer = 0;
-    std::size_t kv_heads = 0;
-    std::size_t group = 0;
-    std::size_t block_bytes = 0; // of all KV heads
-    detail::arena arena;
-
-    [[nodiscard]] std::byte* block(std::uint32_t index) noexcept {
-        return arena.data() + static_cast<std::size_t>(index) * block_bytes;
-    }
-    [[nodiscard]] const std::byte* block(std::uint32_t index) const noexcept {
-        return arena.data() + static_cast<std::size_t>(index) * block_bytes;
-    }
-};
-
 enum class plane_kind : std::uint8_t { body, fp16_copy, open_keys };
 
 struct page_group {
@@ -56,12 +41,10 @@ struct page_group {
     std::size_t block_bytes = 0; // of all planes
 };
 
-struct layer_planes {
-    const layer_description& shape; // of the storage's description
+struct layer_planes : layer_codecs { // their shape is of the storage's description
     std::size_t body = no_plane;
     std::size_t copy = no_plane; // fp16, where the layer has one
     std::size_t open = no_plane; // keys of the open page in fp16, where the body's are quantized per channel
-    vector_codec keys = {}, values = {}; // of the body
 };
 
 class cache_storage {
@@ -102,7 +85,7 @@ public:
             if (const status grown = g.pool.try_grow(capacity_of(g)); !grown)
                 return grown;
         for (plane& p : planes_)
-            if (!allocate(p.arena, groups_[p.group].pool.capacity() * p.block_bytes))
+            if (!p.allocate(p.arena, groups_[p.group].pool.capacity(), description_.huge_pages))
                 return {errc::out_of_memory, "no memory for the arena", at_layer(p.layer)};
         return {};
     }
@@ -122,7 +105,7 @@ public:
             const plane& p = planes_[i];
             const std::size_t blocks = capacity_of(groups_[p.group]);
             arenas.emplace_back(memory);
-            if (blocks > most_bytes / p.block_bytes || !allocate(arenas[i], blocks * p.block_bytes))
+            if (!p.allocate(arenas[i], blocks, description_.huge_pages))
                 s = {errc::out_of_memory, "no memory for the arena", at_layer(p.layer)};
         }
         for (std::size_t g = 0; s && g < groups_.size(); ++g)
@@ -141,16 +124,15 @@ public:
         return {};
     }
 
-    // Lanes past the stored tokens meet weights of zero: they must be finite.
     void clear_block(std::size_t group, std::uint32_t block) noexcept {
         for (plane& p : planes_)
             if (p.group == group)
-                std::memset(p.block(block), 0, p.block_bytes);
+                p.clear(block);
     }
     void copy_block(std::size_t group, std::uint32_t from, std::uint32_t to) noexcept {
         for (plane& p : planes_)
             if (p.group == group)
-                std::memcpy(p.block(to), p.block(from), p.block_bytes);
+                p.copy(from, to);
     }
 
     static error_location at_layer(std::size_t layer) noexcept {
@@ -160,7 +142,6 @@ public:
 private:
     static constexpr std::size_t most_pages = (std::numeric_limits<std::uint32_t>::max)() - 1;
     static constexpr std::size_t most_tokens = std::size_t{1} << 48;
-    static constexpr std::size_t most_bytes = (std::numeric_limits<std::ptrdiff_t>::max)();
 
     static std::size_t pages_for(std::size_t tokens, std::size_t page) noexcept {
         return tokens / page + (tokens % page != 0 ? 1 : 0);
@@ -172,50 +153,12 @@ private:
         return static_cast<std::uint32_t>(
             pages_for(own != 0 ? own : description_.capacity_tokens, page_tokens()));
     }
-    bool allocate(detail::arena& arena, std::size_t bytes) noexcept {
-        if (!arena.allocate(bytes))
-            return false;
-        if (description_.huge_pages)
-            advise_huge_pages(arena.data(), bytes);
-        return true;
-    }
-
-    static bool groups_fit(kv_format f, std::size_t head_dim, std::size_t group) noexcept {
-        const metadata_kind kind = traits_of(f).metadata;
-        return group == 0 || (group % group_unit == 0 && head_dim % group == 0 &&
-                              (kind == metadata_kind::scale_and_minimum || kind == metadata_kind::compact));
-    }
-
-    // The rule that keys per channel break, or null.
-    [[nodiscard]] const char* broken_axis_rule(const layer_description& l) const noexcept {
-        const format_traits t = traits_of(l.key_format);
-        if ((t.metadata != metadata_kind::scale_and_minimum && t.metadata != metadata_kind::compact) ||
-            t.code_bits > 4)
-            return "keys per channel need an affine or compact format of at most 4 bits";
-        if (l.key_group != 0)
-            return "keys per channel have no groups of channels";
-        if (page_tokens() > max_vector_length)
-            return "keys per channel need pages of at most 4096 tokens";
-        return nullptr;
-    }
 
     status add_layer(std::size_t i, const kernel_set& kernels, memory_source& memory) noexcept {
         const layer_description& l = description_.layers[i];
-        if (l.kv_heads == 0 || l.key_dim == 0 || l.value_dim == 0)
-            return {errc::invalid_argument, "KV heads and head dims are positive", at_layer(i)};
-        if (l.key_dim > max_head_dim || l.value_dim > max_head_dim)
-            return {errc::invalid_argument, "head dims are at most 4096", at_layer(i)};
-        if (!kernels.contains(l.key_format) || !kernels.contains(l.value_format))
-            return {errc::unsupported_format, "the cache type was not compiled for this format", at_layer(i)};
-        if (!groups_fit(l.key_format, l.key_dim, l.key_group) ||
-            !groups_fit(l.value_format, l.value_dim, l.value_group))
-            return {errc::invalid_argument,
-                    "a group is a multiple of 32 channels that divides the head dim of an affine or compact "
-                    "format",
-                    at_layer(i)};
-        if (l.key_axis == quantization_axis::per_channel)
-            if (const char* rule = broken_axis_rule(l))
-                return {errc::invalid_argument, rule, at_layer(i)};
+        layer_planes& planes = layers_.emplace_back(layer_codecs{l});
+        if (const status s = planes.make(page_tokens(), kernels); !s)
+            return {s.code(), s.rule(), at_layer(i)};
         if (l.sliding_window > most_tokens)
             return {errc::invalid_argument, "a sliding window is less than 2^48 tokens", at_layer(i)};
         std::size_t group = 0;
@@ -226,16 +169,7 @@ private:
         }
         if (const status s = add_plane(i, group, layout_of(l, page_tokens()), memory); !s)
             return s;
-        layer_planes& planes = layers_.emplace_back(l);
         planes.body = planes_.size() - 1;
-        if (status s =
-                make_codec(l.key_format, l.key_encoding, l.kv_heads, l.key_dim, l.key_group, planes.keys);
-            !s)
-            return {s.code(), s.rule(), at_layer(i)};
-        if (status s = make_codec(l.value_format, l.value_encoding, l.kv_heads, l.value_dim, l.value_group,
-                                  planes.values);
-            !s)
-            return {s.code(), s.rule(), at_layer(i)};
         return {};
     }
 
@@ -278,7 +212,7 @@ private:
     status add_plane(std::size_t layer, std::size_t group, const page_layout& layout,
                      memory_source& memory) noexcept {
         const std::size_t heads = description_.layers[layer].kv_heads, blocks = capacity_of(groups_[group]);
-        if (heads > most_bytes / layout.bytes() || blocks > most_bytes / (heads * layout.bytes()))
+        if (!plane::addressable(layout, heads, blocks))
             return {errc::out_of_memory, "the arena's size overflows", at_layer(layer)};
         planes_.emplace_back(layout, layer, heads, group, heads * layout.bytes(), detail::arena(memory));
         groups_[group].block_bytes += heads * layout.bytes();
