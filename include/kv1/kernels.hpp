@@ -8,6 +8,8 @@
 // header. kv1's own build compiles the two parts of it side by side.
 #pragma once
 
+#include <kv1/detail/config.hpp>
+
 #if !defined(KV1_EXTERNAL_KERNELS)
 #error "kv1/kernels.hpp is for programs that define KV1_EXTERNAL_KERNELS; define it here, too"
 #endif
