@@ -21,7 +21,7 @@
 //   truncate   cuts to n tokens, at any token (speculative decoding)
 //   drop       frees whole pages amid the sequence; the others keep their positions (StreamingLLM)
 //   prefixes   store_prefix() keeps the pages of a prompt under its tokens, create_from_prefix() begins a new
-//              sequence with the longest prefix that is known (prefix_index.hpp)
+//              sequence with the longest prefix that is known (prefix_index.hpp); cache_io.hpp saves them
 //
 // Commit points. Within a step layers are appended to in any order and may differ in length. A sequence is at
 // a commit point when all its layers hold the same number of tokens; commit(), fork(), store_prefix(), saving

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Eight threads on one cache, as the header allows it: each changes its own sequences, all fork and attend to
-// shared ones, store and match prefixes, evict and ask for statistics. Every token's key is its id, so that a
+// shared ones, store, match, save and load prefixes, evict and ask for statistics. Every token's key is its id, so that a
 // page in the wrong hands shows. KV1_STRESS_OPERATIONS sets how many operations there are in all; run it
 // under ThreadSanitizer.
 #include "random.hpp"
+#include "saved_bytes.hpp"
 
 #include <catch2/catch_test_macros.hpp>
 
@@ -50,7 +51,7 @@ public:
             expect(static_cast<bool>(cache_.try_destroy_sequence(l.id)), "destroy");
     }
     const char* wrong = nullptr;
-    std::size_t exhausted = 0, matched = 0;
+    std::size_t exhausted = 0, matched = 0, reloaded = 0;
 
 private:
     void expect(bool holds, const char* what) {
@@ -154,13 +155,15 @@ private:
     }
 
     void prefixes(living* l) {
-        const unsigned what = static_cast<unsigned>(random_.below(4));
+        const unsigned what = static_cast<unsigned>(random_.below(5));
+        if (what == 4 && random_.chance(0.1))
+            save_and_load_prefixes();
         if (what == 0 && l != nullptr && l->first_kept == 0)
             expect(static_cast<bool>(cache_.try_store_prefix(l->id, l->ids, {}, random_.chance(0.5))),
                    "store");
         if (what == 1)
             cache_.prefixes().evict(random_.below(3));
-        if (what >= 2 && mine_.size() < 4) {
+        if ((what == 2 || what == 3) && mine_.size() < 4) {
             std::array<std::int32_t, 40> ids{};
             for (std::int32_t& id : ids)
                 id = static_cast<std::int32_t>(random_.below(3));
@@ -178,6 +181,18 @@ private:
                 check(mine_.back());
             }
         }
+    }
+
+    // All that is known, while others store, evict and append to what they share with it. It comes back beside
+    // what is still known; whoever matches it checks its pages.
+    void save_and_load_prefixes() {
+        const auto memory = kv1_test::try_saved(cache_, {}, {.prefixes = true});
+        expect(static_cast<bool>(memory), "save of prefixes");
+        if (!memory)
+            return;
+        const auto loaded = kv1::try_load(cache_, kv1::memory_source(*memory), {});
+        expect(loaded || loaded.code() == errc::capacity_exceeded, "load of prefixes");
+        reloaded += loaded ? 1 : 0;
     }
 
     void check(const living& l) {
@@ -233,15 +248,17 @@ TEST_CASE("eight threads that fork, cut, drop, share and evict lose nothing and 
         threads.emplace_back([&w] { w(wanted_operations() / workers); });
     for (std::thread& t : threads)
         t.join();
-    std::size_t exhausted = 0, matched = 0;
+    std::size_t exhausted = 0, matched = 0, reloaded = 0;
     for (const worker& w : all) {
         INFO((w.wrong == nullptr ? "nothing" : w.wrong));
         REQUIRE(w.wrong == nullptr);
         exhausted += w.exhausted;
+        reloaded += w.reloaded;
         matched += w.matched;
     }
     REQUIRE(exhausted > 0);
     REQUIRE(matched > 0);
+    REQUIRE(reloaded > 0);
     cache.validate();
     for (const living& l : shared)
         cache.destroy_sequence(l.id);

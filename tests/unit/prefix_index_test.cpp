@@ -311,3 +311,52 @@ TEST_CASE("the index equals a list of prompts under random changes", "[prefix]")
         }
     }
 }
+
+TEST_CASE("an index and one that took in its snapshot know the same, in the same order of use", "[prefix]") {
+    for (std::uint64_t seed = 0; seed < 40; ++seed) {
+        kv1_test::generator g(seed);
+        world w(800);
+        prefix_index copy(seed % 2 == 0 ? kv1::hash_tokens : one_hash); // hashes are not part of it
+        const std::array<page_pool*, 2> pools{&w.first, &w.second};
+        REQUIRE(copy.initialize(4, pools));
+        std::vector<tokens> prompts(12);
+        for (tokens& t : prompts) {
+            t.resize(1 + g.below(16));
+            for (token_id& x : t)
+                x = static_cast<token_id>(g.below(2));
+            w.store(t, {0, g.below(2)}, g.chance(0.3));
+        }
+        for (int i = 0; i < 5; ++i)
+            w.match(prompts[g.below(12)], {0, g.below(2)});
+        kv1::prefix_snapshot all;
+        REQUIRE(w.index.snapshot(all));
+        REQUIRE(copy.merge(all));
+        REQUIRE(copy.merge(all)); // nothing new
+        w.index.release(all);
+        REQUIRE(copy.valid());
+        REQUIRE(copy.pages() == w.index.pages());
+        kv1::prefix_snapshot again;
+        REQUIRE(copy.snapshot(again));
+        copy.release(again);
+        REQUIRE(std::equal(again.tokens.begin(), again.tokens.end(), all.tokens.begin(), all.tokens.end()));
+        REQUIRE(std::equal(again.blocks.begin(), again.blocks.end(), all.blocks.begin(), all.blocks.end()));
+        for (const tokens& t : prompts)
+            for (const prefix_salt salt : {prefix_salt{0, 0}, prefix_salt{0, 1}}) {
+                std::vector<std::uint32_t> blocks;
+                const std::size_t known =
+                    copy.match(salt, t, [&](std::size_t, std::span<const std::uint32_t> b) {
+                        blocks.push_back(b[0]);
+                        w.first.release(b[0]);
+                        w.second.release(b[1]);
+                    });
+                const auto original = w.match(t, salt);
+                REQUIRE(known == original.tokens);
+                REQUIRE(blocks.size() == original.blocks.size());
+            }
+        w.index.clear();
+        REQUIRE(w.first.in_use() != 0);
+        copy.clear();
+        REQUIRE(w.first.in_use() == 0);
+        REQUIRE(w.second.in_use() == 0);
+    }
+}

@@ -77,7 +77,6 @@ private:
 
     // The name that a file has until it is whole: the n-th of them.
     bool name_partial(unsigned n) noexcept {
-        partial_.clear();
         if (!partial_.assign(target_.view().first(target_.size() - 1)))
             return false;
         std::array<char, 24> ending{};
