@@ -59,8 +59,11 @@ encode_result encode_codes(const float* x, std::size_t n, std::uint8_t* codes) n
         const encode_row row{x, nullptr, nullptr};
         std::size_t failed = 0;
         row_metadata metadata;
-        encode_result r =
-            common_kernels().encode_rows(recipe, &row, 1, codes, max_head_dim, &metadata, failed);
+        constexpr std::size_t channels = 256;
+        alignas(64) float lanes[channels * tile_tokens];
+        alignas(64) std::uint32_t words[channels / 4 * tile_tokens];
+        encode_result r = common_kernels().encode_rows(recipe, &row, 1, codes, max_head_dim, &metadata, failed,
+                                                       {channels, lanes, nullptr, words, nullptr});
         r.metadata = metadata;
         return r;
     } else if constexpr (affine_bits<Q> != 0)

@@ -6,6 +6,7 @@
 #include <kv1/detail/channel_keys.hpp>
 #include <kv1/detail/encode_reference.hpp>
 #include <kv1/detail/kernels/interface.hpp>
+#include <kv1/detail/scratch_pool.hpp>
 #include <kv1/detail/vector_codec.hpp>
 #include <kv1/executor.hpp>
 #include <kv1/quantizer.hpp>
@@ -26,6 +27,7 @@ struct append_job {
     const std::uint32_t* block_table;
     std::size_t first_token; // place of the first new token among those of the block table
     tensor_view keys, values;
+    scratch_pool* scratches = nullptr; // of the cache; only affine2_batch does without
     bool through_fp16 = false; // what is quantized is the vector rounded to fp16
     // of the body's sections; null for fp16 copies
     const vector_codec* key_codec = nullptr;
@@ -93,10 +95,11 @@ inline encode_result insert_plain(const target_kernels& kernels, const section_l
 }
 
 inline encode_result insert_vector(const target_kernels& kernels, const section_layout& s, std::byte* page,
-                                   std::size_t token, const float* x, std::uint8_t* codes) noexcept {
+                                   std::size_t token, const float* x, append_scratch& scratch) noexcept {
     const format_traits t = s.traits();
     if (t.code_bits == 0)
-        return insert_plain(kernels, s, page, token, x, reinterpret_cast<std::uint16_t*>(codes));
+        return insert_plain(kernels, s, page, token, x, scratch.halves);
+    std::uint8_t* const codes = scratch.codes; // zero past the channels
     encode_result encoded;
     switch (t.metadata) {
     case metadata_kind::scale_and_minimum:
@@ -198,11 +201,11 @@ private:
 // Gathers vectors whose codes a recipe chooses.
 class recipe_batch {
 public:
-    recipe_batch(const append_job& job, const section_layout& s) noexcept
-        : job_(job), section_(s), codec_(*job.codec(s)), stride_(round_up(s.channels, 32)),
+    recipe_batch(const append_job& job, const section_layout& s, append_scratch& scratch) noexcept
+        : job_(job), section_(s), codec_(*job.codec(s)), scratch_(scratch), stride_(round_up(s.channels, 32)),
           most_((std::min)(tile_tokens, max_head_dim / stride_)) {
         if (stride_ != s.channels)
-            std::memset(codes_, 0, most_ * stride_);
+            std::memset(scratch.codes, 0, most_ * stride_); // past the channels they stay zero
     }
 
     status add(std::size_t head, std::size_t i) noexcept {
@@ -210,7 +213,7 @@ public:
             if (const status flushed = flush(); !flushed)
                 return flushed;
         const tensor_view& source = section_.keys ? job_.keys : job_.values;
-        rows_[count_] = codec_.row(row_of(job_, source, i, head, converted_ + count_ * stride_), head);
+        rows_[count_] = codec_.row(row_of(job_, source, i, head, scratch_.converted + count_ * stride_), head);
         heads_[count_] = head;
         tokens_[count_++] = i;
         return {};
@@ -223,16 +226,17 @@ public:
             return {};
         std::size_t failed = 0;
         const encode_result r =
-            job_.kernels->encode_rows(codec_.recipe, rows_, count, codes_, stride_, metadata_, failed);
+            job_.kernels->encode_rows(codec_.recipe, rows_, count, scratch_.codes, stride_, scratch_.metadata,
+                                      failed, scratch_.encoder());
         if (r.code != errc::ok)
             return append_error(r, heads_[failed], tokens_[failed]);
         const std::size_t page_tokens = job_.layout->page_tokens(), groups = section_.groups();
         for (std::size_t k = 0; k < count; ++k) {
             const std::size_t token = job_.slot(tokens_[k]);
             std::byte* page = page_of(job_, heads_[k], token / page_tokens);
-            job_.kernels->insert_codes(section_, page, token % page_tokens, codes_ + k * stride_);
+            job_.kernels->insert_codes(section_, page, token % page_tokens, scratch_.codes + k * stride_);
             for (std::size_t g = 0; g < groups; ++g)
-                store_metadata(section_, page, token % page_tokens, metadata_[k * groups + g], g);
+                store_metadata(section_, page, token % page_tokens, scratch_.metadata[k * groups + g], g);
         }
         return {};
     }
@@ -241,86 +245,84 @@ private:
     const append_job& job_;
     const section_layout& section_;
     const vector_codec& codec_;
+    append_scratch& scratch_;
     std::size_t stride_, most_; // of codes; rows of a batch
     encode_row rows_[tile_tokens];
     std::size_t heads_[tile_tokens], tokens_[tile_tokens];
     std::size_t count_ = 0;
-    alignas(64) float converted_[max_head_dim];
-    alignas(64) std::uint8_t codes_[max_head_dim]; // zero past the channels
-    row_metadata metadata_[max_groups];            // [row][group]
 };
 
 // All new tokens of one KV head, of keys quantized per channel: into fp16, and of pages that get full into
 // codes.
-inline status append_channel_keys(const append_job& job, std::size_t head) noexcept {
+inline status append_channel_keys(const append_job& job, std::size_t head, append_scratch& scratch) noexcept {
     const section_layout& s = job.layout->keys();
     const section_layout& open = job.open_layout->keys();
     const vector_codec& codec = *job.key_codec;
-    alignas(64) float converted[max_head_dim], prepared[max_head_dim];
-    alignas(64) std::uint16_t halves[max_head_dim];
     for (std::size_t i = 0; i < job.keys.tokens(); ++i) {
-        const float* x = row_of(job, job.keys, i, head, converted);
+        const float* x = row_of(job, job.keys, i, head, scratch.converted);
         if (codec.prepares()) {
             if (const std::size_t bad = first_non_finite({x, s.channels}); bad != s.channels)
                 return append_error({errc::non_finite, rule_finite, bad, {}}, head, i);
-            prepare_vector(codec.recipe, codec.row(x, head), prepared);
-            x = prepared;
+            prepare_vector(codec.recipe, codec.row(x, head), scratch.prepared);
+            x = scratch.prepared;
         }
         const std::size_t token = job.first_token + i, index = token / s.tokens, slot = token % s.tokens;
         const bool begun = i < slot; // before these tokens
         std::byte* page = const_cast<std::byte*>(begun ? job.open_before : job.open_after) +
                           head * job.open_layout->bytes();
-        encode_result r = insert_plain(*job.kernels, open, page, slot, x, halves);
+        encode_result r = insert_plain(*job.kernels, open, page, slot, x, scratch.halves);
         if (codec.recipe.hadamard != 0)
             r.channel = no_channel; // a mix of all
         if (r.code == errc::ok && slot + 1 == s.tokens)
-            r = seal_keys(*job.kernels, codec, head, s, page_of(job, head, index), open, page);
+            r = seal_keys(*job.kernels, codec, head, s, page_of(job, head, index), open, page, scratch);
         if (r.code != errc::ok)
             return append_error(r, head, i);
     }
     return {};
 }
 
+// All new tokens of one KV head, of a section that takes_tiles().
+inline status append_tiles(const append_job& job, const section_layout& s, std::size_t head) noexcept {
+    affine2_batch batch(job);
+    for (std::size_t i = 0; i < job.keys.tokens(); ++i) {
+        // batches are tiles, so that the lines of V are written once
+        if (job.slot(i) % tile_tokens == 0)
+            if (const status flushed = batch.flush(); !flushed)
+                return flushed;
+        if (const status added = batch.add(s, head, i); !added)
+            return added;
+    }
+    return batch.flush();
+}
+
 // All new tokens of one KV head, of K or V; 2-bit codes in batches, others one by one.
-inline status append_section(const append_job& job, const section_layout& s, std::size_t head) noexcept {
+inline status append_section(const append_job& job, const section_layout& s, std::size_t head,
+                             append_scratch& scratch) noexcept {
     const tensor_view& source = s.keys ? job.keys : job.values;
     const vector_codec* codec = job.codec(s);
     if (s.axis == quantization_axis::per_channel)
-        return append_channel_keys(job, head);
+        return append_channel_keys(job, head, scratch);
     if (codec != nullptr && codec->by_recipe) {
-        recipe_batch batch(job, s);
+        recipe_batch batch(job, s, scratch);
         for (std::size_t i = 0; i < source.tokens(); ++i)
             if (const status added = batch.add(head, i); !added)
                 return added;
         return batch.flush();
     }
-    if (job.takes_tiles(s)) {
-        affine2_batch batch(job);
-        for (std::size_t i = 0; i < source.tokens(); ++i) {
-            // batches are tiles, so that the lines of V are written once
-            if (job.slot(i) % tile_tokens == 0)
-                if (const status flushed = batch.flush(); !flushed)
-                    return flushed;
-            if (const status added = batch.add(s, head, i); !added)
-                return added;
-        }
-        return batch.flush();
-    }
-    alignas(64) float converted[max_head_dim], prepared[max_head_dim];
-    alignas(64) std::uint8_t
-        codes[2 * max_head_dim]; // codes, zero past the channels; or the halves of a plain vector
-    std::memset(codes, 0, round_up(s.channels, 32));
+    if (job.takes_tiles(s))
+        return append_tiles(job, s, head);
+    std::memset(scratch.codes, 0, round_up(s.channels, 32));
     for (std::size_t i = 0; i < source.tokens(); ++i) {
-        const float* x = row_of(job, source, i, head, converted);
+        const float* x = row_of(job, source, i, head, scratch.converted);
         const std::size_t token = job.slot(i);
         if (codec != nullptr && codec->prepares()) {
             if (const std::size_t bad = first_non_finite({x, s.channels}); bad != s.channels)
                 return append_error({errc::non_finite, rule_finite, bad, {}}, head, i);
-            prepare_vector(codec->recipe, codec->row(x, head), prepared);
-            x = prepared;
+            prepare_vector(codec->recipe, codec->row(x, head), scratch.prepared);
+            x = scratch.prepared;
         }
         const encode_result r =
-            insert_vector(*job.kernels, s, page_of(job, head, token / s.tokens), token % s.tokens, x, codes);
+            insert_vector(*job.kernels, s, page_of(job, head, token / s.tokens), token % s.tokens, x, scratch);
         if (r.code != errc::ok)
             return append_error(r, head, i);
     }
@@ -328,8 +330,17 @@ inline status append_section(const append_job& job, const section_layout& s, std
 }
 
 inline status append_head(const append_job& job, std::size_t head) noexcept {
-    const status keys = append_section(job, job.layout->keys(), head);
-    return keys ? append_section(job, job.layout->values(), head) : keys;
+    const section_layout &keys = job.layout->keys(), &values = job.layout->values();
+    if (job.takes_tiles(keys) && job.takes_tiles(values)) {
+        const status s = append_tiles(job, keys, head);
+        return s ? append_tiles(job, values, head) : s;
+    }
+    const scratch_lease lease(*job.scratches);
+    if (!lease)
+        return no_scratch();
+    append_scratch& scratch = lease.as<append_scratch>();
+    const status s = append_section(job, keys, head, scratch);
+    return s ? append_section(job, values, head, scratch) : s;
 }
 
 inline status append_heads(const append_job& job, std::size_t kv_heads, executor_view run) noexcept {
@@ -352,8 +363,13 @@ inline status append_heads(const append_job& job, std::size_t kv_heads, executor
     if (job.keys.tokens() == 1 && recipe(keys) && recipe(values)) {
         status s;
         auto all = [&](std::size_t) {
+            const scratch_lease lease(*job.scratches);
+            if (!lease) {
+                s = no_scratch();
+                return;
+            }
             for (const section_layout* each : {&keys, &values}) {
-                recipe_batch batch(job, *each);
+                recipe_batch batch(job, *each, lease.as<append_scratch>());
                 for (std::size_t head = 0; s && head < kv_heads; ++head)
                     s = batch.add(head, 0);
                 if (s)
@@ -387,8 +403,10 @@ inline status append_heads(const append_job& job, std::size_t kv_heads, executor
         }
     };
     run(kv_heads, task_view(task));
-    const std::size_t failed = first_failed.load(std::memory_order_relaxed);
-    return failed == kv_heads ? status{} : append_head(job, failed); // once more, for its reason
+    status s; // once more, for its reason; where memory was short and is there now, the others follow
+    for (std::size_t head = first_failed.load(std::memory_order_relaxed); s && head < kv_heads; ++head)
+        s = append_head(job, head);
+    return s;
 }
 
 } // namespace kv1::inline KV1_ABI::detail

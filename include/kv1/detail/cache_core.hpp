@@ -199,11 +199,14 @@ public:
                 }
             };
             run(ids.size() * body.kv_heads, task_view(task));
-            if (const std::size_t b = first_failed.load(std::memory_order_relaxed); b != ids.size()) {
-                inline_executor again; // for its reason
+            // once more, for its reason; where memory was short and is there now, the others follow
+            for (std::size_t b = first_failed.load(std::memory_order_relaxed); s && b < ids.size(); ++b) {
+                inline_executor again;
                 s = append_of(ids[b], layer, batch_rows(keys, indptr, b),
                               batch_rows(values, indptr, b))(again);
                 error_location where = s.where();
+                if (where.token < 0)
+                    continue;
                 where.token += static_cast<std::int64_t>(indptr[b]);
                 s = {s.code(), s.rule(), where};
             }

@@ -9,6 +9,7 @@
 #include <kv1/detail/buffer.hpp>
 #include <kv1/detail/cache_storage.hpp>
 #include <kv1/detail/layer_store.hpp>
+#include <kv1/detail/scratch_pool.hpp>
 #include <kv1/detail/sequence_state.hpp>
 #include <kv1/detail/slot_table.hpp>
 #include <kv1/page_pool.hpp>
@@ -56,10 +57,13 @@ public:
     cache_storage storage;
     slot_table<sequence_state> sequences;
     prefix_index index;
+    mutable scratch_pool scratches; // from any thread, const calls included
 
     status initialize(cache_description&& d) noexcept {
         if (const status s = storage.initialize(std::move(d), kernels, *memory); !s)
             return s;
+        if (!scratches.begin())
+            return no_memory();
         buffer<page_pool*> pools;
         for (page_group& g : storage.groups())
             if (!pools.try_push_back(&g.pool))
@@ -82,7 +86,7 @@ public:
     [[nodiscard]] layer_store store_of(std::size_t layer) const noexcept {
         const layer_planes& l = planes_of(layer);
         const auto optional = [&](std::size_t i) { return i == no_plane ? nullptr : &storage.planes()[i]; };
-        return {l, kernels, storage.planes()[l.body], optional(l.copy), optional(l.open)};
+        return {l, kernels, storage.planes()[l.body], optional(l.copy), optional(l.open), scratches};
     }
     [[nodiscard]] const plane& body_of(std::size_t layer) const noexcept {
         return storage.planes()[planes_of(layer).body];

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <kv1/detail/kernels/interface.hpp>
+#include <kv1/detail/scratch_pool.hpp>
 #include <kv1/detail/vector_codec.hpp>
 #include <kv1/float16.hpp>
 #include <kv1/layout.hpp>
@@ -69,8 +70,8 @@ inline void load_two_channels(const target_kernels& kernels, const section_layou
 // `channel` is which of them.
 inline encode_result encode_channels(const target_kernels& kernels, const vector_codec& codec,
                                      const section_layout& s, const float* x, std::size_t count,
-                                     std::size_t stride, std::uint8_t* codes,
-                                     row_metadata* metadata) noexcept {
+                                     std::size_t stride, std::uint8_t* codes, row_metadata* metadata,
+                                     append_scratch& scratch) noexcept {
     encode_result r;
     if (codec.by_recipe) {
         encode_row rows[tile_tokens];
@@ -78,7 +79,7 @@ inline encode_result encode_channels(const target_kernels& kernels, const vector
             rows[c] = {x + c * stride, nullptr, nullptr};
         const encode_recipe recipe{s.format, codec.recipe.levels, s.tokens, s.tokens, 0};
         std::size_t failed = 0;
-        r = kernels.encode_rows(recipe, rows, count, codes, stride, metadata, failed);
+        r = kernels.encode_rows(recipe, rows, count, codes, stride, metadata, failed, scratch.encoder());
         r.channel = failed;
         return r;
     }
@@ -96,7 +97,8 @@ inline encode_result encode_channels(const target_kernels& kernels, const vector
 // for.
 inline encode_result seal_weighted_keys(const target_kernels& kernels, const vector_codec& codec,
                                         const float* feedback, const section_layout& s, std::byte* page,
-                                        const section_layout& open, const std::byte* open_page) noexcept {
+                                        const section_layout& open, const std::byte* open_page,
+                                        append_scratch& scratch) noexcept {
     const std::size_t stride = s.tokens, channels = round_up(s.channels, 2);
     std::unique_ptr<float[]> room(new (std::nothrow) float[2 * channels * stride + stride]);
     if (room == nullptr)
@@ -105,10 +107,10 @@ inline encode_result seal_weighted_keys(const target_kernels& kernels, const vec
     for (std::size_t c = 0; c < s.channels; c += 2)
         load_two_channels(kernels, open, open_page, c, x + c * stride, x + (c + 1) * stride);
     std::copy_n(x, s.channels * stride, wanted);
-    alignas(64) std::uint8_t codes[max_vector_length];
+    std::uint8_t* const codes = scratch.codes;
     for (std::size_t c = s.channels; c-- > 0;) {
         row_metadata m;
-        encode_result r = encode_channels(kernels, codec, s, wanted + c * stride, 1, stride, codes, &m);
+        encode_result r = encode_channels(kernels, codec, s, wanted + c * stride, 1, stride, codes, &m, scratch);
         if (r.code != errc::ok) {
             r.channel = c;
             return r;
@@ -125,13 +127,13 @@ inline encode_result seal_weighted_keys(const target_kernels& kernels, const vec
 // Codes and metadata of a full page of a KV head's fp16 keys. On failure the page's keys are unspecified.
 inline encode_result seal_keys(const target_kernels& kernels, const vector_codec& codec, std::size_t head,
                                const section_layout& s, std::byte* page, const section_layout& open,
-                               const std::byte* open_page) noexcept {
+                               const std::byte* open_page, append_scratch& scratch) noexcept {
     std::memset(page + s.offset, 0, s.bytes());
     if (const float* feedback = codec.row(nullptr, head).feedback)
-        return seal_weighted_keys(kernels, codec, feedback, s, page, open, open_page);
+        return seal_weighted_keys(kernels, codec, feedback, s, page, open, open_page, scratch);
     constexpr std::size_t room = 4 * max_vector_length;
-    alignas(64) float x[room]; // [channel of the batch][token]
-    alignas(64) std::uint8_t codes[room];
+    float* const x = scratch.page; // [channel of the batch][token]
+    std::uint8_t* const codes = scratch.codes;
     row_metadata metadata[tile_tokens];
     const std::size_t stride = round_up(s.tokens, 32);
     const std::size_t most = (std::min)(tile_tokens, room / stride / 2 * 2); // of a batch
@@ -139,7 +141,7 @@ inline encode_result seal_keys(const target_kernels& kernels, const vector_codec
         const std::size_t count = (std::min)(most, s.channels - first);
         for (std::size_t c = 0; c < count; c += 2)
             load_two_channels(kernels, open, open_page, first + c, x + c * stride, x + (c + 1) * stride);
-        encode_result r = encode_channels(kernels, codec, s, x, count, stride, codes, metadata);
+        encode_result r = encode_channels(kernels, codec, s, x, count, stride, codes, metadata, scratch);
         if (r.code != errc::ok) {
             r.channel += first;
             return r;

@@ -25,6 +25,7 @@
 #include <kv1/detail/kernels/registry.hpp>
 #include <kv1/detail/memory_source.hpp>
 #include <kv1/detail/schedule.hpp>
+#include <kv1/detail/scratch_pool.hpp>
 #include <kv1/detail/vector_codec.hpp>
 #include <kv1/executor.hpp>
 #include <kv1/layout.hpp>
@@ -148,13 +149,14 @@ struct slot_place {
     std::size_t token; // of the block's pages
 };
 
-// A view: codecs, kernels and planes outlive it. Its calls write to pages, though planes come as const: which
+// A view: codecs, kernels, planes and the pool that tasks take their scratch from outlive it. Its calls write to pages, though planes come as const: which
 // pages may be written to is the caller's affair, as are two calls at once.
 class layer_store {
 public:
     layer_store(const layer_codecs& codecs, const kernel_set& kernels, const plane& body, const plane* copies,
-                const plane* open_keys) noexcept
-        : codecs_(codecs), kernels_(kernels), body_(body), copies_(copies), open_keys_(open_keys) {}
+                const plane* open_keys, scratch_pool& scratches) noexcept
+        : codecs_(codecs), kernels_(kernels), body_(body), copies_(copies), open_keys_(open_keys),
+          scratches_(scratches) {}
 
     [[nodiscard]] const plane& body() const noexcept { return body_; }
     [[nodiscard]] const plane* copies() const noexcept { return copies_; }
@@ -202,6 +204,7 @@ public:
         job.key_kernels = kernels_.find(t, p.layout.keys().format);
         job.value_kernels = kernels_.find(t, p.layout.values().format);
         job.mode = options.mode;
+        job.scratches = &scratches_;
         job.layout = &p.layout;
         job.pages = p.arena.data();
         job.block_stride = p.block_bytes;
@@ -295,7 +298,8 @@ private:
                        to.table,
                        to.first,
                        keys,
-                       values};
+                       values,
+                       &scratches_};
         job.slots = to.slots;
         return job;
     }
@@ -305,6 +309,7 @@ private:
     const plane& body_;
     const plane* copies_;
     const plane* open_keys_;
+    scratch_pool& scratches_;
 };
 
 } // namespace kv1::inline KV1_ABI::detail

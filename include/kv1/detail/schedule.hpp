@@ -9,10 +9,12 @@
 #include <kv1/detail/kernels/interface.hpp>
 #include <kv1/detail/kernels/restore.hpp>
 #include <kv1/detail/kernels/softmax.hpp>
+#include <kv1/detail/scratch_pool.hpp>
 #include <kv1/executor.hpp>
 #include <kv1/tensor.hpp>
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstddef>
@@ -128,7 +130,13 @@ inline status attend_heads(const attention_job& common, std::size_t kv_heads, co
         return log_sum_exp[row / common.group * queries.heads() + head_offset(kv_head) + row % common.group];
     };
 
+    std::atomic<bool> starved{false}; // a task had no scratch
     auto attend_task = [&](std::size_t task) {
+        const scratch_lease scratch(*common.scratches);
+        if (!scratch) {
+            starved.store(true, std::memory_order_relaxed);
+            return;
+        }
         const std::size_t range = task % split.ranges, row_block = task / split.ranges % split.row_blocks,
                           kv_head = task / split.ranges / split.row_blocks;
         attention_job job = job_for(kv_head, row_block);
@@ -142,12 +150,15 @@ inline status attend_heads(const attention_job& common, std::size_t kv_heads, co
             job.partial_stride = split.ranges * stride;
         }
         job.log_sum_exp = lse;
+        job.scratch = &scratch.as<attention_scratch>();
         job.target->attend_rows(job);
         if (split.ranges == 1 && !log_sum_exp.empty())
             for (std::size_t r = 0; r < job.rows; ++r)
                 lse_of(kv_head, job.first_row + r) = lse[r];
     };
     run(kv_heads * split.row_blocks * split.ranges, task_view(attend_task));
+    if (starved.load(std::memory_order_relaxed))
+        return no_scratch();
     if (split.ranges == 1)
         return {};
 

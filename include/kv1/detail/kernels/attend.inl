@@ -2,7 +2,7 @@
 //
 // The driver of a target: some query rows of one KV head against a range of tokens, with the softmax taken
 // online per block of tokens (running maximum and sum; Milakov and Gimelshein 2018, FlashAttention). Parsed
-// once per target. Scratch lies on the stack, about 110 KiB, 32 more where keys are taken in pairs.
+// once per target.
 
 KV1_LAZY KV1_INLINE float maximum_of(const float* scores, std::size_t slots, float start) {
     f32 largest(start);
@@ -143,11 +143,10 @@ KV1_LAZY inline void adjust_scores(const attention_job& job, std::size_t row, co
 }
 
 // Scores of keys with metadata by groups of channels: each group's scores, added up. q: of the first group, the
-// others behind it, [group][row].
+// others behind it, [group][row]. own: room for the scores of one group.
 template <class Kernels>
 KV1_NOINLINE void add_group_scores(const Kernels& kernels, std::size_t mode, const block_view& view,
-                                   const query_rows& q, float* scores, float* tops) noexcept {
-    alignas(64) float own[max_rows * score_stride];
+                                   const query_rows& q, float* scores, float* own, float* tops) noexcept {
     const std::size_t groups = view.layout->groups(), slots = view.count * tile_tokens;
     for (std::size_t g = 0; g < groups; ++g) {
         const section_layout keys = view.layout->group(g), next = fetched_with(view, g, groups);
@@ -215,8 +214,8 @@ KV1_LAZY KV1_INLINE void prefetch_channels(const section_layout& s, const block_
 template <class Rounding>
 KV1_NOINLINE void add_page_scores(const attention_job& job, const block_tiles& block, const block_view& view,
                                   const query_rows& q, const Rounding& round_row, float* scores, float* tops) noexcept {
-    alignas(64) float scaled[scratch_floats];
-    alignas(64) float slopes[max_head_dim], bases[max_head_dim];
+    auto& scaled = job.scratch->scaled;
+    auto &slopes = job.scratch->slopes, &bases = job.scratch->bases;
     float sums[max_rows], shifts[max_rows], own_tops[max_rows];
     const section_layout& keys = *view.layout;
     const std::size_t mode = static_cast<std::size_t>(job.mode);
@@ -276,11 +275,11 @@ KV1_NOINLINE void add_page_scores(const attention_job& job, const block_tiles& b
     }
 }
 
-// Sums of values with metadata by groups of channels, group by group. Each takes the exponentials anew.
+// Sums of values with metadata by groups of channels, group by group. Each takes the exponentials anew, from `scores`,
+// a copy that a group uses up.
 template <class Kernels>
 KV1_NOINLINE void add_group_sums(const Kernels& kernels, std::size_t mode, const block_view& view,
-                                 const softmax_rows& w, float* sums, std::size_t stride) noexcept {
-    alignas(64) float scores[max_rows * score_stride]; // a copy, which a group uses up
+                                 const softmax_rows& w, float* scores, float* sums, std::size_t stride) noexcept {
     const std::size_t groups = view.layout->groups();
     for (std::size_t g = 0; g < groups; ++g) {
         const section_layout values = view.layout->group(g), next = fetched_with(view, g, groups);
@@ -313,11 +312,10 @@ inline void attend_rows(const attention_job& job) noexcept {
     const bool per_channel = keys.axis == quantization_axis::per_channel; // then queries are rounded page by page
     const std::size_t mode = static_cast<std::size_t>(job.mode);
 
-    alignas(64) float query[scratch_floats];
-    alignas(64) float sums[scratch_floats];
-    alignas(64) float scores[max_rows * score_stride];
-    alignas(64) std::int8_t codes[2][scratch_floats];
-    alignas(64) std::uint8_t tables[Pairs ? 8 * scratch_floats : 1];
+    auto &query = job.scratch->query, &sums = job.scratch->sums;
+    auto& scores = job.scratch->scores;
+    auto& codes = job.scratch->codes;
+    auto& tables = job.scratch->tables;
     const bool in_pairs = Pairs && integer_keys && takes_pairs(keys.traits());
     float query_sums[max_groups], code_scales[max_groups], code_offsets[max_groups]; // [group][row]
     float tops[max_rows], maxima[max_rows], denominators[max_rows], rescale[max_rows];
@@ -425,7 +423,7 @@ inline void attend_rows(const attention_job& job) noexcept {
         else if (groups == 1)
             job.key_kernels->key_scores[mode](key_view, q, scores, tops);
         else
-            add_group_scores(*job.key_kernels, mode, key_view, q, scores, tops);
+            add_group_scores(*job.key_kernels, mode, key_view, q, scores, job.scratch->group_scores, tops);
 
         const bool whole = !adjusted && last - first == slots && first >= all.first && last <= all.last;
         for (std::size_t r = 0; r < job.rows; ++r) {
@@ -447,7 +445,7 @@ inline void attend_rows(const attention_job& job) noexcept {
         if (values.groups() == 1)
             job.value_kernels->value_sums[mode](value_view, weights, sums, value_stride);
         else
-            add_group_sums(*job.value_kernels, mode, value_view, weights, sums, value_stride);
+            add_group_sums(*job.value_kernels, mode, value_view, weights, job.scratch->group_scores, sums, value_stride);
         first = last;
         last = after_last;
         now = 1 - now;

@@ -351,16 +351,6 @@ KV1_LAZY inline void rotate(float* x, std::size_t n, std::size_t block) noexcept
         x[i] *= norm;
 }
 
-// Vectors of more channels than this do not fit the scratch and go by the definition.
-inline constexpr std::size_t lane_scratch_channels = 1024;
-
-struct lane_scratch {
-    alignas(64) float x[lane_scratch_channels * lanes];
-    alignas(64) float errors[lane_scratch_channels * lanes];
-    alignas(64) std::uint32_t words[lane_scratch_channels / 4 * lanes];
-    alignas(64) std::uint32_t candidate_words[lane_scratch_channels / 4 * lanes];
-};
-
 // Vectors less their means, transposed; zeros in lanes without one. False where a value is beyond fp16, or none.
 KV1_LAZY KV1_INLINE bool load_vectors(const encode_row* rows, std::size_t count, std::size_t n, float* x) {
     i32 largest(0); // magnitude bits, NaN above infinity
@@ -388,7 +378,7 @@ KV1_LAZY KV1_INLINE bool load_vectors(const encode_row* rows, std::size_t count,
 // of one group. alike: feedback is common to several of them. Out of line, where its loops have the registers.
 template <bool Codebook>
 KV1_NOINLINE void weigh_levels(const encode_row* rows, std::size_t count, std::size_t n, bool alike,
-                               const lane_format<Codebook>& how, lane_scratch& scratch, lane_levels& best) noexcept {
+                               const lane_format<Codebook>& how, const encode_scratch& scratch, lane_levels& best) noexcept {
     const lane_format<Codebook> format = how;
     const float* const x = scratch.x;
     lane_levels l = best, from = l;
@@ -432,7 +422,7 @@ KV1_NOINLINE void weigh_levels(const encode_row* rows, std::size_t count, std::s
 // Codes of a group's channels x of up to `lanes` vectors to words. False: metadata overflow.
 template <bool Codebook>
 bool encode_group(const encode_recipe& recipe, const encode_row* rows, std::size_t count, const float* x,
-                  std::uint32_t* words, lane_scratch& scratch, row_metadata* metadata) noexcept {
+                  std::uint32_t* words, const encode_scratch& scratch, row_metadata* metadata) noexcept {
     const std::size_t n = recipe.group;
     const format_traits traits = traits_of(recipe.format);
     const lane_format<Codebook> format{f32(static_cast<float>((1 << traits.code_bits) - 1)), static_cast<float>(traits.top_level()),
@@ -488,8 +478,8 @@ bool encode_group(const encode_recipe& recipe, const encode_row* rows, std::size
 }
 
 // Codes of up to `lanes` vectors to scratch.words. False: metadata overflow.
-KV1_LAZY inline bool encode_lanes(const encode_recipe& recipe, const encode_row* rows, std::size_t count, lane_scratch& scratch,
-                         row_metadata* metadata) noexcept {
+KV1_LAZY inline bool encode_lanes(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
+                         const encode_scratch& scratch, row_metadata* metadata) noexcept {
     if (recipe.hadamard != 0)
         rotate_lanes(scratch.x, recipe.channels, recipe.hadamard);
     for (std::size_t g = 0; g < recipe.groups(); ++g) {
@@ -519,11 +509,10 @@ KV1_LAZY inline encode_result encode_one_by_one(const encode_recipe& recipe, con
 
 KV1_LAZY inline encode_result encode_rows(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
                                  std::uint8_t* codes, std::size_t stride, row_metadata* metadata,
-                                 std::size_t& failed) noexcept {
+                                 std::size_t& failed, const encode_scratch& scratch) noexcept {
     const std::size_t n = recipe.channels;
-    if (n > lane_scratch_channels)
+    if (n > scratch.channels)
         return encode_one_by_one(recipe, rows, count, codes, stride, metadata, failed);
-    lane_scratch scratch;
     for (std::size_t first = 0; first < count; first += lanes) {
         const std::size_t some = count - first < lanes ? count - first : lanes;
         if (!load_vectors(rows + first, some, n, scratch.x) ||

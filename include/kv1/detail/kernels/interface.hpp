@@ -24,8 +24,7 @@ enum class precision : std::uint8_t { fast, exact };
 namespace detail {
 
 // Queries of one KV head are processed in blocks of at most max_rows rows (a row is one query token and
-// head), tokens in blocks of at most max_block_tokens; scratch for them lives on the stack. A block crosses
-// pages, so that what is paid once a block does not depend on the size of pages.
+// head), tokens in blocks of at most max_block_tokens. A block crosses pages, so that what is paid once a block does not depend on the size of pages.
 inline constexpr std::size_t max_rows = 16;
 inline constexpr std::size_t max_block_tokens = 512;
 inline constexpr std::size_t max_head_dim = 4096;
@@ -72,6 +71,19 @@ constexpr std::size_t rows_for(std::size_t head_dim) noexcept {
     const std::size_t fit = scratch_floats / round_up(head_dim, 32);
     return fit < 1 ? 1 : fit < max_rows ? fit : max_rows;
 }
+
+// What attend_rows needs while it runs: too much for a thread's stack.
+struct attention_scratch {
+    alignas(64) float query[scratch_floats];
+    alignas(64) float sums[scratch_floats];
+    alignas(64) float scores[max_rows * score_stride];
+    alignas(64) std::int8_t codes[2][scratch_floats];
+    alignas(64) std::uint8_t tables[8 * scratch_floats];     // of pairs
+    alignas(64) float group_scores[max_rows * score_stride]; // of one of several groups of channels
+    // of keys quantized per channel: queries times a page's scales, and its metadata
+    alignas(64) float scaled[scratch_floats];
+    alignas(64) float slopes[max_head_dim], bases[max_head_dim];
+};
 
 // Rows are taken in tiles of up to four, as even as can be: 5 = 3 + 2, 7 = 4 + 3. A tile's 8-bit numbers lie
 // together: [line][row of the tile][4 * planes], the run of each row being what meets one line.
@@ -185,6 +197,14 @@ struct encode_row {
     const float* feedback;
 };
 
+// Room for encode_rows: up to tile_tokens vectors of up to `channels` channels. Longer ones go one by one, by
+// the definition. errors and candidate_words may be null where no row has feedback.
+struct encode_scratch {
+    std::size_t channels;
+    float *x, *errors;                      // [channels][tile_tokens]
+    std::uint32_t *words, *candidate_words; // [channels / 4][tile_tokens]
+};
+
 // A vector and where it goes.
 struct append_row {
     const section_layout* section;
@@ -199,6 +219,8 @@ struct attention_job {
     const struct format_kernels* key_kernels;
     const struct format_kernels* value_kernels;
     precision mode;
+    class scratch_pool* scratches; // where a task's scratch comes from; not for kernels
+    attention_scratch* scratch;    // of this job alone
 
     const page_layout* layout;
     const std::byte* pages;           // first byte of this KV head's page in block 0 of the layer's arena
@@ -277,7 +299,7 @@ struct target_kernels {
     // on failure, and failed is the first offending row
     encode_result (*encode_rows)(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
                                  std::uint8_t* codes, std::size_t stride, row_metadata* metadata,
-                                 std::size_t& failed) noexcept;
+                                 std::size_t& failed, const encode_scratch& scratch) noexcept;
     // y[r * stride + i] += factors[r] * x[i] for each of n, a multiple of tile_tokens; products are rounded
     void (*add_multiples)(float* y, std::size_t stride, const float* factors, std::size_t rows,
                           const float* x, std::size_t n) noexcept;

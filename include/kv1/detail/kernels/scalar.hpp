@@ -124,7 +124,7 @@ inline encode_result append_affine2(const append_row* rows, std::size_t count, s
 
 inline encode_result encode_rows(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
                                  std::uint8_t* codes, std::size_t stride, row_metadata* metadata,
-                                 std::size_t& failed) noexcept {
+                                 std::size_t& failed, const encode_scratch&) noexcept {
     for (failed = 0; failed < count; ++failed) {
         const encode_result r = encode_reference(recipe, rows[failed], codes + failed * stride,
                                                  metadata + failed * recipe.groups());
@@ -307,8 +307,8 @@ inline void channel_scores(const attention_job& job, std::span<const float> quer
                            std::size_t count, std::size_t first, float* scores) noexcept {
     const section_layout& keys = job.layout->keys();
     const auto mode = static_cast<std::size_t>(job.mode);
-    float scaled[max_head_dim];
-    std::int8_t codes[max_head_dim];
+    auto& scaled = job.scratch->scaled;
+    auto& codes = job.scratch->codes[1];
     for (std::size_t k = 0; k < count; ++k) { // tile by tile, for simplicity's sake
         const bool open = job.open_keys != nullptr && first + k * tile_tokens >= job.open_from;
         const tile_ref tile{open ? job.open_keys : tiles[k].page, tiles[k].token};
@@ -338,9 +338,10 @@ inline void attend_rows(const attention_job& job) noexcept {
     const section_layout& keys = job.layout->keys();
     const section_layout& values = job.layout->values();
     const auto mode = static_cast<std::size_t>(job.mode);
-    float query[max_head_dim], sums[max_head_dim], scores[score_stride], group_scores[score_stride];
+    auto &query = job.scratch->query, &sums = job.scratch->sums;
+    auto &scores = job.scratch->scores, &group_scores = job.scratch->group_scores;
+    auto& codes = job.scratch->codes[0];
     float query_sums[max_groups], steps[max_groups];
-    std::int8_t codes[max_head_dim];
     const std::size_t key_groups = keys.groups(), key_group = keys.group_channels;
     for (std::size_t r = 0; r < job.rows; ++r) {
         const std::size_t token = (job.first_row + r) / job.group, head = (job.first_row + r) % job.group;
