@@ -16,6 +16,7 @@
 #include <kv1/detail/append.hpp>
 
 #include <array>
+#include <memory>
 
 namespace {
 
@@ -88,6 +89,7 @@ void kernels_of_step(benchmark::State& state, const step_shape& shape) {
         std::size_t head;
     };
     std::vector<unit> units;
+    const auto scratch = std::make_unique<kv1::detail::attention_scratch>();
     std::vector<std::vector<std::int32_t>> tables;
     std::vector<kv1::page_layout> layouts(shape.layers);
     const kv1::target t = kv1::current_target();
@@ -115,6 +117,7 @@ void kernels_of_step(benchmark::State& state, const step_shape& shape) {
                 a.target = &kv1::detail::common_kernels();
                 a.key_kernels = a.value_kernels = kernels;
                 a.mode = kv1::precision::fast;
+                a.scratch = scratch.get();
                 a.layout = &layouts[layer];
                 a.pages = arena + h * layouts[layer].bytes();
                 a.block_stride = block_bytes;

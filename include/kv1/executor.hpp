@@ -7,6 +7,12 @@
 // that calls task(0) ... task(count - 1), each once, in any order, on any threads, and returns when all are
 // done. Tasks do not throw and do not block. How work is split depends on shapes alone, never on the
 // executor, so that results are the same bits for any number of workers.
+//
+// Stack. Every call of the library, a task included, makes do with 64 KiB of its thread's stack; in builds
+// without optimization, where compilers share no place among values, with 256. A thread needs beside it what
+// the thread library keeps there (glibc 5 KiB, and the program's thread-local variables) and what the
+// caller's own functions take. What does not fit lies in blocks that the cache owns: it begins with one, a
+// task that runs beside others may allocate another, and up to 128 are kept for later tasks.
 #pragma once
 
 #include <kv1/detail/config.hpp>

@@ -17,7 +17,9 @@
  *
  * Every call that can fail returns a code and, where `error` is not null, says there what rule was broken and
  * where. A failed call leaves the cache as it was. No call throws, aborts or keeps a pointer of the caller's.
- * Calls on a const cache may run at the same time; a call that changes the cache needs it for itself.
+ * Calls on a const cache may run at the same time; a call that changes the cache needs it for itself. A call
+ * needs 64 KiB of its thread's stack at most (a library built without optimization 256), and so does a task of
+ * an executor.
  * Formats, layouts and rules are those of kv1/kv_cache.hpp.
  */
 #ifndef KV1_KV1_H

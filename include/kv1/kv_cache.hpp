@@ -52,6 +52,10 @@
 // metadata (or fp16 itself) cannot hold are refused, naming layer, KV head, token and channel. Queries are
 // not checked: a NaN or infinity in one makes that row's output NaN or meaningless, and no other row's.
 //
+// Memory. Beside arenas and what sequences need, a cache has blocks that tasks work in, 300 KiB each and by
+// operator new, touched as far as they are used: one from the start, others where tasks run at once
+// (executor.hpp). Where there is no memory for one, append and attend fail with out_of_memory.
+//
 // Threads. Const calls may run at once from any threads, and beside calls that change other sequences.
 // Calls that change a sequence (append, truncate, drop, commit, rollback, destroy) need that sequence for
 // themselves; fork and store_prefix read theirs. create, fork, destroy and the prefix calls may run at once

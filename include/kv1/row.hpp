@@ -62,8 +62,8 @@ encode_result encode_codes(const float* x, std::size_t n, std::uint8_t* codes) n
         constexpr std::size_t channels = 256;
         alignas(64) float lanes[channels * tile_tokens];
         alignas(64) std::uint32_t words[channels / 4 * tile_tokens];
-        encode_result r = common_kernels().encode_rows(recipe, &row, 1, codes, max_head_dim, &metadata, failed,
-                                                       {channels, lanes, nullptr, words, nullptr});
+        encode_result r = common_kernels().encode_rows(recipe, &row, 1, codes, max_head_dim, &metadata,
+                                                       failed, {channels, lanes, nullptr, words, nullptr});
         r.metadata = metadata;
         return r;
     } else if constexpr (affine_bits<Q> != 0)

@@ -8,6 +8,7 @@
 #include <catch2/catch_template_test_macros.hpp>
 
 #include <kv1/detail/encode_reference.hpp>
+#include <kv1/detail/scratch_pool.hpp>
 #include <kv1/detail/vector_codec.hpp>
 #include <kv1/hadamard.hpp>
 #include <kv1/row.hpp>
@@ -16,6 +17,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <utility>
 #include <vector>
@@ -321,6 +323,7 @@ TEST_CASE("every target follows recipes with means, rotations and error weights,
           "[encode]") {
     using kv1::kv_format;
     generator g(36);
+    const auto scratch = std::make_unique<kv1::detail::append_scratch>();
     for (const kv_format f : {kv_format::affine2, kv_format::affine4, kv_format::compact2,
                               kv_format::compact3, kv_format::codebook2})
         for (const std::size_t n :
@@ -359,7 +362,8 @@ TEST_CASE("every target follows recipes with means, rotations and error weights,
                             std::vector<kv1::detail::row_metadata> found(16);
                             std::size_t failed = 0;
                             const auto r = kv1::detail::common_kernels().encode_rows(
-                                recipe, rows.data(), count, codes.data(), stride, found.data(), failed);
+                                recipe, rows.data(), count, codes.data(), stride, found.data(), failed,
+                                scratch->encoder());
                             t.expect(r.code == kv1::errc::ok, "refused");
                             for (std::size_t i = 0; i < count; ++i)
                                 t.expect(
@@ -381,6 +385,7 @@ TEST_CASE("every target follows recipes with means, rotations and error weights,
 TEST_CASE("a group of channels is encoded as a vector of its own, on every target", "[encode]") {
     using kv1::kv_format;
     generator g(39);
+    const auto scratch = std::make_unique<kv1::detail::append_scratch>();
     for (const kv_format f : {kv_format::affine2, kv_format::affine3, kv_format::affine8, kv_format::compact2,
                               kv_format::compact4, kv_format::codebook2})
         for (const auto& size : {std::pair{64u, 32u}, {128u, 64u}, {96u, 32u}, {2048u, 512u}})
@@ -407,7 +412,7 @@ TEST_CASE("a group of channels is encoded as a vector of its own, on every targe
                     std::vector<kv1::detail::row_metadata> found(5 * groups);
                     std::size_t failed = 0;
                     const auto r = kv1::detail::common_kernels().encode_rows(
-                        recipe, rows.data(), 5, codes.data(), n, found.data(), failed);
+                        recipe, rows.data(), 5, codes.data(), n, found.data(), failed, scratch->encoder());
                     REQUIRE(r.code == kv1::errc::ok);
                     for (std::size_t i = 0; i < 5; ++i)
                         for (std::size_t k = 0; k < groups; ++k) {

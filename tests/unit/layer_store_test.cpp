@@ -52,12 +52,15 @@ struct engine_layer {
         for (std::uint32_t b = 0; b < blocks; ++b)
             body.clear(b);
     }
-    [[nodiscard]] detail::layer_store store() const { return {codecs, kernels, body, nullptr, nullptr}; }
+    [[nodiscard]] detail::layer_store store() const {
+        return {codecs, kernels, body, nullptr, nullptr, scratches};
+    }
 
     kv1::layer_description shape;
     lent_memory memory;
     detail::kernel_set kernels = detail::kernel_set::of<kv1::all_formats>();
     detail::layer_codecs codecs{shape};
+    mutable detail::scratch_pool scratches;
     detail::plane body;
 };
 

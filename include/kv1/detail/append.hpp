@@ -28,7 +28,7 @@ struct append_job {
     std::size_t first_token; // place of the first new token among those of the block table
     tensor_view keys, values;
     scratch_pool* scratches = nullptr; // of the cache; only affine2_batch does without
-    bool through_fp16 = false; // what is quantized is the vector rounded to fp16
+    bool through_fp16 = false;         // what is quantized is the vector rounded to fp16
     // of the body's sections; null for fp16 copies
     const vector_codec* key_codec = nullptr;
     const vector_codec* value_codec = nullptr;
@@ -213,7 +213,8 @@ public:
             if (const status flushed = flush(); !flushed)
                 return flushed;
         const tensor_view& source = section_.keys ? job_.keys : job_.values;
-        rows_[count_] = codec_.row(row_of(job_, source, i, head, scratch_.converted + count_ * stride_), head);
+        rows_[count_] =
+            codec_.row(row_of(job_, source, i, head, scratch_.converted + count_ * stride_), head);
         heads_[count_] = head;
         tokens_[count_++] = i;
         return {};
@@ -321,8 +322,8 @@ inline status append_section(const append_job& job, const section_layout& s, std
             prepare_vector(codec->recipe, codec->row(x, head), scratch.prepared);
             x = scratch.prepared;
         }
-        const encode_result r =
-            insert_vector(*job.kernels, s, page_of(job, head, token / s.tokens), token % s.tokens, x, scratch);
+        const encode_result r = insert_vector(*job.kernels, s, page_of(job, head, token / s.tokens),
+                                              token % s.tokens, x, scratch);
         if (r.code != errc::ok)
             return append_error(r, head, i);
     }

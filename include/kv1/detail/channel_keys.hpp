@@ -110,7 +110,8 @@ inline encode_result seal_weighted_keys(const target_kernels& kernels, const vec
     std::uint8_t* const codes = scratch.codes;
     for (std::size_t c = s.channels; c-- > 0;) {
         row_metadata m;
-        encode_result r = encode_channels(kernels, codec, s, wanted + c * stride, 1, stride, codes, &m, scratch);
+        encode_result r =
+            encode_channels(kernels, codec, s, wanted + c * stride, 1, stride, codes, &m, scratch);
         if (r.code != errc::ok) {
             r.channel = c;
             return r;

@@ -83,9 +83,9 @@ private:
     };
 
     static void* make() noexcept {
-        return ::operator new(block_bytes, std::align_val_t{alignment}, std::nothrow);
+        return ::operator new (block_bytes, std::align_val_t{alignment}, std::nothrow);
     }
-    static void discard(void* block) noexcept { ::operator delete(block, std::align_val_t{alignment}); }
+    static void discard(void* block) noexcept { ::operator delete (block, std::align_val_t{alignment}); }
 
     // Where a thread begins to look: it finds the block that it gave back, warm in its cache.
     static std::size_t own_place() noexcept {

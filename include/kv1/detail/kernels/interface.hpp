@@ -24,7 +24,8 @@ enum class precision : std::uint8_t { fast, exact };
 namespace detail {
 
 // Queries of one KV head are processed in blocks of at most max_rows rows (a row is one query token and
-// head), tokens in blocks of at most max_block_tokens. A block crosses pages, so that what is paid once a block does not depend on the size of pages.
+// head), tokens in blocks of at most max_block_tokens. A block crosses pages, so that what is paid once a
+// block does not depend on the size of pages.
 inline constexpr std::size_t max_rows = 16;
 inline constexpr std::size_t max_block_tokens = 512;
 inline constexpr std::size_t max_head_dim = 4096;
