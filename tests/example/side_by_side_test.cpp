@@ -15,7 +15,7 @@
 
 TEST_CASE("every piece is done once, on no more threads than asked for, and watched to its end",
           "[side-by-side]") {
-    for (const std::size_t threads : {1, 3, 20}) {
+    for (const unsigned threads : {1u, 3u, 20u}) {
         std::vector<std::atomic<int>> times(7);
         std::atomic<std::size_t> workers{0};
         std::size_t seen = 0;
@@ -33,7 +33,7 @@ TEST_CASE("every piece is done once, on no more threads than asked for, and watc
             });
         for (const std::atomic<int>& n : times)
             CHECK(n == 1);
-        CHECK(workers <= std::min(threads, times.size()));
+        CHECK(workers <= std::min<std::size_t>(threads, times.size()));
         CHECK(seen == times.size());
     }
 }
