@@ -17,8 +17,9 @@ int main() {
     layer.key_encoding = layer.value_encoding = {.levels = kv1::level_choice::least_squares,
                                                  .hadamard = kv1::hadamard_block(head_dim)};
     kv1::cache_description shape = kv1::uniform_cache(layers, layer, 4096); // room for 4,096 tokens
-    shape.fp16_sinks = 4;                                                   // the first tokens stay in fp16,
-    shape.fp16_window = 32;                                                 // and so do the newest
+    // The first 4 tokens and the newest 32 stay in fp16, too.
+    shape.fp16_sinks = 4;
+    shape.fp16_window = 32;
     kv1::kv_cache cache(shape);
     const kv1::sequence_id sequence = cache.create_sequence();
 
