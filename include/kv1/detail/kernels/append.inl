@@ -18,7 +18,9 @@
 
 #include <kv1/detail/precise_math_begin.inl>
 
-KV1_LAZY KV1_INLINE u32 next_float(f32 x, std::uint32_t step) { return xs::bitwise_cast<std::uint32_t>(x) + u32(step); }
+KV1_LAZY KV1_INLINE u32 next_float(f32 x, std::uint32_t step) {
+    return xs::bitwise_cast<std::uint32_t>(x) + u32(step);
+}
 
 // Thresholds of up to 16 rows.
 struct tile_thresholds {
@@ -27,7 +29,7 @@ struct tile_thresholds {
 };
 
 KV1_LAZY KV1_INLINE void find_thresholds(const float* high, tile_thresholds& t, std::uint16_t* scales,
-                                std::uint16_t* minima) {
+                                         std::uint16_t* minima) {
     for (std::size_t i = 0; i < tile_tokens; i += lanes) {
         const f32 lo = f32::load_aligned(t.low + i);
         const f32 quotient = quotient_of(f32::load_aligned(high + i) - lo, f32(3.0f));
@@ -77,10 +79,12 @@ KV1_LAZY KV1_INLINE f32 load_channels(const float* x, std::size_t n, std::size_t
 }
 
 // Rows i of one tile's tokens token ... token + count - 1 into a K section.
-KV1_LAZY KV1_INLINE void insert_keys(const append_row* rows, std::size_t count, std::size_t first, const tile_thresholds& t) {
+KV1_LAZY KV1_INLINE void insert_keys(const append_row* rows, std::size_t count, std::size_t first,
+                                     const tile_thresholds& t) {
     const section_layout& s = *rows[0].section;
     const std::size_t n = s.channels, groups = round_up(n, line_lanes) / line_lanes;
-    std::byte* const tile = rows[0].page + s.offset + rows[0].token / tile_tokens * s.unit_lines() * line_bytes;
+    std::byte* const tile =
+        rows[0].page + s.offset + rows[0].token / tile_tokens * s.unit_lines() * line_bytes;
     for (std::size_t i = 0; i < count; ++i)
         for (std::size_t g = 0; g < groups; ++g) {
             std::uint32_t half = 0, three_halves = 0, five_halves = 0;
@@ -105,7 +109,8 @@ KV1_LAZY KV1_INLINE void insert_keys(const append_row* rows, std::size_t count, 
 // thresholds serve N registers.
 template <std::size_t N>
 KV1_INLINE void insert_value_step(const append_row* rows, std::size_t count, std::size_t first,
-                                  const tile_thresholds& t, const int* shifts, std::uint32_t kept, std::size_t c) {
+                                  const tile_thresholds& t, const int* shifts, std::uint32_t kept,
+                                  std::size_t c) {
     const section_layout& s = *rows[0].section;
     const std::size_t n = s.channels;
     std::byte* const section = rows[0].page + s.offset + rows[0].token / tile_tokens * line_bytes;
@@ -123,13 +128,14 @@ KV1_INLINE void insert_value_step(const append_row* rows, std::size_t count, std
         const u32 zero(0u), low(1u << shifts[i]), both(3u << shifts[i]);
         KV1_UNROLL for (std::size_t k = 0; k < N; ++k) {
             const std::size_t at = c + k * lanes;
-            const f32 d = (N > 1 ? f32::load_unaligned(rows[i].x + at) : load_channels(rows[i].x, n, at)) - lo;
+            const f32 d =
+                (N > 1 ? f32::load_unaligned(rows[i].x + at) : load_channels(rows[i].x, n, at)) - lo;
             const auto one = xs::batch_bool_cast<std::uint32_t>(d > half);
             const auto two = xs::batch_bool_cast<std::uint32_t>(d >= three_halves);
             const auto three = xs::batch_bool_cast<std::uint32_t>(d > five_halves);
             // 0, 1, 2, 3 from three nested comparisons: the low bit comes, goes for the high one, and comes again
-            word[k] = word[k] |
-                      (xs::select(one, low, zero) ^ xs::select(two, both, zero) ^ xs::select(three, low, zero));
+            word[k] = word[k] | (xs::select(one, low, zero) ^ xs::select(two, both, zero) ^
+                                 xs::select(three, low, zero));
         }
     }
     if (N == 1 && c + lanes > n) { // lanes past the channels hold copies of the first: they stay zero
@@ -138,12 +144,12 @@ KV1_INLINE void insert_value_step(const append_row* rows, std::size_t count, std
             keep[k] = c + k < n ? ~0u : kept;
         word[0] = word[0] & u32::load_aligned(keep);
     }
-    KV1_UNROLL for (std::size_t k = 0; k < N; ++k)
-        word[k].store_aligned(lane[k]);
+    KV1_UNROLL for (std::size_t k = 0; k < N; ++k) { word[k].store_aligned(lane[k]); }
 }
 
 // Rows of one tile's tokens into a V section. Lanes past the channels were zero and remain it.
-KV1_LAZY KV1_INLINE void insert_values(const append_row* rows, std::size_t count, std::size_t first, const tile_thresholds& t) {
+KV1_LAZY KV1_INLINE void insert_values(const append_row* rows, std::size_t count, std::size_t first,
+                                       const tile_thresholds& t) {
     std::uint32_t replaced = 0;
     int shifts[tile_tokens];
     for (std::size_t i = 0; i < count; ++i) {
@@ -160,7 +166,8 @@ KV1_LAZY KV1_INLINE void insert_values(const append_row* rows, std::size_t count
 }
 
 // The first offending row, in the order in which single vectors would have been refused.
-KV1_LAZY inline encode_result first_failure(const append_row* rows, std::size_t count, std::size_t& failed) noexcept {
+KV1_LAZY inline encode_result first_failure(const append_row* rows, std::size_t count,
+                                            std::size_t& failed) noexcept {
     alignas(64) std::uint8_t codes[max_head_dim];
     for (std::size_t i = 0; i < count; ++i) {
         const encode_result r = encode_affine(rows[i].x, rows[i].section->channels, 2, codes);
@@ -171,7 +178,8 @@ KV1_LAZY inline encode_result first_failure(const append_row* rows, std::size_t 
     return {};
 }
 
-KV1_LAZY inline encode_result append_affine2(const append_row* rows, std::size_t count, std::size_t& failed) noexcept {
+KV1_LAZY inline encode_result append_affine2(const append_row* rows, std::size_t count,
+                                             std::size_t& failed) noexcept {
     alignas(64) float high[tile_tokens] = {};
     alignas(64) std::uint16_t scales[tile_tokens], minima[tile_tokens];
     tile_thresholds t{};

@@ -13,18 +13,19 @@ KV1_LAZY KV1_INLINE float maximum_of(const float* scores, std::size_t slots, flo
 
 // Channels in the order of a lane's bytes and their planes, into the runs of one of `rows` rows.
 template <std::size_t Planes>
-KV1_INLINE void scatter_query(const std::int8_t* plain, std::size_t padded, std::int8_t* out, std::size_t rows) {
+KV1_INLINE void scatter_query(const std::int8_t* plain, std::size_t padded, std::int8_t* out,
+                              std::size_t rows) {
     for (std::size_t first = 0; first < padded; first += 4 * Planes, out += rows * 4 * Planes)
-        KV1_UNROLL for (std::size_t f = 0; f < Planes; ++f)
-            KV1_UNROLL for (std::size_t j = 0; j < 4; ++j)
-                out[f * 4 + j] = plain[first + j * Planes + f];
+        KV1_UNROLL for (std::size_t f = 0; f < Planes; ++f) {
+            KV1_UNROLL for (std::size_t j = 0; j < 4; ++j) { out[f * 4 + j] = plain[first + j * Planes + f]; }
+        }
 }
 
 // The 8-bit query of the fast path, reordered so that four consecutive bytes meet the four bytes of a lane.
 // codes: by part, of the row's tile; row r of R rows in it.
 KV1_LAZY inline void round_query(const float* query, std::size_t padded, const format_traits& t,
-                        std::int8_t* const (&codes)[2], std::size_t r, std::size_t rows, float& scale,
-                        std::int32_t& sum) noexcept {
+                                 std::int8_t* const (&codes)[2], std::size_t r, std::size_t rows,
+                                 float& scale, std::int32_t& sum) noexcept {
     f32 largest(0.0f);
     for (std::size_t i = 0; i < padded; i += lanes)
         largest = xs::max(largest, xs::abs(f32::load_aligned(query + i)));
@@ -65,12 +66,13 @@ struct block_tiles {
     std::size_t count = 0;
 };
 
-KV1_LAZY inline void list_tiles(const attention_job& job, std::size_t granule, std::size_t first, std::size_t last,
-                       block_tiles& out) noexcept {
+KV1_LAZY inline void list_tiles(const attention_job& job, std::size_t granule, std::size_t first,
+                                std::size_t last, block_tiles& out) noexcept {
     const std::size_t page_tokens = job.layout->page_tokens();
     std::size_t index = first / page_tokens, in_page = first - index * page_tokens, count = 0;
     while (first < last) {
-        const std::byte* page = job.pages + static_cast<std::size_t>(job.block_table[index++]) * job.block_stride;
+        const std::byte* page =
+            job.pages + static_cast<std::size_t>(job.block_table[index++]) * job.block_stride;
         for (; in_page < page_tokens && first < last; in_page += tile_tokens, first += tile_tokens, ++count) {
             out.tiles[count] = {page, in_page};
             out.token[count] = first;
@@ -94,8 +96,8 @@ KV1_LAZY inline row_view view_of(const attention_job& job, std::size_t row) noex
     const std::size_t limit = job.visible_base + token * job.visible_step;
     row_view v{job.first_visible, limit < job.last_token ? limit : job.last_token};
     if (job.window != 0) {
-        const std::ptrdiff_t from =
-            job.first_position + static_cast<std::ptrdiff_t>(token) + 1 - static_cast<std::ptrdiff_t>(job.window);
+        const std::ptrdiff_t from = job.first_position + static_cast<std::ptrdiff_t>(token) + 1 -
+                                    static_cast<std::ptrdiff_t>(job.window);
         if (from > static_cast<std::ptrdiff_t>(v.first))
             v.first = static_cast<std::size_t>(from);
     }
@@ -104,12 +106,13 @@ KV1_LAZY inline row_view view_of(const attention_job& job, std::size_t row) noex
 
 // Soft cap and position bias of a row's scores; then lowest_score wherever the row does not see.
 KV1_LAZY inline void adjust_scores(const attention_job& job, std::size_t row, const row_view& seen,
-                          const block_tiles& block, float shift, float* scores) noexcept {
+                                   const block_tiles& block, float shift, float* scores) noexcept {
     const std::size_t token = (job.first_row + row) / job.group, head = (job.first_row + row) % job.group;
     if (job.soft_cap > 0.0f) {
         const f32 cap(job.soft_cap), inverse(1.0f / job.soft_cap);
         for (std::size_t i = 0; i < block.count * tile_tokens; i += lanes)
-            (cap * xs::tanh((f32::load_aligned(scores + i) + f32(shift)) * inverse)).store_aligned(scores + i);
+            (cap * xs::tanh((f32::load_aligned(scores + i) + f32(shift)) * inverse))
+                .store_aligned(scores + i);
     }
     if (job.alibi_slopes != nullptr) {
         alignas(64) float steps[tile_tokens];
@@ -121,7 +124,8 @@ KV1_LAZY inline void adjust_scores(const attention_job& job, std::size_t row, co
                                                   job.first_position - static_cast<std::ptrdiff_t>(token)));
             for (std::size_t i = 0; i < tile_tokens; i += lanes) {
                 float* at = scores + k * tile_tokens + i;
-                xs::fma(slope, distance + f32::load_aligned(steps + i), f32::load_aligned(at)).store_aligned(at);
+                xs::fma(slope, distance + f32::load_aligned(steps + i), f32::load_aligned(at))
+                    .store_aligned(at);
             }
         }
     }
@@ -151,12 +155,17 @@ KV1_NOINLINE void add_group_scores(const Kernels& kernels, std::size_t mode, con
     for (std::size_t g = 0; g < groups; ++g) {
         const section_layout keys = view.layout->group(g), next = fetched_with(view, g, groups);
         const std::size_t row = g * q.rows, at = row * q.stride;
-        kernels.key_scores[mode]({&keys, view.tiles, view.count, &next, view.next_tiles, view.next_count,
-                                  view.next_share},
-                                 {q.rows, q.stride, q.values + at, q.sums + row, {q.codes[0] + at, q.codes[1] + at},
-                                  q.tables == nullptr ? nullptr : q.tables + 8 * at, q.code_scales + row,
-                                  q.code_offsets + row},
-                                 g == 0 ? scores : own, tops);
+        kernels.key_scores[mode](
+            {&keys, view.tiles, view.count, &next, view.next_tiles, view.next_count, view.next_share},
+            {q.rows,
+             q.stride,
+             q.values + at,
+             q.sums + row,
+             {q.codes[0] + at, q.codes[1] + at},
+             q.tables == nullptr ? nullptr : q.tables + 8 * at,
+             q.code_scales + row,
+             q.code_offsets + row},
+            g == 0 ? scores : own, tops);
         for (std::size_t r = 0; g != 0 && r < q.rows; ++r)
             for (std::size_t i = 0; i < slots; i += lanes) {
                 float* sum = scores + r * score_stride + i;
@@ -168,8 +177,8 @@ KV1_NOINLINE void add_group_scores(const Kernels& kernels, std::size_t mode, con
 }
 
 // A channel's slope and base, zero past the channels, of the keys of a page that are quantized per channel.
-KV1_LAZY KV1_NOINLINE inline void load_channels(const section_layout& s, const std::byte* page, std::size_t padded,
-                                                float* slopes, float* bases) noexcept {
+KV1_LAZY KV1_NOINLINE inline void load_channels(const section_layout& s, const std::byte* page,
+                                                std::size_t padded, float* slopes, float* bases) noexcept {
     const auto* scales = reinterpret_cast<const std::uint16_t*>(page + s.scale_offset);
     const auto* minima = reinterpret_cast<const std::uint16_t*>(page + s.minimum_offset);
     const bool compact = s.traits().metadata == metadata_kind::compact;
@@ -213,7 +222,8 @@ KV1_LAZY KV1_INLINE void prefetch_channels(const section_layout& s, const block_
 // row r's codes, or tables, of the fast path, to which q refers.
 template <class Rounding>
 KV1_NOINLINE void add_page_scores(const attention_job& job, const block_tiles& block, const block_view& view,
-                                  const query_rows& q, const Rounding& round_row, float* scores, float* tops) noexcept {
+                                  const query_rows& q, const Rounding& round_row, float* scores,
+                                  float* tops) noexcept {
     auto& scaled = job.scratch->scaled;
     auto &slopes = job.scratch->slopes, &bases = job.scratch->bases;
     float sums[max_rows], shifts[max_rows], own_tops[max_rows];
@@ -279,7 +289,8 @@ KV1_NOINLINE void add_page_scores(const attention_job& job, const block_tiles& b
 // a copy that a group uses up.
 template <class Kernels>
 KV1_NOINLINE void add_group_sums(const Kernels& kernels, std::size_t mode, const block_view& view,
-                                 const softmax_rows& w, float* scores, float* sums, std::size_t stride) noexcept {
+                                 const softmax_rows& w, float* scores, float* sums,
+                                 std::size_t stride) noexcept {
     const std::size_t groups = view.layout->groups();
     for (std::size_t g = 0; g < groups; ++g) {
         const section_layout values = view.layout->group(g), next = fetched_with(view, g, groups);
@@ -309,7 +320,8 @@ inline void attend_rows(const attention_job& job) noexcept {
     const std::size_t value_stride = round_up(values.channels, 32);
     const std::size_t groups = keys.groups(), part = key_stride / groups; // of a query, which meets one group
     const bool integer_keys = job.mode == precision::fast && keys.traits().code_bits != 0;
-    const bool per_channel = keys.axis == quantization_axis::per_channel; // then queries are rounded page by page
+    const bool per_channel =
+        keys.axis == quantization_axis::per_channel; // then queries are rounded page by page
     const std::size_t mode = static_cast<std::size_t>(job.mode);
 
     auto &query = job.scratch->query, &sums = job.scratch->sums;
@@ -387,8 +399,9 @@ inline void attend_rows(const attention_job& job) noexcept {
         for (std::size_t r = 0; r < job.rows; ++r)
             round_row(query + (g * job.rows + r) * part, r, g);
 
-    const query_rows q{job.rows, part, query, query_sums, {codes[0], codes[1]}, in_pairs ? tables : nullptr,
-                       code_scales, code_offsets};
+    const query_rows q{
+        job.rows,    part,        query, query_sums, {codes[0], codes[1]}, in_pairs ? tables : nullptr,
+        code_scales, code_offsets};
     const std::size_t page_tokens = keys.tokens, granule = granule_of(values);
     // a tile's share of K's and of V's bytes
     const std::size_t page_tiles = page_tokens / tile_tokens;
@@ -407,19 +420,23 @@ inline void attend_rows(const attention_job& job) noexcept {
     while (first < last) {
         const block_tiles& block = lists[now];
         block_tiles& after = lists[1 - now];
-        const std::size_t after_last = last < any.last ? block_end(page_tokens, granule, last, any.last) : last;
+        const std::size_t after_last =
+            last < any.last ? block_end(page_tokens, granule, last, any.last) : last;
         // past the range's end begins what the next task is likely to walk
-        const std::size_t fetched = last == job.last_token && last % page_tokens == 0 && last < job.fetch_token
-                                        ? block_end(page_tokens, granule, last, job.fetch_token)
-                                        : after_last;
+        const std::size_t fetched =
+            last == job.last_token && last % page_tokens == 0 && last < job.fetch_token
+                ? block_end(page_tokens, granule, last, job.fetch_token)
+                : after_last;
         after.count = 0;
         if (last < fetched)
             list_tiles(job, granule, last, fetched, after);
         const std::size_t slots = block.count * tile_tokens;
-        const block_view key_view{&keys, block.tiles, block.count, &values, block.tiles, block.count, value_share};
+        const block_view key_view{&keys,       block.tiles, block.count, &values,
+                                  block.tiles, block.count, value_share};
         if (per_channel)
-            add_page_scores(job, block, key_view, q, [&](const float* own, std::size_t r) { round_row(own, r, 0); },
-                            scores, tops);
+            add_page_scores(
+                job, block, key_view, q, [&](const float* own, std::size_t r) { round_row(own, r, 0); },
+                scores, tops);
         else if (groups == 1)
             job.key_kernels->key_scores[mode](key_view, q, scores, tops);
         else
@@ -440,12 +457,14 @@ inline void attend_rows(const attention_job& job) noexcept {
         }
         if (per_channel)
             prefetch_channels(keys, after);
-        const block_view value_view{&values, block.tiles, block.count, &keys, after.tiles, after.count, key_share};
+        const block_view value_view{&values,     block.tiles, block.count, &keys,
+                                    after.tiles, after.count, key_share};
         const softmax_rows weights{job.rows, scores, maxima, rescale, denominators};
         if (values.groups() == 1)
             job.value_kernels->value_sums[mode](value_view, weights, sums, value_stride);
         else
-            add_group_sums(*job.value_kernels, mode, value_view, weights, job.scratch->group_scores, sums, value_stride);
+            add_group_sums(*job.value_kernels, mode, value_view, weights, job.scratch->group_scores, sums,
+                           value_stride);
         first = last;
         last = after_last;
         now = 1 - now;
@@ -470,7 +489,8 @@ inline void attend_rows(const attention_job& job) noexcept {
         const f32 inverse(state.denominator > 0.0f ? factor / state.denominator : 0.0f);
         for (std::size_t i = 0; i < value_stride; i += lanes)
             (f32::load_aligned(row + i) * inverse).store_aligned(row + i);
-        restore_output(job, state.denominator > 0.0f ? factor * seen_weights / state.denominator : 0.0f, row, rotate<>);
+        restore_output(job, state.denominator > 0.0f ? factor * seen_weights / state.denominator : 0.0f, row,
+                       rotate<>);
         const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(token) * job.output_token_stride +
                                   static_cast<std::ptrdiff_t>(head) * job.output_head_stride;
         const std::ptrdiff_t size = job.output_type == scalar_type::fp32 ? 4 : 2;

@@ -28,7 +28,9 @@ template <std::size_t N>
 struct key_walk {
     const std::uint32_t* first[N];
     const std::byte* next[N];
-    KV1_INLINE const std::uint32_t* line(std::size_t l, std::size_t n) const { return first[n] + l * line_lanes; }
+    KV1_INLINE const std::uint32_t* line(std::size_t l, std::size_t n) const {
+        return first[n] + l * line_lanes;
+    }
     KV1_INLINE const std::byte* ahead(std::size_t l, std::size_t n) const { return next[n] + l * line_bytes; }
 };
 // Values: the lines of a channel group by a table, the other groups at fixed distances.
@@ -70,16 +72,19 @@ KV1_INLINE void run_dots(const Walk& walk, std::size_t first, std::size_t last, 
                 std::int32_t four;
                 std::memcpy(&four, rows + ((l * R + r) * planes + f) * 4, 4);
                 const dot_row broadcast = dot_broadcast<Unsigned>(four);
-                KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
+                KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
                     sum[r][n] = dot_add<Top, Unsigned>(sum[r][n], codes[n], broadcast);
+                }
             }
         }
     }
 }
 
 // Top: the largest level, which is the largest code but for codebook2.
-template <int Bits, int Shift, bool Unsigned, int Top = (1 << Bits) - 1, std::size_t R, std::size_t N, class Walk>
-KV1_INLINE void add_dots(const Walk& walk, std::size_t line_count, const std::int8_t* rows, i32 (&total)[R][N]) {
+template <int Bits, int Shift, bool Unsigned, int Top = (1 << Bits) - 1, std::size_t R, std::size_t N,
+          class Walk>
+KV1_INLINE void add_dots(const Walk& walk, std::size_t line_count, const std::int8_t* rows,
+                         i32 (&total)[R][N]) {
     constexpr std::size_t planes = 8 / Bits;
     constexpr std::size_t limit = dot_limit<Top, Unsigned>;
     if constexpr (dot_sums_are_totals && Shift == 0) {
@@ -91,13 +96,15 @@ KV1_INLINE void add_dots(const Walk& walk, std::size_t line_count, const std::in
         for (std::size_t first = 0; first < line_count;) {
             const std::size_t last = line_count - first < run ? line_count : first + run;
             dot_sum sum[R][N];
-            KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
-                KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
-                    sum[r][n] = dot_start();
+            KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
+                KV1_UNROLL for (std::size_t n = 0; n < N; ++n) { sum[r][n] = dot_start(); }
+            }
             run_dots<Bits, Unsigned, Top>(walk, first, last, rows, sum);
-            KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
-                KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
+            KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
+                KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
                     total[r][n] = total[r][n] + (dot_finish<Top, Unsigned>(sum[r][n]) << Shift);
+                }
+            }
             first = last;
         }
     }

@@ -119,8 +119,8 @@ KV1_INLINE void store_levels(f32 base, const lane_format<Codebook>& format, lane
 
 // Squared errors of the nearest of two choices of levels; x: [n][lanes].
 template <bool Codebook>
-KV1_INLINE void errors_of(const float* x, std::size_t n, const lane_levels (&l)[2], const lane_format<Codebook>& format,
-                          f32 (&error)[2]) {
+KV1_INLINE void errors_of(const float* x, std::size_t n, const lane_levels (&l)[2],
+                          const lane_format<Codebook>& format, f32 (&error)[2]) {
     const lane_rule<Codebook> rule[2] = {{l[0].scale, l[0].base, format}, {l[1].scale, l[1].base, format}};
     error[0] = error[1] = f32(0.0f);
     for (std::size_t c = 0; c < n; ++c) {
@@ -185,11 +185,13 @@ KV1_LAZY KV1_INLINE void take(lane_mask where, const lane_levels& from, lane_lev
 }
 
 // Codes, four channels a word: words [channels / 4, rounded up][lanes].
-KV1_LAZY KV1_INLINE u32 add_code(u32 word, f32 code) { return (word << 8) | xs::bitwise_cast<std::uint32_t>(xs::to_int(code)); }
+KV1_LAZY KV1_INLINE u32 add_code(u32 word, f32 code) {
+    return (word << 8) | xs::bitwise_cast<std::uint32_t>(xs::to_int(code));
+}
 
 template <bool Codebook>
-KV1_INLINE void nearest_words(const float* x, std::size_t n, const lane_levels& l, const lane_format<Codebook>& format,
-                              std::uint32_t* words) {
+KV1_INLINE void nearest_words(const float* x, std::size_t n, const lane_levels& l,
+                              const lane_format<Codebook>& format, std::uint32_t* words) {
     const lane_rule<Codebook> rule(l.scale, l.base, format);
     for (std::size_t end = n; end > 0;) {
         const std::size_t first = (end - 1) / 4 * 4;
@@ -207,20 +209,22 @@ KV1_INLINE void nearest_words(const float* x, std::size_t n, const lane_levels& 
 // gathers stays in registers.
 template <bool Codebook>
 KV1_NOINLINE f32 words_with_feedback(const float* x, std::size_t n, const lane_levels& l,
-                                     const lane_format<Codebook>& format, const float* feedback, float* errors,
-                                     std::uint32_t* words) {
+                                     const lane_format<Codebook>& format, const float* feedback,
+                                     float* errors, std::uint32_t* words) {
     const lane_rule<Codebook> rule(l.scale, l.base, format);
     f32 cost(0.0f);
     for (std::size_t end = n; end > 0;) {
         const std::size_t first = (end - 1) / 4 * 4;
         f32 wanted[4];
-        KV1_UNROLL for (std::size_t k = 0; k < 4; ++k)
+        KV1_UNROLL for (std::size_t k = 0; k < 4; ++k) {
             wanted[k] = f32::load_aligned(x + (first + k < n ? first + k : first) * lanes);
+        }
         for (std::size_t j = n; j-- > end;) { // not in the last block, which alone may be short
             const f32 error = f32::load_aligned(errors + j * lanes);
             const float* factors = feedback + j * n + first;
-            KV1_UNROLL for (std::size_t k = 0; k < 4; ++k)
+            KV1_UNROLL for (std::size_t k = 0; k < 4; ++k) {
                 wanted[k] = sum_of(wanted[k], product_of(f32(factors[k]), error));
+            }
         }
         u32 word(0u);
         KV1_UNROLL for (std::size_t left = 0; left < 4; ++left) {
@@ -234,9 +238,10 @@ KV1_NOINLINE f32 words_with_feedback(const float* x, std::size_t n, const lane_l
             const f32 rest = difference_of(wanted[k], value);
             cost = sum_of(cost, product_of(product_of(f32(feedback[i * n + i]), rest), rest));
             error.store_aligned(errors + i * lanes);
-            KV1_UNROLL for (std::size_t m = 0; m < 4; ++m)
+            KV1_UNROLL for (std::size_t m = 0; m < 4; ++m) {
                 if (m < k)
                     wanted[m] = sum_of(wanted[m], product_of(f32(feedback[i * n + first + m]), error));
+            }
         }
         word.store_aligned(words + first / 4 * lanes);
         end = first;
@@ -258,7 +263,8 @@ KV1_INLINE float words_of_lane(const float* x, std::size_t n, std::size_t lane, 
         words[i / 4 * lanes + lane] = 0;
     for (std::size_t i = n; i-- > 0;) {
         const f32 code = rule.code(f32(wanted[i]));
-        const f32 value = sum_of(rule.level(code) * s, b), error = difference_of(f32(x[i * lanes + lane]), value);
+        const f32 value = sum_of(rule.level(code) * s, b),
+                  error = difference_of(f32(x[i * lanes + lane]), value);
         const float* factors = feedback + i * n;
         alignas(64) float values[lanes];
         value.store_aligned(values);
@@ -284,8 +290,8 @@ KV1_INLINE float words_of_lane(const float* x, std::size_t n, std::size_t lane, 
 
 // Candidate k > 0 of weighted_levels() of encode_reference.hpp, from levels whose middle is given.
 template <bool Codebook>
-KV1_INLINE void weighted_candidate(int k, const lane_levels& from, f32 middle, const lane_format<Codebook>& format,
-                                   lane_levels& l) {
+KV1_INLINE void weighted_candidate(int k, const lane_levels& from, f32 middle,
+                                   const lane_format<Codebook>& format, lane_levels& l) {
     const f32 step = product_of(from.scale, quotient_of(f32(format.top), format.max_code));
     const bool moves = k >= first_move;
     round_scale(moves ? from.scale : product_of(from.scale, f32(weighted_scales[k - 1])), format, l);
@@ -304,11 +310,13 @@ KV1_LAZY KV1_INLINE void rotate_lanes(float* x, std::size_t n, std::size_t block
         const bool last = 4 * half == block;
         for (std::size_t at = 0; at < n; at += 4 * half)
             for (std::size_t i = at; i < at + half; ++i) {
-                float *p0 = x + i * lanes, *p1 = p0 + half * lanes, *p2 = p1 + half * lanes, *p3 = p2 + half * lanes;
+                float *p0 = x + i * lanes, *p1 = p0 + half * lanes, *p2 = p1 + half * lanes,
+                      *p3 = p2 + half * lanes;
                 const f32 a = f32::load_aligned(p0), b = f32::load_aligned(p1), c = f32::load_aligned(p2),
                           d = f32::load_aligned(p3);
                 const f32 ab = a + b, ba = a - b, cd = c + d, dc = c - d;
-                f32 y0 = sum_of(ab, cd), y1 = sum_of(ba, dc), y2 = difference_of(ab, cd), y3 = difference_of(ba, dc);
+                f32 y0 = sum_of(ab, cd), y1 = sum_of(ba, dc), y2 = difference_of(ab, cd),
+                    y3 = difference_of(ba, dc);
                 if (last) {
                     y0 = product_of(y0, norm);
                     y1 = product_of(y1, norm);
@@ -365,7 +373,8 @@ KV1_LAZY KV1_INLINE bool load_vectors(const encode_row* rows, std::size_t count,
             square[i] = whole ? f32::load_unaligned(row.x + c) : load_tail(row.x, n, c);
             largest = xs::max(largest, xs::bitwise_cast<std::int32_t>(square[i]) & i32(0x7fffffff));
             if (row.mean != nullptr)
-                square[i] = square[i] - (whole ? f32::load_unaligned(row.mean + c) : load_tail(row.mean, n, c));
+                square[i] =
+                    square[i] - (whole ? f32::load_unaligned(row.mean + c) : load_tail(row.mean, n, c));
         }
         transpose(square);
         for (std::size_t i = 0; i < lanes && c + i < n; ++i)
@@ -378,7 +387,8 @@ KV1_LAZY KV1_INLINE bool load_vectors(const encode_row* rows, std::size_t count,
 // of one group. alike: feedback is common to several of them. Out of line, where its loops have the registers.
 template <bool Codebook>
 KV1_NOINLINE void weigh_levels(const encode_row* rows, std::size_t count, std::size_t n, bool alike,
-                               const lane_format<Codebook>& how, const encode_scratch& scratch, lane_levels& best) noexcept {
+                               const lane_format<Codebook>& how, const encode_scratch& scratch,
+                               lane_levels& best) noexcept {
     const lane_format<Codebook> format = how;
     const float* const x = scratch.x;
     lane_levels l = best, from = l;
@@ -400,8 +410,8 @@ KV1_NOINLINE void weigh_levels(const encode_row* rows, std::size_t count, std::s
             candidate.base.store_aligned(bases);
             for (std::size_t i = 0; i < count; ++i)
                 if (rows[i].feedback != nullptr)
-                    costs[i] =
-                        words_of_lane(x, n, i, scales[i], bases[i], format, rows[i].feedback, scratch.errors, words);
+                    costs[i] = words_of_lane(x, n, i, scales[i], bases[i], format, rows[i].feedback,
+                                             scratch.errors, words);
             cost = f32::load_aligned(costs); // lanes without feedback keep their levels: nothing costs less
         }
         if (k == 0) {
@@ -425,7 +435,8 @@ bool encode_group(const encode_recipe& recipe, const encode_row* rows, std::size
                   std::uint32_t* words, const encode_scratch& scratch, row_metadata* metadata) noexcept {
     const std::size_t n = recipe.group;
     const format_traits traits = traits_of(recipe.format);
-    const lane_format<Codebook> format{f32(static_cast<float>((1 << traits.code_bits) - 1)), static_cast<float>(traits.top_level()),
+    const lane_format<Codebook> format{f32(static_cast<float>((1 << traits.code_bits) - 1)),
+                                       static_cast<float>(traits.top_level()),
                                        traits.metadata == metadata_kind::compact};
     f32 lo = f32::load_aligned(x) + f32(0.0f), hi = lo;
     for (std::size_t c = 0; c < n; ++c) {
@@ -433,15 +444,17 @@ bool encode_group(const encode_recipe& recipe, const encode_row* rows, std::size
         lo = xs::min(v, lo);
         hi = xs::max(v, hi);
     }
-    const f32 low = format.compact ? xs::min(lo, f32(0.0f)) : lo, high = format.compact ? xs::max(hi, f32(0.0f)) : hi;
+    const f32 low = format.compact ? xs::min(lo, f32(0.0f)) : lo,
+              high = format.compact ? xs::max(hi, f32(0.0f)) : hi;
     lane_levels l;
     round_scale(quotient_of(high - low, f32(format.top)), format, l);
     store_levels(low, format, l);
     if (!xs::all(l.fits)) // lanes without a vector hold zeros, which fit
         return false;
     f32 best_error(std::numeric_limits<float>::max());
-    const int candidates = recipe.levels == level_choice::min_max ? 0
-                           : recipe.levels == level_choice::least_squares ? 2 : clip_candidates;
+    const int candidates = recipe.levels == level_choice::min_max         ? 0
+                           : recipe.levels == level_choice::least_squares ? 2
+                                                                          : clip_candidates;
     const lane_levels range = l;
     for (int k = 0; k < candidates; k += 2) { // the range is the first of them
         lane_levels pair[2] = {range, range};
@@ -479,7 +492,7 @@ bool encode_group(const encode_recipe& recipe, const encode_row* rows, std::size
 
 // Codes of up to `lanes` vectors to scratch.words. False: metadata overflow.
 KV1_LAZY inline bool encode_lanes(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
-                         const encode_scratch& scratch, row_metadata* metadata) noexcept {
+                                  const encode_scratch& scratch, row_metadata* metadata) noexcept {
     if (recipe.hadamard != 0)
         rotate_lanes(scratch.x, recipe.channels, recipe.hadamard);
     for (std::size_t g = 0; g < recipe.groups(); ++g) {
@@ -495,9 +508,9 @@ KV1_LAZY inline bool encode_lanes(const encode_recipe& recipe, const encode_row*
 }
 
 // Vectors one by one, by the definition: those that are too long, and those of which one will be refused.
-KV1_LAZY inline encode_result encode_one_by_one(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
-                                       std::uint8_t* codes, std::size_t stride, row_metadata* metadata,
-                                       std::size_t& failed) noexcept {
+KV1_LAZY inline encode_result encode_one_by_one(const encode_recipe& recipe, const encode_row* rows,
+                                                std::size_t count, std::uint8_t* codes, std::size_t stride,
+                                                row_metadata* metadata, std::size_t& failed) noexcept {
     for (failed = 0; failed < count; ++failed) {
         const encode_result r = encode_reference(recipe, rows[failed], codes + failed * stride,
                                                  metadata + failed * recipe.groups());
@@ -507,9 +520,10 @@ KV1_LAZY inline encode_result encode_one_by_one(const encode_recipe& recipe, con
     return {};
 }
 
-KV1_LAZY inline encode_result encode_rows(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
-                                 std::uint8_t* codes, std::size_t stride, row_metadata* metadata,
-                                 std::size_t& failed, const encode_scratch& scratch) noexcept {
+KV1_LAZY inline encode_result encode_rows(const encode_recipe& recipe, const encode_row* rows,
+                                          std::size_t count, std::uint8_t* codes, std::size_t stride,
+                                          row_metadata* metadata, std::size_t& failed,
+                                          const encode_scratch& scratch) noexcept {
     const std::size_t n = recipe.channels;
     if (n > scratch.channels)
         return encode_one_by_one(recipe, rows, count, codes, stride, metadata, failed);
@@ -530,12 +544,13 @@ KV1_LAZY inline encode_result encode_rows(const encode_recipe& recipe, const enc
     return {};
 }
 
-KV1_LAZY inline void add_multiples(float* y, std::size_t stride, const float* factors, std::size_t rows, const float* x,
-                                   std::size_t n) noexcept {
+KV1_LAZY inline void add_multiples(float* y, std::size_t stride, const float* factors, std::size_t rows,
+                                   const float* x, std::size_t n) noexcept {
     for (std::size_t r = 0; r < rows; ++r, y += stride) {
         const f32 factor(factors[r]);
         for (std::size_t i = 0; i < n; i += lanes)
-            sum_of(f32::load_unaligned(y + i), product_of(factor, f32::load_unaligned(x + i))).store_unaligned(y + i);
+            sum_of(f32::load_unaligned(y + i), product_of(factor, f32::load_unaligned(x + i)))
+                .store_unaligned(y + i);
     }
 }
 

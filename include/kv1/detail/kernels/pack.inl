@@ -80,7 +80,8 @@ KV1_LAZY inline void pack(int bits, const std::uint8_t* codes, std::size_t n, st
     }
 }
 
-KV1_LAZY inline void unpack(int bits, const std::uint8_t* bytes, std::size_t n, std::uint8_t* codes) noexcept {
+KV1_LAZY inline void unpack(int bits, const std::uint8_t* bytes, std::size_t n,
+                            std::uint8_t* codes) noexcept {
     switch (bits) {
     case 1:
         return unpack_fields<1>(bytes, n, codes);
@@ -98,7 +99,7 @@ KV1_LAZY inline void unpack(int bits, const std::uint8_t* bytes, std::size_t n, 
 // lane of consecutive lines; V: one field of 16 lanes is replaced in each channel group.
 // `codes` holds round_up(channels, 32) bytes, zero past the channels.
 KV1_LAZY inline void insert_codes(const section_layout& s, std::byte* page, std::size_t token,
-                         const std::uint8_t* codes) noexcept {
+                                  const std::uint8_t* codes) noexcept {
     const format_traits t = s.traits();
     std::byte* const section = page + s.offset;
     alignas(64) std::uint8_t fields[max_head_dim];

@@ -28,7 +28,8 @@ inline constexpr float pair_top = 255.0f, multiplier_top = 127.0f;
 
 // The table and multipliers of a row: r of R rows of its tile. `padded` channels, a multiple of 32.
 KV1_LAZY inline void pair_query(const float* query, std::size_t padded, const format_traits& keys,
-                       std::uint8_t* tables, std::int8_t* multipliers, std::size_t r, std::size_t rows, float& scale, float& offset) noexcept {
+                                std::uint8_t* tables, std::int8_t* multipliers, std::size_t r,
+                                std::size_t rows, float& scale, float& offset) noexcept {
     f32 widest(0.0f);
     for (std::size_t i = 0; i < padded; i += 2 * lanes) {
         f32 a, b;
@@ -45,8 +46,8 @@ KV1_LAZY inline void pair_query(const float* query, std::size_t padded, const fo
         split_pairs(query + i, a, b);
         const f32 reach = f32(middle) * (xs::abs(a) + xs::abs(b));
         // a NaN, or nothing at all, ends as 0
-        const f32 multiplier =
-            xs::min(xs::max(xs::ceil(f32(multiplier_top) * (reach / f32(top))), f32(0.0f)), f32(multiplier_top));
+        const f32 multiplier = xs::min(xs::max(xs::ceil(f32(multiplier_top) * (reach / f32(top))), f32(0.0f)),
+                                       f32(multiplier_top));
         const f32 inverse = f32(0.5f * pair_top) / (multiplier * f32(top / multiplier_top));
         const auto any = multiplier > f32(0.0f);
         xs::select(any, a * inverse, f32(0.0f)).store_aligned(first + i / 2);
@@ -94,11 +95,13 @@ struct pair_dots {
             }
             KV1_UNROLL for (std::size_t half = 0; half < 2; ++half) {
                 u32 index[N];
-                KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
+                KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
                     index[n] = and_or(half == 0 ? packed[n] : packed[n] >> 4, mask, places);
+                }
                 KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
                     const std::size_t at = (l * 2 + half) * R + r;
-                    const u32 table = u32::load_aligned(reinterpret_cast<const std::uint32_t*>(tables + at * 64));
+                    const u32 table =
+                        u32::load_aligned(reinterpret_cast<const std::uint32_t*>(tables + at * 64));
                     std::int32_t four;
                     std::memcpy(&four, multipliers + at * 4, 4);
                     const dot_row broadcast = dot_broadcast<false>(four);

@@ -10,8 +10,12 @@
 // keep the flags of the place where their header was included; and xsimd divides by an estimated reciprocal on NEON.
 #if defined(__clang__) && defined(__x86_64__)
 KV1_LAZY KV1_INLINE f32 sum_of(f32 a, f32 b) { return f32(f32::register_type(a) + f32::register_type(b)); }
-KV1_LAZY KV1_INLINE f32 difference_of(f32 a, f32 b) { return f32(f32::register_type(a) - f32::register_type(b)); }
-KV1_LAZY KV1_INLINE f32 quotient_of(f32 a, f32 b) { return f32(f32::register_type(a) / f32::register_type(b)); }
+KV1_LAZY KV1_INLINE f32 difference_of(f32 a, f32 b) {
+    return f32(f32::register_type(a) - f32::register_type(b));
+}
+KV1_LAZY KV1_INLINE f32 quotient_of(f32 a, f32 b) {
+    return f32(f32::register_type(a) / f32::register_type(b));
+}
 #elif defined(__GNUC__) && defined(__ARM_NEON) && !defined(__ARM_FEATURE_SVE)
 KV1_LAZY KV1_INLINE f32 sum_of(f32 a, f32 b) {
     f32::register_type sum = a + b;
@@ -101,7 +105,8 @@ KV1_LAZY inline encode_result refuse_non_finite(const float* x, std::size_t n) n
     return {errc::non_finite, rule_finite, first_non_finite({x, n}), {}};
 }
 
-KV1_LAZY inline encode_result encode_affine(const float* x, std::size_t n, int bits, std::uint8_t* codes) noexcept {
+KV1_LAZY inline encode_result encode_affine(const float* x, std::size_t n, int bits,
+                                            std::uint8_t* codes) noexcept {
     const value_range range = range_of(x, n);
     if (!range.finite)
         return refuse_non_finite(x, n);
@@ -137,7 +142,8 @@ KV1_LAZY inline encode_result encode_binary(const float* x, std::size_t n, std::
     return {};
 }
 
-KV1_LAZY inline encode_result encode_scaled_binary(const float* x, std::size_t n, std::uint8_t* codes) noexcept {
+KV1_LAZY inline encode_result encode_scaled_binary(const float* x, std::size_t n,
+                                                   std::uint8_t* codes) noexcept {
     if (!range_of(x, n).finite)
         return refuse_non_finite(x, n);
     f32 sums[pieces]; // 16 partial sums, the definition's order on any lane count

@@ -47,8 +47,8 @@ KV1_LAZY KV1_NOINLINE inline void decode_compact(const block_view& view, affine_
     const section_layout& s = *view.layout;
     for (std::size_t slot = 0; slot < view.count * tile_tokens; slot += lanes) {
         const tile_ref& ref = view.tiles[slot / tile_tokens];
-        const u32 pair = load_u16(reinterpret_cast<const std::uint16_t*>(ref.page + s.scale_offset) + ref.token +
-                                  slot % tile_tokens);
+        const u32 pair = load_u16(reinterpret_cast<const std::uint16_t*>(ref.page + s.scale_offset) +
+                                  ref.token + slot % tile_tokens);
         f32 slope, base;
         decode_pairs(pair, s.traits().top_level(), slope, base);
         slope.store_aligned(out.slopes + slot);
@@ -77,8 +77,8 @@ struct block_metadata {
         }
     }
     // Of the register that begins at a slot, which is `token` of a page.
-    KV1_INLINE void load(const section_layout& s, std::size_t slot, const std::byte* page, std::size_t token, f32& slope,
-                         f32& base) const {
+    KV1_INLINE void load(const section_layout& s, std::size_t slot, const std::byte* page, std::size_t token,
+                         f32& slope, f32& base) const {
         const auto* scales = reinterpret_cast<const std::uint16_t*>(page + s.scale_offset) + token;
         if (bits == 0 || (bits == 1 && s.format == kv_format::binary)) {
             slope = f32(1.0f);
@@ -99,7 +99,9 @@ struct block_metadata {
 
 // Registers of tokens taken at once: 16 accumulators for four rows where there are 32 registers, 8 where 16.
 template <std::size_t R>
-inline constexpr std::size_t registers_at_once = many_registers ? 4 : R >= 3 ? 2 : 4;
+inline constexpr std::size_t registers_at_once = many_registers ? 4
+                                                 : R >= 3       ? 2
+                                                                : 4;
 
 // Dot products of codes, channel by channel; a row tile's queries, where storing scores can not change them.
 struct single_dots {
@@ -115,8 +117,7 @@ struct single_dots {
         else
             add_dots<t.parts[0].bits, t.parts[0].shift, false>(walk, s.part_lines(0), codes[0], total);
         if constexpr (t.part_count() == 2) {
-            KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
-                walk.first[n] += s.second_part() * line_lanes;
+            KV1_UNROLL for (std::size_t n = 0; n < N; ++n) { walk.first[n] += s.second_part() * line_lanes; }
             add_dots<t.parts[1].bits, t.parts[1].shift, false>(walk, s.part_lines(1), codes[1], total);
         }
     }
@@ -131,8 +132,8 @@ struct score_rows {
 // Scores of R rows for N registers, from register `at` of the block on (`pieces` registers a tile).
 template <class Format, std::size_t R, std::size_t N, class Dots>
 KV1_INLINE void fast_score_step(const block_view& view, const section_layout& s,
-                                const block_metadata<Format>& metadata, const Dots& dots, const score_rows<R>& q,
-                                std::size_t at, float* scores, f32 (&top)[R]) {
+                                const block_metadata<Format>& metadata, const Dots& dots,
+                                const score_rows<R>& q, std::size_t at, float* scores, f32 (&top)[R]) {
     constexpr auto top_level = static_cast<float>(traits_of(kv_format_of<Format>).top_level());
     key_walk<N> walk;
     KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
@@ -140,13 +141,13 @@ KV1_INLINE void fast_score_step(const block_view& view, const section_layout& s,
         const tile_ref& ref = view.tiles[tile];
         walk.first[n] = reinterpret_cast<const std::uint32_t*>(ref.page + s.offset) +
                         ref.token / tile_tokens * s.unit_lines() * line_lanes + (at + n) % pieces * lanes;
-        walk.next[n] = tile < view.next_count ? share_of(view, tile)
-                                              : reinterpret_cast<const std::byte*>(walk.first[n]);
+        walk.next[n] =
+            tile < view.next_count ? share_of(view, tile) : reinterpret_cast<const std::byte*>(walk.first[n]);
     }
     i32 total[R][N];
-    KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
-        KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
-            total[r][n] = i32(0);
+    KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
+        KV1_UNROLL for (std::size_t n = 0; n < N; ++n) { total[r][n] = i32(0); }
+    }
     dots.template add<Format>(walk, s, total);
     KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
         if ((at + n) % pieces == 0)
@@ -180,16 +181,14 @@ inline void fast_scores(const block_view& block, const block_metadata<Format>& k
     }
     scores += row * score_stride;
     f32 top[R];
-    KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
-        top[r] = f32(lowest_score);
+    KV1_UNROLL for (std::size_t r = 0; r < R; ++r) { top[r] = f32(lowest_score); }
     const std::size_t end = view.count * pieces;
     std::size_t at = 0;
     for (; at + at_once <= end; at += at_once)
         fast_score_step<Format, R, at_once>(view, layout, metadata, dots, rows, at, scores, top);
     for (; at < end; ++at)
         fast_score_step<Format, R, 1>(view, layout, metadata, dots, rows, at, scores, top);
-    KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
-        tops[row + r] = xs::reduce_max(top[r]);
+    KV1_UNROLL for (std::size_t r = 0; r < R; ++r) { tops[row + r] = xs::reduce_max(top[r]); }
 }
 
 // Decoded values of consecutive fields of a lane: channels of a K lane, tokens of a V lane.
@@ -247,8 +246,9 @@ template <class Format>
 inline constexpr std::size_t exact_registers = traits_of(kv_format_of<Format>).code_bits == 0 ? 2 : 1;
 
 template <class Format, std::size_t R, std::size_t N>
-KV1_INLINE void exact_score_step(const block_view& view, const block_metadata<Format>& metadata, const query_rows& q,
-                                 std::size_t row, std::size_t at, float* scores, f32 (&top)[R]) {
+KV1_INLINE void exact_score_step(const block_view& view, const block_metadata<Format>& metadata,
+                                 const query_rows& q, std::size_t row, std::size_t at, float* scores,
+                                 f32 (&top)[R]) {
     using reader = field_reader<Format>;
     const section_layout& s = *view.layout;
     const std::size_t runs = round_up(s.channels, reader::fields) / reader::fields;
@@ -260,13 +260,13 @@ KV1_INLINE void exact_score_step(const block_view& view, const block_metadata<Fo
         const tile_ref& ref = view.tiles[tile];
         first[n] = reinterpret_cast<const std::uint32_t*>(ref.page + s.offset) +
                    ref.token / tile_tokens * s.unit_lines() * line_lanes + (at + n) % pieces * lanes;
-        next[n] = tile < view.next_count ? share_of(view, tile)
-                                         : reinterpret_cast<const std::byte*>(first[n]);
-        metadata.load(s, (at + n) * lanes, ref.page, ref.token + (at + n) % pieces * lanes, slope[n], base[n]);
+        next[n] =
+            tile < view.next_count ? share_of(view, tile) : reinterpret_cast<const std::byte*>(first[n]);
+        metadata.load(s, (at + n) * lanes, ref.page, ref.token + (at + n) % pieces * lanes, slope[n],
+                      base[n]);
         if ((at + n) % pieces == 0)
             prefetch_metadata(view, tile);
-        KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
-            sum[r][n] = f32(0.0f);
+        KV1_UNROLL for (std::size_t r = 0; r < R; ++r) { sum[r][n] = f32(0.0f); }
     }
     const float* query = q.values + row * q.stride;
     for (std::size_t run = 0; run < runs; ++run, query += reader::fields) {
@@ -278,28 +278,30 @@ KV1_INLINE void exact_score_step(const block_view& view, const block_metadata<Fo
         }
         KV1_UNROLL for (std::size_t i = 0; i < reader::fields; ++i) {
             f32 key[N];
-            KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
+            KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
                 key[n] = lane[n].template value<true>(i, slope[n], base[n]);
+            }
             KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
                 const f32 factor(query[r * q.stride + i]);
-                KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
+                KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
                     sum[r][n] = xs::fma(key[n], factor, sum[r][n]);
+                }
             }
         }
     }
-    KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
+    KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
             sum[r][n].store_aligned(scores + (row + r) * score_stride + (at + n) * lanes);
             top[r] = xs::max(top[r], sum[r][n]);
         }
+    }
 }
 
 template <class Format, std::size_t R>
 inline void exact_scores(const block_view& view, const block_metadata<Format>& metadata, const query_rows& q,
                          std::size_t row, float* scores, float* tops) {
     f32 top[R];
-    KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
-        top[r] = f32(lowest_score);
+    KV1_UNROLL for (std::size_t r = 0; r < R; ++r) { top[r] = f32(lowest_score); }
     constexpr std::size_t at_once = exact_registers<Format>;
     static_assert(pieces % at_once == 0 || at_once == 2);
     const std::size_t end = view.count * pieces;
@@ -309,8 +311,7 @@ inline void exact_scores(const block_view& view, const block_metadata<Format>& m
     if constexpr (pieces % at_once != 0)
         for (; at < end; ++at)
             exact_score_step<Format, R, 1>(view, metadata, q, row, at, scores, top);
-    KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
-        tops[row + r] = xs::reduce_max(top[r]);
+    KV1_UNROLL for (std::size_t r = 0; r < R; ++r) { tops[row + r] = xs::reduce_max(top[r]); }
 }
 
 // function(R, first row) for groups of rows of which four are one and the rest alone: the exact path of codes.
@@ -348,7 +349,8 @@ KV1_INLINE void for_row_tiles(std::size_t rows, const F& function) {
 }
 
 template <class Format, class Dots>
-inline void key_scores_fast(const block_view& view, const query_rows& q, float* scores, float* tops) noexcept {
+inline void key_scores_fast(const block_view& view, const query_rows& q, float* scores,
+                            float* tops) noexcept {
     affine_slots room;
     const block_metadata<Format> metadata(view, room);
     for_row_tiles(q.rows, [&](auto size, std::size_t row) {
@@ -357,7 +359,8 @@ inline void key_scores_fast(const block_view& view, const query_rows& q, float* 
 }
 
 template <class Format>
-inline void key_scores_exact(const block_view& view, const query_rows& q, float* scores, float* tops) noexcept {
+inline void key_scores_exact(const block_view& view, const query_rows& q, float* scores,
+                             float* tops) noexcept {
     affine_slots room;
     const block_metadata<Format> metadata(view, room);
     const auto some = [&](auto size, std::size_t row) {

@@ -3,9 +3,10 @@
 // The tables a target hands out: templates, since a table compiles every kernel in it. Parsed once per target, last.
 
 KV1_LAZY const target_kernels& kernels() noexcept {
-    static constexpr target_kernels table{load_floats,   store_floats, encode_affine, encode_scaled_binary,
-                                          encode_binary, pack,         unpack,        insert_codes,
-                                          append_affine2, encode_rows,  add_multiples, rotate,       attend_rows<false>};
+    static constexpr target_kernels table{
+        load_floats,   store_floats, encode_affine,     encode_scaled_binary, encode_binary,
+        pack,          unpack,       insert_codes,      append_affine2,       encode_rows,
+        add_multiples, rotate,       attend_rows<false>};
     return table;
 }
 
@@ -19,8 +20,9 @@ inline const format_kernels& kernels_for() noexcept {
                                               {value_sums_exact<Format>, value_sums_exact<Format>}};
         return table;
     } else {
-        static constexpr format_kernels table{{key_scores_fast<Format, single_dots>, key_scores_exact<Format>},
-                                              {value_sums_fast<Format>, value_sums_exact<Format>}};
+        static constexpr format_kernels table{
+            {key_scores_fast<Format, single_dots>, key_scores_exact<Format>},
+            {value_sums_fast<Format>, value_sums_exact<Format>}};
         return table;
     }
 }
@@ -28,9 +30,10 @@ inline const format_kernels& kernels_for() noexcept {
 // The same with keys of 2 bits in pairs, where the target can.
 #if defined(KV1_ISA_PAIRS)
 KV1_LAZY const target_kernels& best_kernels() noexcept {
-    static constexpr target_kernels table{load_floats,   store_floats, encode_affine, encode_scaled_binary,
-                                          encode_binary, pack,         unpack,        insert_codes,
-                                          append_affine2, encode_rows,  add_multiples, rotate,       attend_rows<true>};
+    static constexpr target_kernels table{load_floats,      store_floats, encode_affine, encode_scaled_binary,
+                                          encode_binary,    pack,         unpack,        insert_codes,
+                                          append_affine2,   encode_rows,  add_multiples, rotate,
+                                          attend_rows<true>};
     return table;
 }
 
@@ -48,9 +51,7 @@ inline const format_kernels& best_kernels_for() noexcept {
     }
 }
 #else
-KV1_LAZY const target_kernels& best_kernels() noexcept {
-    return kernels();
-}
+KV1_LAZY const target_kernels& best_kernels() noexcept { return kernels(); }
 template <class Format>
 inline const format_kernels& best_kernels_for() noexcept {
     return kernels_for<Format>();

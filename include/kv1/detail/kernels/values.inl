@@ -43,20 +43,22 @@ struct rounded_weights {
 
 // Sixteen codes of row r and tile k to their place among the runs of 32 / Bits slots.
 template <int Bits, std::size_t R>
-KV1_INLINE void store_weight_codes(const std::uint8_t* codes, std::size_t k, std::size_t r, std::int8_t* out) {
+KV1_INLINE void store_weight_codes(const std::uint8_t* codes, std::size_t k, std::size_t r,
+                                   std::int8_t* out) {
     constexpr std::size_t run = 32 / Bits;
     if constexpr (run <= tile_tokens) {
         constexpr std::size_t lines = tile_tokens / run;
-        KV1_UNROLL for (std::size_t l = 0; l < lines; ++l)
+        KV1_UNROLL for (std::size_t l = 0; l < lines; ++l) {
             std::memcpy(out + ((k * lines + l) * R + r) * run, codes + l * run, run);
+        }
     } else {
         std::memcpy(out + (k / 2 * R + r) * run + k % 2 * tile_tokens, codes, tile_tokens);
     }
 }
 
 template <class Format, std::size_t R>
-KV1_INLINE void round_weights(const block_view& view, const block_metadata<Format>& metadata, const softmax_rows& w,
-                              std::size_t row, rounded_weights<R>& out) {
+KV1_INLINE void round_weights(const block_view& view, const block_metadata<Format>& metadata,
+                              const softmax_rows& w, std::size_t row, rounded_weights<R>& out) {
     constexpr format_traits t = traits_of(kv_format_of<Format>);
     constexpr auto top_level = static_cast<float>(t.top_level());
     constexpr auto top_weight = static_cast<float>(top_weight_code(t.code_bits));
@@ -72,7 +74,8 @@ KV1_INLINE void round_weights(const block_view& view, const block_metadata<Forma
         prefetch_metadata(view, k);
         KV1_UNROLL for (std::size_t i = 0; i < pieces; ++i) {
             f32 slope, base;
-            metadata.load(*view.layout, k * tile_tokens + i * lanes, ref.page, ref.token + i * lanes, slope, base);
+            metadata.load(*view.layout, k * tile_tokens + i * lanes, ref.page, ref.token + i * lanes, slope,
+                          base);
             const f32 centre = xs::fma(slope, f32(0.5f * top_level), base);
             KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
                 float* at = scores + r * score_stride + k * tile_tokens + i * lanes;
@@ -109,8 +112,7 @@ KV1_INLINE void round_weights(const block_view& view, const block_metadata<Forma
             if constexpr (t.part_count() == 2)
                 store_weight_codes<t.parts[1].bits, R>(codes, k, r, out.codes[1]);
         }
-    KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
-        out.code_sum[r] = xs::reduce_add(code_sum[r]);
+    KV1_UNROLL for (std::size_t r = 0; r < R; ++r) { out.code_sum[r] = xs::reduce_add(code_sum[r]); }
 }
 
 // The lines of a block in channel group 0, by part, and the lines of K to fetch while they are walked.
@@ -143,16 +145,17 @@ KV1_INLINE void list_lines(const block_view& view, value_lines& lines) {
     const std::size_t groups = view.layout->units();
     for (std::size_t l = 0; l < lines.count[0]; ++l) {
         const std::size_t tile = l * run / tile_tokens;
-        lines.next[l] = tile < view.next_count ? share_of(view, tile) +
-                                                     l * run % tile_tokens / run * groups * line_bytes
-                                               : lines.at[0][l];
+        lines.next[l] = tile < view.next_count
+                            ? share_of(view, tile) + l * run % tile_tokens / run * groups * line_bytes
+                            : lines.at[0][l];
     }
 }
 
 // Sums of R rows for N registers of channels from `channel` on.
 template <class Format, std::size_t R, std::size_t N>
-KV1_INLINE void fast_sum_step(const section_layout& s, const value_lines& lines, const rounded_weights<R>& rounded,
-                              const float* rescale, std::size_t channel, float* sums, std::size_t sum_stride) {
+KV1_INLINE void fast_sum_step(const section_layout& s, const value_lines& lines,
+                              const rounded_weights<R>& rounded, const float* rescale, std::size_t channel,
+                              float* sums, std::size_t sum_stride) {
     constexpr format_traits t = traits_of(kv_format_of<Format>);
     constexpr std::int32_t top_level = t.top_level();
     constexpr int top_weight = top_weight_code(t.code_bits);
@@ -164,29 +167,33 @@ KV1_INLINE void fast_sum_step(const section_layout& s, const value_lines& lines,
         walk.next_offset[n] = at / line_lanes * line_bytes;
     }
     i32 total[R][N];
-    KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
-        KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
-            total[r][n] = i32(0);
+    KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
+        KV1_UNROLL for (std::size_t n = 0; n < N; ++n) { total[r][n] = i32(0); }
+    }
     if constexpr (t.codebook)
         add_dots<2, 0, true, top_level>(walk, lines.count[0], rounded.codes[0], total);
     else
-        add_dots<t.parts[0].bits, t.parts[0].shift, top_weight == 255>(walk, lines.count[0], rounded.codes[0], total);
+        add_dots<t.parts[0].bits, t.parts[0].shift, top_weight == 255>(walk, lines.count[0], rounded.codes[0],
+                                                                       total);
     if constexpr (t.part_count() == 2) {
         walk.lines = lines.at[1];
-        add_dots<t.parts[1].bits, t.parts[1].shift, top_weight == 255>(walk, lines.count[1], rounded.codes[1], total);
+        add_dots<t.parts[1].bits, t.parts[1].shift, top_weight == 255>(walk, lines.count[1], rounded.codes[1],
+                                                                       total);
     }
-    KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
+    KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
             float* out = sums + r * sum_stride + channel + n * lanes;
             const i32 centred = total[r][n] + total[r][n] - i32(top_level * rounded.code_sum[r]);
             const f32 earlier = xs::fma(f32::load_aligned(out), f32(rescale[r]), f32(rounded.affine_sum[r]));
             xs::fma(xs::to_float(centred), f32(0.5f * rounded.step[r]), earlier).store_aligned(out);
         }
+    }
 }
 
 template <class Format, std::size_t R>
-inline void fast_sums(const block_view& view, const block_metadata<Format>& metadata, const value_lines& lines,
-                      const softmax_rows& w, std::size_t row, float* sums, std::size_t sum_stride) {
+inline void fast_sums(const block_view& view, const block_metadata<Format>& metadata,
+                      const value_lines& lines, const softmax_rows& w, std::size_t row, float* sums,
+                      std::size_t sum_stride) {
     constexpr std::size_t at_once = registers_at_once<R>;
     rounded_weights<R> rounded;
     round_weights<Format, R>(view, metadata, w, row, rounded);
@@ -233,8 +240,9 @@ KV1_INLINE void exact_sum_step(const block_view& view, const affine_slots& affin
     KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
         const std::size_t at = channel + n * lanes;
         offset[n] = s.offset + at / line_lanes * unit + at % line_lanes * 4;
-        KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
+        KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
             sum[r][n] = f32::load_aligned(sums + (row + r) * sum_stride + at) * f32(w.rescale[row + r]);
+        }
     }
     const float* weights = w.scores + row * score_stride;
     for (std::size_t slot = 0; slot < view.count * tile_tokens; slot += reader::fields) {
@@ -257,23 +265,27 @@ KV1_INLINE void exact_sum_step(const block_view& view, const affine_slots& affin
             const f32 slope(coded ? affine.slopes[slot + i] : 1.0f);
             const f32 base(coded ? affine.bases[slot + i] : 0.0f);
             f32 value[N];
-            KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
+            KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
                 value[n] = lane[n].template value<false>(i, slope, base);
+            }
             KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
                 const f32 factor(weights[r * score_stride + slot + i]);
-                KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
+                KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
                     sum[r][n] = xs::fma(value[n], factor, sum[r][n]);
+                }
             }
         }
     }
-    KV1_UNROLL for (std::size_t n = 0; n < N; ++n)
-        KV1_UNROLL for (std::size_t r = 0; r < R; ++r)
+    KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
+        KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
             sum[r][n].store_aligned(sums + (row + r) * sum_stride + channel + n * lanes);
+        }
+    }
 }
 
 template <class Format, std::size_t R>
-inline void exact_sums(const block_view& view, const affine_slots& affine, const softmax_rows& w, std::size_t row,
-                       float* sums, std::size_t sum_stride) {
+inline void exact_sums(const block_view& view, const affine_slots& affine, const softmax_rows& w,
+                       std::size_t row, float* sums, std::size_t sum_stride) {
     exponentiate<R>(view.count * tile_tokens, w, row);
     const std::size_t channels = round_up(view.layout->channels, line_lanes);
     std::size_t channel = 0;
@@ -307,8 +319,8 @@ inline void value_sums_exact(const block_view& view, const softmax_rows& w, floa
             prefetch_metadata(view, k);
             for (std::size_t i = 0; i < tile_tokens && metadata.decoded == nullptr; i += lanes) {
                 f32 slope, base;
-                metadata.load(*view.layout, k * tile_tokens + i, view.tiles[k].page, view.tiles[k].token + i, slope,
-                              base);
+                metadata.load(*view.layout, k * tile_tokens + i, view.tiles[k].page, view.tiles[k].token + i,
+                              slope, base);
                 slope.store_aligned(affine.slopes + k * tile_tokens + i);
                 base.store_aligned(affine.bases + k * tile_tokens + i);
             }

@@ -32,7 +32,8 @@ KV1_INLINE i32 dot_finish(dot_sum sum) {
 using dot_sum = __m256i;
 inline constexpr bool dot_sums_are_totals = false;
 template <int MaxCode, bool Unsigned>
-inline constexpr std::size_t dot_limit = MaxCode > 15 ? ~std::size_t{0} : 32767 / (2 * (Unsigned ? 255 : 127) * MaxCode);
+inline constexpr std::size_t dot_limit = MaxCode > 15 ? ~std::size_t{0}
+                                                      : 32767 / (2 * (Unsigned ? 255 : 127) * MaxCode);
 KV1_LAZY KV1_INLINE dot_sum dot_start() { return _mm256_setzero_si256(); }
 template <int MaxCode, bool Unsigned>
 KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, i32 b) {
@@ -44,7 +45,8 @@ KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, i32 b) {
         const __m256i high_sums = _mm256_slli_epi32(_mm256_madd_epi16(high_pairs, ones), 4);
         return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(low_pairs, ones), high_sums));
     } else {
-        sum = _mm256_add_epi16(sum, Unsigned ? _mm256_maddubs_epi16(__m256i(b), __m256i(a)) : _mm256_maddubs_epi16(__m256i(a), __m256i(b)));
+        sum = _mm256_add_epi16(sum, Unsigned ? _mm256_maddubs_epi16(__m256i(b), __m256i(a))
+                                             : _mm256_maddubs_epi16(__m256i(a), __m256i(b)));
         KV1_IN_ORDER(sum, "x");
         return sum;
     }

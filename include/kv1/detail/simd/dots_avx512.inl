@@ -32,7 +32,8 @@ KV1_INLINE i32 dot_finish(dot_sum sum) {
 using dot_sum = __m512i;
 inline constexpr bool dot_sums_are_totals = false;
 template <int MaxCode, bool Unsigned>
-inline constexpr std::size_t dot_limit = MaxCode > 15 ? ~std::size_t{0} : 32767 / (2 * (Unsigned ? 255 : 127) * MaxCode);
+inline constexpr std::size_t dot_limit = MaxCode > 15 ? ~std::size_t{0}
+                                                      : 32767 / (2 * (Unsigned ? 255 : 127) * MaxCode);
 KV1_LAZY KV1_INLINE dot_sum dot_start() { return _mm512_setzero_si512(); }
 template <int MaxCode, bool Unsigned>
 KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, i32 b) {
@@ -44,7 +45,8 @@ KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, i32 b) {
         const __m512i high_sums = _mm512_slli_epi32(_mm512_madd_epi16(high_pairs, ones), 4);
         return _mm512_add_epi32(sum, _mm512_add_epi32(_mm512_madd_epi16(low_pairs, ones), high_sums));
     } else {
-        sum = _mm512_add_epi16(sum, Unsigned ? _mm512_maddubs_epi16(__m512i(b), __m512i(a)) : _mm512_maddubs_epi16(__m512i(a), __m512i(b)));
+        sum = _mm512_add_epi16(sum, Unsigned ? _mm512_maddubs_epi16(__m512i(b), __m512i(a))
+                                             : _mm512_maddubs_epi16(__m512i(a), __m512i(b)));
         KV1_IN_ORDER(sum, "v");
         return sum;
     }

@@ -16,7 +16,9 @@ KV1_LAZY KV1_INLINE u32 load_u16(const std::uint16_t* p) {
 KV1_LAZY KV1_INLINE f32 load_half(const std::uint16_t* p) {
     return f32(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 }
-KV1_LAZY KV1_INLINE f32 half_to_float(u32 h) { return f32(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(__m512i(h)))); }
+KV1_LAZY KV1_INLINE f32 half_to_float(u32 h) {
+    return f32(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(__m512i(h))));
+}
 KV1_LAZY KV1_INLINE void store_half(f32 x, std::uint16_t* p) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(__m512(x), _MM_FROUND_TO_NEAREST_INT));
 }
@@ -33,22 +35,23 @@ KV1_LAZY KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) 
 // A square of lanes x lanes numbers: pairs of numbers, pairs of pairs, then quarters of registers change places.
 KV1_LAZY KV1_INLINE void transpose(f32 (&x)[lanes]) {
     __m512i r[lanes], t[lanes];
-    KV1_UNROLL for (std::size_t i = 0; i < lanes; ++i)
-        r[i] = _mm512_castps_si512(__m512(x[i]));
+    KV1_UNROLL for (std::size_t i = 0; i < lanes; ++i) { r[i] = _mm512_castps_si512(__m512(x[i])); }
     KV1_UNROLL for (std::size_t i = 0; i < lanes; i += 2) {
         t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
         t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
     }
-    KV1_UNROLL for (std::size_t i = 0; i < lanes; i += 4)
+    KV1_UNROLL for (std::size_t i = 0; i < lanes; i += 4) {
         KV1_UNROLL for (std::size_t k = 0; k < 2; ++k) {
             r[i + 2 * k] = _mm512_unpacklo_epi64(t[i + k], t[i + k + 2]);
             r[i + 2 * k + 1] = _mm512_unpackhi_epi64(t[i + k], t[i + k + 2]);
         }
-    KV1_UNROLL for (std::size_t i = 0; i < lanes; i += 8)
+    }
+    KV1_UNROLL for (std::size_t i = 0; i < lanes; i += 8) {
         KV1_UNROLL for (std::size_t k = 0; k < 4; ++k) { // quarters 0 and 2, 1 and 3
             t[i + k] = _mm512_shuffle_i32x4(r[i + k], r[i + k + 4], 0x88);
             t[i + k + 4] = _mm512_shuffle_i32x4(r[i + k], r[i + k + 4], 0xdd);
         }
+    }
     KV1_UNROLL for (std::size_t k = 0; k < 4; ++k) {
         x[k] = f32(_mm512_castsi512_ps(_mm512_shuffle_i32x4(t[k], t[k + 8], 0x88)));
         x[k + 8] = f32(_mm512_castsi512_ps(_mm512_shuffle_i32x4(t[k], t[k + 8], 0xdd)));

@@ -30,8 +30,9 @@ KV1_LAZY KV1_INLINE int32x4_t dot4(int32x4_t sum, int8x16_t a, dot_row b) {
 // A running sum of dot4 products. Without sdot the products of low codes are added up in 16 bits, of which there
 // is room for 32767 / ((Unsigned ? 255 : 127) * MaxCode); codes above 15 go nibble by nibble.
 template <int MaxCode, bool Unsigned>
-inline constexpr std::size_t dot_limit =
-    KV1_ISA_DOTPROD || MaxCode > 15 ? ~std::size_t{0} : 32767 / ((Unsigned ? 255 : 127) * MaxCode);
+inline constexpr std::size_t dot_limit = KV1_ISA_DOTPROD || MaxCode > 15
+                                             ? ~std::size_t{0}
+                                             : 32767 / ((Unsigned ? 255 : 127) * MaxCode);
 inline constexpr bool dot_sums_are_totals = false;
 struct dot_sum {
     int32x4_t wide;
@@ -46,8 +47,8 @@ KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, dot_row b) {
         sum.wide = vaddq_s32(sum.wide, vshlq_n_s32(high, 4));
     } else if constexpr (KV1_ISA_DOTPROD && Unsigned) {
 #if KV1_ISA_DOTPROD
-        sum.wide = vreinterpretq_s32_u32(
-            vdotq_u32(vreinterpretq_u32_s32(sum.wide), vreinterpretq_u8_u32(uint32x4_t(a)), vreinterpretq_u8_s8(b)));
+        sum.wide = vreinterpretq_s32_u32(vdotq_u32(
+            vreinterpretq_u32_s32(sum.wide), vreinterpretq_u8_u32(uint32x4_t(a)), vreinterpretq_u8_s8(b)));
 #endif
     } else if constexpr (KV1_ISA_DOTPROD) {
         sum.wide = dot4(sum.wide, signed_bytes(a), b);

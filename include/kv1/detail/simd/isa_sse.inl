@@ -20,7 +20,8 @@ KV1_INLINE dot_row dot_broadcast(std::int32_t four) {
 using dot_sum = __m128i;
 inline constexpr bool dot_sums_are_totals = false;
 template <int MaxCode, bool Unsigned>
-inline constexpr std::size_t dot_limit = MaxCode > 15 ? ~std::size_t{0} : 32767 / (2 * (Unsigned ? 255 : 127) * MaxCode);
+inline constexpr std::size_t dot_limit = MaxCode > 15 ? ~std::size_t{0}
+                                                      : 32767 / (2 * (Unsigned ? 255 : 127) * MaxCode);
 KV1_LAZY KV1_INLINE dot_sum dot_start() { return _mm_setzero_si128(); }
 template <int MaxCode, bool Unsigned>
 KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, dot_row b) {
@@ -32,7 +33,8 @@ KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, dot_row b) {
         const __m128i high_sums = _mm_slli_epi32(_mm_madd_epi16(high_pairs, ones), 4);
         return _mm_add_epi32(sum, _mm_add_epi32(_mm_madd_epi16(low_pairs, ones), high_sums));
     } else {
-        sum = _mm_add_epi16(sum, Unsigned ? _mm_maddubs_epi16(__m128i(b), __m128i(a)) : _mm_maddubs_epi16(__m128i(a), __m128i(b)));
+        sum = _mm_add_epi16(sum, Unsigned ? _mm_maddubs_epi16(__m128i(b), __m128i(a))
+                                          : _mm_maddubs_epi16(__m128i(a), __m128i(b)));
         KV1_IN_ORDER(sum, "x");
         return sum;
     }
@@ -120,7 +122,8 @@ KV1_LAZY KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
 }
 // Sixteen numbers 0 ... 255 to bytes, in one store: they are read again at once, in other pieces.
 KV1_LAZY KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) {
-    const __m128i low = _mm_packs_epi32(__m128i(x[0]), __m128i(x[1])), high = _mm_packs_epi32(__m128i(x[2]), __m128i(x[3]));
+    const __m128i low = _mm_packs_epi32(__m128i(x[0]), __m128i(x[1])),
+                  high = _mm_packs_epi32(__m128i(x[2]), __m128i(x[3]));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(low, high));
 }
 // A square of lanes x lanes numbers.
