@@ -3,7 +3,7 @@
 // Decode attention: one query token over n cached tokens, softmax included, one thread.
 //
 //   attend/decode/<K>/<V>/<precision>/<target>/h<heads>/kv<kv_heads>/d<head_dim>/n<tokens>/<cold|warm>
-//       [/g<group>][/channel/p<page_tokens>]
+//       [/g<group>][/channel/p<page_tokens>][/v<value_dim>[/in_keys]]
 //
 // cold: calls rotate over enough layers that both this cache and one of the same shape in fp16 exceed 256 MB;
 // warm: one layer. Bytes are row-format bytes read. Counters:
@@ -31,11 +31,16 @@ struct decode_case {
     std::size_t group = 0; // channels that share metadata
     bool per_channel = false;
     std::size_t page_tokens = 64;
+    std::size_t value_dim = 0; // 0: the head dim
+    bool values_in_keys = false;
+
+    [[nodiscard]] std::size_t outputs() const { return value_dim == 0 ? shape.head_dim : value_dim; }
+    [[nodiscard]] std::size_t stored_values() const { return values_in_keys ? 0 : outputs(); }
 };
 
 std::size_t bytes_per_token(const decode_case& c) {
     return c.shape.kv_heads * (kv1::row_bytes(c.key, c.shape.head_dim, c.group) +
-                               kv1::row_bytes(c.value, c.shape.head_dim, c.group));
+                               (c.values_in_keys ? 0 : kv1::row_bytes(c.value, c.outputs(), c.group)));
 }
 
 bool is_integer(kv_format f) { return f != kv_format::fp32 && f != kv_format::fp16; }
@@ -43,7 +48,8 @@ bool is_integer(kv_format f) { return f != kv_format::fp32 && f != kv_format::fp
 void decode(benchmark::State& state, const decode_case& c, kv1::precision mode) {
     const std::size_t layer_bytes = c.tokens * bytes_per_token(c);
     const std::size_t layers = c.cold ? (std::size_t{256} << 20) / layer_bytes + 1 : 1;
-    kv1::layer_description layer_shape{c.shape.kv_heads, c.shape.head_dim, c.shape.head_dim, c.key, c.value};
+    kv1::layer_description layer_shape{c.shape.kv_heads, c.shape.head_dim, c.outputs(), c.key, c.value};
+    layer_shape.values_in_keys = c.values_in_keys;
     layer_shape.key_group = layer_shape.value_group = c.group;
     if (c.per_channel)
         layer_shape.key_axis = kv1::quantization_axis::per_channel;
@@ -54,13 +60,13 @@ void decode(benchmark::State& state, const decode_case& c, kv1::precision mode) 
     kv1::set_target(measured);
 
     const std::vector<float> q = bench::normal_values(c.shape.heads * c.shape.head_dim, 3);
-    std::vector<float> out(q.size());
+    std::vector<float> out(c.shape.heads * c.outputs());
     std::size_t layer = 0;
     double fastest = 1e9, product = 1e9, byte = bench::seconds_per_byte();
     for (auto _ : state) {
         const double start = bench::seconds();
         cache.attend(sequence, layer, {q.data(), 1, c.shape.heads, c.shape.head_dim},
-                     {out.data(), 1, c.shape.heads, c.shape.head_dim}, {.mode = mode});
+                     {out.data(), 1, c.shape.heads, c.outputs()}, {.mode = mode});
         benchmark::DoNotOptimize(out.data());
         fastest = std::min(fastest, bench::seconds() - start);
         layer = layer + 1 == layers ? 0 : layer + 1;
@@ -77,21 +83,23 @@ void decode(benchmark::State& state, const decode_case& c, kv1::precision mode) 
         vectors * 1e-9, benchmark::Counter::kIsIterationInvariantRate | benchmark::Counter::kInvert);
     state.counters["ns_fastest"] = fastest / vectors * 1e9;
     state.counters["fp16_limit_ratio"] =
-        vectors * 4.0 * static_cast<double>(c.shape.head_dim) * byte / fastest;
+        vectors * 2.0 * static_cast<double>(c.shape.head_dim + c.stored_values()) * byte / fastest;
     if (mode == kv1::precision::fast && is_integer(c.key) && is_integer(c.value) && product > 0.0) {
-        const double products = static_cast<double>(2 * c.shape.heads * c.shape.head_dim * c.tokens);
+        const double products =
+            static_cast<double>(c.shape.heads * (c.shape.head_dim + c.outputs()) * c.tokens);
         state.counters["dot4_floor_ratio"] = fastest / (products * product);
     }
 }
 
 void register_decode(const decode_case& c, kv1::precision mode, kv1::target t) {
-    const std::string name = "attend/decode/" + bench::name_of(c.key) + "/" + bench::name_of(c.value) +
-                             (mode == kv1::precision::fast ? "/fast/" : "/exact/") + bench::name_of(t) +
-                             "/h" + std::to_string(c.shape.heads) + "/kv" + std::to_string(c.shape.kv_heads) +
-                             "/d" + std::to_string(c.shape.head_dim) + "/n" + std::to_string(c.tokens) +
-                             (c.cold ? "/cold" : "/warm") +
-                             (c.group == 0 ? "" : "/g" + std::to_string(c.group)) +
-                             (c.per_channel ? "/channel/p" + std::to_string(c.page_tokens) : "");
+    const std::string name =
+        "attend/decode/" + bench::name_of(c.key) + "/" + bench::name_of(c.value) +
+        (mode == kv1::precision::fast ? "/fast/" : "/exact/") + bench::name_of(t) + "/h" +
+        std::to_string(c.shape.heads) + "/kv" + std::to_string(c.shape.kv_heads) + "/d" +
+        std::to_string(c.shape.head_dim) + "/n" + std::to_string(c.tokens) + (c.cold ? "/cold" : "/warm") +
+        (c.group == 0 ? "" : "/g" + std::to_string(c.group)) +
+        (c.per_channel ? "/channel/p" + std::to_string(c.page_tokens) : "") +
+        (c.value_dim == 0 ? "" : "/v" + std::to_string(c.value_dim)) + (c.values_in_keys ? "/in_keys" : "");
     bench::register_on(t, name, [c, mode](benchmark::State& state) { decode(state, c, mode); });
 }
 
@@ -126,6 +134,17 @@ int main(int argc, char** argv) {
                     register_decode({f, f, large, cold ? std::size_t{32768} : std::size_t{4096}, cold},
                                     kv1::precision::fast, t);
         register_decode({kv_format::affine4, two, large, 4096, false}, kv1::precision::fast, t);
+        // DeepSeek's latent attention: stored once, and with its values apart
+        for (const kv_format f : {two, kv_format::affine4, kv_format::affine8, kv_format::fp16})
+            for (const bool in_keys : {true, false})
+                register_decode({.key = f,
+                                 .value = f,
+                                 .shape = {128, 1, 576},
+                                 .tokens = 4096,
+                                 .cold = false,
+                                 .value_dim = 512,
+                                 .values_in_keys = in_keys},
+                                kv1::precision::fast, t);
     }
     benchmark::Initialize(&argc, argv);
     if (benchmark::ReportUnrecognizedArguments(argc, argv))

@@ -62,8 +62,11 @@ inline kv1::sequence_id fill(kv1::kv_cache& cache, std::size_t tokens) {
         const std::vector<float> v = normal_values(chunk * shape.kv_heads * shape.value_dim, 2);
         for (std::size_t done = 0; done < tokens; done += chunk) {
             const std::size_t n = std::min(chunk, tokens - done);
-            cache.append(sequence, layer, {k.data(), n, shape.kv_heads, shape.key_dim},
-                         {v.data(), n, shape.kv_heads, shape.value_dim});
+            if (shape.values_in_keys)
+                cache.append(sequence, layer, {k.data(), n, shape.kv_heads, shape.key_dim});
+            else
+                cache.append(sequence, layer, {k.data(), n, shape.kv_heads, shape.key_dim},
+                             {v.data(), n, shape.kv_heads, shape.value_dim});
         }
     }
     return sequence;

@@ -202,7 +202,8 @@ kv1_code kv1_cache_create(const kv1_layer* layers, size_t distinct_layers, size_
                             .value_format = static_cast<kv1::kv_format>(l.value_format),
                             .key_group = l.key_group,
                             .value_group = l.value_group,
-                            .key_axis = static_cast<kv1::quantization_axis>(l.key_axis)});
+                            .key_axis = static_cast<kv1::quantization_axis>(l.key_axis),
+                            .values_in_keys = l.values_in_keys != 0});
     }
     d.capacity_tokens = capacity_tokens;
     d.page_tokens = page_tokens;

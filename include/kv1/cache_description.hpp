@@ -42,9 +42,27 @@ struct layer_description {
     /// (kv_cache.hpp says what follows from that). In affine and compact formats of up to 4 bits and
     /// codebook2, without key_group, on pages of at most 4096 tokens, in caches that carry fp16.
     quantization_axis key_axis = quantization_axis::per_token;
+    /// The values are the first value_dim channels of the keys, and are stored as part of them: the shared
+    /// latent of multi-head latent attention (MLA; DeepSeek-V2, 2024). Outputs are sums of keys as they are
+    /// decoded. value_format and value_group are then the keys' own, value_encoding is empty, and a group of
+    /// channels or a Hadamard block lies on one side of value_dim. Not with keys per channel, whose scales
+    /// belong to pages. latent_layer() makes such a layer.
+    bool values_in_keys = false;
     /// Whether all fields are the same.
     friend bool operator==(const layer_description&, const layer_description&) = default;
 };
+
+/// A layer of multi-head latent attention as it is decoded: one KV head, which all query heads share; a key
+/// is the latent (value_dim channels) followed by the rotary part, and the latent is the value. Queries and
+/// outputs are those of the latent space: the up-projections are applied to queries before and to outputs
+/// after. The softmax scale is the model's (attention_options::scale), for key_dim is not the head dim that
+/// it trained with.
+[[nodiscard]] inline layer_description latent_layer(std::size_t key_dim, std::size_t value_dim,
+                                                    kv_format format = kv_format::affine2) {
+    layer_description l{1, key_dim, value_dim, format, format};
+    l.values_in_keys = true;
+    return l;
+}
 
 /// A whole cache: its layers, and room for how many tokens.
 struct cache_description {
@@ -76,6 +94,9 @@ struct cache_description {
 
 /// How a page of one layer and KV head lies.
 [[nodiscard]] constexpr page_layout layout_of(const layer_description& l, std::size_t page_tokens) noexcept {
+    if (l.values_in_keys)
+        return page_layout::with_values_in_keys(l.key_format, l.key_dim, l.value_dim, page_tokens,
+                                                l.key_group);
     return {l.key_format, l.key_dim,   l.value_format, l.value_dim,
             page_tokens,  l.key_group, l.value_group,  l.key_axis};
 }

@@ -17,6 +17,9 @@
 // for clip search and error weights) gives back, bit for bit. Without it scale and minimum stay in fp32, as
 // the KV1 reference trains; a compact format's offset is then any between its ends.
 //
+// Values that lie in keys (multi-head latent attention) are no vectors of their own: quantize the keys, and
+// take the first channels of what comes back.
+//
 // Everything here works on rows of `channels` values, one vector each, in O(values) (Hadamard: times log
 // channels), allocates nothing, and is thread-safe. An error names the row as `token`; rows before it are
 // then written.

@@ -114,6 +114,8 @@ typedef struct kv1_layer {
                                   compact formats; a multiple of 32 that divides key_dim */
     size_t value_group;      /**< the same of values */
     kv1_axis key_axis;       /**< affine and compact formats of at most 4 bits, without key_group */
+    int values_in_keys;      /**< not 0: values are the first value_dim channels of keys (multi-head latent
+                                  attention) and are stored once; their format and group are the keys' */
 } kv1_layer;
 
 /** [tokens][heads][channels], read by the call; strides in elements, channels are contiguous. */
@@ -151,6 +153,9 @@ static inline kv1_tensor kv1_contiguous(const void* data, kv1_scalar type, size_
     t.head_stride = (ptrdiff_t)channels;
     return t;
 }
+
+/** What kv1_append takes as values of a layer whose values lie in its keys. */
+static inline kv1_tensor kv1_no_values(void) { return kv1_contiguous(NULL, KV1_FP32, 0, 0, 0); }
 
 /** An output without gaps. */
 static inline kv1_output kv1_contiguous_output(void* data, kv1_scalar type, size_t tokens, size_t heads,
@@ -251,7 +256,7 @@ KV1_C_API kv1_code kv1_length(const kv1_cache* cache, kv1_sequence sequence, siz
                               kv1_error* error);
 
 /** Quantizes and stores the next tokens of one layer: keys [tokens][kv_heads][key_dim] after RoPE, values
- * [tokens][kv_heads][value_dim]. */
+ * [tokens][kv_heads][value_dim]. Where values lie in keys: kv1_no_values(). */
 KV1_C_API kv1_code kv1_append(kv1_cache* cache, kv1_sequence sequence, size_t layer, kv1_tensor keys,
                               kv1_tensor values, const kv1_executor* executor, kv1_error* error);
 

@@ -46,13 +46,20 @@
 // are kept for rollback()), and prefixes are shared by whole pages, or by an open page that was stored as
 // such. Rows of such keys can not be exported or appended.
 //
+// Values in keys. In a layer with values_in_keys (multi-head latent attention; latent_layer()) a key is given
+// and stored once, and its first value_dim channels, as they are decoded, are the value:
+//
+//   kv1::kv2_cache cache(kv1::uniform_cache(layers, kv1::latent_layer(576, 512), capacity_tokens));
+//   cache.append(sequence, layer, {latent, tokens, 1, 576}); // latent after its norm, rotary part after RoPE
+//   cache.attend(sequence, layer, {q, tokens, 128, 576}, {out, tokens, 128, 512}, {.scale = model_scale});
+//
 // Errors: each call has a noexcept `try_` form that returns status or result, and a form that throws
 // kv1::error. A failed call leaves the cache as it was; out_of_memory and capacity_exceeded may have cost
 // unpinned pages of the prefix index. K and V must be finite: NaN, infinity and values that the format's fp16
 // metadata (or fp16 itself) cannot hold are refused, naming layer, KV head, token and channel. Queries are
 // not checked: a NaN or infinity in one makes that row's output NaN or meaningless, and no other row's.
 //
-// Memory. Beside arenas and what sequences need, a cache has blocks that tasks work in, 300 KiB each and by
+// Memory. Beside arenas and what sequences need, a cache has blocks that tasks work in, 430 KiB each and by
 // operator new, touched as far as they are used: one from the start, others where tasks run at once
 // (executor.hpp). Where there is no memory for one, append and attend fail with out_of_memory.
 //
@@ -225,6 +232,14 @@ public:
         return core_->append(id, layer, keys, values, run);
     }
 
+    /// The same for a layer whose values lie in its keys (layer_description::values_in_keys): keys
+    /// [tokens][kv_heads][key_dim] alone. The calls with values take such a layer's too, if these are the
+    /// keys' own view, as it is or cut to value_dim channels. Errors as above.
+    template <executor E = inline_executor>
+    status try_append(sequence_id id, std::size_t layer, tensor_view keys, E&& run = {}) noexcept {
+        return try_append(id, layer, keys, no_values(), run);
+    }
+
     /// The next tokens of one layer for several sequences, all or none: sequence i takes rows indptr[i] ...
     /// indptr[i + 1] - 1 of keys and values. No sequence comes twice. The executor gets one task per sequence
     /// and KV head. Errors as append, where().token being a row; invalid_argument for an indptr that does not
@@ -236,10 +251,17 @@ public:
         return core_->append(ids, layer, indptr, keys, values, run);
     }
 
+    /// The same for a layer whose values lie in its keys.
+    template <executor E = inline_executor>
+    status try_append(std::span<const sequence_id> ids, std::size_t layer,
+                      std::span<const std::size_t> indptr, tensor_view keys, E&& run = {}) noexcept {
+        return try_append(ids, layer, indptr, keys, no_values(), run);
+    }
+
     /// Appends rows that are quantized already, bit for bit, as export_rows gives them: [tokens][kv_heads].
     /// O(values). Errors as append; shape_mismatch (a buffer's size); non_finite for metadata or plain values
     /// that are no numbers; invalid_argument for a layer with fp16 copies, which rows do not have, and for
-    /// one with keys quantized per channel.
+    /// one with keys quantized per channel. Where values lie in keys, their buffers are empty.
     status try_append_rows(sequence_id id, std::size_t layer, std::size_t tokens, const_row_buffers keys,
                            const_row_buffers values) noexcept {
         return core_->append_rows(id, layer, tokens, keys, values);
@@ -385,9 +407,18 @@ public:
         detail::throw_if_error(try_append(id, layer, keys, values, run));
     }
     template <executor E = inline_executor>
+    void append(sequence_id id, std::size_t layer, tensor_view keys, E&& run = {}) {
+        detail::throw_if_error(try_append(id, layer, keys, run));
+    }
+    template <executor E = inline_executor>
     void append(std::span<const sequence_id> ids, std::size_t layer, std::span<const std::size_t> indptr,
                 tensor_view keys, tensor_view values, E&& run = {}) {
         detail::throw_if_error(try_append(ids, layer, indptr, keys, values, run));
+    }
+    template <executor E = inline_executor>
+    void append(std::span<const sequence_id> ids, std::size_t layer, std::span<const std::size_t> indptr,
+                tensor_view keys, E&& run = {}) {
+        detail::throw_if_error(try_append(ids, layer, indptr, keys, run));
     }
     void append_rows(sequence_id id, std::size_t layer, std::size_t tokens, const_row_buffers keys,
                      const_row_buffers values) {
@@ -443,6 +474,8 @@ private:
     friend struct detail::cache_access;
 
     basic_kv_cache() = default;
+
+    static tensor_view no_values() noexcept { return {static_cast<const float*>(nullptr), 0, 0, 0}; }
 
     status initialize(cache_description&& d, const Allocator& allocator) noexcept {
         std::unique_ptr<detail::memory_source> memory(new (std::nothrow)

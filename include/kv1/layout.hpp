@@ -22,6 +22,9 @@
 // what walks a section walks one group's share of it just as well (section_layout::group). Where keys are
 // quantized per channel, the arrays are [channels], and the lines stay as they are again.
 //
+// Where the values are the first channels of the keys, a page is [K lines][k_scale][k_minimum]: its values
+// are a view of these (section_layout::first).
+//
 // padded to whole lines. K channels are padded to whole lanes, V channels to 16; padding is counted in
 // page_layout::bytes(). Bytes past the stored tokens of an open page hold finite garbage or zero and carry no
 // meaning. Pure arithmetic: constexpr, no allocation.
@@ -98,7 +101,7 @@ struct section_layout {
         const detail::format_traits t = traits();
         const std::size_t fields = detail::round_up(keys ? channels : tokens, t.fields_per_lane());
         for (int p = 0; p < t.part_count(); ++p)
-            lines_[static_cast<std::size_t>(p)] = fields * static_cast<std::size_t>(t.field_bits(p)) / 32;
+            lines_[static_cast<std::size_t>(p)] = lines_of(p, fields);
         second_part_ = lines_[0];
         unit_lines_ = lines_[0] + lines_[1];
     }
@@ -121,10 +124,19 @@ struct section_layout {
             s.offset += g * (group_channels / line_lanes) * unit_lines_ * line_bytes;
             return s;
         }
-        for (std::size_t& lines : s.lines_)
-            lines /= groups();
+        for (int p = 0; p < traits().part_count(); ++p)
+            s.lines_[static_cast<std::size_t>(p)] = lines_of(p, group_channels);
         s.offset += g * s.lines_[0] * line_bytes;
         s.second_part_ = second_part_ + g * s.lines_[1] - g * s.lines_[0];
+        return s;
+    }
+
+    /// The first n channels of keys, whole groups of them where metadata go by groups, in the same lines and
+    /// with the same metadata.
+    [[nodiscard]] constexpr section_layout first(std::size_t n) const noexcept {
+        section_layout s = *this;
+        s.channels = n;
+        s.group_channels = groups() == 1 ? n : group_channels;
         return s;
     }
 
@@ -163,6 +175,11 @@ struct section_layout {
     }
 
 private:
+    // That so many fields of part p take, whole lanes of them.
+    [[nodiscard]] constexpr std::size_t lines_of(int p, std::size_t fields) const noexcept {
+        return fields * static_cast<std::size_t>(traits().field_bits(p)) / 32;
+    }
+
     std::array<std::size_t, 2> lines_{}; // by part
     std::size_t second_part_ = 0, unit_lines_ = 0;
 };
@@ -185,7 +202,7 @@ public:
         std::size_t end = values_.offset + values_.bytes();
         for (section_layout* s : {&keys_, &values_}) {
             const detail::metadata_kind kind = s->traits().metadata;
-            const std::size_t array = s->metadata_count() * sizeof(float16);
+            const std::size_t array = s->channels == 0 ? 0 : s->metadata_count() * sizeof(float16);
             s->scale_offset = end;
             end += kind != detail::metadata_kind::none ? array : 0;
             s->minimum_offset = end;
@@ -194,11 +211,24 @@ public:
         bytes_ = detail::round_up(end, line_bytes);
     }
 
-    /// The halves of the page.
+    /// A page of keys whose first value_dim channels are the values. Preconditions: as above, keys per token;
+    /// value_dim > 0 is at most key_dim, and a multiple of the group where there is one.
+    [[nodiscard]] static constexpr page_layout with_values_in_keys(kv_format format, std::size_t key_dim,
+                                                                   std::size_t value_dim,
+                                                                   std::size_t page_tokens,
+                                                                   std::size_t group = 0) noexcept {
+        page_layout p(format, key_dim, format, 0, page_tokens, group);
+        p.values_ = p.keys_.first(value_dim);
+        return p;
+    }
+
+    /// The halves of the page; of values in keys, a view of the keys' half.
     /// @{
     [[nodiscard]] constexpr const section_layout& keys() const noexcept { return keys_; }
     [[nodiscard]] constexpr const section_layout& values() const noexcept { return values_; }
     /// @}
+    /// Whether the values have no bytes of their own.
+    [[nodiscard]] constexpr bool values_in_keys() const noexcept { return values_.keys; }
     /// Tokens of a page.
     [[nodiscard]] constexpr std::size_t page_tokens() const noexcept { return keys_.tokens; }
     /// Bytes of a page, padding included; a multiple of line_bytes.
@@ -218,6 +248,7 @@ static_assert(page_layout(kv_format::affine2, 128, kv_format::compact2, 128, 64,
 static_assert(page_layout(kv_format::affine2, 32, kv_format::affine2, 32, 64, 0, 0,
                           quantization_axis::per_channel)
                   .bytes() == 64 * (10 + 12));
+static_assert(page_layout::with_values_in_keys(kv_format::affine2, 576, 512, 64).bytes() == 64 * 148);
 
 namespace detail {
 

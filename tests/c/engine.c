@@ -234,6 +234,33 @@ int main(void) {
         CHECK(kv1_cache_create(&turned, 1, 1, 128, 32, &cache, &error) == KV1_INVALID_ARGUMENT);
     }
 
+    /* values in keys: stored once, appended as keys alone, attended as their first channels */
+    {
+        kv1_layer latent = layer;
+        size_t t, c;
+        latent.kv_heads = 1;
+        latent.value_dim = 32;
+        latent.values_in_keys = 1;
+        CHECK(kv1_cache_create(&latent, 1, 1, 128, 32, &cache, &error) == KV1_OK);
+        CHECK(kv1_sequence_create(cache, &s, NULL) == KV1_OK);
+        CHECK(kv1_append(cache, s, 0, kv1_contiguous(v, KV1_FP32, 40, 1, dim), kv1_no_values(), NULL,
+                         &error) == KV1_OK);
+        CHECK(kv1_cache_statistics(cache, &statistics, NULL) == KV1_OK);
+        CHECK(statistics.bytes_stored == 40 * (dim / 4 + 4));
+        CHECK(kv1_read(cache, s, 0, 0, 0, 0, 40, keys, NULL) == KV1_OK);
+        CHECK(kv1_read(cache, s, 0, 1, 0, 0, 40, values, NULL) == KV1_OK);
+        for (t = 0; t < 40; ++t)
+            for (c = 0; c < 32; ++c)
+                CHECK(keys[t * dim + c] == values[t * 32 + c]);
+        CHECK(kv1_attend(cache, s, 0, kv1_contiguous(q, KV1_FP32, 1, heads, dim),
+                         kv1_contiguous_output(out, KV1_FP32, 1, heads, 32), NULL, NULL, &error) == KV1_OK);
+        CHECK(kv1_append(cache, s, 0, kv1_contiguous(v, KV1_FP32, 1, 1, dim),
+                         kv1_contiguous(k, KV1_FP32, 1, 1, 32), NULL, &error) == KV1_INVALID_ARGUMENT);
+        kv1_cache_destroy(cache);
+        latent.value_format = KV1_AFFINE4;
+        CHECK(kv1_cache_create(&latent, 1, 1, 128, 32, &cache, &error) == KV1_INVALID_ARGUMENT);
+    }
+
     /* page sizes are whole tiles; distinct layers divide the layers */
     CHECK(kv1_cache_create(&layer, 1, 1, 128, 20, &cache, &error) == KV1_INVALID_ARGUMENT && cache == NULL);
     CHECK(kv1_cache_create(&layer, 0, 1, 128, 32, &cache, &error) == KV1_INVALID_ARGUMENT);

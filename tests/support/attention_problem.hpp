@@ -40,6 +40,7 @@ struct problem {
     bool alibi = false, sinks = false;
     std::size_t key_group = 0, value_group = 0; // channels that share metadata
     kv1::quantization_axis key_axis = kv1::quantization_axis::per_token;
+    bool values_in_keys = false;
 };
 
 /// The problem with keys and values in one format.
@@ -55,7 +56,8 @@ struct problem {
            std::to_string(p.queries) + " queries, " + std::to_string(p.tokens) + " tokens, pages of " +
            std::to_string(p.page_tokens) + ", groups of " + std::to_string(p.key_group) + " and " +
            std::to_string(p.value_group) +
-           (p.key_axis == kv1::quantization_axis::per_channel ? ", keys per channel" : "");
+           (p.key_axis == kv1::quantization_axis::per_channel ? ", keys per channel" : "") +
+           (p.values_in_keys ? ", values in keys" : "");
 }
 
 /// Position of query i of m among n tokens.
@@ -97,6 +99,7 @@ template <class T>
     l.key_group = p.key_group;
     l.value_group = p.value_group;
     l.key_axis = p.key_axis;
+    l.values_in_keys = p.values_in_keys;
     return l;
 }
 
@@ -114,6 +117,10 @@ struct world {
         id = cache.create_sequence();
         const auto fill = [&](kv1::sequence_id sequence, std::size_t n) {
             const auto k = normal_values(g, n * p.kv_heads * p.key_dim, 1.0f, p.key_mean);
+            if (p.values_in_keys) {
+                cache.append(sequence, 0, {k.data(), n, p.kv_heads, p.key_dim});
+                return;
+            }
             const auto v = normal_values(g, n * p.kv_heads * p.value_dim, 1.0f, p.value_mean);
             cache.append(sequence, 0, {k.data(), n, p.kv_heads, p.key_dim},
                          {v.data(), n, p.kv_heads, p.value_dim});
@@ -148,8 +155,7 @@ struct world {
         for (std::size_t r = 0; r < split.ranges; ++r) {
             const std::size_t begin = split.first_token + r * split.range_tokens;
             const std::size_t end = std::min(reach, begin + split.range_tokens);
-            for (std::size_t first = begin; first < end;
-                 first = detail::block_end(p.page_tokens, detail::granule_of(layout.values()), first, end))
+            for (std::size_t first = begin; first < end; first = detail::block_end(layout, first, end))
                 starts.push_back(first);
         }
         return starts;

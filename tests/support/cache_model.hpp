@@ -213,8 +213,16 @@ public:
             }
         };
         side(kv1::kv_side::key, l.key_dim, l.key_format, l.key_group, l.key_encoding, t.keys, t.keys16);
-        side(kv1::kv_side::value, l.value_dim, l.value_format, l.value_group, l.value_encoding, t.values,
-             t.values16);
+        if (l.values_in_keys)
+            for (std::size_t h = 0; h < l.kv_heads; ++h)
+                for (const auto& [to, from] :
+                     {std::pair(&t.values, &t.keys), std::pair(&t.values16, &t.keys16)}) {
+                    const auto first = from->begin() + static_cast<std::ptrdiff_t>(h * l.key_dim);
+                    to->insert(to->end(), first, first + static_cast<std::ptrdiff_t>(l.value_dim));
+                }
+        else
+            side(kv1::kv_side::value, l.value_dim, l.value_format, l.value_group, l.value_encoding, t.values,
+                 t.values16);
         return t;
     }
 
@@ -389,6 +397,7 @@ private:
             return e.hadamard == 0 ? 0.0 : static_cast<double>(std::bit_width(e.hadamard) + 1);
         };
         const auto tokens = static_cast<double>(v.values.size() / v.dim);
+        const kv1::vector_encoding of_values = value_encoding_of(l);
         if (l.key_encoding != kv1::vector_encoding{}) {
             const auto terms = static_cast<double>(l.key_dim) + 35;
             const double score = norm_of(query) / std::sqrt(static_cast<double>(l.key_dim)) *
@@ -396,13 +405,23 @@ private:
                                  (2 * gamma(terms) + 2 * gamma(turns(l.key_encoding)));
             row.lse_bound += score;
             for (double& bound : row.out_bound) // weights that sum to one, each off by 2 score at most
-                bound += std::expm1(2 * score) * 2 * longest(v, l.value_encoding);
+                bound += std::expm1(2 * score) * 2 * longest(v, of_values);
         }
-        if (l.value_encoding != kv1::vector_encoding{})
+        if (of_values != kv1::vector_encoding{})
             for (double& bound : row.out_bound)
-                bound +=
-                    longest(v, l.value_encoding) * (gamma(tokens + 3 * static_cast<double>(blocks) + 12) +
-                                                    2 * gamma(turns(l.value_encoding)) + gamma(2));
+                bound += longest(v, of_values) * (gamma(tokens + 3 * static_cast<double>(blocks) + 12) +
+                                                  2 * gamma(turns(of_values)) + gamma(2));
+    }
+
+    // Of values that lie in keys: the keys', of those channels.
+    static kv1::vector_encoding value_encoding_of(const kv1::layer_description& l) {
+        if (!l.values_in_keys)
+            return l.value_encoding;
+        kv1::vector_encoding e{.levels = l.key_encoding.levels, .hadamard = l.key_encoding.hadamard};
+        for (std::size_t at = 0; at < l.key_encoding.means.size(); at += l.key_dim)
+            for (std::size_t c = 0; c < l.value_dim; ++c)
+                e.means.push_back(l.key_encoding.means[at + c]);
+        return e;
     }
 
     // Attention multiplies the query by a page's scales instead of the codes, and takes its minima from sums

@@ -57,6 +57,11 @@ private:
         d.layers = {{2, 8, 6, affine2, affine4}, {1, 5, 7, fp16, scaled_binary}};
         if ((choice & 1) != 0)
             d.layers.push_back({1, 8, 8, affine3, affine8, (choice & 2) != 0 ? 20u : 37u});
+        if ((choice & 3) == 2) { // values in keys
+            kv1::layer_description& l = d.layers.emplace_back(kv1::latent_layer(96, 64, affine3));
+            l.kv_heads = 2;
+            l.sliding_window = (choice & 64) != 0 ? 20 : 0;
+        }
         if ((choice & 128) != 0)
             encode(d);
         if ((choice & 4) != 0)
@@ -65,7 +70,7 @@ private:
             d.fp16_window = (choice & 32) != 0 ? 1 : 21;
         if ((choice & 0x30) == 0x20 || (choice & 0x0c) == 0x08) // what windows, or sinks, leave free
             for (const std::size_t layer : {std::size_t{0}, d.layers.size() - 1})
-                if (d.layers[layer].key_format != fp16) {
+                if (d.layers[layer].key_format != fp16 && !d.layers[layer].values_in_keys) {
                     d.layers[layer].key_axis = kv1::quantization_axis::per_channel;
                     d.layers[layer].key_group = 0;
                 }
@@ -83,7 +88,11 @@ private:
         d.layers[0].value_format = kv1::kv_format::codebook2;
         d.layers[0].value_encoding = {level_choice::least_squares, 2};
         d.layers[1].value_encoding = {.means = normal_values(g, 7)};
-        if (d.layers.size() > 2) { // metadata by groups, with levels that are fitted and that are not
+        if (d.layers.size() > 2 && d.layers[2].values_in_keys) {
+            d.layers[2].key_format = d.layers[2].value_format = kv1::kv_format::affine2;
+            d.layers[2].key_group = d.layers[2].value_group = 32;
+            d.layers[2].key_encoding = {level_choice::least_squares, 32, normal_values(g, 2 * 96)};
+        } else if (d.layers.size() > 2) { // metadata by groups, with levels that are fitted and that are not
             d.layers[2].key_dim = d.layers[2].value_dim = 64;
             d.layers[2].key_group = d.layers[2].value_group = 32;
             d.layers[2].key_encoding = {level_choice::least_squares, 0, normal_values(g, 64)};
@@ -203,6 +212,8 @@ private:
             const std::uint64_t history = cache_model::history(m, position, id);
             for (const auto& [to, side, dim] : {std::tuple(&r.k, kv1::kv_side::key, l.key_dim),
                                                 std::tuple(&r.v, kv1::kv_side::value, l.value_dim)}) {
+                if (l.values_in_keys && side == kv1::kv_side::value)
+                    continue;
                 const std::vector<float> x = token_values(history, layer, side, l.kv_heads * dim);
                 to->insert(to->end(), x.begin(), x.end());
             }
@@ -216,8 +227,11 @@ private:
     }
     kv1::tensor_view values_of(const rows& r, std::size_t layer) const {
         const kv1::layer_description& l = description_.layers[layer];
+        if (l.values_in_keys)
+            return no_values();
         return {r.v.data(), r.tokens.size(), l.kv_heads, l.value_dim};
     }
+    static kv1::tensor_view no_values() { return {static_cast<const float*>(nullptr), 0, 0, 0}; }
     static void trim(model_sequence& m) { // ids of tokens that no layer took
         std::size_t n = 0;
         for (const auto& l : m.layers)
@@ -409,7 +423,8 @@ private:
         const std::size_t pages = cache_.statistics().pages_in_use;
         rows r = rows_for(l->model, layer, n);
         trim(l->model);
-        r.v[below(r.v.size())] = std::numeric_limits<float>::quiet_NaN();
+        std::vector<float>& spoiled = r.v.empty() ? r.k : r.v;
+        spoiled[below(spoiled.size())] = std::numeric_limits<float>::quiet_NaN();
         const kv1::status s = cache_.try_append(l->id, layer, keys_of(r, layer), values_of(r, layer));
         if (s.code() == kv1::errc::capacity_exceeded)
             return;
@@ -444,6 +459,8 @@ private:
             std::vector<kv1::float16> scales[2], minima[2];
             for (const kv1::kv_side side : {kv1::kv_side::key, kv1::kv_side::value}) {
                 const bool keys = side == kv1::kv_side::key;
+                if (!keys && d.values_in_keys)
+                    continue;
                 const kv1::kv_format f = keys ? d.key_format : d.value_format;
                 const std::size_t dim = keys ? d.key_dim : d.value_dim;
                 const std::size_t width = kv1::packed_bytes(f, dim),
@@ -505,8 +522,11 @@ private:
         const std::size_t n = indptr.back();
         all.k.push_back(0.0f); // not null
         all.v.push_back(0.0f);
-        const kv1::status s = cache_.try_append(ids, layer, indptr, {all.k.data(), n, d.kv_heads, d.key_dim},
-                                                {all.v.data(), n, d.kv_heads, d.value_dim});
+        const kv1::tensor_view keys(all.k.data(), n, d.kv_heads, d.key_dim);
+        const kv1::status s =
+            d.values_in_keys
+                ? cache_.try_append(ids, layer, indptr, keys)
+                : cache_.try_append(ids, layer, indptr, keys, {all.v.data(), n, d.kv_heads, d.value_dim});
         if (s.code() == kv1::errc::capacity_exceeded) {
             for (living* l : chosen) {
                 trim(l->model);

@@ -35,6 +35,7 @@ constexpr std::array both_ends{guarded_end::front, guarded_end::back};
 struct shape {
     std::size_t key_dim, value_dim, kv_heads, group, tokens, page_tokens;
     std::size_t key_group = 0, value_group = 0; // channels that share metadata
+    bool values_in_keys = false;
 };
 
 // Fills a cache to the last token of its last page, and attends to it.
@@ -48,6 +49,7 @@ void fill_and_attend(const shape& s, kv_format key, kv_format value, guarded_end
     kv1::layer_description layer{s.kv_heads, s.key_dim, s.value_dim, key, value};
     layer.key_group = s.key_group;
     layer.value_group = s.value_group;
+    layer.values_in_keys = s.values_in_keys;
     guarded_cache cache(kv1::uniform_cache(1, layer, s.tokens, s.page_tokens),
                         kv1_test::guarded_allocator<std::byte>(arenas));
     const kv1::sequence_id id = cache.create_sequence();
@@ -57,6 +59,10 @@ void fill_and_attend(const shape& s, kv_format key, kv_format value, guarded_end
         if (n == 0)
             continue;
         const guarded_array<float> k(kv1_test::normal_values(g, n * s.kv_heads * s.key_dim), end);
+        if (s.values_in_keys) {
+            cache.append(id, 0, {k.data(), n, s.kv_heads, s.key_dim});
+            continue;
+        }
         const guarded_array<float> v(kv1_test::normal_values(g, n * s.kv_heads * s.value_dim), end);
         cache.append(id, 0, {k.data(), n, s.kv_heads, s.key_dim}, {v.data(), n, s.kv_heads, s.value_dim});
     }
@@ -110,6 +116,13 @@ TEST_CASE("attention stays within arenas, queries and outputs, and writes to no 
             for (const kv_format f : {kv_format::affine3, kv_format::compact2, kv_format::affine8})
                 fill_and_attend({128, 96, 1, 5, 240, 48, 64, 32}, f, f, end);
             fill_and_attend({64, 512, 1, 4, 32, 32, 32, 32}, kv_format::compact3, kv_format::affine2, end);
+            for (const kv_format f : kv1::all_kv_formats) // values in keys
+                for (const shape& s :
+                     {shape{20, 13, 2, 3, 48, 16, 0, 0, true}, shape{1, 1, 1, 1, 16, 16, 0, 0, true},
+                      shape{80, 80, 1, 7, 240, 48, 0, 0, true}, shape{288, 256, 1, 5, 64, 64, 0, 0, true}})
+                    fill_and_attend(s, f, f, end);
+            fill_and_attend({96, 64, 1, 4, 96, 32, 32, 32, true}, kv_format::compact3, kv_format::compact3,
+                            end);
         }
     });
 }

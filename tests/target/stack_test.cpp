@@ -428,6 +428,32 @@ TEST_CASE("calls on vectors make do with little stack", "[stack]") {
     });
 }
 
+TEST_CASE("values in keys are appended and attended with 64 KiB of stack", "[stack]") {
+    constexpr std::size_t key = 576, value = 512, tokens = 40, heads = 16;
+    kv1_test::generator g(7);
+    const std::vector<float> k = normal_values(g, tokens * key), q = normal_values(g, heads * key);
+    std::vector<float> out(heads * value);
+    kv1_test::for_each_target([&](kv1::target) {
+        small_calls call;
+        for (const kv_format f : kv1::all_kv_formats) {
+            kv1::kv_cache cache(kv1::uniform_cache(1, kv1::latent_layer(key, value, f), 64));
+            const kv1::sequence_id id = cache.create_sequence();
+            const std::string name(to_string(f));
+            call("append, " + name, [&] {
+                return static_cast<bool>(cache.try_append(id, 0, {k.data(), tokens, 1, key}));
+            });
+            for (const kv1::precision mode : {kv1::precision::fast, kv1::precision::exact})
+                call("attend, " + name, [&] {
+                    return static_cast<bool>(cache.try_attend(id, 0, {q.data(), 1, heads, key},
+                                                              {out.data(), 1, heads, value}, {.mode = mode}));
+                });
+        }
+        CAPTURE(call.which());
+        REQUIRE(call.most() > 1024);
+        REQUIRE(call.most() <= stack_bytes);
+    });
+}
+
 TEST_CASE("the C interface makes do with little stack", "[stack]") {
     constexpr std::size_t dim = 64, tokens = 40;
     kv1_test::generator g(6);
@@ -436,7 +462,7 @@ TEST_CASE("the C interface makes do with little stack", "[stack]") {
     kv1_test::for_each_target([&](kv1::target) {
         small_calls call;
         for (const kv1_axis axis : {KV1_PER_TOKEN, KV1_PER_CHANNEL}) {
-            const kv1_layer layer{1, dim, dim, KV1_CODEBOOK2, KV1_AFFINE3, 0, 0, axis};
+            const kv1_layer layer{1, dim, dim, KV1_CODEBOOK2, KV1_AFFINE3, 0, 0, axis, 0};
             kv1_cache* cache = nullptr;
             kv1_sequence id{};
             kv1_error error{};

@@ -25,8 +25,8 @@ struct append_job {
     const std::byte* arena; // pages are written to through a cast: the caller owns them
     std::size_t block_bytes;
     const std::uint32_t* block_table;
-    std::size_t first_token; // place of the first new token among those of the block table
-    tensor_view keys, values;
+    std::size_t first_token;           // place of the first new token among those of the block table
+    tensor_view keys, values;          // values are not looked at where the layout's lie in the keys
     scratch_pool* scratches = nullptr; // of the cache; only affine2_batch does without
     bool through_fp16 = false;         // what is quantized is the vector rounded to fp16
     // of the body's sections; null for fp16 copies
@@ -332,22 +332,24 @@ inline status append_section(const append_job& job, const section_layout& s, std
 
 inline status append_head(const append_job& job, std::size_t head) noexcept {
     const section_layout &keys = job.layout->keys(), &values = job.layout->values();
+    const bool keys_alone = job.layout->values_in_keys();
     if (job.takes_tiles(keys) && job.takes_tiles(values)) {
         const status s = append_tiles(job, keys, head);
-        return s ? append_tiles(job, values, head) : s;
+        return s && !keys_alone ? append_tiles(job, values, head) : s;
     }
     const scratch_lease lease(*job.scratches);
     if (!lease)
         return no_scratch();
     append_scratch& scratch = lease.as<append_scratch>();
     const status s = append_section(job, keys, head, scratch);
-    return s ? append_section(job, values, head, scratch) : s;
+    return s && !keys_alone ? append_section(job, values, head, scratch) : s;
 }
 
 inline status append_heads(const append_job& job, std::size_t kv_heads, executor_view run) noexcept {
     const section_layout& keys = job.layout->keys();
     const section_layout& values = job.layout->values();
     const bool per_channel = keys.axis == quantization_axis::per_channel;
+    const bool keys_alone = job.layout->values_in_keys();
     const auto recipe = [&](const section_layout& s) {
         return job.codec(s) != nullptr && job.codec(s)->by_recipe;
     };
@@ -370,6 +372,8 @@ inline status append_heads(const append_job& job, std::size_t kv_heads, executor
                 return;
             }
             for (const section_layout* each : {&keys, &values}) {
+                if (keys_alone && each == &values)
+                    continue;
                 recipe_batch batch(job, *each, lease.as<append_scratch>());
                 for (std::size_t head = 0; s && head < kv_heads; ++head)
                     s = batch.add(head, 0);
@@ -386,7 +390,7 @@ inline status append_heads(const append_job& job, std::size_t kv_heads, executor
             affine2_batch batch(job);
             for (std::size_t head = 0; s && head < kv_heads; ++head) {
                 s = batch.add(keys, head, 0);
-                if (s)
+                if (s && !keys_alone)
                     s = batch.add(values, head, 0);
             }
             if (s)

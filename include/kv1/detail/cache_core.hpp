@@ -231,15 +231,18 @@ public:
         if (state_.planes_of(layer).open != no_plane)
             return placed({errc::invalid_argument, rule_channel_rows}, layer);
         const plane& body = state_.body_of(layer);
+        const bool keys_alone = body.layout.values_in_keys();
         const std::size_t rows = tokens * body.kv_heads;
         if (tokens > (std::numeric_limits<std::uint32_t>::max)() ||
             !fits(body.layout.keys(), rows, keys.packed.size(), keys.scales.size(), keys.minima.size()) ||
-            !fits(body.layout.values(), rows, values.packed.size(), values.scales.size(),
-                  values.minima.size()))
+            !(keys_alone ? values.packed.empty() && values.scales.empty() && values.minima.empty()
+                         : fits(body.layout.values(), rows, values.packed.size(), values.scales.size(),
+                                values.minima.size())))
             return placed({errc::shape_mismatch, "the buffers do not fit the rows"}, layer);
-        for (const auto& [section, from] :
-             {std::pair(&body.layout.keys(), &keys), std::pair(&body.layout.values(), &values)})
-            if (const status s = check_rows_finite(*section, rows, *from); !s)
+        if (const status s = check_rows_finite(body.layout.keys(), rows, keys); !s)
+            return placed(s, layer);
+        if (!keys_alone)
+            if (const status s = check_rows_finite(body.layout.values(), rows, values); !s)
                 return placed(s, layer);
         if (tokens == 0)
             return {};
@@ -250,7 +253,8 @@ public:
             const std::size_t token = q->length(layer) + i / body.kv_heads;
             const slot_place to = place_of(*q, layer, token);
             store.write_row(kv_side::key, to, i % body.kv_heads, keys, i);
-            store.write_row(kv_side::value, to, i % body.kv_heads, values, i);
+            if (!keys_alone)
+                store.write_row(kv_side::value, to, i % body.kv_heads, values, i);
         }
         state_.close_layer(*q, layer, tokens, true);
         return {};
@@ -480,6 +484,11 @@ private:
         const error_location where{.layer = static_cast<std::int64_t>(layer)};
         if (keys.has_negative_extent() || values.has_negative_extent())
             return {errc::invalid_argument, rule_extents, where};
+        if (l.values_in_keys)
+            return check_append_keys(l, keys, values, where);
+        if (keys.tokens() != 0 && values.tokens() == 0 && values.data() == nullptr)
+            return {errc::shape_mismatch, "the layer's values do not lie in its keys: append takes both",
+                    where};
         if (keys.tokens() != values.tokens())
             return {errc::shape_mismatch, "keys and values have the same number of tokens", where};
         if (keys.heads() != l.kv_heads || values.heads() != l.kv_heads)
@@ -488,6 +497,28 @@ private:
             return {errc::shape_mismatch, "keys and values have the layer's head dims", where};
         if (keys.tokens() != 0 && (keys.data() == nullptr || values.data() == nullptr))
             return {errc::invalid_argument, "keys and values are not null", where};
+        return {};
+    }
+
+    // values: none, or a view of the keys.
+    [[nodiscard]] static status check_append_keys(const layer_description& l, const tensor_view& keys,
+                                                  const tensor_view& values,
+                                                  const error_location& where) noexcept {
+        if (keys.heads() != l.kv_heads)
+            return {errc::shape_mismatch, "keys have the layer's number of KV heads", where};
+        if (keys.channels() != l.key_dim)
+            return {errc::shape_mismatch, "keys have the layer's head dim", where};
+        if (keys.tokens() != 0 && keys.data() == nullptr)
+            return {errc::invalid_argument, "keys are not null", where};
+        const bool none = values.data() == nullptr && values.tokens() == 0;
+        const bool same_keys = values.data() == keys.data() && values.type() == keys.type() &&
+                               values.tokens() == keys.tokens() && values.heads() == keys.heads() &&
+                               values.token_stride() == keys.token_stride() &&
+                               values.head_stride() == keys.head_stride() &&
+                               (values.channels() == l.key_dim || values.channels() == l.value_dim);
+        if (!none && !same_keys)
+            return {errc::invalid_argument, "values that lie in keys are none, or a view of these keys",
+                    where};
         return {};
     }
 

@@ -132,9 +132,11 @@ private:
             const std::size_t gone =
                 q.pages[body.group].dropped.load(std::memory_order_relaxed) * cache_.page_tokens();
             const std::size_t length = q.length(i), held = length > gone ? length - gone : 0;
-            s.bytes_stored += held * d.kv_heads * row_bytes(d.value_format, d.value_dim, d.value_group) +
-                              d.kv_heads * key_bytes(d, length, held);
-            s.bytes_as_fp16 += held * d.kv_heads * 2 * (d.key_dim + d.value_dim);
+            const std::size_t value_dim = d.values_in_keys ? 0 : d.value_dim; // with bytes of their own
+            if (value_dim != 0)
+                s.bytes_stored += held * d.kv_heads * row_bytes(d.value_format, value_dim, d.value_group);
+            s.bytes_stored += d.kv_heads * key_bytes(d, length, held);
+            s.bytes_as_fp16 += held * d.kv_heads * 2 * (d.key_dim + value_dim);
             const std::size_t open = length % cache_.page_tokens();
             s.bytes_unfilled +=
                 open == 0 ? 0 : (cache_.page_tokens() - open) * body.block_bytes / cache_.page_tokens();

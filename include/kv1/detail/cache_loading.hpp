@@ -233,6 +233,8 @@ private:
             const auto key_group = r.number<std::uint32_t>(), value_group = r.number<std::uint32_t>();
             if (key_group != layout.keys().group_channels || value_group != layout.values().group_channels)
                 return differs("other groups of channels", i);
+            if (r.number<std::uint32_t>() != (layout.values_in_keys() ? 1u : 0u))
+                return differs("values in keys, or values apart", i);
         }
         if (sizes_.groups != cache_.groups().size())
             return differs("another number of page groups");

@@ -156,7 +156,8 @@ private:
             for (const vector_codec* c : {&cache_.planes_of(i).keys, &cache_.planes_of(i).values})
                 fine = fine && w.number(u32(c->recipe.hadamard)) && w.number(c->means_checksum());
             fine = fine && w.number(u32(layout.keys().group_channels)) &&
-                   w.number(u32(layout.values().group_channels));
+                   w.number(u32(layout.values().group_channels)) &&
+                   w.number(u32(layout.values_in_keys() ? 1 : 0));
         }
         for (std::size_t g = 0; fine && g < cache_.groups().size(); ++g)
             fine = w.number(u32(pages_[g].blocks.size())) && w.number(saved_kind(cache_.groups()[g].kind));

@@ -181,7 +181,10 @@ private:
         if (!kernels.contains(kv_format::fp16))
             return {errc::unsupported_format, "fp16 sinks and windows need a cache type with fp16",
                     at_layer(i)};
-        const page_layout layout(kv_format::fp16, l.key_dim, kv_format::fp16, l.value_dim, page_tokens());
+        const page_layout layout =
+            l.values_in_keys
+                ? page_layout::with_values_in_keys(kv_format::fp16, l.key_dim, l.value_dim, page_tokens())
+                : page_layout(kv_format::fp16, l.key_dim, kv_format::fp16, l.value_dim, page_tokens());
         if (const status s = add_plane(i, last_group(plane_kind::fp16_copy), layout, memory); !s)
             return s;
         layers_[i].copy = planes_.size() - 1;

@@ -109,8 +109,13 @@ struct layer_codecs {
         if (l.key_axis == quantization_axis::per_channel)
             if (const char* rule = broken_axis_rule(l, page_tokens))
                 return {errc::invalid_argument, rule};
+        if (l.values_in_keys)
+            if (const char* rule = broken_latent_rule(l))
+                return {errc::invalid_argument, rule};
         if (status s = make_codec(l.key_format, l.key_encoding, l.kv_heads, l.key_dim, l.key_group, keys); !s)
             return s;
+        if (l.values_in_keys)
+            return make_first_channels(keys, l.kv_heads, l.value_dim, values);
         return make_codec(l.value_format, l.value_encoding, l.kv_heads, l.value_dim, l.value_group, values);
     }
 
@@ -132,6 +137,23 @@ private:
             return "keys per channel have no groups of channels";
         if (page_tokens > max_vector_length)
             return "keys per channel need pages of at most 4096 tokens";
+        return nullptr;
+    }
+
+    // The rule that values in keys break, or null.
+    [[nodiscard]] static const char* broken_latent_rule(const layer_description& l) noexcept {
+        if (l.value_dim > l.key_dim)
+            return "values in keys have at most as many channels as the keys";
+        if (l.value_format != l.key_format || l.value_group != l.key_group)
+            return "values in keys have the keys' format and groups of channels";
+        if (l.value_encoding != vector_encoding{})
+            return "values in keys have the keys' encoding, and none of their own";
+        if (l.key_axis != quantization_axis::per_token)
+            return "keys per channel hold no values: their scales change from page to page";
+        if (l.key_encoding.hadamard != 0 && l.value_dim % l.key_encoding.hadamard != 0)
+            return "values in keys end where a Hadamard block of the keys does";
+        if (longest_block(layout_of(l, tile_tokens)) == 0)
+            return "values in keys take at most 4096 bytes a token, in formats of 1 and 3 bits 1024";
         return nullptr;
     }
 };

@@ -24,7 +24,7 @@
 namespace kv1::inline KV1_ABI::detail {
 
 inline constexpr std::array<char, 8> saved_magic{'K', 'V', '1', 'C', 'A', 'C', 'H', 'E'};
-// 2: rotations and means, 3: groups of channels, 4: a model's fingerprint, prefixes
+// 2: rotations and means, 3: groups of channels, 4: a model's fingerprint, prefixes, values in keys
 inline constexpr std::uint32_t saved_version = 4;
 inline constexpr std::uint32_t layout_version = 1; // of layout.hpp
 inline constexpr std::size_t saved_fixed_bytes = 96;

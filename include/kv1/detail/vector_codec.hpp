@@ -145,4 +145,19 @@ inline status make_codec(kv_format format, const vector_encoding& e, std::size_t
     return {};
 }
 
+// The first n channels of keys, which end where a Hadamard block does, as vectors to restore. Errors:
+// out_of_memory.
+inline status make_first_channels(const vector_codec& keys, std::size_t heads, std::size_t n,
+                                  vector_codec& out) noexcept {
+    out.recipe = keys.recipe;
+    out.recipe.channels = n;
+    if (keys.means.empty())
+        return {};
+    if (!out.means.resize(heads * n))
+        return {errc::out_of_memory, "an allocation failed"};
+    for (std::size_t h = 0; h < heads; ++h)
+        std::copy_n(keys.mean(h), n, out.means.data() + h * n);
+    return {};
+}
+
 } // namespace kv1::inline KV1_ABI::detail

@@ -315,7 +315,8 @@ KV1_NOINLINE void add_group_sums(const Kernels& kernels, std::size_t mode, const
 template <bool Pairs>
 inline void attend_rows(const attention_job& job) noexcept {
     const section_layout& keys = job.layout->keys();
-    const section_layout& values = job.layout->values();
+    const bool in_keys = job.layout->values_in_keys();
+    const section_layout values = in_keys ? turned_values(*job.layout) : job.layout->values();
     const std::size_t key_stride = round_up(keys.channels, 32);
     const std::size_t value_stride = round_up(values.channels, 32);
     const std::size_t groups = keys.groups(), part = key_stride / groups; // of a query, which meets one group
@@ -329,7 +330,8 @@ inline void attend_rows(const attention_job& job) noexcept {
     auto& codes = job.scratch->codes;
     auto& tables = job.scratch->tables;
     const bool in_pairs = Pairs && integer_keys && takes_pairs(keys.traits());
-    float query_sums[max_groups], code_scales[max_groups], code_offsets[max_groups]; // [group][row]
+    float query_sums[max_group_rows], code_scales[max_group_rows],
+        code_offsets[max_group_rows]; // [group][row]
     float tops[max_rows], maxima[max_rows], denominators[max_rows], rescale[max_rows];
     float shifts[max_rows]; // of scores, for the mean that keys were stored without
     row_view seen[max_rows];
@@ -402,37 +404,39 @@ inline void attend_rows(const attention_job& job) noexcept {
     const query_rows q{
         job.rows,    part,        query, query_sums, {codes[0], codes[1]}, in_pairs ? tables : nullptr,
         code_scales, code_offsets};
-    const std::size_t page_tokens = keys.tokens, granule = granule_of(values);
+    const std::size_t page_tokens = keys.tokens, granule = granule_of(*job.layout);
     // a tile's share of K's and of V's bytes
     const std::size_t page_tiles = page_tokens / tile_tokens;
     const std::size_t key_share = keys.bytes() / page_tiles, value_share = values.bytes() / page_tiles;
     const bool adjusted = job.soft_cap > 0.0f || job.alibi_slopes != nullptr || job.mask != nullptr;
-    block_tiles lists[2]; // of this block and the next
+    block_tiles lists[2];             // of this block and the next
+    tile_ref turned[max_block_tiles]; // of values that lie in keys
+    for (std::size_t k = 0; in_keys && k < max_block_tiles; ++k)
+        turned[k] = {job.scratch->turned, k * tile_tokens};
     std::size_t first = job.first_token, last = first, now = 0;
     if (first < any.last)
-        last = block_end(page_tokens, granule, first, any.last);
+        last = block_end(*job.layout, first, any.last);
     while (last <= any.first && last < any.last) { // blocks that no row sees
         first = last;
-        last = block_end(page_tokens, granule, first, any.last);
+        last = block_end(*job.layout, first, any.last);
     }
     if (first < last)
         list_tiles(job, granule, first, last, lists[now]);
     while (first < last) {
         const block_tiles& block = lists[now];
         block_tiles& after = lists[1 - now];
-        const std::size_t after_last =
-            last < any.last ? block_end(page_tokens, granule, last, any.last) : last;
+        const std::size_t after_last = last < any.last ? block_end(*job.layout, last, any.last) : last;
         // past the range's end begins what the next task is likely to walk
         const std::size_t fetched =
             last == job.last_token && last % page_tokens == 0 && last < job.fetch_token
-                ? block_end(page_tokens, granule, last, job.fetch_token)
+                ? block_end(*job.layout, last, job.fetch_token)
                 : after_last;
         after.count = 0;
         if (last < fetched)
             list_tiles(job, granule, last, fetched, after);
         const std::size_t slots = block.count * tile_tokens;
-        const block_view key_view{&keys,       block.tiles, block.count, &values,
-                                  block.tiles, block.count, value_share};
+        const block_view key_view{
+            &keys, block.tiles, block.count, &values, block.tiles, in_keys ? 0 : block.count, value_share};
         if (per_channel)
             add_page_scores(
                 job, block, key_view, q, [&](const float* own, std::size_t r) { round_row(own, r, 0); },
@@ -457,8 +461,10 @@ inline void attend_rows(const attention_job& job) noexcept {
         }
         if (per_channel)
             prefetch_channels(keys, after);
-        const block_view value_view{&values,     block.tiles, block.count, &keys,
-                                    after.tiles, after.count, key_share};
+        if (in_keys)
+            turn_values(keys, block.tiles, block.count, values, job.scratch->turned);
+        const block_view value_view{
+            &values, in_keys ? turned : block.tiles, block.count, &keys, after.tiles, after.count, key_share};
         const softmax_rows weights{job.rows, scores, maxima, rescale, denominators};
         if (values.groups() == 1)
             job.value_kernels->value_sums[mode](value_view, weights, sums, value_stride);

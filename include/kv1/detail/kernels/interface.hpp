@@ -12,6 +12,7 @@
 #include <kv1/status.hpp>
 #include <kv1/target.hpp>
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 
@@ -29,13 +30,16 @@ namespace detail {
 inline constexpr std::size_t max_rows = 16;
 inline constexpr std::size_t max_block_tokens = 512;
 inline constexpr std::size_t max_head_dim = 4096;
-inline constexpr std::size_t scratch_floats = 4096; // rows * padded head_dim fits, with at least one row
-inline constexpr std::size_t max_groups = max_head_dim / group_unit; // rows * groups fits, too
+// rows * padded head_dim fits: at least one row, and max_rows where many heads share one latent of 576
+// channels
+inline constexpr std::size_t scratch_floats = 9216;
+inline constexpr std::size_t max_groups = max_head_dim / group_unit;       // of a vector
+inline constexpr std::size_t max_group_rows = scratch_floats / group_unit; // rows * groups fits
 
-// Tokens that share a line of a section, at least a tile: blocks end between granules of V.
-constexpr std::size_t granule_of(const section_layout& s) noexcept {
-    const std::size_t fields = s.traits().fields_per_lane();
-    return !s.keys && fields > tile_tokens ? fields : tile_tokens;
+// Tokens that share a line of V, at least a tile: blocks end between granules.
+constexpr std::size_t granule_of(const page_layout& l) noexcept {
+    const std::size_t fields = l.values().traits().fields_per_lane();
+    return fields > tile_tokens ? fields : tile_tokens;
 }
 
 // Softmax weights are rounded to 0 ... this on the integer path. They are not negative and codes below 128
@@ -48,14 +52,48 @@ inline constexpr std::size_t max_block_slots = max_block_tokens;
 inline constexpr std::size_t max_block_tiles = max_block_slots / tile_tokens;
 inline constexpr std::size_t score_stride = max_block_slots + 16; // rows do not meet in one cache set
 
+// Where values lie in keys, a block's are turned into lines of V (kernels/latent.inl), which are to stay in
+// the second-level cache: so many bytes of them limit a block's length. 0: not even the shortest block fits.
+inline constexpr std::size_t turned_block_bytes = 65536;
+constexpr std::size_t longest_block(const page_layout& l) noexcept {
+    if (!l.values_in_keys())
+        return max_block_tokens;
+    const format_traits t = l.values().traits();
+    const auto bits = static_cast<std::size_t>(t.code_bits != 0 ? t.code_bits : t.plain_bits);
+    const std::size_t token_bits = round_up(l.values().channels, line_lanes) * bits;
+    const std::size_t fit = std::bit_floor(8 * turned_block_bytes / token_bits);
+    // pages may cut granules of two tiles
+    const std::size_t shortest = granule_of(l) == tile_tokens ? tile_tokens : 4 * tile_tokens;
+    return fit < shortest ? 0 : fit < max_block_tokens ? fit : max_block_tokens;
+}
+
+// Those lines and their metadata: a section of V that holds a block's slots. A tile more keeps groups of
+// channels out of each other's cache sets.
+constexpr section_layout turned_values(const page_layout& l) noexcept {
+    const section_layout& v = l.values();
+    const std::size_t slots = longest_block(l);
+    section_layout s(false, v.format, v.channels, slots < 4 * tile_tokens ? slots : slots + tile_tokens,
+                     v.group_channels);
+    s.scale_offset = s.bytes();
+    s.minimum_offset = s.scale_offset + s.metadata_count() * sizeof(float16);
+    return s;
+}
+constexpr std::size_t turned_bytes(const section_layout& turned) noexcept {
+    return round_up(turned.minimum_offset + turned.metadata_count() * sizeof(float16), line_bytes);
+}
+// Room for any of them: lines, a quarter more for the tile, and half as many metadata at 2 bits in the
+// smallest groups.
+inline constexpr std::size_t turned_room = 2 * turned_block_bytes;
+
 // One past the last token of the block that begins at `first`, a multiple of the granule within its page.
 // Blocks are the unit that weights are rounded in, so every target forms the same ones.
-constexpr std::size_t block_end(std::size_t page_tokens, std::size_t granule, std::size_t first,
-                                std::size_t last) noexcept {
-    const std::size_t most = page_tokens % granule == 0 ? max_block_tokens : max_block_tokens / 2;
+constexpr std::size_t block_end(const page_layout& layout, std::size_t first, std::size_t last) noexcept {
+    const std::size_t page_tokens = layout.page_tokens(), granule = granule_of(layout);
+    const bool whole = page_tokens % granule == 0;
+    const std::size_t most = longest_block(layout) / (whole ? 1 : 2);
     if (last - first <= most)
         return last;
-    if (most == max_block_tokens)
+    if (whole)
         return first + most;
     std::size_t end = first;
     for (;;) {
@@ -84,6 +122,7 @@ struct attention_scratch {
     // of keys quantized per channel: queries times a page's scales, and its metadata
     alignas(64) float scaled[scratch_floats];
     alignas(64) float slopes[max_head_dim], bases[max_head_dim];
+    alignas(64) std::byte turned[turned_room]; // a block's values, where they lie in keys
 };
 
 // Rows are taken in tiles of up to four, as even as can be: 5 = 3 + 2, 7 = 4 + 3. A tile's 8-bit numbers lie

@@ -369,7 +369,7 @@ inline void attend_rows(const attention_job& job) noexcept {
         softmax_state state;
         const std::size_t last = (std::min)(job.visible_base + token * job.visible_step, job.last_token);
         for (std::size_t first = job.first_token; first < last;) {
-            const std::size_t end = block_end(keys.tokens, granule_of(values), first, last);
+            const std::size_t end = block_end(*job.layout, first, last);
             tile_ref tiles[max_block_tiles];
             std::size_t count = 0;
             for (std::size_t t = first; t < end; t += tile_tokens)

@@ -42,6 +42,28 @@ KV1_LAZY KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) 
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
 }
+// Quarters of a line, four numbers each: from and to places of their own, four by four bytes transposed, the numbers of
+// two registers in turns.
+KV1_LAZY KV1_INLINE u32 load_quarters(const std::uint32_t* const (&from)[2]) {
+    const auto quarter = [&](std::size_t i) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from[i]));
+    };
+    return u32(_mm256_inserti128_si256(_mm256_castsi128_si256(quarter(0)), quarter(1), 1));
+}
+KV1_LAZY KV1_INLINE void store_quarters(u32 x, std::uint32_t* const (&to)[2]) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to[0]), _mm256_castsi256_si128(__m256i(x)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to[1]), _mm256_extracti128_si256(__m256i(x), 1));
+}
+KV1_LAZY KV1_INLINE u32 transpose_bytes(u32 x) {
+    const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return u32(_mm256_shuffle_epi8(__m256i(x), _mm256_broadcastsi128_si256(order)));
+}
+KV1_LAZY KV1_INLINE u32 first_in_turns(u32 a, u32 b) {
+    return u32(_mm256_unpacklo_epi32(__m256i(a), __m256i(b)));
+}
+KV1_LAZY KV1_INLINE u32 last_in_turns(u32 a, u32 b) {
+    return u32(_mm256_unpackhi_epi32(__m256i(a), __m256i(b)));
+}
 // Levels of codebook2 for bytes 0 ... 3.
 KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
     return u32(_mm256_shuffle_epi8(_mm256_set1_epi32(packed_codebook), __m256i(codes)));

@@ -59,6 +59,33 @@ KV1_LAZY KV1_INLINE void transpose(f32 (&x)[lanes]) {
         x[k + 12] = f32(_mm512_castsi512_ps(_mm512_shuffle_i32x4(t[k + 4], t[k + 12], 0xdd)));
     }
 }
+// Quarters of a line, four numbers each: from and to places of their own, four by four bytes transposed, the numbers of
+// two registers in turns.
+KV1_LAZY KV1_INLINE u32 load_quarters(const std::uint32_t* const (&from)[4]) {
+    const auto quarter = [&](std::size_t i) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from[i]));
+    };
+    __m512i x = _mm512_castsi128_si512(quarter(0));
+    x = _mm512_inserti32x4(x, quarter(1), 1);
+    x = _mm512_inserti32x4(x, quarter(2), 2);
+    return u32(_mm512_inserti32x4(x, quarter(3), 3));
+}
+KV1_LAZY KV1_INLINE void store_quarters(u32 x, std::uint32_t* const (&to)[4]) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to[0]), _mm512_castsi512_si128(__m512i(x)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to[1]), _mm512_extracti32x4_epi32(__m512i(x), 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to[2]), _mm512_extracti32x4_epi32(__m512i(x), 2));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to[3]), _mm512_extracti32x4_epi32(__m512i(x), 3));
+}
+KV1_LAZY KV1_INLINE u32 transpose_bytes(u32 x) {
+    const __m128i order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return u32(_mm512_shuffle_epi8(__m512i(x), _mm512_broadcast_i32x4(order)));
+}
+KV1_LAZY KV1_INLINE u32 first_in_turns(u32 a, u32 b) {
+    return u32(_mm512_unpacklo_epi32(__m512i(a), __m512i(b)));
+}
+KV1_LAZY KV1_INLINE u32 last_in_turns(u32 a, u32 b) {
+    return u32(_mm512_unpackhi_epi32(__m512i(a), __m512i(b)));
+}
 // Levels of codebook2 for bytes 0 ... 3.
 KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
     return u32(_mm512_shuffle_epi8(_mm512_set1_epi32(packed_codebook), __m512i(codes)));

@@ -89,6 +89,42 @@ KV1_LAZY KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) 
     for (std::size_t i = 0; i < pieces; ++i)
         store_u8(xs::bitwise_cast<std::uint32_t>(x[i]), p + i * lanes);
 }
+// Quarters of a line, four numbers each: from and to places of their own, four by four bytes transposed, the numbers of
+// two registers in turns.
+KV1_LAZY KV1_INLINE u32 load_quarters(const std::uint32_t* const (&from)[lanes / 4]) {
+    alignas(64) std::uint32_t x[lanes];
+    for (std::size_t q = 0; q < lanes / 4; ++q)
+        std::memcpy(x + 4 * q, from[q], 16);
+    return u32::load_aligned(x);
+}
+KV1_LAZY KV1_INLINE void store_quarters(u32 x, std::uint32_t* const (&to)[lanes / 4]) {
+    alignas(64) std::uint32_t all[lanes];
+    x.store_aligned(all);
+    for (std::size_t q = 0; q < lanes / 4; ++q)
+        std::memcpy(to[q], all + 4 * q, 16);
+}
+KV1_LAZY KV1_INLINE u32 transpose_bytes(u32 x) {
+    alignas(64) std::uint32_t all[lanes], turned[lanes];
+    x.store_aligned(all);
+    for (std::size_t i = 0; i < lanes; ++i) {
+        turned[i] = 0;
+        for (std::size_t k = 0; k < 4; ++k)
+            turned[i] |= (all[i / 4 * 4 + k] >> (8 * (i % 4)) & 0xffu) << (8 * k);
+    }
+    return u32::load_aligned(turned);
+}
+// Numbers from..., from + 1 of each quarter of a and b, in turns.
+template <std::size_t From>
+KV1_INLINE u32 in_turns(u32 a, u32 b) {
+    alignas(64) std::uint32_t x[lanes], y[lanes], mixed[lanes];
+    a.store_aligned(x);
+    b.store_aligned(y);
+    for (std::size_t i = 0; i < lanes; ++i)
+        mixed[i] = (i % 2 == 0 ? x : y)[i / 4 * 4 + From + i % 4 / 2];
+    return u32::load_aligned(mixed);
+}
+KV1_LAZY KV1_INLINE u32 first_in_turns(u32 a, u32 b) { return in_turns<0>(a, b); }
+KV1_LAZY KV1_INLINE u32 last_in_turns(u32 a, u32 b) { return in_turns<2>(a, b); }
 // A square of lanes x lanes numbers.
 KV1_LAZY KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }
 // To the nearest integer, ties to even.

@@ -104,6 +104,21 @@ KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
     const uint8x16_t table = vreinterpretq_u8_s32(vdupq_n_s32(packed_codebook));
     return u32(vreinterpretq_u32_u8(vqtbl1q_u8(table, vreinterpretq_u8_u32(uint32x4_t(codes)))));
 }
+// Quarters of a line, four numbers each: from and to places of their own, four by four bytes transposed, the numbers of
+// two registers in turns.
+KV1_LAZY KV1_INLINE u32 load_quarters(const std::uint32_t* const (&from)[1]) {
+    return u32(vld1q_u32(from[0]));
+}
+KV1_LAZY KV1_INLINE void store_quarters(u32 x, std::uint32_t* const (&to)[1]) {
+    vst1q_u32(to[0], uint32x4_t(x));
+}
+KV1_LAZY KV1_INLINE u32 transpose_bytes(u32 x) {
+    const uint8x16_t bytes = vreinterpretq_u8_u32(uint32x4_t(x));
+    const uint8x16_t pairs = vzip1q_u8(bytes, vextq_u8(bytes, bytes, 8));
+    return u32(vreinterpretq_u32_u8(vzip1q_u8(pairs, vextq_u8(pairs, pairs, 8))));
+}
+KV1_LAZY KV1_INLINE u32 first_in_turns(u32 a, u32 b) { return u32(vzip1q_u32(uint32x4_t(a), uint32x4_t(b))); }
+KV1_LAZY KV1_INLINE u32 last_in_turns(u32 a, u32 b) { return u32(vzip2q_u32(uint32x4_t(a), uint32x4_t(b))); }
 // A square of lanes x lanes numbers.
 KV1_LAZY KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }
 // To the nearest integer, ties to even.

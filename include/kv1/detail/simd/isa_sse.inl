@@ -126,6 +126,29 @@ KV1_LAZY KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) 
                   high = _mm_packs_epi32(__m128i(x[2]), __m128i(x[3]));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(low, high));
 }
+// Quarters of a line, four numbers each: from and to places of their own, four by four bytes transposed, the numbers of
+// two registers in turns.
+KV1_LAZY KV1_INLINE u32 load_quarters(const std::uint32_t* const (&from)[1]) {
+    return u32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from[0])));
+}
+KV1_LAZY KV1_INLINE void store_quarters(u32 x, std::uint32_t* const (&to)[1]) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to[0]), __m128i(x));
+}
+KV1_LAZY KV1_INLINE u32 transpose_bytes(u32 x) {
+#if KV1_ISA_SSE41
+    return u32(
+        _mm_shuffle_epi8(__m128i(x), _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+#else
+    const __m128i pairs = _mm_unpacklo_epi8(__m128i(x), _mm_srli_si128(__m128i(x), 8));
+    return u32(_mm_unpacklo_epi8(pairs, _mm_srli_si128(pairs, 8)));
+#endif
+}
+KV1_LAZY KV1_INLINE u32 first_in_turns(u32 a, u32 b) {
+    return u32(_mm_unpacklo_epi32(__m128i(a), __m128i(b)));
+}
+KV1_LAZY KV1_INLINE u32 last_in_turns(u32 a, u32 b) {
+    return u32(_mm_unpackhi_epi32(__m128i(a), __m128i(b)));
+}
 // A square of lanes x lanes numbers.
 KV1_LAZY KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }
 // To the nearest integer, ties to even.
