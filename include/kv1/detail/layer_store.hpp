@@ -171,8 +171,9 @@ struct slot_place {
     std::size_t token; // of the block's pages
 };
 
-// A view: codecs, kernels, planes and the pool that tasks take their scratch from outlive it. Its calls write to pages, though planes come as const: which
-// pages may be written to is the caller's affair, as are two calls at once.
+// A view: codecs, kernels, planes and the pool that tasks take their scratch from outlive it. Its calls write
+// to pages, though planes come as const: which pages may be written to is the caller's affair, as are two
+// calls at once.
 class layer_store {
 public:
     layer_store(const layer_codecs& codecs, const kernel_set& kernels, const plane& body, const plane* copies,
