@@ -65,6 +65,14 @@ constexpr float bfloat_to_float(std::uint16_t bits) noexcept {
     return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
 }
 
+inline constexpr float largest_half = 65504.0f;
+inline constexpr float largest_bfloat = bfloat_to_float(0x7f7f);
+
+// The nearest number of magnitude `largest` at most; NaN stays NaN.
+constexpr float saturated(float value, float largest) noexcept {
+    return value > largest ? largest : value < -largest ? -largest : value;
+}
+
 } // namespace detail
 
 /// IEEE 754 binary16: 1 sign, 5 exponent, 10 mantissa bits; largest finite value 65504.

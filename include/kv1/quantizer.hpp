@@ -122,8 +122,6 @@ inline std::size_t first_non_finite(std::span<const float> x) noexcept {
     return i;
 }
 
-inline constexpr float largest_half = 65504.0f;
-
 inline status check_fp16_range(std::span<const float> x) noexcept {
     for (std::size_t i = 0; i < x.size(); ++i)
         if (!(std::fabs(x[i]) <= largest_half))

@@ -11,6 +11,7 @@
 #include <kv1/kv_cache.hpp>
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -20,6 +21,7 @@
 using kv1::attention_mask;
 using kv1::kv_format;
 using kv1::precision;
+using kv1::sequence_id;
 using kv1_test::check;
 using kv1_test::in_format;
 using kv1_test::problem;
@@ -127,6 +129,75 @@ TEMPLATE_TEST_CASE("queries and outputs may be of any scalar type", "[attention]
                                       1704, t);
     }
     KV1_REQUIRE_CLEAN(t);
+}
+
+TEST_CASE("outputs of 16 bits saturate, and NaN stays NaN", "[attention]") {
+    const float most = 65504.0f, wide = static_cast<float>(kv1::bfloat16::from_bits(0x7f7f)),
+                nan = std::numeric_limits<float>::quiet_NaN(), huge = std::numeric_limits<float>::max();
+    // what fp16 rounds to its largest, what it would round to infinity, what is far beyond it
+    const std::vector<float> x{0.0f,      1.5f, -2.0f,    most,  -most, 65519.0f, 65520.0f,
+                               -65520.0f, 1e6f, -1e9f,    huge,  -huge, infinity, -infinity,
+                               nan,       3.0f, 65536.0f, 0.25f, 1e30f};
+    kv1_test::for_each_target([&](kv1::target) {
+        for (std::size_t n = 0; n <= x.size(); ++n) { // whole registers and what is left of them
+            std::vector<kv1::float16> halves(n + 1, kv1::float16(7.0f));
+            std::vector<kv1::bfloat16> brains(n + 1, kv1::bfloat16(7.0f));
+            std::vector<float> floats(n + 1, 7.0f);
+            const auto& kernels = kv1::detail::common_kernels();
+            kernels.store_outputs(kv1::scalar_type::fp16, x.data(), n, halves.data());
+            kernels.store_outputs(kv1::scalar_type::bf16, x.data(), n, brains.data());
+            kernels.store_outputs(kv1::scalar_type::fp32, x.data(), n, floats.data());
+            for (std::size_t i = 0; i < n; ++i) {
+                if (std::isnan(x[i])) {
+                    REQUIRE(std::isnan(static_cast<float>(halves[i])));
+                    REQUIRE(std::isnan(static_cast<float>(brains[i])));
+                    continue;
+                }
+                REQUIRE(static_cast<float>(halves[i]) ==
+                        static_cast<float>(kv1::float16(std::clamp(x[i], -most, most))));
+                REQUIRE(static_cast<float>(brains[i]) ==
+                        static_cast<float>(kv1::bfloat16(std::clamp(x[i], -wide, wide))));
+                REQUIRE(floats[i] == x[i]);
+            }
+            REQUIRE(static_cast<float>(halves[n]) == 7.0f);
+            REQUIRE(static_cast<float>(brains[n]) == 7.0f);
+            REQUIRE(floats[n] == 7.0f);
+        }
+    });
+}
+
+TEST_CASE("values at fp16's largest come out as that, whatever makes the output", "[attention]") {
+    constexpr float most = 65504.0f;
+    struct shape {
+        std::size_t tokens, fp16_window, sliding_window;
+    };
+    // one job, parts that are joined, ranges that are merged
+    for (const shape s : {shape{3, 0, 0}, shape{40, 8, 0}, shape{40, 0, 16}, shape{4500, 0, 0}})
+        for (const kv_format f :
+             {kv_format::affine2, kv_format::affine4, kv_format::compact2, kv_format::codebook2,
+              kv_format::scaled_binary, kv_format::fp16, kv_format::fp32}) {
+            kv1::cache_description d =
+                kv1::uniform_cache(1, {1, 32, 32, kv_format::affine2, f, s.sliding_window}, 4608);
+            d.fp16_window = s.fp16_window;
+            kv1::kv_cache cache(d);
+            const sequence_id id = cache.create_sequence();
+            std::vector<float> k(s.tokens * 32, 1.0f), v(k.size());
+            for (std::size_t i = 0; i < v.size(); ++i)
+                v[i] = i % 32 < 16 ? most : -most;
+            cache.append(id, 0, {k.data(), s.tokens, 1, 32}, {v.data(), s.tokens, 1, 32});
+            kv1_test::for_each_target([&](kv1::target) {
+                for (const precision mode : {precision::fast, precision::exact}) {
+                    std::vector<kv1::float16> out(32);
+                    cache.attend(id, 0, {k.data(), 1, 1, 32}, {out.data(), 1, 1, 32}, {.mode = mode});
+                    for (const kv1::float16 x : out) // within what weights and metadata round
+                        REQUIRE((std::fabs(static_cast<float>(x)) <= most &&
+                                 std::fabs(static_cast<float>(x)) >= 0.98f * most));
+                }
+            });
+            std::vector<float> read(32);
+            cache.read(id, 0, kv1::kv_side::value, 0, 0, 1, read);
+            REQUIRE(std::all_of(read.begin(), read.end(), [](float x) { return std::isfinite(x); }));
+        }
 }
 
 TEST_CASE("strides of queries and outputs are obeyed, and nothing else is written", "[attention]") {

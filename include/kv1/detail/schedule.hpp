@@ -181,8 +181,8 @@ inline status attend_heads(const attention_job& common, std::size_t kv_heads, co
             partial[2 + c] = state.denominator > 0.0f ? partial[2 + c] * factor / state.denominator : 0.0f;
         restore_output(job, state.denominator > 0.0f ? factor * seen_weights / state.denominator : 0.0f,
                        partial + 2, common.target->rotate);
-        common.target->store_floats(outputs.type(), partial + 2, channels,
-                                    outputs.at(row / common.group, head));
+        common.target->store_outputs(outputs.type(), partial + 2, channels,
+                                     outputs.at(row / common.group, head));
         if (!log_sum_exp.empty())
             lse_of(kv_head, row) = log_sum_exp_of(state);
     };

@@ -104,6 +104,15 @@ KV1_LAZY inline row_view view_of(const attention_job& job, std::size_t row) noex
     return v;
 }
 
+// Whether a mask shows all of a tile. Bytes other than 0 and 1 may be taken for a no.
+KV1_LAZY KV1_INLINE bool all_set(const std::uint8_t* mask) {
+    std::uint64_t low = 0, high = 0;
+    static_assert(tile_tokens == sizeof low + sizeof high);
+    std::memcpy(&low, mask, sizeof low);
+    std::memcpy(&high, mask + sizeof low, sizeof high);
+    return (low & high) == 0x0101010101010101u;
+}
+
 // Soft cap and position bias of a row's scores; then lowest_score wherever the row does not see.
 KV1_LAZY inline void adjust_scores(const attention_job& job, std::size_t row, const row_view& seen,
                                    const block_tiles& block, float shift, float* scores) noexcept {
@@ -137,6 +146,8 @@ KV1_LAZY inline void adjust_scores(const attention_job& job, std::size_t row, co
         if (inside && !masked)
             continue;
         const std::uint8_t* mask = job.mask == nullptr ? nullptr : job.mask + token * job.mask_stride;
+        if (inside && first >= job.mask_first && all_set(mask + (first - job.mask_first)))
+            continue;
         for (std::size_t i = 0; i < tile_tokens; ++i) {
             const std::size_t t = first + i;
             if (first == no_token || t < seen.first || t >= seen.last ||
@@ -408,7 +419,7 @@ inline void attend_rows(const attention_job& job) noexcept {
     // a tile's share of K's and of V's bytes
     const std::size_t page_tiles = page_tokens / tile_tokens;
     const std::size_t key_share = keys.bytes() / page_tiles, value_share = values.bytes() / page_tiles;
-    const bool adjusted = job.soft_cap > 0.0f || job.alibi_slopes != nullptr || job.mask != nullptr;
+    const bool adjusted = job.soft_cap > 0.0f || job.alibi_slopes != nullptr;
     block_tiles lists[2];             // of this block and the next
     tile_ref turned[max_block_tiles]; // of values that lie in keys
     for (std::size_t k = 0; in_keys && k < max_block_tiles; ++k)
@@ -446,7 +457,9 @@ inline void attend_rows(const attention_job& job) noexcept {
         else
             add_group_scores(*job.key_kernels, mode, key_view, q, scores, job.scratch->group_scores, tops);
 
-        const bool whole = !adjusted && last - first == slots && first >= all.first && last <= all.last;
+        const bool masked = job.mask != nullptr && last > job.mask_first;
+        const bool whole =
+            !adjusted && !masked && last - first == slots && first >= all.first && last <= all.last;
         for (std::size_t r = 0; r < job.rows; ++r) {
             float* row = scores + r * score_stride;
             if (!whole) {
@@ -500,7 +513,8 @@ inline void attend_rows(const attention_job& job) noexcept {
         const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(token) * job.output_token_stride +
                                   static_cast<std::ptrdiff_t>(head) * job.output_head_stride;
         const std::ptrdiff_t size = job.output_type == scalar_type::fp32 ? 4 : 2;
-        store_floats(job.output_type, row, values.channels, static_cast<std::byte*>(job.outputs) + at * size);
+        store_outputs(job.output_type, row, values.channels,
+                      static_cast<std::byte*>(job.outputs) + at * size);
         if (job.log_sum_exp != nullptr)
             job.log_sum_exp[r] = log_sum_exp_of(state);
     }

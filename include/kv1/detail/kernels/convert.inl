@@ -35,7 +35,8 @@ KV1_LAZY inline void load_floats(scalar_type type, const void* source, std::size
     }
 }
 
-KV1_LAZY inline void store_floats(scalar_type type, const float* source, std::size_t n, void* out) noexcept {
+template <bool Saturates>
+inline void store_scalars(scalar_type type, const float* source, std::size_t n, void* out) noexcept {
     std::size_t i = 0;
     switch (type) {
     case scalar_type::fp32:
@@ -43,17 +44,31 @@ KV1_LAZY inline void store_floats(scalar_type type, const float* source, std::si
         return;
     case scalar_type::fp16: {
         auto* p = static_cast<std::uint16_t*>(out);
-        for (; i + lanes <= n; i += lanes)
-            store_half(f32::load_unaligned(source + i), p + i);
+        for (; i + lanes <= n; i += lanes) {
+            f32 x = f32::load_unaligned(source + i);
+            if constexpr (Saturates) {
+                const f32 largest(largest_half);
+                x = xs::select(x > largest, largest, xs::select(x < -largest, -largest, x)); // NaN stays NaN
+            }
+            store_half(x, p + i);
+        }
         for (; i < n; ++i)
-            p[i] = float_to_half(source[i]);
+            p[i] = float_to_half(Saturates ? saturated(source[i], largest_half) : source[i]);
         return;
     }
     case scalar_type::bf16: {
         auto* p = static_cast<std::uint16_t*>(out);
         for (; i < n; ++i)
-            p[i] = float_to_bfloat(source[i]);
+            p[i] = float_to_bfloat(Saturates ? saturated(source[i], largest_bfloat) : source[i]);
         return;
     }
     }
+}
+
+KV1_LAZY inline void store_floats(scalar_type type, const float* source, std::size_t n, void* out) noexcept {
+    store_scalars<false>(type, source, n, out);
+}
+// Outputs of attention: a finite number past the type's largest becomes the largest.
+KV1_LAZY inline void store_outputs(scalar_type type, const float* source, std::size_t n, void* out) noexcept {
+    store_scalars<true>(type, source, n, out);
 }

@@ -317,6 +317,8 @@ struct attention_job {
 struct target_kernels {
     void (*load_floats)(scalar_type type, const void* source, std::size_t n, float* out) noexcept;
     void (*store_floats)(scalar_type type, const float* source, std::size_t n, void* out) noexcept;
+    // finite numbers past the type's largest become the largest
+    void (*store_outputs)(scalar_type type, const float* source, std::size_t n, void* out) noexcept;
 
     encode_result (*encode_affine)(const float* x, std::size_t n, int bits, std::uint8_t* codes) noexcept;
     encode_result (*encode_scaled_binary)(const float* x, std::size_t n, std::uint8_t* codes) noexcept;

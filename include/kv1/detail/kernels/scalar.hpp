@@ -50,6 +50,21 @@ inline void store_floats(scalar_type type, const float* source, std::size_t n, v
         }
 }
 
+inline void store_outputs(scalar_type type, const float* source, std::size_t n, void* out) noexcept {
+    for (std::size_t i = 0; i < n; ++i)
+        switch (type) {
+        case scalar_type::fp32:
+            static_cast<float*>(out)[i] = source[i];
+            break;
+        case scalar_type::fp16:
+            static_cast<std::uint16_t*>(out)[i] = float_to_half(saturated(source[i], largest_half));
+            break;
+        case scalar_type::bf16:
+            static_cast<std::uint16_t*>(out)[i] = float_to_bfloat(saturated(source[i], largest_bfloat));
+            break;
+        }
+}
+
 template <quantizer Q>
 encode_result encode(const float* x, std::size_t n, std::uint8_t* codes) noexcept {
     typename Q::metadata m{};
@@ -441,21 +456,21 @@ inline void attend_rows(const attention_job& job) noexcept {
         restore_output(job, state.denominator > 0.0f ? factor * seen_weights / state.denominator : 0.0f, sums,
                        rotate);
         const std::ptrdiff_t output_size = job.output_type == scalar_type::fp32 ? 4 : 2;
-        store_floats(job.output_type, sums, values.channels,
-                     static_cast<std::byte*>(job.outputs) +
-                         (static_cast<std::ptrdiff_t>(token) * job.output_token_stride +
-                          static_cast<std::ptrdiff_t>(head) * job.output_head_stride) *
-                             output_size);
+        store_outputs(job.output_type, sums, values.channels,
+                      static_cast<std::byte*>(job.outputs) +
+                          (static_cast<std::ptrdiff_t>(token) * job.output_token_stride +
+                           static_cast<std::ptrdiff_t>(head) * job.output_head_stride) *
+                              output_size);
         if (job.log_sum_exp != nullptr)
             job.log_sum_exp[r] = log_sum_exp_of(state);
     }
 }
 
 inline const target_kernels& kernels() noexcept {
-    static constexpr target_kernels table{load_floats,    store_floats, encode_affine, encode<scaled_binary>,
-                                          encode<binary>, pack,         unpack,        insert_codes,
-                                          append_affine2, encode_rows,  add_multiples, rotate,
-                                          attend_rows};
+    static constexpr target_kernels table{
+        load_floats,    store_floats,  store_outputs, encode_affine, encode<scaled_binary>,
+        encode<binary>, pack,          unpack,        insert_codes,  append_affine2,
+        encode_rows,    add_multiples, rotate,        attend_rows};
     return table;
 }
 
