@@ -7,7 +7,7 @@
 //                                       jobs that the cache makes, prepared beforehand. Read the two side by side:
 //                                       the rest is the cache's.
 //   cache/fork/<tokens>                 fork and destroy
-//   cache/cycle                         create, append a token to every layer, destroy
+//   cache/cycle                         create, append a token to every layer, commit, destroy
 //   cache/save, cache/load              a sequence to memory and back
 
 #include "support.hpp"
@@ -48,6 +48,7 @@ struct world {
             for (std::size_t layer = 0; layer < s.layers; ++layer)
                 cache.append(ids[i], layer, {x.data(), s.tokens, s.heads.kv_heads, s.heads.head_dim},
                              {x.data(), s.tokens, s.heads.kv_heads, s.heads.head_dim});
+            cache.commit(ids[i]);
         }
         k = bench::normal_values(s.sequences * row, 2);
         v = bench::normal_values(s.sequences * row, 3);
@@ -70,6 +71,8 @@ void whole_step(benchmark::State& state, const step_shape& shape) {
                            w.rows(w.v, shape.heads.kv_heads));
             w.cache.attend(w.ids, layer, w.indptr, w.rows(w.q, shape.heads.heads), w.outputs());
         }
+        for (const kv1::sequence_id id : w.ids)
+            w.cache.commit(id);
         benchmark::DoNotOptimize(w.out.data());
         for (const kv1::sequence_id id : w.ids) // every step has the same length
             w.cache.truncate(id, shape.tokens);
@@ -163,6 +166,7 @@ void cycle(benchmark::State& state) {
         const kv1::sequence_id id = cache.create_sequence();
         for (std::size_t layer = 0; layer < 8; ++layer)
             cache.append(id, layer, {x.data(), 1, 2, 32}, {x.data(), 1, 2, 32});
+        cache.commit(id);
         cache.destroy_sequence(id);
     }
 }

@@ -69,6 +69,7 @@ inline kv1::sequence_id fill(kv1::kv_cache& cache, std::size_t tokens) {
                              {v.data(), n, shape.kv_heads, shape.value_dim});
         }
     }
+    cache.commit(sequence);
     return sequence;
 }
 

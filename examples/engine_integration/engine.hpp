@@ -162,6 +162,8 @@ public:
         });
     }
 
+    void end_step() {} // of all layers
+
     [[nodiscard]] std::size_t bytes() const { // of the tokens it holds
         std::size_t tokens = 0;
         for (const std::size_t n : lengths_)
@@ -224,6 +226,7 @@ public:
             multiply(layers_[l].down, hidden, normed, n, pool);
             add(x, normed);
         }
+        cache.end_step();
         normalize(x, normed, width);
         std::vector<float> logits(shape_.vocabulary);
         multiply(embedding_, {normed.end() - static_cast<std::ptrdiff_t>(width), normed.end()}, logits, 1,

@@ -45,6 +45,8 @@ public:
                       lent_threads{pool}); // kv1
     }
 
+    void end_step() { cache_.commit(sequence_); } // kv1: what rollback() returns to
+
     [[nodiscard]] std::size_t bytes() const { return cache_.statistics(sequence_).bytes_stored; } // kv1
 
 private:

@@ -42,7 +42,9 @@ int main() {
         for (std::size_t i = 0; i < next.size(); ++i) {
             text.push_back(example::language_model::best(logits[i]));
             if (i + 1 == next.size() || text.back() != next[i + 1]) {
-                cache.truncate(sequence, length + i + 1); // guesses from here on were wrong
+                // Guesses from here on were wrong. The step has committed them: a layer with a sliding window
+                // would set window_retention to as many tokens, to have what this cut brings back into view.
+                cache.truncate(sequence, length + i + 1);
                 break;
             }
             ++agreed;

@@ -150,6 +150,7 @@ std::vector<float> model::forward(std::span<const std::int32_t> tokens, kv1::kv_
         l.down(gate, sum, pool);
         add(x, sum);
     }
+    cache.commit(sequence); // a step that fails is undone by rollback()
     normalize(x, weights_.final_norm, normed);
     return normed;
 }

@@ -36,7 +36,7 @@ public:
     /// The shape of a cache for this model with room for `tokens`.
     [[nodiscard]] kv1::cache_description cache_shape(const kv_formats& formats, std::size_t tokens) const;
 
-    /// Runs the tokens that follow what the sequence holds, and adds them to it. Gives the final hidden
+    /// Runs the tokens that follow what the sequence holds, adds them to it and commits. Gives the final hidden
     /// states, [tokens][hidden_size]. Throws input_error for an unknown token and for a position past the
     /// model's last, kv1::error where the cache is full. Const calls may run at once on caches of their own.
     [[nodiscard]] std::vector<float> forward(std::span<const std::int32_t> tokens, kv1::kv_cache& cache,

@@ -39,14 +39,16 @@ public:
         mask.first_position_ = first_position;
         return mask;
     }
-    /// Every query sees every token.
+    /// Every query sees every token, also those after its own position n - m + i.
     [[nodiscard]] static constexpr attention_mask none() noexcept {
         attention_mask mask;
         mask.causal_ = false;
         return mask;
     }
-    /// Speculative decoding and other shapes: visible[i * keys + j] != 0 says that query i sees token n -
-    /// keys + j; every query sees all tokens before n - keys. The span is read during attend() only.
+    /// Token trees, bidirectional blocks and other shapes: the queries are the last m cached tokens;
+    /// visible[i * keys + j] != 0 says that query i sees token n - keys + j; every query sees all tokens
+    /// before n - keys. Sliding windows and the like take off from what it shows. The span is read during
+    /// attend() only.
     [[nodiscard]] static constexpr attention_mask
     explicit_for_last(std::size_t keys, std::span<const std::uint8_t> visible) noexcept {
         attention_mask mask;
@@ -73,12 +75,12 @@ private:
     std::span<const std::uint8_t> visible_;
 };
 
-/// Which tokens of a token tree see which, [m][m], 1 where they do; for attention_mask::explicit_for_last. A
+/// Which of the m newest tokens see which, [m][m], 1 where they do; for attention_mask::explicit_for_last. A
 /// contiguous range that owns its bytes.
-class tree_visibility {
+class token_visibility {
 public:
     /// No token at all.
-    tree_visibility() = default;
+    token_visibility() = default;
 
     /// As the standard's containers have them.
     /// @{
@@ -93,17 +95,23 @@ public:
     [[nodiscard]] operator std::vector<std::uint8_t>() const { return {begin(), end()}; }
 
 private:
-    friend result<tree_visibility> try_tree_mask(std::span<const std::int32_t> parents) noexcept;
+    friend result<token_visibility> try_tree_mask(std::span<const std::int32_t> parents) noexcept;
+    friend result<token_visibility> try_block_mask(std::span<const std::int32_t> blocks) noexcept;
+
+    // One byte for each pair of tokens, none of which sees the other. False: no memory.
+    [[nodiscard]] bool resize(std::size_t m) noexcept {
+        return (m == 0 || m <= (std::numeric_limits<std::size_t>::max)() / m) && bytes_.resize(m * m);
+    }
 
     detail::buffer<std::uint8_t> bytes_;
 };
 
 /// Visibility of a token tree: token i of the m newest tokens sees itself and its ancestors. parents[i] is -1
 /// for a child of the cached prefix, else less than i. O(m^2). Errors: invalid_argument, out_of_memory.
-[[nodiscard]] inline result<tree_visibility> try_tree_mask(std::span<const std::int32_t> parents) noexcept {
+[[nodiscard]] inline result<token_visibility> try_tree_mask(std::span<const std::int32_t> parents) noexcept {
     const std::size_t m = parents.size();
-    tree_visibility visible;
-    if ((m != 0 && m > (std::numeric_limits<std::size_t>::max)() / m) || !visible.bytes_.resize(m * m))
+    token_visibility visible;
+    if (!visible.resize(m))
         return status{errc::out_of_memory, "an allocation failed"};
     std::uint8_t* const sees = visible.bytes_.data();
     for (std::size_t i = 0; i < m; ++i) {
@@ -119,8 +127,29 @@ private:
 }
 #if KV1_EXCEPTIONS
 /// As try_tree_mask; throws kv1::error.
-[[nodiscard]] inline tree_visibility tree_mask(std::span<const std::int32_t> parents) {
+[[nodiscard]] inline token_visibility tree_mask(std::span<const std::int32_t> parents) {
     return try_tree_mask(parents).value();
+}
+#endif
+
+/// Visibility of bidirectional blocks, for attention_mask::explicit_for_last: of the m newest tokens token i
+/// sees those up to itself and, where blocks[i] is not negative, all that have the same number (Gemma 3's
+/// images). O(m^2). Errors: out_of_memory.
+[[nodiscard]] inline result<token_visibility> try_block_mask(std::span<const std::int32_t> blocks) noexcept {
+    const std::size_t m = blocks.size();
+    token_visibility visible;
+    if (!visible.resize(m))
+        return status{errc::out_of_memory, "an allocation failed"};
+    std::uint8_t* const sees = visible.bytes_.data();
+    for (std::size_t i = 0; i < m; ++i)
+        for (std::size_t j = 0; j < m; ++j)
+            sees[i * m + j] = j <= i || (blocks[i] >= 0 && blocks[i] == blocks[j]) ? 1 : 0;
+    return visible;
+}
+#if KV1_EXCEPTIONS
+/// As try_block_mask; throws kv1::error.
+[[nodiscard]] inline token_visibility block_mask(std::span<const std::int32_t> blocks) {
+    return try_block_mask(blocks).value();
 }
 #endif
 
@@ -135,8 +164,11 @@ struct token_range {
 struct attention_options {
     /// Factor of q . k before the softmax; 1 / sqrt(key head_dim) where absent.
     std::optional<float> scale = std::nullopt;
-    /// Which tokens each query sees.
+    /// Which tokens each query sees. In a batch it holds for each sequence by itself.
     attention_mask mask = attention_mask::causal();
+    /// In a batch, where not empty, instead of mask: one a sequence (speculative trees, images, chunks of
+    /// prompts at positions of their own). Explicit masks may cover different numbers of keys.
+    std::span<const attention_mask> masks = {};
     /// Arithmetic; plain formats use fp32 in any case.
     precision mode = precision::fast;
     /// Where not empty: receives the natural logarithm of each softmax denominator, [tokens][query heads].

@@ -27,7 +27,10 @@ struct kv1_cache {
 namespace kv1::inline KV1_ABI::detail {
 
 static_assert(static_cast<int>(errc::ok) == KV1_OK &&
-              static_cast<int>(errc::unsupported_target) == KV1_UNSUPPORTED_TARGET);
+              static_cast<int>(errc::unsupported_target) == KV1_UNSUPPORTED_TARGET &&
+              static_cast<int>(errc::layers_disagree) == KV1_LAYERS_DISAGREE &&
+              static_cast<int>(errc::dropped_tokens) == KV1_DROPPED_TOKENS &&
+              static_cast<int>(errc::nothing_committed) == KV1_NOTHING_COMMITTED);
 static_assert(static_cast<int>(kv_format::fp32) == KV1_PLAIN_FP32 &&
               static_cast<int>(kv_format::affine2) == KV1_AFFINE2 &&
               static_cast<int>(kv_format::binary) == KV1_BINARY &&
@@ -200,6 +203,8 @@ kv1_code kv1_cache_create(const kv1_layer* layers, size_t distinct_layers, size_
                             .value_dim = l.value_dim,
                             .key_format = static_cast<kv1::kv_format>(l.key_format),
                             .value_format = static_cast<kv1::kv_format>(l.value_format),
+                            .sliding_window = l.sliding_window,
+                            .window_retention = l.window_retention,
                             .key_group = l.key_group,
                             .value_group = l.value_group,
                             .key_axis = static_cast<kv1::quantization_axis>(l.key_axis),
@@ -241,6 +246,24 @@ kv1_code kv1_length(const kv1_cache* cache, kv1_sequence sequence, size_t layer,
     if (length)
         *tokens = *length;
     return kv1::detail::c_report(length.reason(), error);
+}
+
+kv1_code kv1_commit(kv1_cache* cache, kv1_sequence sequence, kv1_error* error) {
+    if (cache == nullptr)
+        return kv1::detail::c_refuse_null(error);
+    return kv1::detail::c_report(cache->cache.try_commit(kv1::detail::c_sequence(sequence)).reason(), error);
+}
+
+kv1_code kv1_rollback(kv1_cache* cache, kv1_sequence sequence, kv1_error* error) {
+    if (cache == nullptr)
+        return kv1::detail::c_refuse_null(error);
+    return kv1::detail::c_report(cache->cache.try_rollback(kv1::detail::c_sequence(sequence)), error);
+}
+
+kv1_code kv1_truncate(kv1_cache* cache, kv1_sequence sequence, size_t tokens, kv1_error* error) {
+    if (cache == nullptr)
+        return kv1::detail::c_refuse_null(error);
+    return kv1::detail::c_report(cache->cache.try_truncate(kv1::detail::c_sequence(sequence), tokens), error);
 }
 
 kv1_code kv1_append(kv1_cache* cache, kv1_sequence sequence, size_t layer, kv1_tensor keys, kv1_tensor values,
@@ -295,8 +318,8 @@ kv1_code kv1_cache_statistics(const kv1_cache* cache, kv1_statistics* statistics
     if (cache == nullptr || statistics == nullptr)
         return kv1::detail::c_refuse_null(error);
     const kv1::cache_statistics s = cache->cache.statistics();
-    *statistics = {s.sequences,      s.tokens,       s.layers,       s.pages_in_use, s.pages_total,
-                   s.bytes_reserved, s.bytes_in_use, s.bytes_stored, s.bytes_as_fp16};
+    *statistics = {s.sequences,      s.tokens,       s.layers,       s.pages_in_use,  s.pages_total,
+                   s.bytes_reserved, s.bytes_in_use, s.bytes_stored, s.bytes_as_fp16, s.bytes_retained};
     return KV1_OK;
 }
 

@@ -25,6 +25,10 @@ struct layer_description {
     /// A query sees this many tokens, itself included; 0: all. Pages that no later query can see are freed
     /// when the sequence is committed.
     std::size_t sliding_window = 0;
+    /// Tokens behind the sliding window that a commit keeps all the same: truncate() goes back that far, to
+    /// where a query would see them again, and attend() serves queries at those positions. They cost whole
+    /// pages (cache_statistics::bytes_retained); 0: a commit frees all that no later query can see.
+    std::size_t window_retention = 0;
     /// What happens to vectors before they are stored, and how their levels are chosen; encoding.hpp.
     /// @{
     vector_encoding key_encoding = {};
@@ -140,6 +144,9 @@ struct cache_statistics {
     std::size_t bytes_as_fp16 = 0;  ///< the same tokens in fp16
     /// Part of bytes_in_use: pages of fp16 sinks and windows, and fp16 keys of open pages.
     std::size_t bytes_fp16_copies = 0;
+    /// Part of bytes_in_use: pages behind the sliding windows of committed tokens, which window_retention or
+    /// a shared prefix keeps. Each sequence counts as if it were alone.
+    std::size_t bytes_retained = 0;
     std::size_t bytes_unfilled = 0; ///< token slots of open pages that hold nothing yet
     /// Of all sequences: what sharing saves. Of one sequence: its pages that others hold too, the prefix
     /// index included.
@@ -188,6 +195,7 @@ struct cache_statistics {
     line("reserved", s.bytes_reserved);
     line("in use", s.bytes_in_use);
     line("of it fp16 sinks, windows and open keys", s.bytes_fp16_copies);
+    line("of it retained behind sliding windows", s.bytes_retained);
     line("unfilled slots of open pages", s.bytes_unfilled);
     line("shared", s.bytes_shared);
     return text;

@@ -13,10 +13,10 @@
 //                 page, number of layers, groups, sequences and prefix nodes, bytes of tables and of pages,
 //                 the model's fingerprint, checksum
 //   tables        fp16 sinks and window; each layer's heads, head dims, formats, code bits, quantized axis,
-//                 metadata, rotation, checksum of means, groups of channels, values in keys, window; each
-//                 page group's number of pages; each sequence's length, position base, commit point, dropped
-//                 pages and page numbers; each prefix node's parent, or salt, tokens and page numbers;
-//                 checksum
+//                 metadata, rotation, checksum of means, groups of channels, values in keys, window and what is
+//                 kept behind it; each page group's number of pages; each sequence's length, position base,
+//                 commit point, dropped pages and page numbers; each prefix node's parent, or salt, tokens and
+//                 page numbers; checksum
 //   pages         by group, page and layer: the bytes of layout.hpp, slots without a token zero; checksum
 //
 // Pages that saved sequences and prefixes share are saved once, and shared again after loading. Checksums are

@@ -14,6 +14,8 @@
  *              kv1_contiguous(v, KV1_FP32, tokens, 8, 128), NULL, &error);
  *   kv1_attend(cache, sequence, 0, kv1_contiguous(q, KV1_FP32, tokens, 32, 128),
  *              kv1_contiguous_output(out, KV1_FP32, tokens, 32, 128), NULL, NULL, &error);
+ *   ... the other layers ...
+ *   kv1_commit(cache, sequence, &error); // the step is whole
  *
  * Every call that can fail returns a code and, where `error` is not null, says there what rule was broken and
  * where. A failed call leaves the cache as it was. No call throws, aborts or keeps a pointer of the caller's.
@@ -56,7 +58,10 @@ typedef enum kv1_code {
     KV1_CAPACITY_EXCEEDED,  /**< no free page is left */
     KV1_INVALID_SEQUENCE,   /**< a handle that names no living sequence */
     KV1_UNSUPPORTED_FORMAT, /**< a format this build does not have */
-    KV1_UNSUPPORTED_TARGET  /**< an instruction set this build or processor does not have */
+    KV1_UNSUPPORTED_TARGET, /**< an instruction set this build or processor does not have */
+    KV1_LAYERS_DISAGREE,    /**< a commit of layers that hold different numbers of tokens */
+    KV1_DROPPED_TOKENS,     /**< tokens that a sliding window gave up */
+    KV1_NOTHING_COMMITTED   /**< a rollback of a sequence that has no commit to return to */
 } kv1_code;
 
 /** What was wrong, and where; a place that does not apply is -1. */
@@ -116,6 +121,8 @@ typedef struct kv1_layer {
     kv1_axis key_axis;       /**< affine and compact formats of at most 4 bits, without key_group */
     int values_in_keys;      /**< not 0: values are the first value_dim channels of keys (multi-head latent
                                   attention) and are stored once; their format and group are the keys' */
+    size_t sliding_window;   /**< tokens that a query sees, itself included; 0: all */
+    size_t window_retention; /**< tokens behind the window that a commit keeps, for kv1_truncate */
 } kv1_layer;
 
 /** [tokens][heads][channels], read by the call; strides in elements, channels are contiguous. */
@@ -220,6 +227,7 @@ typedef struct kv1_statistics {
     size_t bytes_in_use;   /**< by pages in use, padding and unfilled tokens included */
     size_t bytes_stored;   /**< of the cached tokens: values and metadata */
     size_t bytes_as_fp16;  /**< the same tokens in fp16 */
+    size_t bytes_retained; /**< of bytes_in_use: pages behind sliding windows that are kept all the same */
 } kv1_statistics;
 
 /** major * 10000 + minor * 100 + patch of the library that is linked. */
@@ -255,13 +263,25 @@ KV1_C_API kv1_code kv1_sequence_destroy(kv1_cache* cache, kv1_sequence sequence,
 KV1_C_API kv1_code kv1_length(const kv1_cache* cache, kv1_sequence sequence, size_t layer, size_t* tokens,
                               kv1_error* error);
 
+/** Ends a step: every layer holds the same number of tokens, kv1_rollback() returns here, and sliding windows
+ * free what no later query sees. An engine calls it after each step. */
+KV1_C_API kv1_code kv1_commit(kv1_cache* cache, kv1_sequence sequence, kv1_error* error);
+/** Back to the last commit, from whatever was appended since. Errors: KV1_NOTHING_COMMITTED where there is
+ * none, and as kv1_truncate. */
+KV1_C_API kv1_code kv1_rollback(kv1_cache* cache, kv1_sequence sequence, kv1_error* error);
+/** Cuts every layer to its first tokens. Errors: KV1_OUT_OF_RANGE where a layer holds fewer,
+ * KV1_DROPPED_TOKENS where a sliding window has given up tokens that the next query would see, or where keys
+ * per channel of a full page would be cut. */
+KV1_C_API kv1_code kv1_truncate(kv1_cache* cache, kv1_sequence sequence, size_t tokens, kv1_error* error);
+
 /** Quantizes and stores the next tokens of one layer: keys [tokens][kv_heads][key_dim] after RoPE, values
  * [tokens][kv_heads][value_dim]. Where values lie in keys: kv1_no_values(). */
 KV1_C_API kv1_code kv1_append(kv1_cache* cache, kv1_sequence sequence, size_t layer, kv1_tensor keys,
                               kv1_tensor values, const kv1_executor* executor, kv1_error* error);
 
 /** Attention from the packed bits: queries [tokens][heads][key_dim], outputs [tokens][heads][value_dim],
- * heads a multiple of the layer's kv_heads. */
+ * heads a multiple of the layer's kv_heads. Numbers that fp16 or bf16 outputs can not hold become the type's
+ * largest. KV1_DROPPED_TOKENS where a commit has freed what a query would see. */
 KV1_C_API kv1_code kv1_attend(const kv1_cache* cache, kv1_sequence sequence, size_t layer, kv1_tensor queries,
                               kv1_output outputs, const kv1_attention* options, const kv1_executor* executor,
                               kv1_error* error);

@@ -9,7 +9,7 @@
 //           cache.append(sequence, layer, {k, tokens, kv_heads, head_dim}, {v, tokens, kv_heads, head_dim});
 //           cache.attend(sequence, layer, {q, tokens, query_heads, head_dim},
 //                        {out, tokens, query_heads, head_dim});
-//       cache.commit(sequence); // where windows are to free pages, or steps to be rolled back
+//       cache.commit(sequence); // windows free what they have passed; rollback() returns to here
 //
 // Keys are cached as they are given, that is after RoPE where a model uses it; every vector is quantized
 // before anything attends to it, the newest included. A cached key cannot be moved to another position:
@@ -30,14 +30,20 @@
 // free pages: what it frees can no longer be returned to.
 //
 // Sliding windows. A layer with a sliding_window of w lets a query see the last w of the tokens that its mask
-// shows it. Layers with the same window share block numbers; others' pages do not wait for them.
+// shows it up to its own position, and those that the mask shows after that (images that see all of
+// themselves). In a token tree the last w are then of its own branch. Layers with the same window share block
+// numbers; others' pages do not wait for them. window_retention keeps tokens behind the window for cuts
+// behind a commit. A query that would see tokens which a commit has freed is refused with dropped_tokens, as
+// reading them is.
 //
 // fp16 sinks and window. With fp16_sinks = s and fp16_window = r a query that sees tokens 0 ... t sees the
 // first s of them and the last r (its own included) as they were rounded to fp16, and those between as they
-// were quantized from that fp16; in prefill as in decode. Every token is quantized once, when it is appended,
-// and its fp16 copy is freed when a commit() leaves the window behind. Truncating does not bring precision
-// back: a token that once left the window stays quantized, until it is appended anew. Keys and values must
-// then fit fp16. read() and export_rows() give the quantized rows.
+// were quantized from that fp16; in prefill as in decode. Under a mask the last r are counted as a sliding
+// window's are. Every token is quantized once, when it is appended,
+// and its fp16 copy is freed when a commit() leaves the window behind: queries at earlier positions then see
+// it quantized. Truncating does not bring precision back: a token that once left the window stays quantized,
+// until it is appended anew. Keys and values must then fit fp16. read() and export_rows() give the quantized
+// rows.
 //
 // Keys per channel. In a layer whose key_axis is per_channel a query sees the keys of pages that are full
 // when it attends as codes, and those of the open page in fp16. What a page becomes depends on its tokens
@@ -214,8 +220,10 @@ public:
     /// out_of_memory.
     result<std::size_t> try_commit(sequence_id id) noexcept { return core_->commit(id); }
 
-    /// Cuts back to the last commit, or to nothing: undoes a step that failed or was a guess. Errors as
-    /// truncate.
+    /// Cuts back to the last commit, or to what is left of it: undoes a step that failed or was a guess. A
+    /// fork has its parent's commit, a loaded sequence the one it was saved with, and a sequence made from a
+    /// prefix has that prefix committed. Errors as truncate; nothing_committed where there was no commit,
+    /// since all that the sequence holds would go (truncate(0) says so).
     status try_rollback(sequence_id id) noexcept { return core_->rollback(id); }
 
     // ---- append
@@ -241,9 +249,11 @@ public:
     }
 
     /// The next tokens of one layer for several sequences, all or none: sequence i takes rows indptr[i] ...
-    /// indptr[i + 1] - 1 of keys and values. No sequence comes twice. The executor gets one task per sequence
-    /// and KV head. Errors as append, where().token being a row; invalid_argument for an indptr that does not
-    /// divide the rows and for a sequence that comes twice.
+    /// indptr[i + 1] - 1 of keys and values; one without rows is left as it is. No sequence comes twice. The
+    /// executor gets one task per sequence and KV head. Errors as append, where().token being a row: of
+    /// capacity_exceeded and out_of_memory the first of the sequence that found no room, of a sequence that
+    /// comes twice (invalid_argument) or does not live, its first; invalid_argument for an indptr that does
+    /// not divide the rows.
     template <executor E = inline_executor>
     status try_append(std::span<const sequence_id> ids, std::size_t layer,
                       std::span<const std::size_t> indptr, tensor_view keys, tensor_view values,
@@ -275,10 +285,12 @@ public:
     /// query_heads is a multiple of kv_heads (group = query_heads / kv_heads). A query that sees no token
     /// gets zeros, and -infinity as its log_sum_exp. O(tokens * query_heads * length * head_dim); no
     /// allocation unless few heads meet a long sequence, whose partial results then take 4 * (value_dim + 2)
-    /// bytes per range and row, or a window or a page dropped amid the queries parts what they see. The
-    /// result does not depend on the executor. Errors: invalid_sequence, out_of_range, shape_mismatch,
-    /// invalid_argument (also: an explicit mask, or ALiBi's slopes, where windows or dropped pages part the
-    /// tokens), out_of_memory.
+    /// bytes per range and row, or a window, a mask or a page dropped amid the queries parts what they see.
+    /// The result does not depend on the executor. Numbers that fp16 or bf16 outputs can not hold become the
+    /// type's largest, never infinity: keys and values are finite, so is what is made of them. Errors:
+    /// invalid_sequence, out_of_range, shape_mismatch, invalid_argument, out_of_memory; dropped_tokens, with
+    /// the query as where().token, where a commit has freed tokens that the layer's sliding window would show
+    /// it. (Pages that drop_pages() took are no error: attention goes on without them.)
     template <executor E = inline_executor>
     status try_attend(sequence_id id, std::size_t layer, tensor_view queries, mutable_tensor_view outputs,
                       const attention_options& options = {}, E&& run = {}) const noexcept {
@@ -286,9 +298,10 @@ public:
     }
 
     /// The same for several sequences, each with query rows indptr[i] ... indptr[i + 1] - 1 (continuous
-    /// batching, ragged lengths). Bit for bit what one call for each gives. The mask applies to each sequence
-    /// by itself and is causal, without a first position, or none. Short sequences are a task each. Errors as
-    /// above; outputs are then unspecified.
+    /// batching, ragged lengths). Bit for bit what one call for each gives. No sequence comes twice. The mask
+    /// applies to each sequence by itself and is causal, without a first position, or none; options.masks has
+    /// any mask for each. Short sequences are a task each. Errors as above, where().token being a row;
+    /// outputs are then unspecified.
     template <executor E = inline_executor>
     status try_attend(std::span<const sequence_id> ids, std::size_t layer,
                       std::span<const std::size_t> indptr, tensor_view queries, mutable_tensor_view outputs,

@@ -45,6 +45,7 @@ enum class errc : std::uint8_t {
     unsupported_target,  ///< an instruction set that is not compiled in or that this processor lacks
     layers_disagree,     ///< a commit point is needed, and the layers hold different numbers of tokens
     dropped_tokens,      ///< tokens that were dropped, or that a sliding window gave up
+    nothing_committed,   ///< a rollback of a sequence that has no commit to return to
     bad_format,          ///< bytes that are no saved cache, or whose parts contradict each other
     unsupported_version, ///< a saved cache of a newer or unknown version
     checksum_mismatch,   ///< a saved cache with changed bytes
@@ -84,6 +85,8 @@ enum class errc : std::uint8_t {
         return "layers disagree";
     case errc::dropped_tokens:
         return "dropped tokens";
+    case errc::nothing_committed:
+        return "nothing committed";
     case errc::bad_format:
         return "not a saved cache";
     case errc::unsupported_version:

@@ -121,6 +121,10 @@ int main(void) {
     CHECK(statistics.layers == 2 && statistics.tokens == tokens && statistics.pages_in_use == 3);
     CHECK(statistics.bytes_stored == (tokens + 1) * kv_heads * 2 * (dim / 4 + 4));
 
+    /* a step ends when every layer has it */
+    CHECK(kv1_rollback(cache, s, &error) == KV1_NOTHING_COMMITTED);
+    CHECK(kv1_commit(cache, s, &error) == KV1_LAYERS_DISAGREE && error.layer == 1);
+
     /* refusals name what and where */
     k[5 * kv_heads * dim + dim + 7] = NAN;
     CHECK(kv1_append(cache, s, 1, kv1_contiguous(k, KV1_FP32, 20, kv_heads, dim),
@@ -259,6 +263,45 @@ int main(void) {
         kv1_cache_destroy(cache);
         latent.value_format = KV1_AFFINE4;
         CHECK(kv1_cache_create(&latent, 1, 1, 128, 32, &cache, &error) == KV1_INVALID_ARGUMENT);
+    }
+
+    /* steps, and a sliding window that keeps a few tokens for a cut behind the last of them */
+    {
+        enum { window = 32, kept = 8 };
+        kv1_layer sliding = layer;
+        sliding.sliding_window = window;
+        sliding.window_retention = kept;
+        CHECK(kv1_cache_create(&sliding, 1, 1, 128, 16, &cache, &error) == KV1_OK);
+        CHECK(kv1_sequence_create(cache, &s, NULL) == KV1_OK);
+        for (i = 0; i < tokens; ++i) {
+            const float* row = v + i * kv_heads * dim;
+            CHECK(kv1_append(cache, s, 0, kv1_contiguous(row, KV1_FP32, 1, kv_heads, dim),
+                             kv1_contiguous(row, KV1_FP32, 1, kv_heads, dim), NULL, &error) == KV1_OK);
+            CHECK(kv1_attend(
+                      cache, s, 0, kv1_contiguous(q, KV1_FP32, 1, heads, dim),
+                      kv1_contiguous_output(i == tokens - kept - 1 ? again : out, KV1_FP32, 1, heads, dim),
+                      NULL, NULL, &error) == KV1_OK);
+            CHECK(kv1_commit(cache, s, &error) == KV1_OK);
+        }
+        CHECK(kv1_cache_statistics(cache, &statistics, NULL) == KV1_OK);
+        CHECK(statistics.pages_in_use == 4 && statistics.bytes_retained == statistics.bytes_in_use / 4);
+        CHECK(kv1_truncate(cache, s, 40, &error) == KV1_DROPPED_TOKENS && error.layer == 0);
+        CHECK(kv1_truncate(cache, s, tokens - kept, &error) == KV1_OK);
+        CHECK(kv1_attend(cache, s, 0, kv1_contiguous(q, KV1_FP32, 1, heads, dim),
+                         kv1_contiguous_output(out, KV1_FP32, 1, heads, dim), NULL, NULL, &error) == KV1_OK);
+        CHECK(memcmp(out, again, sizeof out) == 0);
+        memset(&options, 0, sizeof options);
+        options.mask = KV1_MASK_CAUSAL_FROM;
+        options.first_position = 40;
+        CHECK(kv1_attend(cache, s, 0, kv1_contiguous(q, KV1_FP32, 1, heads, dim),
+                         kv1_contiguous_output(out, KV1_FP32, 1, heads, dim), &options, NULL,
+                         &error) == KV1_DROPPED_TOKENS);
+        CHECK(error.token == 0);
+        CHECK(kv1_append(cache, s, 0, kv1_contiguous(v, KV1_FP32, 3, kv_heads, dim),
+                         kv1_contiguous(v, KV1_FP32, 3, kv_heads, dim), NULL, &error) == KV1_OK);
+        CHECK(kv1_rollback(cache, s, &error) == KV1_OK);
+        CHECK(kv1_length(cache, s, 0, &length, NULL) == KV1_OK && length == tokens - kept);
+        kv1_cache_destroy(cache);
     }
 
     /* page sizes are whole tiles; distinct layers divide the layers */

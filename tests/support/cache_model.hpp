@@ -17,6 +17,8 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <limits>
 #include <map>
 #include <optional>
 #include <set>
@@ -137,7 +139,8 @@ struct model_sequence {
     std::vector<std::vector<model_token>> layers; // [layer][token]
     std::set<std::size_t> dropped;                // pages
     std::vector<std::size_t> given_up;            // by layer: tokens before it are gone from its window
-    std::size_t committed = 0, fp16_from = 0;
+    std::optional<std::size_t> committed;
+    std::size_t fp16_from = 0;
 
     [[nodiscard]] std::size_t shortest() const {
         std::size_t n = layers[0].size();
@@ -151,10 +154,13 @@ struct model_sequence {
     }
 };
 
-/// What options ask of one query row, beside the cache's own rules: only tokens first ... end - 1.
+/// What options ask of one query row, beside the cache's own rules: only tokens first ... end - 1, and of
+/// them those that a mask shows. Windows count back from `own`, one past the query's own token.
 struct row_request {
     std::size_t first = 0, end = std::numeric_limits<std::size_t>::max();
     row_options options = {};
+    std::optional<std::size_t> own;              // where absent: one past the last token that is seen
+    std::function<bool(std::size_t)> shows = {}; // where empty: all
 };
 
 /// The rules of a cache over model sequences.
@@ -275,7 +281,8 @@ public:
             const auto open = [&](std::size_t tokens) {
                 return tokens % page != 0 && tokens / page == n / page;
             };
-            if (n % page != 0 && per_channel(l) && !open(s.layers[l].size()) && !open(s.committed))
+            if (n % page != 0 && per_channel(l) && !open(s.layers[l].size()) &&
+                !open(s.committed.value_or(0)))
                 return kv1::errc::dropped_tokens;
             if (const std::size_t w = description_.layers[l].sliding_window; w != 0) {
                 const std::size_t first = n + 1 > w ? n + 1 - w : 0;
@@ -292,7 +299,8 @@ public:
         }
         s.ids.resize(n);
         s.histories.resize(n);
-        s.committed = std::min(s.committed, n);
+        if (s.committed)
+            s.committed = std::min(*s.committed, n);
         s.fp16_from = std::min(s.fp16_from, n);
         const std::size_t page = description_.page_tokens, pages = (n + page - 1) / page;
         s.dropped.erase(s.dropped.lower_bound(pages), s.dropped.end());
@@ -303,25 +311,55 @@ public:
         const std::size_t n = s.layers[0].size(), page = description_.page_tokens;
         s.committed = n;
         for (std::size_t l = 0; l < s.layers.size(); ++l)
-            if (const std::size_t w = description_.layers[l].sliding_window; w != 0 && n + 1 > w)
-                s.given_up[l] = std::max(s.given_up[l], (n + 1 - w) / page * page);
+            if (const std::size_t w = description_.layers[l].sliding_window,
+                kept = w + description_.layers[l].window_retention;
+                w != 0 && n + 1 > kept)
+                s.given_up[l] = std::max(s.given_up[l], (n + 1 - kept) / page * page);
         const std::size_t r = description_.fp16_window;
         s.fp16_from = std::max(s.fp16_from, r == 0 ? n : n + 1 > r ? n + 1 - r : 0);
     }
 
-    /// Tokens that a query which sees tokens before `last` attends to, by the form it sees them in: sinks,
-    /// quantized, window.
+    /// The first of the last `window` tokens before `end` that the mask shows.
+    [[nodiscard]] static std::size_t window_start(std::size_t window, std::size_t end,
+                                                  const row_request& asked) {
+        std::size_t t = end;
+        for (std::size_t seen = 0; t != 0 && seen != window;)
+            seen += shown(asked, --t) ? 1u : 0u;
+        return t;
+    }
+    [[nodiscard]] static bool shown(const row_request& asked, std::size_t t) {
+        return !asked.shows || asked.shows(t);
+    }
+    /// Tokens of a layer that a query which sees tokens before `last` would attend to if none were gone.
+    [[nodiscard]] std::vector<std::size_t> wanted(std::size_t layer, std::size_t last,
+                                                  const row_request& asked) const {
+        const std::size_t w = description_.layers[layer].sliding_window;
+        std::vector<std::size_t> out;
+        for (std::size_t t = w != 0 ? window_start(w, asked.own.value_or(last), asked) : 0; t < last; ++t)
+            if (t >= asked.first && t < asked.end && shown(asked, t))
+                out.push_back(t);
+        return out;
+    }
+    /// Whether a commit has freed any of them.
+    [[nodiscard]] bool lacks(const model_sequence& s, std::size_t layer, std::size_t last,
+                             const row_request& asked = {}) const {
+        const std::vector<std::size_t> all = wanted(layer, last, asked);
+        return !all.empty() && all.front() < s.given_up[layer];
+    }
+
+    /// Tokens that such a query attends to, by the form it sees them in: sinks, quantized, window.
     struct seen {
         std::vector<std::size_t> sinks, quantized, window;
     };
     [[nodiscard]] seen visible(const model_sequence& s, std::size_t layer, std::size_t last,
                                const row_request& asked = {}) const {
-        const std::size_t w = description_.layers[layer].sliding_window, page = description_.page_tokens;
+        const std::size_t page = description_.page_tokens,
+                          newest = window_start(description_.fp16_window, asked.own.value_or(last), asked);
         seen out;
-        for (std::size_t t = w != 0 && last > w ? last - w : 0; t < last; ++t) {
-            if (s.dropped.contains(t / page) || t < s.given_up[layer] || t < asked.first || t >= asked.end)
+        for (const std::size_t t : wanted(layer, last, asked)) {
+            if (s.dropped.contains(t / page) || t < s.given_up[layer])
                 continue;
-            const bool recent = t + description_.fp16_window >= last && t >= s.fp16_from;
+            const bool recent = t >= newest && t >= s.fp16_from;
             if (has_copies(layer) && t < description_.fp16_sinks)
                 out.sinks.push_back(t);
             else if (has_copies(layer) && description_.fp16_window != 0 && recent)
@@ -339,34 +377,38 @@ public:
         const kv1::layer_description& l = description_.layers[layer];
         const seen tokens = visible(s, layer, last, asked);
         std::vector<bounded_row> parts;
-        for (const auto& [list, copy] : {std::pair(&tokens.sinks, true), std::pair(&tokens.quantized, false),
-                                         std::pair(&tokens.window, true)}) {
-            if (list->empty())
-                continue;
-            cached_side k, v;
-            k.dim = l.key_dim;
-            v.dim = l.value_dim;
-            std::vector<std::size_t> places;
-            for (const std::size_t t : *list) {
-                const model_token& x = s.layers[layer][t];
-                append(k.values, copy ? x.keys16 : x.keys, kv_head, l.key_dim);
-                append(v.values, copy ? x.values16 : x.values, kv_head, l.value_dim);
-                places.push_back(places.size());
+        for (const auto& [all, copy] : {std::pair(&tokens.sinks, true), std::pair(&tokens.quantized, false),
+                                        std::pair(&tokens.window, true)})
+            for (const std::vector<std::size_t>& list : side_by_side(s, *all, asked)) {
+                cached_side k, v;
+                k.dim = l.key_dim;
+                v.dim = l.value_dim;
+                std::vector<std::size_t> places;
+                const bool in_place = asked.options.alibi_slope != 0.0f; // what is not shown leaves a gap
+                for (const std::size_t t : list) {
+                    const model_token& x = s.layers[layer][t];
+                    const std::size_t at = in_place ? t - list.front() : places.size();
+                    k.values.resize(at * l.key_dim);
+                    v.values.resize(at * l.value_dim);
+                    append(k.values, copy ? x.keys16 : x.keys, kv_head, l.key_dim);
+                    append(v.values, copy ? x.values16 : x.values, kv_head, l.value_dim);
+                    places.push_back(at);
+                }
+                std::vector<std::size_t>
+                    starts; // blocks of a page or more: more of them bound more roundings
+                for (std::size_t t = 0; t <= places.back(); t += description_.page_tokens)
+                    starts.push_back(t);
+                row_options own = asked.options; // places count from the first token of the part
+                own.position -= static_cast<double>(list.front());
+                own.sink.reset();
+                parts.push_back(expect_row(query, 1.0f / std::sqrt(static_cast<float>(l.key_dim)), k, v,
+                                           places, starts, kv1::precision::exact, own)
+                                    .truth);
+                if (!copy)
+                    allow_for_encodings(l, kv_head, query, k, v, starts.size(), parts.back());
+                if (!copy && per_channel(layer))
+                    allow_for_channels(s, layer, kv_head, query, v, parts.back());
             }
-            std::vector<std::size_t> starts; // blocks of a page or more: more of them bound more roundings
-            for (std::size_t t = 0; t < places.size(); t += description_.page_tokens)
-                starts.push_back(t);
-            row_options own = asked.options; // places count from the first token of the part
-            own.position -= static_cast<double>(list->front());
-            own.sink.reset();
-            parts.push_back(expect_row(query, 1.0f / std::sqrt(static_cast<float>(l.key_dim)), k, v, places,
-                                       starts, kv1::precision::exact, own)
-                                .truth);
-            if (!copy)
-                allow_for_encodings(l, kv_head, query, k, v, starts.size(), parts.back());
-            if (!copy && per_channel(layer))
-                allow_for_channels(s, layer, kv_head, query, v, parts.back());
-        }
         if (asked.options.sink) { // a token of its own, whose value is zero
             bounded_row& sink = parts.emplace_back();
             sink.out.assign(l.value_dim, 0.0);
@@ -377,6 +419,24 @@ public:
     }
 
 private:
+    // Tokens of a part that are attended to as one: with ALiBi's slopes those between two dropped pages.
+    [[nodiscard]] std::vector<std::vector<std::size_t>> side_by_side(const model_sequence& s,
+                                                                     const std::vector<std::size_t>& all,
+                                                                     const row_request& asked) const {
+        std::vector<std::vector<std::size_t>> lists;
+        for (const std::size_t t : all) {
+            bool apart = lists.empty();
+            if (!apart && asked.options.alibi_slope != 0.0f)
+                for (std::size_t p = lists.back().back() / description_.page_tokens;
+                     p < t / description_.page_tokens; ++p)
+                    apart = apart || s.dropped.contains(p);
+            if (apart)
+                lists.emplace_back();
+            lists.back().push_back(t);
+        }
+        return lists;
+    }
+
     // Attention turns the query instead of the keys, and the output instead of the values; expect_row() took
     // them as they are read. Turning in blocks of 2^L moves a vector by gamma(L + 2) of its norm, whether it
     // is the query, the output or the vector that is read; sums of products in the turned basis err by
@@ -452,7 +512,7 @@ private:
     }
 
     // Parts joined by their log-sum-exp. A part's weight exp(lse - total) is as wrong as its lse: by its own
-    // bound, the roundings of the differences and of exp and log; each of at most four joins adds a few.
+    // bound, the roundings of the differences and of exp and log; each join adds a few.
     static bounded_row merged(const std::vector<bounded_row>& parts, std::size_t channels) {
         bounded_row r;
         r.out.assign(channels, 0.0);
@@ -465,13 +525,14 @@ private:
         for (const bounded_row& p : parts)
             sum += std::exp(p.lse - top);
         r.lse = top + std::log(sum);
+        const auto joins = static_cast<double>(std::max<std::size_t>(parts.size(), 4));
         std::vector<double> weight, wrong;
         for (const bounded_row& p : parts) {
             weight.push_back(std::exp(p.lse - r.lse));
             const double step =
                 2 * unit_roundoff * (std::fabs(p.lse) + std::fabs(r.lse) + 2.0) + 2 * exp_error;
-            wrong.push_back(std::expm1(2 * p.lse_bound + 4 * step));
-            r.lse_bound = std::max(r.lse_bound, p.lse_bound + 4 * step);
+            wrong.push_back(std::expm1(2 * p.lse_bound + joins * step));
+            r.lse_bound = std::max(r.lse_bound, p.lse_bound + joins * step);
         }
         for (std::size_t c = 0; c < channels; ++c) {
             for (std::size_t i = 0; i < parts.size(); ++i)
@@ -479,7 +540,10 @@ private:
             for (std::size_t i = 0; i < parts.size(); ++i)
                 r.out_bound[c] += weight[i] * (parts[i].out_bound[c] +
                                                wrong[i] * (std::fabs(parts[i].out[c]) + std::fabs(r.out[c])) +
-                                               gamma(30) * std::fabs(parts[i].out[c]));
+                                               gamma(8 * joins) * std::fabs(parts[i].out[c]));
+            // weights and products that are less than a normal fp32 number may be lost
+            for (const bounded_row& p : parts)
+                r.out_bound[c] += std::numeric_limits<float>::min() * joins * (1.0 + std::fabs(p.out[c]));
         }
         return r;
     }

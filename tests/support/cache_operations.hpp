@@ -29,7 +29,8 @@ public:
     struct tallies {
         std::size_t appended = 0, refused = 0, exhausted = 0, forked = 0, truncated = 0, dropped = 0,
                     committed = 0, destroyed = 0, attended = 0, stored = 0, matched = 0, imported = 0,
-                    batches = 0, partly_matched = 0, loaded = 0, prefixes_loaded = 0;
+                    batches = 0, partly_matched = 0, loaded = 0, prefixes_loaded = 0, rolled_back = 0,
+                    never_committed = 0, masked = 0, windows_gone = 0, twice = 0, retained = 0;
     };
 
     static void run(std::span<const std::uint8_t> bytes, tallies& t) {
@@ -56,11 +57,13 @@ private:
         kv1::cache_description d;
         d.layers = {{2, 8, 6, affine2, affine4}, {1, 5, 7, fp16, scaled_binary}};
         if ((choice & 1) != 0)
-            d.layers.push_back({1, 8, 8, affine3, affine8, (choice & 2) != 0 ? 20u : 37u});
+            d.layers.push_back(
+                {1, 8, 8, affine3, affine8, (choice & 2) != 0 ? 20u : 37u, (choice & 4) != 0 ? 25u : 0u});
         if ((choice & 3) == 2) { // values in keys
             kv1::layer_description& l = d.layers.emplace_back(kv1::latent_layer(96, 64, affine3));
             l.kv_heads = 2;
             l.sliding_window = (choice & 64) != 0 ? 20 : 0;
+            l.window_retention = (choice & 4) != 0 ? 25 : 0;
         }
         if ((choice & 128) != 0)
             encode(d);
@@ -123,7 +126,7 @@ private:
     // one step
 
     void step() {
-        switch (next() % 19) {
+        switch (next() % 20) {
         case 0:
             create();
             break;
@@ -155,6 +158,7 @@ private:
             destroy();
             break;
         case 12:
+        case 19:
             attend();
             break;
         case 13:
@@ -334,6 +338,10 @@ private:
             require(*n == l->model.shortest(), "the committed length");
             model_.commit(l->model);
             ++tallies_.committed;
+            tallies_.retained += cache_.try_statistics(l->id)->bytes_retained != 0 ? 1u : 0u;
+            for (std::size_t layer = 0; layer < l->model.given_up.size(); ++layer)
+                if (const std::size_t gone = l->model.given_up[layer]; gone != 0)
+                    attend_at(*l, layer, below(gone + 40));
         }
         compare(*l);
     }
@@ -342,14 +350,22 @@ private:
         living* l = some();
         if (l == nullptr)
             return;
-        const std::size_t n = std::min(l->model.committed, l->model.shortest());
         const kv1::status s = cache_.try_rollback(l->id);
+        if (!l->model.committed) {
+            require(s.code() == kv1::errc::nothing_committed, "a rollback needs a commit");
+            ++tallies_.never_committed;
+            compare(*l);
+            return;
+        }
+        const std::size_t n = std::min(*l->model.committed, l->model.shortest());
         const kv1::errc expected = model_.can_truncate(l->model, n);
         if (s.code() == kv1::errc::capacity_exceeded)
             return;
         require(s.code() == expected, "rollback");
-        if (s)
+        if (s) {
             model_.truncate(l->model, n);
+            ++tallies_.rolled_back;
+        }
         compare(*l);
     }
 
@@ -407,7 +423,9 @@ private:
         }
         for (std::size_t layer = 0; layer < fresh.model.layers.size(); ++layer)
             model_.settle(fresh.model, layer, 0);
-        fresh.model.committed = fresh.model.fp16_from = match->tokens;
+        fresh.model.fp16_from = match->tokens;
+        if (match->tokens != 0)
+            fresh.model.committed = match->tokens;
         tallies_.matched += match->tokens;
         tallies_.partly_matched += match->tokens % description_.page_tokens != 0 ? 1 : 0;
         compare(fresh);
@@ -494,7 +512,8 @@ private:
             require(s, "import");
         }
         living twin{*id, l->model};
-        twin.model.committed = twin.model.fp16_from = 0;
+        twin.model.committed.reset();
+        twin.model.fp16_from = 0;
         compare(twin);
         living_.push_back(std::move(twin));
         ++tallies_.imported;
@@ -523,11 +542,24 @@ private:
         all.k.push_back(0.0f); // not null
         all.v.push_back(0.0f);
         const kv1::tensor_view keys(all.k.data(), n, d.kv_heads, d.key_dim);
-        const kv1::status s =
-            d.values_in_keys
-                ? cache_.try_append(ids, layer, indptr, keys)
-                : cache_.try_append(ids, layer, indptr, keys, {all.v.data(), n, d.kv_heads, d.value_dim});
+        const auto append = [&](std::span<const kv1::sequence_id> to, std::span<const std::size_t> rows_of) {
+            return d.values_in_keys ? cache_.try_append(to, layer, rows_of, keys)
+                                    : cache_.try_append(to, layer, rows_of, keys,
+                                                        {all.v.data(), n, d.kv_heads, d.value_dim});
+        };
+        if (!ids.empty() && next() % 4 == 0) { // one once more, without rows
+            std::vector<kv1::sequence_id> twice = ids;
+            std::vector<std::size_t> rows_of = indptr;
+            twice.push_back(ids[below(ids.size())]);
+            rows_of.push_back(n);
+            require(append(twice, rows_of).code() == kv1::errc::invalid_argument,
+                    "a sequence comes once in a batch");
+            ++tallies_.twice;
+        }
+        const kv1::status s = append(ids, indptr);
         if (s.code() == kv1::errc::capacity_exceeded) {
+            require(s.where().token >= 0 && s.where().token < static_cast<std::int64_t>(n),
+                    "the row that found no room");
             for (living* l : chosen) {
                 trim(l->model);
                 compare(*l);
@@ -535,26 +567,80 @@ private:
             return;
         }
         require(s, "append of a batch");
+        for (std::size_t i = 0; i < chosen.size(); ++i) {
+            model_.push(chosen[i]->model, layer, parts[i].tokens);
+            compare(*chosen[i]);
+        }
         const std::size_t heads = 2 * d.kv_heads;
         generator g(next());
         const std::vector<float> q = normal_values(g, n * heads * d.key_dim + 1);
         std::vector<float> out(n * heads * d.value_dim + 1), lse(n * heads), alone(out.size()),
             lse_alone(lse.size());
-        require(cache_.try_attend(ids, layer, indptr, {q.data(), n, heads, d.key_dim},
-                                  {out.data(), n, heads, d.value_dim}, {.log_sum_exp = lse}),
-                "attention of a batch");
+        // what each sequence's queries see
+        std::vector<std::vector<std::uint8_t>> visible(ids.size());
+        std::vector<kv1::attention_mask> masks(ids.size());
+        std::int64_t lacking = -1;
+        for (std::size_t i = ids.size(); i-- > 0;) {
+            const std::size_t length = chosen[i]->model.layers[layer].size(),
+                              count = indptr[i + 1] - indptr[i];
+            if (next() % 2 == 0)
+                masks[i] = random_mask(g, count, length, visible[i]);
+            for (std::size_t r = count; r-- > 0;)
+                if (const auto [last, asked] = sight(masks[i], r, count, length);
+                    model_.lacks(chosen[i]->model, layer, last, asked))
+                    lacking = static_cast<std::int64_t>(indptr[i] + r);
+        }
+        const kv1::status attended =
+            cache_.try_attend(ids, layer, indptr, {q.data(), n, heads, d.key_dim},
+                              {out.data(), n, heads, d.value_dim}, {.masks = masks, .log_sum_exp = lse});
+        if (lacking >= 0) {
+            require(attended.code() == kv1::errc::dropped_tokens && attended.where().token == lacking,
+                    "a row that would see tokens that are gone");
+            ++tallies_.windows_gone;
+            return;
+        }
+        require(attended, "attention of a batch");
         for (std::size_t i = 0; i < chosen.size(); ++i) {
-            model_.push(chosen[i]->model, layer, parts[i].tokens);
-            compare(*chosen[i]);
             const std::size_t first = indptr[i], count = indptr[i + 1] - first;
             require(cache_.try_attend(
                         ids[i], layer, {q.data() + first * heads * d.key_dim, count, heads, d.key_dim},
                         {alone.data() + first * heads * d.value_dim, count, heads, d.value_dim},
-                        {.log_sum_exp = std::span(lse_alone).subspan(first * heads, count * heads)}),
+                        {.mask = masks[i],
+                         .log_sum_exp = std::span(lse_alone).subspan(first * heads, count * heads)}),
                     "attention of one");
         }
         require(same_bits(out, alone) && same_bits(lse, lse_alone), "a batch is what its sequences are");
         ++tallies_.batches;
+    }
+
+    // A token tree, or any mask, over some of the newest tokens.
+    static kv1::attention_mask random_mask(generator& g, std::size_t queries, std::size_t length,
+                                           std::vector<std::uint8_t>& visible) {
+        const std::size_t keys = g.below(2) == 0 ? queries : g.below(length + 1);
+        if (keys == queries && g.below(2) == 0) {
+            std::vector<std::int32_t> parents(keys);
+            for (std::size_t i = 0; i < keys; ++i)
+                parents[i] = static_cast<std::int32_t>(g.below(i + 1)) - 1;
+            visible = kv1::tree_mask(parents);
+        } else {
+            visible.resize(queries * keys);
+            for (std::uint8_t& v : visible)
+                v = g.below(4) != 0 ? 1 : 0;
+        }
+        return kv1::attention_mask::explicit_for_last(keys, visible);
+    }
+    // Of query r of so many: one past the last token that its mask lets it see, and what it asks for.
+    static std::pair<std::size_t, row_request> sight(const kv1::attention_mask& mask, std::size_t r,
+                                                     std::size_t queries, std::size_t length) {
+        const std::size_t own =
+            mask.first_position() ? *mask.first_position() + r + 1 : length - queries + r + 1;
+        row_request asked;
+        asked.own = std::min(length, own);
+        if (!mask.visible().empty())
+            asked.shows = [visible = mask.visible(), keys = mask.explicit_keys(), length, r](std::size_t t) {
+                return t < length - keys || visible[r * keys + t - (length - keys)] != 0;
+            };
+        return {mask.is_causal() ? *asked.own : length, asked};
     }
 
     // A sequence, saved and loaded beside itself, is the same; with a byte changed it is refused.
@@ -608,11 +694,28 @@ private:
         tallies_.prefixes_loaded += there->tokens;
     }
 
+    // One query at a position: refused if a commit has freed what it would see, and only then.
+    void attend_at(const living& l, std::size_t layer, std::size_t position) {
+        const kv1::layer_description& d = description_.layers[layer];
+        const std::vector<float> q(d.kv_heads * d.key_dim, 0.5f);
+        std::vector<float> out(d.kv_heads * d.value_dim);
+        const kv1::status s = cache_.try_attend(l.id, layer, {q.data(), 1, d.kv_heads, d.key_dim},
+                                                {out.data(), 1, d.kv_heads, d.value_dim},
+                                                {.mask = kv1::attention_mask::causal_from(position)});
+        const std::size_t last = std::min(l.model.layers[layer].size(), position + 1);
+        const bool gone = model_.lacks(l.model, layer, last);
+        require(s.code() == (gone ? kv1::errc::dropped_tokens : kv1::errc::ok), "what a commit has freed");
+        tallies_.windows_gone += gone ? 1u : 0u;
+    }
+
     void attend() {
         living* l = some();
         if (l == nullptr)
             return;
-        const std::size_t layer = below(description_.layers.size());
+        // queries at the end, all seeing all, under a mask, or anywhere: there most of all where a window may
+        // be
+        const unsigned kind = next() % 6;
+        const std::size_t layers = description_.layers.size(), layer = kind > 3 ? layers - 1 : below(layers);
         const kv1::layer_description& d = description_.layers[layer];
         const std::size_t length = l->model.layers[layer].size();
         const std::size_t m =
@@ -620,27 +723,38 @@ private:
         if (m == 0)
             return;
         const std::size_t heads = 2 * d.kv_heads;
-        // queries at the end, anywhere, or all seeing all
-        const unsigned kind = next() % 4;
-        const std::size_t first = kind == 1 ? below(length) : length - m;
         kv1::attention_options options{.mode = kv1::precision::exact};
-        if (kind == 1)
-            options.mask = kv1::attention_mask::causal_from(first);
+        generator g(next());
+        std::vector<std::uint8_t> visible;
+        if (kind == 1 || kind > 3)
+            options.mask = kv1::attention_mask::causal_from(below(length));
         if (kind == 2)
             options.mask = kv1::attention_mask::none();
-        generator g(next());
+        if (kind == 3) {
+            options.mask = random_mask(g, m, length, visible);
+            ++tallies_.masked;
+        }
         const std::vector<float> q = normal_values(g, m * heads * d.key_dim);
         std::vector<float> out(m * heads * d.value_dim), lse(m * heads);
         options.log_sum_exp = lse;
-        require(cache_.try_attend(l->id, layer, {q.data(), m, heads, d.key_dim},
-                                  {out.data(), m, heads, d.value_dim}, options),
-                "attend");
+        const kv1::status s = cache_.try_attend(l->id, layer, {q.data(), m, heads, d.key_dim},
+                                                {out.data(), m, heads, d.value_dim}, options);
+        for (std::size_t i = 0; i < m; ++i)
+            if (const auto [last, asked] = sight(options.mask, i, m, length);
+                model_.lacks(l->model, layer, last, asked)) {
+                require(s.code() == kv1::errc::dropped_tokens &&
+                            s.where().token == static_cast<std::int64_t>(i),
+                        "a query that would see tokens that are gone");
+                ++tallies_.windows_gone;
+                return;
+            }
+        require(s, "attend");
         for (std::size_t i = 0; i < m; ++i)
             for (std::size_t h = 0; h < heads; ++h) {
-                const std::size_t row = i * heads + h,
-                                  last = kind == 2 ? length : std::min(length, first + i + 1);
+                const std::size_t row = i * heads + h;
+                const auto [last, asked] = sight(options.mask, i, m, length);
                 const bounded_row want = model_.attend(
-                    l->model, layer, h / 2, std::span(q).subspan(row * d.key_dim, d.key_dim), last);
+                    l->model, layer, h / 2, std::span(q).subspan(row * d.key_dim, d.key_dim), last, asked);
                 for (std::size_t c = 0; c < d.value_dim; ++c)
                     require(std::fabs(out[row * d.value_dim + c] - want.out[c]) <=
                                 want.out_bound[c] + output_rounding<float>(want.out[c]),

@@ -73,6 +73,19 @@ TEST_CASE("a token of a random tree sees itself and its ancestors and nothing el
     }
 }
 
+TEST_CASE("a block sees all of itself and what comes before it", "[mask]") {
+    // text, an image of three, text, an image of two
+    const std::vector<std::uint8_t> visible = kv1::block_mask(std::array{-1, 0, 0, 0, -1, 7, 7});
+    REQUIRE(visible == std::vector<std::uint8_t>{1, 0, 0, 0, 0, 0, 0, //
+                                                 1, 1, 1, 1, 0, 0, 0, //
+                                                 1, 1, 1, 1, 0, 0, 0, //
+                                                 1, 1, 1, 1, 0, 0, 0, //
+                                                 1, 1, 1, 1, 1, 0, 0, //
+                                                 1, 1, 1, 1, 1, 1, 1, //
+                                                 1, 1, 1, 1, 1, 1, 1});
+    REQUIRE(kv1::block_mask(std::span<const std::int32_t>{}).empty());
+}
+
 TEST_CASE("an empty tree has an empty mask", "[mask]") {
     REQUIRE(kv1::tree_mask(std::span<const std::int32_t>{}).empty());
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // attend()'s options where the cache parts what a query sees: sliding-window layers, dropped pages, fp16
-// sinks and windows. Random caches, options and queries against the model.
+// sinks and windows, explicit masks over any of them. Random caches, options and queries against the model.
 #include "cache_model.hpp"
 #include "compare.hpp"
 #include "random.hpp"
@@ -10,8 +10,10 @@
 
 #include <kv1/kv_cache.hpp>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
-#include <optional>
+#include <utility>
 #include <vector>
 
 using kv1::attention_mask;
@@ -63,16 +65,44 @@ struct world {
     }
 };
 
-// One attend() with random options, checked row by row. What became of ALiBi's slopes: true where they
-// served, false where they were refused, nothing where there were none.
-std::optional<bool> attend(generator& g, const world& w, std::size_t layer) {
+// How often an attend() was of each kind.
+struct tallies {
+    std::size_t sloped = 0, masked = 0, refused = 0, parted = 0;
+};
+
+// What rows of visible show: a token tree, blocks that see all of themselves, or anything.
+std::vector<std::uint8_t> random_mask(generator& g, std::size_t queries, std::size_t keys) {
+    const std::size_t kind = queries == keys ? g.below(3) : 2;
+    if (kind == 0) {
+        std::vector<std::int32_t> parents(keys);
+        for (std::size_t i = 0; i < keys; ++i)
+            parents[i] = static_cast<std::int32_t>(g.below(std::min<std::size_t>(i + 1, 4))) - 1 +
+                         (i > 3 ? static_cast<std::int32_t>(i - 3) : 0);
+        return kv1::tree_mask(parents);
+    }
+    if (kind == 1) {
+        std::vector<std::int32_t> blocks(keys);
+        for (std::size_t i = 0; i < keys; ++i)
+            blocks[i] = i / 7 % 2 == 0 ? -1 : static_cast<std::int32_t>(i / 7);
+        return kv1::block_mask(blocks);
+    }
+    std::vector<std::uint8_t> visible(queries * keys);
+    const std::size_t share = 1 + g.below(5);
+    for (std::uint8_t& v : visible)
+        v = static_cast<std::uint8_t>(one_in(g, share) ? g.below(2) * 255 : 1);
+    return visible;
+}
+
+// One attend() with random options, checked row by row.
+void attend(generator& g, const world& w, std::size_t layer, tallies& count) {
     const kv1::layer_description& l = w.cache.description().layers[layer];
     const std::size_t length = w.model.layers[layer].size();
     attention_options o{.mode = kv1::precision::exact};
-    std::size_t m = 1 + g.below(one_in(g, 4) ? 90 : 8);
+    std::size_t m = 1 + g.below(one_in(g, 8) ? 90 : 8), keys = 0;
     std::ptrdiff_t first_position = 0;
     bool causal = true;
-    switch (g.below(4)) {
+    std::vector<std::uint8_t> visible;
+    switch (g.below(6)) {
     case 0: { // anywhere, past the end too
         const std::size_t at = g.below(length + 40);
         o.mask = attention_mask::causal_from(at);
@@ -83,6 +113,16 @@ std::optional<bool> attend(generator& g, const world& w, std::size_t layer) {
         o.mask = attention_mask::none();
         causal = false;
         first_position = static_cast<std::ptrdiff_t>(length) - static_cast<std::ptrdiff_t>(m);
+        break;
+    case 2:
+    case 3:
+        m = std::min(m, length);
+        keys = one_in(g, 2) ? m : g.below(length + 1);
+        visible = random_mask(g, m, keys);
+        o.mask = attention_mask::explicit_for_last(keys, visible);
+        causal = false;
+        first_position = static_cast<std::ptrdiff_t>(length - m);
+        ++count.masked;
         break;
     default:
         m = std::min(m, length);
@@ -103,66 +143,91 @@ std::optional<bool> attend(generator& g, const world& w, std::size_t layer) {
     }
     if (one_in(g, 3))
         o.sinks = sinks;
-    if (one_in(g, 4))
+    if (one_in(g, 3))
         o.alibi_slopes = slopes;
 
+    // by query: one past the last token it may see, and what it asks for
+    std::vector<std::pair<std::size_t, kv1_test::row_request>> asked(m);
+    std::int64_t lacking = -1;
+    for (std::size_t i = m; i-- > 0;) {
+        const std::ptrdiff_t position = first_position + static_cast<std::ptrdiff_t>(i);
+        auto& [last, request] = asked[i];
+        last = causal ? std::min(length, static_cast<std::size_t>(position + 1)) : length;
+        request.own = static_cast<std::size_t>(
+            std::clamp(position + 1, std::ptrdiff_t{0}, static_cast<std::ptrdiff_t>(length)));
+        if (!visible.empty())
+            request.shows = [&visible, keys, from = length - keys, i](std::size_t t) {
+                return t < from || visible[i * keys + t - from] != 0;
+            };
+        request.end = o.range.last;
+        request.first = o.range.first;
+        if (const std::ptrdiff_t from = position + 1 - static_cast<std::ptrdiff_t>(o.window);
+            o.window != 0 && from > 0)
+            request.first = std::max(request.first, static_cast<std::size_t>(from));
+        request.options.soft_cap = o.soft_cap;
+        request.options.position = static_cast<double>(position);
+        if (w.rules.lacks(w.model, layer, last, request))
+            lacking = static_cast<std::int64_t>(i);
+    }
+
     const std::vector<float> q = kv1_test::normal_values(g, m * heads * l.key_dim);
-    std::vector<float> out(m * heads * l.value_dim), lse(m * heads);
+    std::vector<float> out(m * heads * l.value_dim, 77.0f), lse(m * heads);
     o.log_sum_exp = lse;
     const kv1::status s = w.cache.try_attend(w.id, layer, {q.data(), m, heads, l.key_dim},
                                              {out.data(), m, heads, l.value_dim}, o);
-    if (!s) { // only slopes are, and only where something parts the tokens
-        const bool parted = w.rules.has_copies(layer) || !w.model.dropped.empty() || l.sliding_window != 0;
-        REQUIRE(s.code() == kv1::errc::invalid_argument);
-        REQUIRE(!o.alibi_slopes.empty());
-        REQUIRE(parted);
-        return false;
+    if (lacking >= 0) { // a commit has freed what a query would see
+        REQUIRE(s.code() == kv1::errc::dropped_tokens);
+        REQUIRE(s.where().layer == static_cast<std::int64_t>(layer));
+        REQUIRE(s.where().token == lacking);
+        REQUIRE(std::all_of(out.begin(), out.end(), [](float x) { return x == 77.0f; }));
+        ++count.refused;
+        return;
     }
+    INFO(s.message());
+    REQUIRE(s);
+    const bool parted = w.rules.has_copies(layer) || !w.model.dropped.empty() || l.sliding_window != 0;
+    count.parted += parted;
+    count.sloped += parted && !o.alibi_slopes.empty();
     kv1_test::tally t;
     for (std::size_t i = 0; i < m; ++i) {
-        const std::ptrdiff_t position = first_position + static_cast<std::ptrdiff_t>(i);
-        const std::size_t last = causal ? std::min(length, static_cast<std::size_t>(position + 1)) : length;
-        kv1_test::row_request asked;
-        asked.end = o.range.last;
-        asked.first = o.range.first;
-        if (const std::ptrdiff_t from = position + 1 - static_cast<std::ptrdiff_t>(o.window);
-            o.window != 0 && from > 0)
-            asked.first = std::max(asked.first, static_cast<std::size_t>(from));
-        asked.options.soft_cap = o.soft_cap;
-        asked.options.position = static_cast<double>(position);
+        auto& [last, request] = asked[i];
         for (std::size_t h = 0; h < heads; ++h) {
             const std::size_t row = i * heads + h;
-            asked.options.alibi_slope = o.alibi_slopes.empty() ? 0.0f : slopes[h];
+            request.options.alibi_slope = o.alibi_slopes.empty() ? 0.0f : slopes[h];
             if (!o.sinks.empty())
-                asked.options.sink = sinks[h];
+                request.options.sink = sinks[h];
             const bounded_row want =
                 w.rules.attend(w.model, layer, h / (heads / kv_heads),
-                               std::span(q).subspan(row * l.key_dim, l.key_dim), last, asked);
+                               std::span(q).subspan(row * l.key_dim, l.key_dim), last, request);
             for (std::size_t c = 0; c < l.value_dim; ++c)
                 t.expect(std::fabs(out[row * l.value_dim + c] - want.out[c]) <= want.out_bound[c], "layer",
-                         layer, "position", position, "head", h, "channel", c, "got",
-                         out[row * l.value_dim + c], "want", want.out[c]);
+                         layer, "query", i, "head", h, "channel", c, "got", out[row * l.value_dim + c],
+                         "want", want.out[c]);
             const bool same = std::isinf(want.lse) ? lse[row] == want.lse
                                                    : std::fabs(lse[row] - want.lse) <= want.lse_bound;
-            t.expect(same, "log-sum-exp", position, lse[row], want.lse);
+            t.expect(same, "log-sum-exp", i, lse[row], want.lse);
         }
     }
     KV1_REQUIRE_CLEAN(t);
-    return o.alibi_slopes.empty() ? std::nullopt : std::optional(true);
 }
 
 } // namespace
 
 TEST_CASE("every option means the same wherever the tokens lie", "[cache][attention]") {
-    std::size_t with_slopes = 0, slopes_refused = 0;
-    for (std::uint64_t seed = 0; seed < 60; ++seed) {
+    tallies count;
+    for (std::uint64_t seed = 0; seed < 36; ++seed) {
         INFO("seed " << seed);
         generator g(seed);
         kv1::cache_description d;
         const auto sliding = [&] { return 1 + g.below(60); };
         d.layers = {{kv_heads, 24, 16, kv_format::affine2, kv_format::affine2},
                     {kv_heads, 16, 24, kv_format::affine4, kv_format::affine2, sliding()},
-                    {kv_heads, 16, 16, kv_format::fp16, kv_format::fp32}};
+                    {kv_heads, 16, 16, kv_format::fp16, kv_format::fp32},
+                    {kv_heads, 16, 16, kv_format::affine3, kv_format::affine2}};
+        if (seed % 2 != 0)
+            d.layers[1].window_retention = g.below(50);
+        d.layers[3].key_axis = kv1::quantization_axis::per_channel;
+        d.layers[3].sliding_window = seed % 4 == 3 ? d.layers[1].sliding_window : 0;
         d.capacity_tokens = 512;
         d.page_tokens = page;
         if (seed % 3 != 0)
@@ -176,8 +241,8 @@ TEST_CASE("every option means the same wherever the tokens lie", "[cache][attent
             w.append(n);
             length += n;
             if (const std::size_t full = length / page; full >= 2 && one_in(g, 3)) {
-                const std::size_t first = g.below(full), count = 1 + g.below(full - first);
-                w.drop(first, count);
+                const std::size_t first = g.below(full), pages = 1 + g.below(full - first);
+                w.drop(first, pages);
             }
             if (one_in(g, 2)) {
                 w.cache.commit(w.id);
@@ -195,16 +260,15 @@ TEST_CASE("every option means the same wherever the tokens lie", "[cache][attent
             if (length == 0)
                 continue;
             for (std::size_t layer = 0; layer < d.layers.size(); ++layer)
-                for (int i = 0; i < 4; ++i) {
-                    const std::optional<bool> slopes = attend(g, w, layer);
-                    with_slopes += slopes == true;
-                    slopes_refused += slopes == false;
-                }
+                for (int i = 0; i < 3; ++i)
+                    attend(g, w, layer, count);
             w.cache.validate();
         }
     }
-    REQUIRE(with_slopes > 300);
-    REQUIRE(slopes_refused > 300);
+    CHECK(count.sloped > 300);
+    CHECK(count.masked > 300);
+    CHECK(count.refused > 50);
+    CHECK(count.parted > 1000);
 }
 
 TEST_CASE("slopes go with a sliding window whose old pages are gone", "[cache][attention]") {
@@ -233,28 +297,4 @@ TEST_CASE("slopes go with a sliding window whose old pages are gone", "[cache][a
         for (std::size_t c = 0; c < 16; ++c)
             REQUIRE(std::fabs(out[h * 16 + c] - want.out[c]) <= want.out_bound[c]);
     }
-}
-
-TEST_CASE("an explicit mask is refused where windows or holes part its tokens", "[cache][attention]") {
-    kv1::cache_description d;
-    d.layers = {{kv_heads, 16, 16, kv_format::affine2, kv_format::affine2}};
-    d.capacity_tokens = 256;
-    d.page_tokens = page;
-    world w(d);
-    w.append(100);
-    w.drop(1, 2); // tokens 16 to 47
-    const std::vector<float> q(heads * 16, 0.25f);
-    std::vector<float> out(heads * 16);
-    const auto code = [&](std::size_t keys, std::size_t window) {
-        const std::vector<std::uint8_t> visible(keys, 1);
-        return w.cache
-            .try_attend(w.id, 0, {q.data(), 1, heads, 16}, {out.data(), 1, heads, 16},
-                        {.mask = attention_mask::explicit_for_last(keys, visible), .window = window})
-            .code();
-    };
-    CHECK(code(10, 0) == kv1::errc::ok);
-    CHECK(code(52, 0) == kv1::errc::ok);
-    CHECK(code(53, 0) == kv1::errc::invalid_argument);
-    CHECK(code(10, 52) == kv1::errc::ok);
-    CHECK(code(10, 53) == kv1::errc::invalid_argument); // the window's end lies in the hole
 }

@@ -23,9 +23,11 @@ TEST_CASE("random operations leave the cache equal to its model", "[cache][model
         REQUIRE_NOTHROW(cache_operations::run(bytes, t));
     }
     // each operation was there, and did its work
-    for (const std::size_t count : {t.appended, t.refused, t.exhausted, t.forked, t.truncated, t.dropped,
-                                    t.committed, t.destroyed, t.attended, t.stored, t.matched,
-                                    t.partly_matched, t.imported, t.batches, t.loaded, t.prefixes_loaded})
+    for (const std::size_t count :
+         {t.appended,  t.refused,      t.exhausted, t.forked,          t.truncated,   t.dropped,
+          t.committed, t.destroyed,    t.attended,  t.stored,          t.matched,     t.partly_matched,
+          t.imported,  t.batches,      t.loaded,    t.prefixes_loaded, t.rolled_back, t.never_committed,
+          t.masked,    t.windows_gone, t.twice,     t.retained})
         REQUIRE(count >= 20);
 }
 

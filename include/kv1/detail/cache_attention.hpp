@@ -3,6 +3,9 @@
 // Attention over one layer of a sequence: what each query sees, in terms of the kernels' jobs. Where that is
 // one run of tokens in one table, one job serves all queries; sliding windows and pages dropped before the
 // queries' windows are of that kind too. Else it is joined from parts (visible_parts.hpp).
+//
+// A window of w, a layer's or the fp16 window, begins with the last w tokens that the mask shows a query up
+// to its own position; what a mask shows after that lies within it.
 #pragma once
 
 #include <kv1/attention.hpp>
@@ -36,6 +39,8 @@ public:
         if (queries.tokens() == 0)
             return {};
         const query_sight sight(*this, queries.tokens());
+        if (const status s = all_there(sight, queries.tokens()); !s)
+            return s;
         const std::size_t dropped = length_ - table_.kept_before(length_, page());
         const std::size_t holes_end = table_.holes().empty() ? 0 : table_.holes().back().last * page();
         // tokens that are seen lie side by side where no hole is among them; places are as far apart as
@@ -44,12 +49,10 @@ public:
         const bool past_holes = dropped == 0 || (sight.lower(0) >= holes_end && sight.limit(0) >= holes_end);
         const bool ends_past_holes = past_holes || (sight.limit(0) >= holes_end && sight.window() == 0);
         const attention_mask& mask = options_.mask;
-        if (!mask.visible().empty() && !(whole && ends_past_holes && shape_.sliding_window == 0 &&
-                                         length_ - mask.explicit_keys() >= holes_end))
-            return refused("windows or dropped pages part the mask's tokens");
-        if (!options_.alibi_slopes.empty() && !(whole && past_holes))
-            return refused("windows or dropped pages part the tokens of ALiBi's slopes");
-        if (!(whole && ends_past_holes))
+        const bool parted = !whole || !ends_past_holes ||
+                            (!mask.visible().empty() && length_ - mask.explicit_keys() < holes_end) ||
+                            (!options_.alibi_slopes.empty() && !past_holes);
+        if (parted)
             return attend_parts(sight, queries, outputs, run);
 
         attention_job job = job_for(body_, queries.heads());
@@ -68,21 +71,22 @@ public:
     }
 
 private:
-    static constexpr std::size_t queries_in_step = 64; // attended to together where parts are needed
-
-    // Which positions query i sees: those from lower(i) to limit(i) - 1 that are there.
+    // Which positions query i sees: those from lower(i) to limit(i) - 1 that are there and that the mask
+    // shows.
     class query_sight {
     public:
         query_sight(const sequence_attention& a, std::size_t queries) noexcept
-            : length_(a.length_), range_(a.options_.range), sliding_(a.shape_.sliding_window),
-              asked_(bounded(a.options_.window)) {
+            : length_(a.length_), range_(a.options_.range), sliding_(bounded(a.shape_.sliding_window)),
+              asked_(bounded(a.options_.window)), keys_(a.options_.mask.explicit_keys()),
+              visible_(a.options_.mask.visible()) {
             const attention_mask& mask = a.options_.mask;
             first_position_ = mask.first_position() ? static_cast<std::ptrdiff_t>(*mask.first_position())
                                                     : static_cast<std::ptrdiff_t>(length_) -
                                                           static_cast<std::ptrdiff_t>(queries);
             step_ = mask.is_causal() ? 1 : 0;
             base_ = mask.is_causal() ? static_cast<std::size_t>(first_position_ + 1) : length_;
-            in_step_ = sliding_ == 0 || step_ == 0 || base_ + queries - 1 <= length_;
+            in_step_ = sliding_ == 0 ||
+                       (visible_.empty() && place_after(queries - 1) <= static_cast<std::ptrdiff_t>(length_));
         }
 
         [[nodiscard]] std::size_t base() const noexcept { return base_; }
@@ -93,26 +97,36 @@ private:
         }
         // Whether all lower ends stand still or move with the queries' positions.
         [[nodiscard]] bool in_step() const noexcept { return in_step_; }
-        // Of the lower ends that move with the positions, the nearest, as a window; 0: none.
+        // The nearer of the lower ends that move with the positions, as a window; 0: none.
         [[nodiscard]] std::size_t window() const noexcept {
-            const std::size_t own = step_ != 0 ? bounded(sliding_) : 0;
-            return own == 0 || asked_ == 0 ? own + asked_ : (std::min)(own, asked_);
+            return sliding_ == 0 || asked_ == 0 ? sliding_ + asked_ : (std::min)(sliding_, asked_);
         }
         // The lower end that all queries share.
-        [[nodiscard]] std::size_t fixed_lower() const noexcept {
-            const std::size_t first = (std::min)(length_, range_.first);
-            return step_ != 0 ? first : (std::max)(first, behind(length_, sliding_));
-        }
+        [[nodiscard]] std::size_t fixed_lower() const noexcept { return (std::min)(length_, range_.first); }
         [[nodiscard]] std::size_t lower(std::size_t i) const noexcept {
-            const std::ptrdiff_t asked = asked_ == 0 ? 0
-                                                     : first_position_ + static_cast<std::ptrdiff_t>(i) + 1 -
-                                                           static_cast<std::ptrdiff_t>(asked_);
-            return (std::max)({(std::min)(length_, range_.first), behind(limit(i), sliding_),
+            const std::ptrdiff_t asked =
+                asked_ == 0 ? 0 : place_after(i) - static_cast<std::ptrdiff_t>(asked_);
+            return (std::max)({fixed_lower(), sliding_ == 0 ? 0 : back(i, sliding_),
                                asked > 0 ? static_cast<std::size_t>(asked) : 0});
         }
         // limit(), as far as the range goes.
         [[nodiscard]] std::size_t upper(std::size_t i) const noexcept {
             return (std::min)(limit(i), range_.last);
+        }
+        // The first of the last `window` tokens up to query i's own that the mask shows it.
+        [[nodiscard]] std::size_t back(std::size_t i, std::size_t window) const noexcept {
+            std::size_t end = own(i), left = window;
+            for (; end > masked_from() && left != 0; --end)
+                left -= shows(i, end - 1) ? 1u : 0u;
+            return end > left ? end - left : 0;
+        }
+        // The mask decides on positions from here on.
+        [[nodiscard]] std::size_t masked_from() const noexcept {
+            return visible_.empty() ? length_ : length_ - keys_;
+        }
+        // Precondition: t < length.
+        [[nodiscard]] bool shows(std::size_t i, std::size_t t) const noexcept {
+            return t < masked_from() || visible_[i * keys_ + (t - masked_from())] != 0;
         }
 
     private:
@@ -120,21 +134,37 @@ private:
         static std::size_t bounded(std::size_t window) noexcept {
             return window < (std::numeric_limits<std::size_t>::max)() / 4 ? window : 0;
         }
-        static std::size_t behind(std::size_t end, std::size_t window) noexcept {
-            return window != 0 && end > window ? end - window : 0;
+        [[nodiscard]] std::ptrdiff_t place_after(std::size_t i) const noexcept {
+            return first_position_ + static_cast<std::ptrdiff_t>(i) + 1;
+        }
+        // Cached tokens up to query i's own.
+        [[nodiscard]] std::size_t own(std::size_t i) const noexcept {
+            return static_cast<std::size_t>(
+                std::clamp(place_after(i), std::ptrdiff_t{0}, static_cast<std::ptrdiff_t>(length_)));
         }
 
         std::size_t length_;
         token_range range_;
         std::size_t sliding_, asked_;
+        std::size_t keys_;
+        std::span<const std::uint8_t> visible_;
         std::ptrdiff_t first_position_ = 0;
         std::size_t step_ = 0, base_ = 0;
         bool in_step_ = true;
     };
 
     [[nodiscard]] std::size_t page() const noexcept { return cache_.page_tokens(); }
-    [[nodiscard]] status refused(const char* rule) const noexcept {
-        return placed({errc::invalid_argument, rule}, layer_);
+    // A query does not go without tokens that a commit freed because its window had passed them.
+    [[nodiscard]] status all_there(const query_sight& sight, std::size_t queries) const noexcept {
+        const std::size_t gone = q_.pages[body_.group].window_from;
+        for (std::size_t i = 0; gone != 0 && i < queries; ++i)
+            for (std::size_t t = sight.lower(i), last = (std::min)(sight.upper(i), gone); t < last; ++t)
+                if (sight.shows(i, t))
+                    return {
+                        errc::dropped_tokens,
+                        "the sliding window has given up tokens that the query would see",
+                        {.layer = static_cast<std::int64_t>(layer_), .token = static_cast<std::int64_t>(i)}};
+        return {};
     }
 
     [[nodiscard]] status check(const tensor_view& queries,
@@ -184,53 +214,53 @@ private:
         return job;
     }
 
-    // fp16 sinks, the quantized body, the fp16 window; each a run in its table.
+    // Tokens that a query sees, part by part: fp16 sinks, the quantized body, the fp16 window.
+    enum part : std::size_t { sinks, quantized, window };
+    [[nodiscard]] position_spans spans_of(const query_sight& sight, std::size_t i) const noexcept {
+        const std::size_t last = sight.upper(i), first = sight.lower(i);
+        if (!copied_)
+            return {position_span{}, {first, last}, position_span{}};
+        const cache_description& d = cache_.storage.description();
+        const std::size_t s = (std::min)(d.fp16_sinks, last), r = d.fp16_window;
+        // tokens that the window or a truncation left behind are there in quantized form only
+        const std::size_t from =
+            r == 0 ? last : (std::min)(last, (std::max)({s, sight.back(i, r), q_.fp16_from}));
+        return {position_span{first, s}, {(std::max)(s, first), from}, {(std::max)(from, first), last}};
+    }
+
     status attend_parts(const query_sight& sight, const tensor_view& queries,
                         const mutable_tensor_view& outputs, executor_view run) const noexcept {
-        enum part : std::size_t { sinks, quantized, window };
-        std::array<part_source, max_parts> parts;
-        parts[quantized] = {job_for(body_, queries.heads()), true};
+        part_sources parts;
+        parts[quantized] = {job_for(body_, queries.heads()), &table_};
         if (copied_) {
-            parts[sinks] = {job_for(cache_.copy_of(layer_), queries.heads()), true};
-            parts[window] = parts[sinks];
+            const plane& copy = cache_.copy_of(layer_);
+            parts[sinks] = parts[window] = {job_for(copy, queries.heads()), &q_.pages[copy.group].table};
         }
-        const block_table& copies = copied_ ? q_.pages[cache_.copy_of(layer_).group].table : table_;
-        const auto placed_in = [&](const block_table& t, std::size_t first, std::size_t last) -> visible_run {
-            if (first >= last)
-                return {};
-            const visible_run in{t.kept_before(first, page()), t.kept_before(last, page())};
-            return in.empty() ? visible_run{} : in;
-        };
-        const cache_description& d = cache_.storage.description();
-        const auto runs = [&](std::size_t i) -> visible_runs {
-            const std::size_t last = sight.upper(i), first = sight.lower(i), seen = sight.limit(i);
-            if (!copied_)
-                return {visible_run{}, placed_in(table_, first, last), visible_run{}};
-            const std::size_t s = (std::min)(d.fp16_sinks, last), r = d.fp16_window;
-            // tokens that the window or a truncation left behind are there in quantized form only
-            const std::size_t from =
-                r == 0 ? last : (std::min)(last, (std::max)({s, seen > r ? seen - r : 0, q_.fp16_from}));
-            return {placed_in(copies, first, s), placed_in(table_, (std::max)(s, first), from),
-                    placed_in(copies, (std::max)(from, first), last)};
-        };
+        const auto spans = [&](std::size_t i) { return spans_of(sight, i); };
+        const auto shows = [&](std::size_t i, std::size_t t) { return sight.shows(i, t); };
+        const bool by_mask = !options_.mask.visible().empty() || !options_.alibi_slopes.empty();
 
-        part_attention attend(shape_.kv_heads, page(), run);
-        row_results total;
+        part_attention attend(shape_.kv_heads, page(), options_.alibi_slopes, run);
         const std::size_t heads = queries.heads(), channels = shape_.value_dim;
         for (std::size_t i = 0; i < queries.tokens();) {
-            const query_run some = next_query_run(i, queries.tokens(), queries_in_step, runs);
-            if (const status s = attend(parts, some, queries, total); !s)
-                return s;
-            for (std::size_t r = 0; r < some.count * heads; ++r) {
+            const result<std::size_t> count = by_mask
+                                                  ? attend.masked(parts, i, queries, sight.first_position(),
+                                                                  sight.masked_from(), spans, shows)
+                                                  : attend.in_step(parts, i, queries, spans);
+            if (!count)
+                return count.reason();
+            row_results& total = attend.total();
+            for (std::size_t r = 0; r < *count * heads; ++r) {
                 if (!options_.sinks.empty())
                     total.add_sink(r, channels, options_.sinks[r % heads]);
-                parts[quantized].job.target->store_floats(outputs.type(), total.outputs.data() + r * channels,
-                                                          channels, outputs.at(i + r / heads, r % heads));
+                parts[quantized].job.target->store_outputs(outputs.type(),
+                                                           total.outputs.data() + r * channels, channels,
+                                                           outputs.at(i + r / heads, r % heads));
             }
             if (!options_.log_sum_exp.empty())
                 std::copy(total.log_sum_exp.begin(), total.log_sum_exp.end(),
                           options_.log_sum_exp.begin() + static_cast<std::ptrdiff_t>(i * heads));
-            i += some.count;
+            i += *count;
         }
         return {};
     }

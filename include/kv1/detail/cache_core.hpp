@@ -27,6 +27,7 @@
 #include <kv1/tensor.hpp>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -141,7 +142,9 @@ public:
         sequence_state* q = state_.find(id);
         if (q == nullptr)
             return stale();
-        return state_.truncate(*q, (std::min)(q->committed, q->shortest(layers())));
+        if (!q->committed)
+            return {errc::nothing_committed, "the sequence has no commit to return to"};
+        return state_.truncate(*q, (std::min)(*q->committed, q->shortest(layers())));
     }
 
     // ---- append
@@ -172,26 +175,22 @@ public:
         if (const status s = check_append(layer, keys, values); !s)
             return s;
         if (const status s = check_batch(ids, indptr, keys.tokens()); !s)
-            return s;
+            return placed(s, layer);
+        const auto tokens_of = [&](std::size_t i) { return indptr[i + 1] - indptr[i]; };
         std::size_t opened = 0;
         status s;
-        for (; opened < ids.size(); ++opened) {
-            const std::size_t tokens = indptr[opened + 1] - indptr[opened];
-            sequence_state* q = state_.find(ids[opened]);
-            if (q->appending)
-                s = {errc::invalid_argument, "a sequence comes once in a batch"};
-            else
-                s = state_.open_layer(*q, layer, tokens);
-            if (!s)
-                break;
-            q->appending = true;
-        }
+        for (; s && opened < ids.size(); opened += s ? 1 : 0)
+            if (tokens_of(opened) != 0)
+                s = state_.open_layer(*state_.find(ids[opened]), layer, tokens_of(opened));
+        if (!s)
+            s = at_row(s, indptr[opened]);
         const plane& body = state_.body_of(layer);
         if (s) {
             std::atomic<std::size_t> first_failed{ids.size()};
             auto task = [&](std::size_t i) {
                 const std::size_t b = i / body.kv_heads;
-                if (append_of(ids[b], layer, batch_rows(keys, indptr, b), batch_rows(values, indptr, b))
+                if (tokens_of(b) == 0 ||
+                    append_of(ids[b], layer, batch_rows(keys, indptr, b), batch_rows(values, indptr, b))
                         .head(i % body.kv_heads))
                     return;
                 std::size_t seen = first_failed.load(std::memory_order_relaxed);
@@ -201,21 +200,18 @@ public:
             run(ids.size() * body.kv_heads, task_view(task));
             // once more, for its reason; where memory was short and is there now, the others follow
             for (std::size_t b = first_failed.load(std::memory_order_relaxed); s && b < ids.size(); ++b) {
-                inline_executor again;
-                s = append_of(ids[b], layer, batch_rows(keys, indptr, b),
-                              batch_rows(values, indptr, b))(again);
-                error_location where = s.where();
-                if (where.token < 0)
+                if (tokens_of(b) == 0)
                     continue;
-                where.token += static_cast<std::int64_t>(indptr[b]);
-                s = {s.code(), s.rule(), where};
+                inline_executor again;
+                if (s = append_of(ids[b], layer, batch_rows(keys, indptr, b),
+                                  batch_rows(values, indptr, b))(again);
+                    !s)
+                    s = at_row(s, indptr[b]);
             }
         }
-        for (std::size_t i = 0; i < opened; ++i) {
-            sequence_state* q = state_.find(ids[i]);
-            q->appending = false;
-            state_.close_layer(*q, layer, indptr[i + 1] - indptr[i], static_cast<bool>(s));
-        }
+        for (std::size_t i = 0; i < opened; ++i)
+            if (tokens_of(i) != 0)
+                state_.close_layer(*state_.find(ids[i]), layer, tokens_of(i), static_cast<bool>(s));
         return s ? s : placed(s, layer);
     }
 
@@ -269,6 +265,8 @@ public:
             return stale();
         if (layer >= layers())
             return no_such_layer(layer);
+        if (!options.masks.empty())
+            return placed({errc::invalid_argument, "masks are for several sequences"}, layer);
         return sequence_attention(state_, *q, layer, options)(queries, outputs, run);
     }
 
@@ -278,20 +276,28 @@ public:
         if (layer >= layers())
             return no_such_layer(layer);
         if (const status s = check_batch(ids, indptr, queries.tokens()); !s)
-            return s;
+            return placed(s, layer);
         if (outputs.tokens() != queries.tokens())
             return placed({errc::shape_mismatch, "one output row per query row"}, layer);
+        if (!options.masks.empty() && options.masks.size() != ids.size())
+            return placed({errc::shape_mismatch, "one mask per sequence"}, layer);
         if (!options.mask.visible().empty() || options.mask.first_position())
-            return placed({errc::invalid_argument, "one mask does not fit several sequences"}, layer);
+            return placed({errc::invalid_argument,
+                           "one such mask does not fit several sequences: masks has one for each"},
+                          layer);
         if (!options.log_sum_exp.empty() && options.log_sum_exp.size() != queries.tokens() * queries.heads())
             return placed({errc::shape_mismatch, "one log-sum-exp per query row"}, layer);
-        const auto attend_one = [&](std::size_t i, auto& with) {
+        const auto attend_one = [&](std::size_t i, auto& with) -> status {
             attention_options own = options;
             const std::size_t first = indptr[i], count = indptr[i + 1] - first;
+            if (!own.masks.empty())
+                own.mask = own.masks[i];
+            own.masks = {};
             if (!own.log_sum_exp.empty())
                 own.log_sum_exp = own.log_sum_exp.subspan(first * queries.heads(), count * queries.heads());
-            return sequence_attention(state_, *state_.find(ids[i]), layer,
-                                      own)(queries.rows(first, count), outputs.rows(first, count), with);
+            const status s = sequence_attention(state_, *state_.find(ids[i]), layer, own)(
+                queries.rows(first, count), outputs.rows(first, count), with);
+            return s ? s : at_row(s, first);
         };
         const auto is_long = [&](std::size_t i) { // worth splitting further
             return state_.find(ids[i])->length(layer) * (indptr[i + 1] - indptr[i]) >= long_sequence;
@@ -528,13 +534,27 @@ private:
             return {errc::invalid_argument, rule_extents};
         if (indptr.size() != ids.size() + 1 || indptr.front() != 0 || indptr.back() != rows)
             return {errc::invalid_argument, "indptr divides the rows among the sequences"};
+        // one bit a slot: only where two slots share one are sequences compared
+        std::array<std::uint64_t, 64> met{};
         for (std::size_t i = 0; i < ids.size(); ++i) {
             if (indptr[i] > indptr[i + 1])
                 return {errc::invalid_argument, "indptr ascends"};
             if (state_.find(ids[i]) == nullptr)
-                return stale();
+                return at_row(stale(), indptr[i]);
+            std::uint64_t& word = met[ids[i].slot / 64 % met.size()];
+            const std::uint64_t bit = std::uint64_t{1} << ids[i].slot % 64;
+            const auto before = ids.first(i);
+            if ((word & bit) != 0 && std::find(before.begin(), before.end(), ids[i]) != before.end())
+                return at_row({errc::invalid_argument, "a sequence comes once in a batch"}, indptr[i]);
+            word |= bit;
         }
         return {};
+    }
+    // Of a sequence's rows in a batch: where they lie among all.
+    static status at_row(const status& s, std::size_t first) noexcept {
+        error_location where = s.where();
+        where.token = static_cast<std::int64_t>(first) + (std::max<std::int64_t>)(where.token, 0);
+        return {s.code(), s.rule(), where};
     }
     static tensor_view batch_rows(const tensor_view& all, std::span<const std::size_t> indptr,
                                   std::size_t i) noexcept {

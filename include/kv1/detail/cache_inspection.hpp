@@ -85,7 +85,10 @@ public:
                         !p.table.find(n / cache_.page_tokens()) &&
                         (n == longest || cache_.groups()[g].kind == plane_kind::open_keys))
                         s = broken("an open page is dropped");
-                if (q.committed > q.shortest(cache_.layers()) || q.appending)
+                if (const std::size_t window = cache_.groups()[g].window, from = p.window_from;
+                    from != 0 && (window == 0 || from + window > longest + 1))
+                    s = broken("a sliding window has given up what the next query sees");
+                if (q.committed.value_or(0) > q.shortest(cache_.layers()))
                     s = broken("a sequence is shorter than what is committed");
             });
             if (!s)
@@ -126,6 +129,9 @@ private:
     void add_tokens(cache_statistics& s, const sequence_state& q) const noexcept {
         ++s.sequences;
         s.tokens += q.longest(cache_.layers());
+        for (std::size_t g = 0; g < cache_.groups().size(); ++g)
+            s.bytes_retained +=
+                q.pages[g].retained.load(std::memory_order_relaxed) * cache_.groups()[g].block_bytes;
         for (std::size_t i = 0; i < cache_.layers(); ++i) {
             const layer_description& d = cache_.planes_of(i).shape;
             const plane& body = cache_.body_of(i);

@@ -211,8 +211,9 @@ private:
                 r.number<std::uint32_t>() != l.value_dim)
                 return differs("another number of heads or channels", i);
             const bool same_group = r.number<std::uint32_t>() == cache_.body_of(i).group;
-            if (r.number<std::uint64_t>() != l.sliding_window || !same_group)
-                return differs("another sliding window", i);
+            const auto window = r.number<std::uint64_t>(), retention = r.number<std::uint64_t>();
+            if (window != l.sliding_window || retention != l.window_retention || !same_group)
+                return differs("another sliding window, or other tokens kept behind it", i);
             const page_layout& layout = cache_.body_of(i).layout;
             for (const section_layout* half : {&layout.keys(), &layout.values()}) {
                 const format_traits t = half->traits();
@@ -266,7 +267,8 @@ private:
         for (std::uint32_t i = 0; i < sizes_.sequences; ++i) {
             const auto length = r.number<std::uint64_t>(), base = r.number<std::uint64_t>(),
                        committed = r.number<std::uint64_t>(), fp16_from = r.number<std::uint64_t>();
-            if (r.failed() || length > most_tokens || committed > length || fp16_from > length)
+            if (r.failed() || length > most_tokens || (committed > length && committed != saved_never) ||
+                fp16_from > length)
                 return wrong();
             if (base != 0)
                 return {errc::unsupported_version, "positions that begin elsewhere than at zero"};
@@ -277,14 +279,20 @@ private:
                 const auto holes = r.number<std::uint32_t>(), live = r.number<std::uint32_t>();
                 if (r.failed() || window_from > pages * page || holes > r.left() / 8)
                     return wrong();
-                std::uint64_t dropped = 0, end = 0;
+                std::uint64_t dropped = 0, end = 0, at_front = 0; // pages that are dropped
                 for (std::uint32_t h = 0; h < holes; ++h) {
                     const std::uint64_t first = r.number<std::uint32_t>(), last = r.number<std::uint32_t>();
                     if (first >= last || last > pages || (h != 0 && first <= end))
                         return wrong();
                     dropped += last - first;
                     end = last;
+                    at_front = first == 0 ? last : at_front;
                 }
+                // what a window gave up is dropped, and no later query sees it
+                const std::uint64_t window = cache_.groups()[g].window;
+                if (window_from != 0 && (window == 0 || window_from % page != 0 ||
+                                         window_from > at_front * page || window_from + window > length + 1))
+                    return wrong();
                 const bool open_dropped = length % page != 0 && end == pages && holes != 0;
                 if (open_dropped || live + dropped != pages || live > r.left() / 4)
                     return wrong();
@@ -438,7 +446,8 @@ private:
             sequence_state& q = cache_.sequences.object(slot);
             const auto length = static_cast<std::size_t>(r.number<std::uint64_t>());
             skip(r, 1);
-            q.committed = static_cast<std::size_t>(r.number<std::uint64_t>());
+            if (const auto n = r.number<std::uint64_t>(); n != saved_never)
+                q.committed = static_cast<std::size_t>(n);
             q.fp16_from = static_cast<std::size_t>(r.number<std::uint64_t>());
             for (std::size_t layer = 0; layer < cache_.layers(); ++layer)
                 q.set_length(layer, length);
@@ -473,6 +482,7 @@ private:
                 }
                 cache_state::note_dropped(q, g);
             }
+            cache_.note_retained(q);
         }
     }
 

@@ -145,7 +145,8 @@ private:
         for (std::size_t i = 0; fine && i < d.layers.size(); ++i) {
             const layer_description& l = d.layers[i];
             fine = w.number(u32(l.kv_heads)) && w.number(u32(l.key_dim)) && w.number(u32(l.value_dim)) &&
-                   w.number(u32(cache_.body_of(i).group)) && w.number(u64(l.sliding_window));
+                   w.number(u32(cache_.body_of(i).group)) && w.number(u64(l.sliding_window)) &&
+                   w.number(u64(l.window_retention));
             const page_layout& layout = cache_.body_of(i).layout;
             for (const section_layout* half : {&layout.keys(), &layout.values()}) {
                 const format_traits t = half->traits();
@@ -170,7 +171,7 @@ private:
         for (std::size_t i = 0; fine && i < ids_.size(); ++i) {
             const sequence_state& q = *cache_.find(ids_[i]);
             fine = w.number(u64(q.length(0))) && w.number(std::uint64_t{0}) && // position of the first token
-                   w.number(u64(q.committed)) && w.number(u64(q.fp16_from));
+                   w.number(q.committed ? u64(*q.committed) : saved_never) && w.number(u64(q.fp16_from));
             for (std::size_t g = 0; fine && g < cache_.groups().size(); ++g) {
                 const sequence_pages& own = q.pages[g];
                 fine = w.number(u64(own.window_from)) && w.number(u32(own.table.holes().size())) &&

@@ -136,6 +136,16 @@ public:
         q.pages[group].dropped.store(q.pages[group].table.dropped(), std::memory_order_relaxed);
     }
 
+    // How many pages of each group are kept though they lie behind the sliding window of the next query after
+    // the last commit.
+    void note_retained(sequence_state& q) noexcept {
+        for (std::size_t g = 0; g < groups().size(); ++g) {
+            const std::size_t window = groups()[g].window, n = q.committed.value_or(0);
+            const std::size_t behind = window != 0 && n + 1 > window ? (n + 1 - window) / page_tokens() : 0;
+            q.pages[g].retained.store(q.pages[g].table.kept_before(behind, 1), std::memory_order_relaxed);
+        }
+    }
+
     // Cuts a group's table to its first pages.
     void cut(sequence_state& q, std::size_t group, std::size_t pages) noexcept {
         q.pages[group].table.truncate(pages, [&](std::uint32_t block) { pool(group).release(block); });
@@ -187,8 +197,10 @@ public:
             q.pages[copies].table.push_back(open);
         for (std::size_t i = 0; i < layers(); ++i)
             q.set_length(i, tokens);
-        q.committed = (std::min)(q.committed, tokens);
+        if (q.committed)
+            q.committed = (std::min)(*q.committed, tokens);
         q.fp16_from = (std::min)(q.fp16_from, tokens);
+        note_retained(q);
         return {};
     }
 
@@ -199,8 +211,9 @@ public:
         const auto within = [&](std::size_t tokens) {
             return tokens % page_tokens() != 0 && tokens / page_tokens() == page;
         };
-        return planes_of(layer).open == no_plane || ((within(q.length(layer)) || within(q.committed)) &&
-                                                     q.pages[open_keys_of(layer).group].table.find(page));
+        return planes_of(layer).open == no_plane ||
+               ((within(q.length(layer)) || within(q.committed.value_or(0))) &&
+                q.pages[open_keys_of(layer).group].table.find(page));
     }
 
     // Frees blocks of open keys that no layer's open page needs, nor a cut to the last commit. Precondition:
@@ -210,7 +223,7 @@ public:
             const auto is_open = [&](std::size_t length) {
                 return length / page_tokens() == page && length % page_tokens() != 0;
             };
-            if (is_open(q.committed))
+            if (is_open(q.committed.value_or(0)))
                 return true;
             for (const plane& p : storage.planes())
                 if (p.group == group && is_open(q.length(p.layer)))
@@ -272,6 +285,7 @@ public:
             twin.set_length(i, q.length(i));
         twin.committed = q.committed;
         twin.fp16_from = q.fp16_from;
+        note_retained(twin);
         return sequences.publish(*slot);
     }
 
@@ -286,6 +300,7 @@ public:
                 return no_memory();
         for (std::size_t g = 0; g < groups().size(); ++g)
             drop(q, g, first_page, first_page + pages);
+        note_retained(q);
         return {};
     }
 
@@ -302,7 +317,8 @@ public:
                 continue;
             }
             const bool copies = groups()[g].kind == plane_kind::fp16_copy;
-            const std::size_t window = copies ? storage.description().fp16_window : groups()[g].window;
+            const std::size_t window =
+                copies ? storage.description().fp16_window : groups()[g].window + groups()[g].retention;
             const std::size_t from = window == 0      ? n
                                      : n + 1 > window ? n + 1 - window
                                                       : 0; // of the next query
@@ -317,6 +333,7 @@ public:
                     (std::max)(q.pages[g].window_from, from / page_tokens() * page_tokens());
             }
         }
+        note_retained(q);
         return n;
     }
 
@@ -388,7 +405,9 @@ public:
         }
         for (std::size_t i = 0; i < layers(); ++i)
             q.set_length(i, matched);
-        q.committed = q.fp16_from = matched;
+        if (matched != 0)
+            q.committed = matched;
+        q.fp16_from = matched;
         for (std::size_t g = 0; g < groups().size(); ++g)
             if (groups()[g].kind == plane_kind::fp16_copy)
                 if (const status s = pad_copies(q, g, matched); !s) {
@@ -397,6 +416,7 @@ public:
                     sequences.cancel(*slot);
                     return s;
                 }
+        note_retained(q);
         return prefix_match{sequences.publish(*slot), matched};
     }
 

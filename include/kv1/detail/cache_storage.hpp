@@ -4,7 +4,8 @@
 // of its open page where the body takes whole pages of them. Planes whose pages come and go together form a
 // group: one pool of block numbers, one block table a sequence.
 //
-//   groups: bodies, by sliding window; where there are any, open keys; where there are any, fp16 copies
+//   groups: bodies, by sliding window and what is kept behind it; where there are any, open keys; where there
+//   are any, fp16 copies
 //
 // Block b of a group lies at b * block_bytes of each of its planes' arenas.
 #pragma once
@@ -36,7 +37,8 @@ enum class plane_kind : std::uint8_t { body, fp16_copy, open_keys };
 
 struct page_group {
     page_pool pool;
-    std::size_t window = 0; // 0: every token stays visible
+    std::size_t window = 0;    // 0: every token stays visible
+    std::size_t retention = 0; // tokens behind the window that a commit keeps
     plane_kind kind = plane_kind::body;
     std::size_t block_bytes = 0; // of all planes
 };
@@ -159,13 +161,17 @@ private:
         layer_planes& planes = layers_.emplace_back(layer_codecs{l});
         if (const status s = planes.make(page_tokens(), kernels); !s)
             return {s.code(), s.rule(), at_layer(i)};
-        if (l.sliding_window > most_tokens)
-            return {errc::invalid_argument, "a sliding window is less than 2^48 tokens", at_layer(i)};
+        if (l.sliding_window > most_tokens || l.window_retention > most_tokens)
+            return {errc::invalid_argument, "a sliding window and its retention are at most 2^48 tokens",
+                    at_layer(i)};
+        const std::size_t retention = l.sliding_window != 0 ? l.window_retention : 0;
         std::size_t group = 0;
-        while (group < groups_.size() && groups_[group].window != l.sliding_window)
+        while (group < groups_.size() &&
+               (groups_[group].window != l.sliding_window || groups_[group].retention != retention))
             ++group;
         if (group == groups_.size()) {
             groups_.emplace_back().window = l.sliding_window;
+            groups_.back().retention = retention;
         }
         if (const status s = add_plane(i, group, layout_of(l, page_tokens()), memory); !s)
             return s;

@@ -24,7 +24,7 @@
 namespace kv1::inline KV1_ABI::detail {
 
 inline constexpr std::array<char, 8> saved_magic{'K', 'V', '1', 'C', 'A', 'C', 'H', 'E'};
-// 2: rotations and means, 3: groups of channels, 4: a model's fingerprint, prefixes, values in keys
+// 2: rotations and means, 3: groups of channels, 4: a model's fingerprint, prefixes, values in keys, retention
 inline constexpr std::uint32_t saved_version = 4;
 inline constexpr std::uint32_t layout_version = 1; // of layout.hpp
 inline constexpr std::size_t saved_fixed_bytes = 96;
@@ -33,6 +33,8 @@ inline constexpr std::size_t saved_start_bytes =
 // in place of a page's number where a node of the prefix index has no page, and of a parent's where it has
 // none
 inline constexpr std::uint32_t saved_none = (std::numeric_limits<std::uint32_t>::max)();
+// in place of a commit point where there is none
+inline constexpr std::uint64_t saved_never = (std::numeric_limits<std::uint64_t>::max)();
 // the form's own numbers of formats and the like do not move when an enumeration does
 constexpr std::uint8_t saved_format(kv_format f) noexcept {
     switch (f) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What a cache knows of one sequence. Lengths and dropped pages are atomic only so that statistics may read
+// What a cache knows of one sequence. Lengths and counts of pages are atomic only so that statistics may read
 // them while another thread appends; everything else belongs to the thread that works on the sequence.
 #pragma once
 
@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <optional>
 
 namespace kv1::inline KV1_ABI::detail {
 
@@ -27,8 +28,9 @@ struct replaced_block {
 // A sequence's share in one page group.
 struct sequence_pages {
     block_table table;
-    std::atomic<std::size_t> dropped{0}; // pages in holes
-    std::size_t window_from = 0;         // tokens before it were given up by the sliding window
+    std::atomic<std::size_t> dropped{0};  // pages in holes
+    std::atomic<std::size_t> retained{0}; // pages that are kept behind the sliding window
+    std::size_t window_from = 0;          // tokens before it were given up by the sliding window
     // an append that is under way
     std::size_t pages_before = 0;
     buffer<replaced_block> replaced; // by their copies
@@ -41,8 +43,7 @@ struct sequence_pages {
 struct sequence_state {
     std::unique_ptr<sequence_pages[]> pages;             // by group
     std::unique_ptr<std::atomic<std::size_t>[]> lengths; // tokens, by layer
-    std::size_t committed = 0;
-    bool appending = false;    // within a batch
+    std::optional<std::size_t> committed;                // tokens that rollback() returns to
     std::size_t fp16_from = 0; // of the tokens past the sinks, those from here on have their fp16 copies
 
     // Room for a first use of the slot. False: no memory.
@@ -55,7 +56,10 @@ struct sequence_state {
             return false;
         for (std::size_t i = 0; i < layers; ++i)
             set_length(i, 0);
-        committed = fp16_from = 0;
+        for (std::size_t g = 0; g < groups; ++g)
+            pages[g].retained.store(0, std::memory_order_relaxed);
+        committed.reset();
+        fp16_from = 0;
         return true;
     }
 

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Attention where what a query sees is not simply the first tokens of one table: sliding windows, dropped
-// pages amid the queries, fp16 sinks and windows beside a quantized body. Per query and part it is a run of
-// tokens; queries whose runs move in step are attended to together, a part at a time, and parts are joined by
-// their log-sum-exp.
+// pages amid the queries, fp16 sinks and windows beside a quantized body, masks over any of these. Per query
+// and part it is a span of positions. Queries whose spans move in step are attended to together; others are
+// together under a mask of their own, made for the places that a part has. Parts are joined by their
+// log-sum-exp.
 #pragma once
 
 #include <kv1/attention.hpp>
+#include <kv1/block_table.hpp>
+#include <kv1/status.hpp>
 
 #include <kv1/detail/buffer.hpp>
 #include <kv1/detail/schedule.hpp>
@@ -21,23 +24,33 @@
 
 namespace kv1::inline KV1_ABI::detail {
 
-// Tokens of a part that a query sees, as places in the part's run of blocks; first == last == 0 where none.
+inline constexpr std::size_t max_parts = 3;
+inline constexpr std::size_t most_queries = 64; // attended to together
+inline constexpr std::size_t most_mask_bytes = std::size_t{1}
+                                               << 20; // of them, where that leaves a few queries
+
+// Tokens of a part that a query sees, by position; those that are dropped among them do not count.
+struct position_span {
+    std::size_t first = 0, last = 0;
+    [[nodiscard]] bool empty() const noexcept { return first >= last; }
+};
+// One query's, by part.
+using position_spans = std::array<position_span, max_parts>;
+
+// The same as places in the part's run of blocks; first == last == 0 where none.
 struct visible_run {
     std::size_t first = 0, last = 0;
     [[nodiscard]] bool empty() const noexcept { return first == last; }
     friend bool operator==(const visible_run&, const visible_run&) = default;
 };
-
-inline constexpr std::size_t max_parts = 3;
-
-// One query's runs, by part.
 using visible_runs = std::array<visible_run, max_parts>;
 
-// A part's pages and kernels; the fields of a job that do not change from query to query.
+// A part's pages and kernels: the fields of a job that do not change from query to query. Null: no such part.
 struct part_source {
     attention_job job{};
-    bool used = false;
+    const block_table* table = nullptr;
 };
+using part_sources = std::array<part_source, max_parts>;
 
 // Log-sum-exp and outputs of some rows, rows in the order [tokens][query heads].
 struct row_results {
@@ -88,74 +101,215 @@ query_run next_query_run(std::size_t first, std::size_t queries, std::size_t lon
 
 class part_attention {
 public:
-    part_attention(std::size_t kv_heads, std::size_t page_tokens, executor_view run) noexcept
-        : kv_heads_(kv_heads), page_(page_tokens), run_(run) {}
+    part_attention(std::size_t kv_heads, std::size_t page_tokens, std::span<const float> alibi_slopes,
+                   executor_view run) noexcept
+        : kv_heads_(kv_heads), page_(page_tokens), slopes_(alibi_slopes), run_(run) {}
 
-    // All queries of a run over all parts, to `total`.
-    status operator()(std::span<const part_source> parts, const query_run& q, const tensor_view& queries,
-                      row_results& total) noexcept {
-        const std::size_t rows = q.count * queries.heads(), channels = channels_of(parts);
-        if (!total.resize(rows, channels))
-            return no_memory();
-        std::fill(total.outputs.begin(), total.outputs.end(), 0.0f);
-        std::fill(total.log_sum_exp.begin(), total.log_sum_exp.end(),
-                  -std::numeric_limits<float>::infinity());
+    // Rows of the queries attended to last.
+    [[nodiscard]] row_results& total() noexcept { return total_; }
+
+    // Queries from `first` on whose spans move in step, as many as can be; how many. spans(i): query i's.
+    template <class Spans>
+    result<std::size_t> in_step(const part_sources& parts, std::size_t first, const tensor_view& queries,
+                                Spans&& spans) noexcept {
+        const auto runs = [&](std::size_t i) {
+            const position_spans seen = spans(i);
+            visible_runs placed;
+            for (std::size_t p = 0; p < max_parts; ++p)
+                if (parts[p].table != nullptr && !seen[p].empty()) {
+                    const visible_run run{place(parts[p], seen[p].first), place(parts[p], seen[p].last)};
+                    placed[p] = run.empty() ? visible_run{} : run;
+                }
+            return placed;
+        };
+        const query_run q = next_query_run(first, queries.tokens(), most_queries, runs);
         const tensor_view some = queries.rows(q.first, q.count);
-        for (std::size_t p = 0; p < parts.size(); ++p)
-            if (parts[p].used && !q.from[p].empty())
+        if (!begin(parts, some))
+            return no_memory();
+        for (std::size_t p = 0; p < max_parts; ++p) {
+            if (parts[p].table == nullptr || q.from[p].empty())
+                continue;
+            visible_run from = q.from[p];
+            attention_job job = job_from(parts[p].job, from);
+            job.last_token = from.last + (q.count - 1) * q.last_step[p];
+            job.visible_base = from.last;
+            job.visible_step = q.last_step[p];
+            job.first_visible = from.first;
+            // a lower end that moves is a window of one token at a position that moves
+            job.first_position = static_cast<std::ptrdiff_t>(from.first);
+            job.window = q.first_step[p];
+            if (const status s = attend(job, some); !s)
+                return s;
+        }
+        return q.count;
+    }
+
+    // Queries from `first` on under masks; how many. Query i stands at first_position + i; of the tokens in
+    // its spans it sees those with shows(i, position), all of them before position masked_from.
+    template <class Spans, class Shows>
+    result<std::size_t> masked(const part_sources& parts, std::size_t first, const tensor_view& queries,
+                               std::ptrdiff_t first_position, std::size_t masked_from, Spans&& spans,
+                               Shows&& shows) noexcept {
+        std::array<position_spans, most_queries> seen;
+        std::size_t count = (std::min)(most_queries, queries.tokens() - first);
+        for (std::size_t i = 0; i < count; ++i)
+            seen[i] = spans(first + i);
+        const auto widest = [&](std::size_t n) {
+            std::size_t width = 0;
+            for (std::size_t p = 0; p < max_parts; ++p) {
+                const joint_span s = join({seen.data(), n}, p, masked_from);
+                width = (std::max)(width, s.last - s.differ_from);
+            }
+            return width;
+        };
+        while (count > 8 && count * widest(count) > most_mask_bytes)
+            count /= 2;
+        const tensor_view some = queries.rows(first, count);
+        if (!begin(parts, some))
+            return no_memory();
+        for (std::size_t p = 0; p < max_parts; ++p) {
+            if (parts[p].table == nullptr)
+                continue;
+            const joint_span all = join({seen.data(), count}, p, masked_from);
+            const auto sees = [&](std::size_t i, std::size_t t) {
+                return t >= seen[i][p].first && t < seen[i][p].last && shows(first + i, t);
+            };
+            for (std::size_t from = all.first; from < all.last;) {
+                // ALiBi's distances need places that are as far apart as positions
+                const std::size_t to =
+                    slopes_.empty() ? all.last : (std::min)(all.last, hole_after(parts[p], from));
                 if (const status s =
-                        attend_part(parts[p].job, q.from[p], q.first_step[p], q.last_step[p], some, total);
+                        attend_masked(parts[p], {from, to, (std::max)(from, all.differ_from)},
+                                      first_position + static_cast<std::ptrdiff_t>(first), sees, some);
                     !s)
                     return s;
-        return {};
+                from = slopes_.empty() ? to : (std::max)(to, kept_from(parts[p], to));
+            }
+        }
+        return count;
     }
 
 private:
+    // What some query of a group sees of a part, and from where on not all of them see the same.
+    struct joint_span {
+        std::size_t first = 0, last = 0, differ_from = 0;
+    };
+
     static status no_memory() noexcept { return {errc::out_of_memory, "no memory for partial results"}; }
-    static std::size_t channels_of(std::span<const part_source> parts) noexcept {
-        for (const part_source& p : parts)
-            if (p.used)
-                return p.job.layout->values().channels;
-        return 0;
+
+    static joint_span join(std::span<const position_spans> seen, std::size_t part,
+                           std::size_t masked_from) noexcept {
+        constexpr std::size_t far = (std::numeric_limits<std::size_t>::max)();
+        joint_span all{far, 0, masked_from};
+        bool differ = false;
+        for (const position_spans& s : seen) {
+            differ = differ || s[part].empty() || (all.first != far && s[part].first != all.first);
+            if (s[part].empty())
+                continue;
+            all.first = (std::min)(all.first, s[part].first);
+            all.last = (std::max)(all.last, s[part].last);
+            all.differ_from = (std::min)(all.differ_from, s[part].last);
+        }
+        if (all.first == far)
+            return {};
+        all.differ_from = differ ? all.first : std::clamp(all.differ_from, all.first, all.last);
+        return all;
     }
 
-    status attend_part(attention_job job, visible_run from, std::size_t first_step, std::size_t last_step,
-                       const tensor_view& queries, row_results& total) noexcept {
-        const std::size_t skipped = from.first / page_; // pages that no query sees
+    [[nodiscard]] std::size_t place(const part_source& part, std::size_t position) const noexcept {
+        return part.table->kept_before(position, page_);
+    }
+    // The first position from `position` on that is not dropped, or the end of the pages.
+    [[nodiscard]] std::size_t kept_from(const part_source& part, std::size_t position) const noexcept {
+        return (std::max)(position, part.table->next_kept(position / page_) * page_);
+    }
+    // Where the first hole after a position begins.
+    [[nodiscard]] std::size_t hole_after(const part_source& part, std::size_t position) const noexcept {
+        for (const page_hole& h : part.table->holes())
+            if (h.first * page_ > position)
+                return h.first * page_;
+        return (std::numeric_limits<std::size_t>::max)();
+    }
+
+    // Sized for some queries, none of which has seen anything.
+    [[nodiscard]] bool begin(const part_sources& parts, const tensor_view& queries) noexcept {
+        std::size_t channels = 0;
+        for (const part_source& p : parts)
+            if (p.table != nullptr)
+                channels = p.job.layout->values().channels;
+        if (!total_.resize(queries.tokens() * queries.heads(), channels))
+            return false;
+        std::fill(total_.outputs.begin(), total_.outputs.end(), 0.0f);
+        std::fill(total_.log_sum_exp.begin(), total_.log_sum_exp.end(),
+                  -std::numeric_limits<float>::infinity());
+        return true;
+    }
+
+    // The job without the pages before a run, which moves with them.
+    [[nodiscard]] attention_job job_from(attention_job job, visible_run& from) const noexcept {
+        const std::size_t skipped = from.first / page_;
         job.block_table += skipped;
         job.open_from -= (std::min)(skipped * page_, job.open_from);
         from.first -= skipped * page_;
         from.last -= skipped * page_;
-        job.last_token = from.last + (queries.tokens() - 1) * last_step;
-        job.visible_base = from.last;
-        job.visible_step = last_step;
-        job.first_visible = from.first;
-        // a lower end that moves is a window of one token at a position that moves
-        job.first_position = static_cast<std::ptrdiff_t>(from.first);
-        job.window = first_step;
-        return attend(job, queries, total);
+        return job;
     }
 
-    status attend(const attention_job& job, const tensor_view& queries, row_results& total) noexcept {
+    template <class Sees>
+    status attend_masked(const part_source& part, const joint_span& span, std::ptrdiff_t first_position,
+                         Sees&& sees, const tensor_view& queries) noexcept {
+        visible_run from{place(part, span.first), place(part, span.last)};
+        if (from.empty())
+            return {};
+        // where the first token that is there lies, less its place
+        const std::size_t begin = kept_from(part, span.first), shift = begin - from.first;
+        const std::size_t differ = place(part, (std::min)(span.differ_from, span.last));
+        const std::size_t before = from.first, columns = from.last - differ;
+        attention_job job = job_from(part.job, from);
+        const std::size_t skipped = before - from.first;
+        if (columns != 0) {
+            if (!mask_.resize(queries.tokens() * columns))
+                return no_memory();
+            for (std::size_t i = 0, at = 0; i < queries.tokens(); ++i)
+                for (std::size_t t = kept_from(part, span.differ_from); t < span.last;
+                     t = (t + 1) % page_ != 0 ? t + 1 : kept_from(part, t + 1))
+                    mask_[at++] = sees(i, t) ? 1 : 0;
+            job.mask = mask_.data();
+            job.mask_first = differ - skipped;
+            job.mask_stride = columns;
+        }
+        job.last_token = job.visible_base = from.last;
+        job.visible_step = 0;
+        job.first_visible = from.first;
+        job.first_position = first_position - static_cast<std::ptrdiff_t>(shift + skipped);
+        job.window = 0;
+        return attend(job, queries);
+    }
+
+    // Joins what a job's rows see to the total.
+    status attend(const attention_job& job, const tensor_view& queries) noexcept {
         const std::size_t heads = queries.heads(), channels = job.layout->values().channels;
         const std::size_t rows = queries.tokens() * heads;
         if (!part_.resize(rows, channels))
             return no_memory();
         if (const status s = attend_heads(job, kv_heads_, queries,
-                                          {part_.outputs.data(), queries.tokens(), heads, channels}, {},
+                                          {part_.outputs.data(), queries.tokens(), heads, channels},
+                                          {slopes_.empty() ? nullptr : slopes_.data(), nullptr},
                                           {part_.log_sum_exp.data(), rows}, run_);
             !s)
             return s;
-        const std::span<float> outputs(total.outputs.data(), rows * channels),
-            lse(total.log_sum_exp.data(), rows);
+        const std::span<float> outputs(total_.outputs.data(), rows * channels),
+            lse(total_.log_sum_exp.data(), rows);
         const attention_part both[] = {
             {outputs, lse}, {{part_.outputs.data(), rows * channels}, {part_.log_sum_exp.data(), rows}}};
         return try_merge_attention(both, channels, outputs, lse);
     }
 
     std::size_t kv_heads_, page_;
+    std::span<const float> slopes_;
     executor_view run_;
-    row_results part_;
+    row_results total_, part_;
+    buffer<std::uint8_t> mask_;
 };
 
 } // namespace kv1::inline KV1_ABI::detail
