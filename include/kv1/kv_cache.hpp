@@ -39,11 +39,10 @@
 // fp16 sinks and window. With fp16_sinks = s and fp16_window = r a query that sees tokens 0 ... t sees the
 // first s of them and the last r (its own included) as they were rounded to fp16, and those between as they
 // were quantized from that fp16; in prefill as in decode. Under a mask the last r are counted as a sliding
-// window's are. Every token is quantized once, when it is appended,
-// and its fp16 copy is freed when a commit() leaves the window behind: queries at earlier positions then see
-// it quantized. Truncating does not bring precision back: a token that once left the window stays quantized,
-// until it is appended anew. Keys and values must then fit fp16. read() and export_rows() give the quantized
-// rows.
+// window's are. Every token is quantized once, when it is appended, and its fp16 copy is freed when a
+// commit() leaves the window behind: queries at earlier positions then see it quantized. Truncating does not
+// bring precision back: a token that once left the window stays quantized, until it is appended anew. Keys
+// and values must then fit fp16. read() and export_rows() give the quantized rows.
 //
 // Keys per channel. In a layer whose key_axis is per_channel a query sees the keys of pages that are full
 // when it attends as codes, and those of the open page in fp16. What a page becomes depends on its tokens

@@ -6,6 +6,8 @@
 #pragma once
 
 #include "cache_model.hpp"
+#include "random_caches.hpp"
+#include "random_masks.hpp"
 #include "saved_bytes.hpp"
 
 #include <kv1/cache_io.hpp>
@@ -49,59 +51,8 @@ private:
     };
 
     cache_operations(std::span<const std::uint8_t> bytes, tallies& t)
-        : bytes_(bytes), tallies_(t), description_(describe(next())), model_(description_),
+        : bytes_(bytes), tallies_(t), description_(random_cache(next())), model_(description_),
           cache_(description_) {}
-
-    static kv1::cache_description describe(std::uint8_t choice) {
-        using enum kv1::kv_format;
-        kv1::cache_description d;
-        d.layers = {{2, 8, 6, affine2, affine4}, {1, 5, 7, fp16, scaled_binary}};
-        if ((choice & 1) != 0)
-            d.layers.push_back(
-                {1, 8, 8, affine3, affine8, (choice & 2) != 0 ? 20u : 37u, (choice & 4) != 0 ? 25u : 0u});
-        if ((choice & 3) == 2) { // values in keys
-            kv1::layer_description& l = d.layers.emplace_back(kv1::latent_layer(96, 64, affine3));
-            l.kv_heads = 2;
-            l.sliding_window = (choice & 64) != 0 ? 20 : 0;
-            l.window_retention = (choice & 4) != 0 ? 25 : 0;
-        }
-        if ((choice & 128) != 0)
-            encode(d);
-        if ((choice & 4) != 0)
-            d.fp16_sinks = (choice & 8) != 0 ? 3 : 18;
-        if ((choice & 16) != 0)
-            d.fp16_window = (choice & 32) != 0 ? 1 : 21;
-        if ((choice & 0x30) == 0x20 || (choice & 0x0c) == 0x08) // what windows, or sinks, leave free
-            for (const std::size_t layer : {std::size_t{0}, d.layers.size() - 1})
-                if (d.layers[layer].key_format != fp16 && !d.layers[layer].values_in_keys) {
-                    d.layers[layer].key_axis = kv1::quantization_axis::per_channel;
-                    d.layers[layer].key_group = 0;
-                }
-        d.page_tokens = (choice & 64) != 0 ? 32 : 16;
-        d.capacity_tokens = 24 * d.page_tokens;
-        return d;
-    }
-
-    // Means, rotations and fitted levels, no two sides alike.
-    static void encode(kv1::cache_description& d) {
-        using kv1::level_choice;
-        generator g(5);
-        d.layers[0].key_format = kv1::kv_format::compact3;
-        d.layers[0].key_encoding = {level_choice::least_squares, 8, normal_values(g, 2 * 8)};
-        d.layers[0].value_format = kv1::kv_format::codebook2;
-        d.layers[0].value_encoding = {level_choice::least_squares, 2};
-        d.layers[1].value_encoding = {.means = normal_values(g, 7)};
-        if (d.layers.size() > 2 && d.layers[2].values_in_keys) {
-            d.layers[2].key_format = d.layers[2].value_format = kv1::kv_format::affine2;
-            d.layers[2].key_group = d.layers[2].value_group = 32;
-            d.layers[2].key_encoding = {level_choice::least_squares, 32, normal_values(g, 2 * 96)};
-        } else if (d.layers.size() > 2) { // metadata by groups, with levels that are fitted and that are not
-            d.layers[2].key_dim = d.layers[2].value_dim = 64;
-            d.layers[2].key_group = d.layers[2].value_group = 32;
-            d.layers[2].key_encoding = {level_choice::least_squares, 0, normal_values(g, 64)};
-            d.layers[2].value_encoding = {.hadamard = 64};
-        }
-    }
 
     std::uint8_t next() {
         if (bytes_.empty())
@@ -611,36 +562,6 @@ private:
         }
         require(same_bits(out, alone) && same_bits(lse, lse_alone), "a batch is what its sequences are");
         ++tallies_.batches;
-    }
-
-    // A token tree, or any mask, over some of the newest tokens.
-    static kv1::attention_mask random_mask(generator& g, std::size_t queries, std::size_t length,
-                                           std::vector<std::uint8_t>& visible) {
-        const std::size_t keys = g.below(2) == 0 ? queries : g.below(length + 1);
-        if (keys == queries && g.below(2) == 0) {
-            std::vector<std::int32_t> parents(keys);
-            for (std::size_t i = 0; i < keys; ++i)
-                parents[i] = static_cast<std::int32_t>(g.below(i + 1)) - 1;
-            visible = kv1::tree_mask(parents);
-        } else {
-            visible.resize(queries * keys);
-            for (std::uint8_t& v : visible)
-                v = g.below(4) != 0 ? 1 : 0;
-        }
-        return kv1::attention_mask::explicit_for_last(keys, visible);
-    }
-    // Of query r of so many: one past the last token that its mask lets it see, and what it asks for.
-    static std::pair<std::size_t, row_request> sight(const kv1::attention_mask& mask, std::size_t r,
-                                                     std::size_t queries, std::size_t length) {
-        const std::size_t own =
-            mask.first_position() ? *mask.first_position() + r + 1 : length - queries + r + 1;
-        row_request asked;
-        asked.own = std::min(length, own);
-        if (!mask.visible().empty())
-            asked.shows = [visible = mask.visible(), keys = mask.explicit_keys(), length, r](std::size_t t) {
-                return t < length - keys || visible[r * keys + t - (length - keys)] != 0;
-            };
-        return {mask.is_causal() ? *asked.own : length, asked};
     }
 
     // A sequence, saved and loaded beside itself, is the same; with a byte changed it is refused.

@@ -5,6 +5,7 @@
 #include "cache_model.hpp"
 #include "compare.hpp"
 #include "random.hpp"
+#include "random_masks.hpp"
 
 #include <catch2/catch_test_macros.hpp>
 
@@ -70,29 +71,6 @@ struct tallies {
     std::size_t sloped = 0, masked = 0, refused = 0, parted = 0;
 };
 
-// What rows of visible show: a token tree, blocks that see all of themselves, or anything.
-std::vector<std::uint8_t> random_mask(generator& g, std::size_t queries, std::size_t keys) {
-    const std::size_t kind = queries == keys ? g.below(3) : 2;
-    if (kind == 0) {
-        std::vector<std::int32_t> parents(keys);
-        for (std::size_t i = 0; i < keys; ++i)
-            parents[i] = static_cast<std::int32_t>(g.below(std::min<std::size_t>(i + 1, 4))) - 1 +
-                         (i > 3 ? static_cast<std::int32_t>(i - 3) : 0);
-        return kv1::tree_mask(parents);
-    }
-    if (kind == 1) {
-        std::vector<std::int32_t> blocks(keys);
-        for (std::size_t i = 0; i < keys; ++i)
-            blocks[i] = i / 7 % 2 == 0 ? -1 : static_cast<std::int32_t>(i / 7);
-        return kv1::block_mask(blocks);
-    }
-    std::vector<std::uint8_t> visible(queries * keys);
-    const std::size_t share = 1 + g.below(5);
-    for (std::uint8_t& v : visible)
-        v = static_cast<std::uint8_t>(one_in(g, share) ? g.below(2) * 255 : 1);
-    return visible;
-}
-
 // One attend() with random options, checked row by row.
 void attend(generator& g, const world& w, std::size_t layer, tallies& count) {
     const kv1::layer_description& l = w.cache.description().layers[layer];
@@ -117,9 +95,8 @@ void attend(generator& g, const world& w, std::size_t layer, tallies& count) {
     case 2:
     case 3:
         m = std::min(m, length);
-        keys = one_in(g, 2) ? m : g.below(length + 1);
-        visible = random_mask(g, m, keys);
-        o.mask = attention_mask::explicit_for_last(keys, visible);
+        o.mask = kv1_test::random_mask(g, m, length, visible);
+        keys = o.mask.explicit_keys();
         causal = false;
         first_position = static_cast<std::ptrdiff_t>(length - m);
         ++count.masked;
