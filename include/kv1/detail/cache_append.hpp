@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The new tokens of one layer of a sequence, to slots of blocks that are open
-// for them.
+// Writes the new tokens of one layer of a sequence into slots that open_layer() has made ready for them.
 #pragma once
 
 #include <kv1/detail/cache_state.hpp>
@@ -16,7 +15,7 @@ namespace kv1::inline KV1_ABI::detail {
 
 class sequence_append {
 public:
-    // The layer exists; open_layer() was called for as many tokens.
+    // Preconditions: the layer exists; open_layer() was called for as many tokens.
     sequence_append(const cache_state& cache, const sequence_state& q, std::size_t layer,
                     const tensor_view& keys, const tensor_view& values) noexcept
         : store_(cache.store_of(layer)), keys_(keys), values_(values) {
@@ -34,9 +33,9 @@ public:
         }
     }
 
-    // All KV heads.
+    // Writes all KV heads.
     status operator()(executor_view run) const noexcept { return store_.write(to_, keys_, values_, run); }
-    // One of them.
+    // Writes one KV head.
     [[nodiscard]] status head(std::size_t kv_head) const noexcept {
         return store_.write_head(to_, keys_, values_, kv_head);
     }

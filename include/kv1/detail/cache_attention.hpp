@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Attention over one layer of a sequence: what each query sees, in terms of the kernels' jobs. Where that is
-// one run of tokens in one table, one job serves all queries; sliding windows and pages dropped before the
-// queries' windows are of that kind too. Else it is joined from parts (visible_parts.hpp).
+// Attention over one layer of a sequence. This header decides what each query sees, and describes it as jobs
+// for the kernels.
 //
-// A window of w, a layer's or the fp16 window, begins with the last w tokens that the mask shows a query up
-// to its own position; what a mask shows after that lies within it.
+// One job serves all queries if each sees one run of tokens in one block table, and the ends of the runs
+// stand still or move one token a query. Three queries at positions 97, 98, 99 under a sliding window of 10
+// see tokens 88-97, 89-98, 90-99: one job. Pages that were dropped before all of the windows change nothing.
+// Else attention is joined from parts (visible_parts.hpp).
+//
+// A window of w, a layer's sliding window or the fp16 window, holds the last w tokens that the mask shows a
+// query up to its own position, and all that the mask shows after it.
 #pragma once
 
 #include <kv1/attention.hpp>
@@ -25,7 +29,7 @@ namespace kv1::inline KV1_ABI::detail {
 
 class sequence_attention {
 public:
-    // The layer exists.
+    // Precondition: the layer exists.
     sequence_attention(const cache_state& cache, const sequence_state& q, std::size_t layer,
                        const attention_options& options) noexcept
         : cache_(cache), q_(q), layer_(layer), options_(options), store_(cache.store_of(layer)),
@@ -43,8 +47,9 @@ public:
             return s;
         const std::size_t dropped = length_ - table_.kept_before(length_, page());
         const std::size_t holes_end = table_.holes().empty() ? 0 : table_.holes().back().last * page();
-        // tokens that are seen lie side by side where no hole is among them; places are as far apart as
-        // positions where none lies before an end that moves
+        // whole: one run of positions per query, whose ends move in step
+        // past_holes: every run begins after the last hole, so places lie as far apart as positions
+        // ends_past_holes: every run ends after the last hole, and lower ends do not move or past_holes
         const bool whole = !copied_ && sight.in_step();
         const bool past_holes = dropped == 0 || (sight.lower(0) >= holes_end && sight.limit(0) >= holes_end);
         const bool ends_past_holes = past_holes || (sight.limit(0) >= holes_end && sight.window() == 0);
@@ -71,7 +76,7 @@ public:
     }
 
 private:
-    // Which positions query i sees: those from lower(i) to limit(i) - 1 that are there and that the mask
+    // What query i sees: the positions lower(i) ... upper(i) - 1 that are not dropped and that the mask
     // shows.
     class query_sight {
     public:
@@ -92,16 +97,17 @@ private:
         [[nodiscard]] std::size_t base() const noexcept { return base_; }
         [[nodiscard]] std::size_t step() const noexcept { return step_; }
         [[nodiscard]] std::ptrdiff_t first_position() const noexcept { return first_position_; }
+        // One past the last position that the mask allows.
         [[nodiscard]] std::size_t limit(std::size_t i) const noexcept {
             return (std::min)(base_ + i * step_, length_);
         }
-        // Whether all lower ends stand still or move with the queries' positions.
+        // Whether each lower end stands still or moves one token a query.
         [[nodiscard]] bool in_step() const noexcept { return in_step_; }
-        // The nearer of the lower ends that move with the positions, as a window; 0: none.
+        // The smaller of the layer's window and the one that options ask for; 0: neither is there.
         [[nodiscard]] std::size_t window() const noexcept {
             return sliding_ == 0 || asked_ == 0 ? sliding_ + asked_ : (std::min)(sliding_, asked_);
         }
-        // The lower end that all queries share.
+        // The lower end that does not depend on the query: where the range of options begins.
         [[nodiscard]] std::size_t fixed_lower() const noexcept { return (std::min)(length_, range_.first); }
         [[nodiscard]] std::size_t lower(std::size_t i) const noexcept {
             const std::ptrdiff_t asked =
@@ -109,18 +115,18 @@ private:
             return (std::max)({fixed_lower(), sliding_ == 0 ? 0 : back(i, sliding_),
                                asked > 0 ? static_cast<std::size_t>(asked) : 0});
         }
-        // limit(), as far as the range goes.
+        // limit(i), or the end of the range of options if that comes first.
         [[nodiscard]] std::size_t upper(std::size_t i) const noexcept {
             return (std::min)(limit(i), range_.last);
         }
-        // The first of the last `window` tokens up to query i's own that the mask shows it.
+        // The position of the first of the last `window` tokens, up to query i's own, that the mask shows it.
         [[nodiscard]] std::size_t back(std::size_t i, std::size_t window) const noexcept {
             std::size_t end = own(i), left = window;
             for (; end > masked_from() && left != 0; --end)
                 left -= shows(i, end - 1) ? 1u : 0u;
             return end > left ? end - left : 0;
         }
-        // The mask decides on positions from here on.
+        // Positions from here on are seen only where an explicit mask shows them.
         [[nodiscard]] std::size_t masked_from() const noexcept {
             return visible_.empty() ? length_ : length_ - keys_;
         }
@@ -130,14 +136,15 @@ private:
         }
 
     private:
-        // No window is wider than positions are large.
+        // A window that no position reaches is none.
         static std::size_t bounded(std::size_t window) noexcept {
             return window < (std::numeric_limits<std::size_t>::max)() / 4 ? window : 0;
         }
+        // One past query i's position.
         [[nodiscard]] std::ptrdiff_t place_after(std::size_t i) const noexcept {
             return first_position_ + static_cast<std::ptrdiff_t>(i) + 1;
         }
-        // Cached tokens up to query i's own.
+        // The number of cached tokens up to query i's position, its own included.
         [[nodiscard]] std::size_t own(std::size_t i) const noexcept {
             return static_cast<std::size_t>(
                 std::clamp(place_after(i), std::ptrdiff_t{0}, static_cast<std::ptrdiff_t>(length_)));
@@ -154,7 +161,7 @@ private:
     };
 
     [[nodiscard]] std::size_t page() const noexcept { return cache_.page_tokens(); }
-    // A query does not go without tokens that a commit freed because its window had passed them.
+    // Refuses a query that would see tokens which a commit has freed.
     [[nodiscard]] status all_there(const query_sight& sight, std::size_t queries) const noexcept {
         const std::size_t gone = q_.pages[body_.group].window_from;
         for (std::size_t i = 0; gone != 0 && i < queries; ++i)
@@ -214,7 +221,8 @@ private:
         return job;
     }
 
-    // Tokens that a query sees, part by part: fp16 sinks, the quantized body, the fp16 window.
+    // The parts of what a query sees: fp16 sinks, the quantized body, the fp16 window. With 4 sinks and a
+    // window of 32, a query at position 99 sees tokens 0-3, 4-67 and 68-99 in them.
     enum part : std::size_t { sinks, quantized, window };
     [[nodiscard]] position_spans spans_of(const query_sight& sight, std::size_t i) const noexcept {
         const std::size_t last = sight.upper(i), first = sight.lower(i);
@@ -222,7 +230,7 @@ private:
             return {position_span{}, {first, last}, position_span{}};
         const cache_description& d = cache_.storage.description();
         const std::size_t s = (std::min)(d.fp16_sinks, last), r = d.fp16_window;
-        // tokens that the window or a truncation left behind are there in quantized form only
+        // tokens before fp16_from have no fp16 copy any more: a commit or a truncation freed it
         const std::size_t from =
             r == 0 ? last : (std::min)(last, (std::max)({s, sight.back(i, r), q_.fp16_from}));
         return {position_span{first, s}, {(std::max)(s, first), from}, {(std::max)(from, first), last}};

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The cache without its types: every call of basic_kv_cache, on what is known when the program runs. It
-// checks what callers give, finds their sequences, and leaves the work to the parts that it includes.
+// The cache without its template arguments: every call of basic_kv_cache, with formats, allocator and
+// executor known at run time only. It checks arguments, finds sequences by their handles, and leaves the work
+// to the headers that it includes.
 #pragma once
 
 #include <kv1/attention.hpp>
@@ -164,7 +165,7 @@ public:
             return s;
         const status s = append_of(id, layer, keys, values)(run);
         state_.close_layer(*q, layer, keys.tokens(), static_cast<bool>(s));
-        // on failure what was written lies past the sequence's length: it is not data
+        // on failure what was written lies past the sequence's length, where nobody reads it
         return s ? s : placed(s, layer);
     }
 
@@ -476,7 +477,7 @@ private:
 
     [[nodiscard]] cache_inspection inspection() const noexcept { return cache_inspection(state_); }
 
-    // The new tokens of a living sequence, whose pages are open.
+    // Precondition: the sequence lives, and open_layer() has made room for these tokens.
     [[nodiscard]] sequence_append append_of(sequence_id id, std::size_t layer, const tensor_view& keys,
                                             const tensor_view& values) const noexcept {
         return {state_, *state_.find(id), layer, keys, values};
@@ -506,7 +507,7 @@ private:
         return {};
     }
 
-    // values: none, or a view of the keys.
+    // Checks the tensors of a layer whose values lie in its keys. values are empty or a view of the keys.
     [[nodiscard]] static status check_append_keys(const layer_description& l, const tensor_view& keys,
                                                   const tensor_view& values,
                                                   const error_location& where) noexcept {
@@ -534,7 +535,7 @@ private:
             return {errc::invalid_argument, rule_extents};
         if (indptr.size() != ids.size() + 1 || indptr.front() != 0 || indptr.back() != rows)
             return {errc::invalid_argument, "indptr divides the rows among the sequences"};
-        // one bit a slot: only where two slots share one are sequences compared
+        // one bit a slot, modulo 4096: only sequences that meet a set bit are compared with those before
         std::array<std::uint64_t, 64> met{};
         for (std::size_t i = 0; i < ids.size(); ++i) {
             if (indptr[i] > indptr[i + 1])
@@ -550,7 +551,8 @@ private:
         }
         return {};
     }
-    // Of a sequence's rows in a batch: where they lie among all.
+    // The status with its token counted in the batch: token 2 of a sequence whose first is 7 becomes 9. A
+    // status without a token gets the sequence's first.
     static status at_row(const status& s, std::size_t first) noexcept {
         error_location where = s.where();
         where.token = static_cast<std::int64_t>(first) + (std::max<std::int64_t>)(where.token, 0);
@@ -581,7 +583,7 @@ private:
 
     // ---- rows
 
-    // Of a token that is there.
+    // Where a token lies. Precondition: it is not dropped.
     [[nodiscard]] slot_place place_of(const sequence_state& q, std::size_t layer,
                                       std::size_t token) const noexcept {
         const block_table& table = q.pages[state_.body_of(layer).group].table;

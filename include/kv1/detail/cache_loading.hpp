@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Reading the saved form: every check before anything is allocated or changed, then pages, then sequences and
-// prefixes, which appear together or not at all.
+// Reads the saved form (saved_form.hpp) in three steps: check everything; take blocks and read pages into
+// them; make sequences and prefixes. Before the last step nothing is seen by others, and that step cannot
+// fail.
 #pragma once
 
 #include <kv1/cache_description.hpp>
@@ -26,13 +27,13 @@
 
 namespace kv1::inline KV1_ABI::detail {
 
-// What the caller asks of the bytes.
+// What the caller expects to find.
 struct loading_rules {
     model_fingerprint model;
-    bool one_sequence = false; // and nothing else: what was swapped out
+    bool one_sequence = false; // exactly one and no prefixes, as swap_out() writes
 };
 
-// One load. Pages and slots belong to the load until it succeeds.
+// One load. It owns the blocks and handles that it takes until it succeeds.
 class cache_loading {
 public:
     explicit cache_loading(cache_state& cache) noexcept : cache_(cache) {}
@@ -92,7 +93,7 @@ private:
     }
     static constexpr status ended(const char* where) noexcept { return {errc::truncated, where}; }
 
-    // ---- what is read before anything is believed
+    // ---- the fixed part, and checksums
 
     template <class Source>
     status read_tables(Source& source, const model_fingerprint& model) noexcept {
@@ -111,7 +112,7 @@ private:
                                                ? "the saved cache names a model, the caller names none"
                                            : sizes_.model.empty() ? "the saved cache names no model"
                                                                   : "the saved cache is of another model"};
-        // as the bytes come: a size that lies ends with them, not with the memory
+        // grows as bytes come, so that a wrong size in the file ends with its bytes, not with the memory
         constexpr std::size_t step = 65536;
         tables_.clear();
         std::array<std::byte, 4> crc;
@@ -174,7 +175,7 @@ private:
         std::size_t total = 0;
         for (const std::uint32_t n : counts_)
             total += n;
-        buffer<std::uint32_t> users; // whether each page has one
+        buffer<std::uint32_t> users; // of each page; one without users is refused
         if (!users.resize(total))
             return no_memory();
         if (const status s = check_sequences(r, users); !s)
@@ -261,7 +262,7 @@ private:
         return {};
     }
 
-    // Everything that fill_sequences() relies on.
+    // Checks everything that fill_sequences() relies on.
     status check_sequences(byte_reader& r, buffer<std::uint32_t>& users) const noexcept {
         const std::size_t page = cache_.page_tokens();
         for (std::uint32_t i = 0; i < sizes_.sequences; ++i) {
@@ -288,7 +289,7 @@ private:
                     end = last;
                     at_front = first == 0 ? last : at_front;
                 }
-                // what a window gave up is dropped, and no later query sees it
+                // pages that a window freed are dropped, and no later query may see them
                 const std::uint64_t window = cache_.groups()[g].window;
                 if (window_from != 0 && (window == 0 || window_from % page != 0 ||
                                          window_from > at_front * page || window_from + window > length + 1))
@@ -307,12 +308,12 @@ private:
         return {};
     }
 
-    // Reads the nodes of the prefix index; each has the pages that storing its tokens would have given it.
+    // Reads the nodes of the prefix index. Each must have the pages that store_prefix() gives such a node.
     status check_prefixes(byte_reader& r, buffer<std::uint32_t>& users) noexcept {
         const std::size_t page = cache_.page_tokens(), groups = counts_.size();
         if (sizes_.prefixes > r.left() / (12 + 4 * groups))
             return wrong();
-        buffer<std::uint32_t> depths; // pages before each node's
+        buffer<std::uint32_t> depths; // of each node: the number of pages before its own
         if (!depths.reserve(sizes_.prefixes) || !prefixes_.nodes.reserve(sizes_.prefixes) ||
             !prefixes_.blocks.reserve(sizes_.prefixes * groups))
             return no_memory();
@@ -351,9 +352,9 @@ private:
         return {};
     }
 
-    // ---- what the load takes
+    // ---- handles and blocks
 
-    // Slots with room for their tables: sequences can not fail any more once the pages are read.
+    // Takes handles with room for their tables, so that making the sequences cannot fail.
     status reserve_sequences(byte_reader r) noexcept {
         if (!slots_.reserve(sizes_.sequences))
             return no_memory();
@@ -401,7 +402,7 @@ private:
         blocks_.clear();
     }
 
-    // A number that is none is reported once the checksum has shown that it was written so.
+    // A NaN or infinity is reported only after the checksum has shown that it was saved like that.
     template <class Source>
     status read_pages(Source& source) noexcept {
         status finite;
@@ -428,9 +429,9 @@ private:
         return finite;
     }
 
-    // ---- what the cache gets
+    // ---- sequences and prefixes
 
-    // From numbers of pages to blocks.
+    // Replaces page numbers of the file by blocks.
     void place_prefixes() noexcept {
         for (std::size_t i = 0; i < prefixes_.nodes.size(); ++i) {
             std::size_t offset = 0;
@@ -495,9 +496,9 @@ private:
     saved_sizes sizes_;
     buffer<std::byte> tables_;
     std::size_t sequences_left_ = 0; // bytes of the tables from the first sequence on
-    buffer<std::uint32_t> counts_;   // pages, by group
-    prefix_snapshot prefixes_;       // with numbers of pages in place of blocks until they are there
-    buffer<std::uint32_t> blocks_;   // by group and number in the file
+    buffer<std::uint32_t> counts_;   // [group]: pages
+    prefix_snapshot prefixes_;       // its blocks are page numbers of the file until pages are read
+    buffer<std::uint32_t> blocks_;   // [group][page number]
     buffer<std::uint32_t> slots_;
 };
 

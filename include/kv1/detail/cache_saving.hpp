@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Writing the saved form: which pages sequences and prefixes have, each once, then tables, then pages.
+// Writes the saved form (saved_form.hpp). It lists the pages of sequences and prefixes, each once, then
+// writes tables, then pages.
 #pragma once
 
 #include <kv1/cache_description.hpp>
@@ -23,7 +24,7 @@
 
 namespace kv1::inline KV1_ABI::detail {
 
-// One save. Pages of prefixes are held while this lives, so that nothing evicts them.
+// One save. It holds references to the prefixes' pages as long as it lives, so that nothing evicts them.
 class cache_saving {
 public:
     cache_saving(const cache_state& cache, std::span<const sequence_id> ids) noexcept
@@ -32,7 +33,7 @@ public:
     cache_saving& operator=(const cache_saving&) = delete;
     ~cache_saving() { cache_.index.release(prefixes_); }
 
-    // Finds what there is to save. Precondition of the others.
+    // Finds what there is to save. Call it before the other members.
     status collect(const model_fingerprint& model, bool with_prefixes) noexcept {
         for (const sequence_id id : ids_) {
             const sequence_state* q = cache_.find(id);
@@ -73,7 +74,7 @@ public:
 
     template <class Sink>
     status write(Sink& sink) const noexcept {
-        buffer<std::byte> part; // a page with slots to clear
+        buffer<std::byte> part; // a copy of a page whose unused slots are cleared
         std::size_t largest = 0;
         for (const plane& p : cache_.storage.planes())
             largest = (std::max)(largest, p.block_bytes);
@@ -91,11 +92,11 @@ public:
     }
 
 private:
-    // Which pages of a group are saved.
+    // The pages of a block group that are saved.
     struct page_list {
-        buffer<std::uint32_t> place;  // [block] number in the file
-        buffer<std::uint32_t> blocks; // [number] block
-        buffer<std::uint32_t> tokens; // [number] slots that a sequence or prefix uses
+        buffer<std::uint32_t> place;  // [block]: its page number in the file
+        buffer<std::uint32_t> blocks; // [page number]: its block
+        buffer<std::uint32_t> tokens; // [page number]: how many slots a sequence or prefix uses
 
         [[nodiscard]] bool add(std::uint32_t block, std::uint32_t used) noexcept {
             if (place[block] == saved_none) {
@@ -206,7 +207,7 @@ private:
         return fine;
     }
 
-    // A group's n-th page, of one plane; slots that nobody uses as if never written.
+    // Page number n of a group, in one plane. Slots that nobody uses are zero.
     template <class Writer>
     bool write_page(Writer& w, const plane& p, std::size_t n, buffer<std::byte>& part) const {
         const std::byte* block = p.block(pages_[p.group].blocks[n]);

@@ -1,13 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Where a cache's bytes lie. A plane is one layer's pages in one layout: its body, its fp16 copy, or the keys
-// of its open page where the body takes whole pages of them. Planes whose pages come and go together form a
-// group: one pool of block numbers, one block table a sequence.
+// Where a cache's bytes lie. A plane is one layer's blocks in one layout. A layer has one to three planes:
+// its body (the codes), its fp16 copies, and the fp16 keys of open pages if its keys are quantized per
+// channel.
 //
-//   groups: bodies, by sliding window and what is kept behind it; where there are any, open keys; where there
-//   are any, fp16 copies
+// Planes whose pages come and go together form a block group (page_group): one pool of block numbers, and one
+// block table for each sequence. Block b of a group lies at byte b * block_bytes of the arena of each of its
+// planes. The groups are, in this order:
 //
-// Block b of a group lies at b * block_bytes of each of its planes' arenas.
+//   bodies       one group for each pair of sliding window and retention; layers without a window share one
+//   open keys    one group, if any layer quantizes keys per channel
+//   fp16 copies  one group, if the cache has fp16 sinks or a window
+//
+// Example: four layers, of which 0 and 2 have a sliding window of 1024, and fp16 sinks. Groups: bodies of
+// layers 0 and 2; bodies of 1 and 3; copies of 1 and 3 (layers with a sliding window have none).
 #pragma once
 
 #include <kv1/cache_description.hpp>
@@ -35,18 +41,20 @@ inline constexpr std::size_t no_plane = (std::numeric_limits<std::size_t>::max)(
 
 enum class plane_kind : std::uint8_t { body, fp16_copy, open_keys };
 
+// A block group.
 struct page_group {
     page_pool pool;
     std::size_t window = 0;    // 0: every token stays visible
     std::size_t retention = 0; // tokens behind the window that a commit keeps
     plane_kind kind = plane_kind::body;
-    std::size_t block_bytes = 0; // of all planes
+    std::size_t block_bytes = 0; // of a block in all planes together
 };
 
-struct layer_planes : layer_codecs { // their shape is of the storage's description
+// A layer's encodings, and the indices of its planes. The shape lies in the storage's description.
+struct layer_planes : layer_codecs {
     std::size_t body = no_plane;
-    std::size_t copy = no_plane; // fp16, where the layer has one
-    std::size_t open = no_plane; // keys of the open page in fp16, where the body's are quantized per channel
+    std::size_t copy = no_plane; // fp16 copies; no_plane: the layer has none
+    std::size_t open = no_plane; // fp16 keys of open pages; no_plane: keys are not quantized per channel
 };
 
 class cache_storage {
@@ -59,7 +67,8 @@ public:
     [[nodiscard]] std::span<const page_group> groups() const noexcept { return groups_; }
     [[nodiscard]] std::span<page_group> groups() noexcept { return groups_; }
 
-    // Checks the description and reserves everything.
+    // Checks the description and reserves all arenas and pools. Errors: invalid_argument, shape_mismatch,
+    // unsupported_format, non_finite, out_of_memory.
     status initialize(cache_description&& d, const kernel_set& kernels, memory_source& memory) noexcept {
         if (d.layers.empty() || d.page_tokens == 0 || d.page_tokens % tile_tokens != 0 ||
             d.capacity_tokens == 0)
@@ -92,7 +101,8 @@ public:
         return {};
     }
 
-    // Raises the capacity of groups that follow capacity_tokens. All or nothing; blocks keep their numbers.
+    // Raises the capacity of the groups that have no capacity of their own. Blocks keep their numbers, their
+    // bytes move. Nothing changes on failure. Errors: invalid_argument, out_of_memory.
     status grow(std::size_t capacity_tokens, memory_source& memory) noexcept {
         if (pages_for(capacity_tokens, page_tokens()) > most_pages)
             return {errc::invalid_argument, "more than 2^32 - 2 pages"};
@@ -210,7 +220,7 @@ private:
         return {};
     }
 
-    // The last group, which is of this kind, made where it is of another.
+    // The index of the last group. If that is of another kind, a group of this kind is added first.
     std::size_t last_group(plane_kind kind) noexcept {
         if (groups_.back().kind != kind) {
             groups_.emplace_back().kind = kind;

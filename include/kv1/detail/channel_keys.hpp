@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Keys quantized per channel (quantization_axis): from a page of fp16 keys, kept while it is open, to the
-// codes of a full one. Both hold keys as they are prepared, less their means and rotated.
+// Keys quantized per channel (quantization_axis). While a page is open its keys are kept in fp16; when it is
+// full, seal_keys() makes codes of them, channel by channel. Both pages hold keys less their means and
+// rotated.
 #pragma once
 
 #include <kv1/detail/kernels/interface.hpp>
@@ -31,7 +32,7 @@ T* plain_element(const section_layout& s, std::byte* page, std::size_t token, st
            along % per_lane;
 }
 
-// A channel's codes of all tokens, into bits of K's lines that are zero.
+// Writes the codes of one channel for all tokens of a page. Precondition: their bits in K's lines are zero.
 inline void or_channel_codes(const section_layout& s, std::byte* page, std::size_t channel,
                              const std::uint8_t* codes) noexcept {
     const format_traits t = s.traits();
@@ -50,7 +51,8 @@ inline void or_channel_codes(const section_layout& s, std::byte* page, std::size
     }
 }
 
-// Channels c and c + 1 of a page of fp16 keys, [token]; c is even, and there may be no c + 1.
+// Reads channels c and c + 1 of a page of fp16 keys: first[token] and second[token]. c is even. If the last
+// channel is c, second gets the padding.
 inline void load_two_channels(const target_kernels& kernels, const section_layout& open,
                               const std::byte* open_page, std::size_t c, float* first,
                               float* second) noexcept {
@@ -66,8 +68,8 @@ inline void load_two_channels(const target_kernels& kernels, const section_layou
     }
 }
 
-// Codes of up to tile_tokens channels, `stride` apart, each a vector of the tokens of a page. On failure
-// `channel` is which of them.
+// Quantizes `count` channels, at most tile_tokens. Channel c is the vector x[c * stride + token] of a page's
+// tokens. On failure the result's channel is the index of the one that failed, from 0.
 inline encode_result encode_channels(const target_kernels& kernels, const vector_codec& codec,
                                      const section_layout& s, const float* x, std::size_t count,
                                      std::size_t stride, std::uint8_t* codes, row_metadata* metadata,
@@ -91,10 +93,10 @@ inline encode_result encode_channels(const target_kernels& kernels, const vector
     return r;
 }
 
-// Under error weights: channels from the last to the first, each fitted to where it makes up for the errors
-// already made in its token (encode_reference.hpp; GPTQ, Frantar et al. 2023, has the levels of a channel in
-// common, too). Their cost is the sum over tokens, and a fit to what is wanted of a channel is what it asks
-// for.
+// seal_keys() under error weights. Channels are quantized from the last to the first. The error that a
+// channel leaves in a token changes what the channels before it should be in that token
+// (encode_reference.hpp): wanted[] holds that. A channel's levels are fitted to its wanted values of all
+// tokens, since its errors cost the same in each. GPTQ (Frantar et al. 2023) does this for weights.
 inline encode_result seal_weighted_keys(const target_kernels& kernels, const vector_codec& codec,
                                         const float* feedback, const section_layout& s, std::byte* page,
                                         const section_layout& open, const std::byte* open_page,
@@ -125,7 +127,8 @@ inline encode_result seal_weighted_keys(const target_kernels& kernels, const vec
     return {};
 }
 
-// Codes and metadata of a full page of a KV head's fp16 keys. On failure the page's keys are unspecified.
+// Makes codes and metadata of a full page of one KV head's fp16 keys. On failure the page's keys are
+// unspecified, and the result names the channel.
 inline encode_result seal_keys(const target_kernels& kernels, const vector_codec& codec, std::size_t head,
                                const section_layout& s, std::byte* page, const section_layout& open,
                                const std::byte* open_page, append_scratch& scratch) noexcept {

@@ -1,18 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// One layer's bytes, and all that is asked of them: memory for blocks, blocks cleared and copied, vectors
-// written to slots, attention over a block table, vectors read. Nothing here knows sequences, lengths or
-// reference counts: the caller says which slots it means, and sees to it that nobody else writes to them. A
-// cache keeps its sequences on top of this; who keeps other books needs nothing of the cache but this header.
+// The bytes of one layer, and all that is asked of them: allocate, clear and copy blocks, write vectors to
+// slots, attend over a block table, read vectors. Nothing here knows sequences, lengths or reference counts.
+// The caller names the slots, and sees to it that nobody else writes to them meanwhile. A cache keeps its
+// sequences on top of this. A program with other bookkeeping needs this header alone.
 //
-//   plane   a layer's pages in one layout. Block b lies at b * block_bytes: the pages of its KV heads, side
-//   by
-//           side
-//   table   numbers of blocks, in the order of their tokens
-//   slot    a place of a table: slot s is token s % page_tokens of block table[s / page_tokens]
+//   plane   one layer's blocks in one layout. Block b lies at byte b * block_bytes and holds the pages of all
+//           KV heads, side by side
+//   table   block numbers, in the order of their tokens
+//   slot    an index into a table's tokens: with 64 tokens a page, slot 130 is token 2 of block table[2]
 //
-// A layer has a body, the plane of its own formats. Beside it there may be two more: fp16 copies of its
-// vectors, and, where keys are quantized per channel, fp16 keys of pages that are not full yet.
+// A layer has a body, the plane of its own formats. It may have two more planes: fp16 copies of its vectors,
+// and fp16 keys of pages that are not full yet, if keys are quantized per channel.
 #pragma once
 
 #include <kv1/attention.hpp>
@@ -46,8 +45,8 @@ struct plane {
     page_layout layout;
     std::size_t layer = 0;
     std::size_t kv_heads = 0;
-    std::size_t group = 0;       // of planes whose blocks have the same numbers (cache_storage.hpp)
-    std::size_t block_bytes = 0; // of all KV heads
+    std::size_t group = 0;       // index of the block group (cache_storage.hpp)
+    std::size_t block_bytes = 0; // the pages of all KV heads
     detail::arena arena;
 
     [[nodiscard]] std::byte* block(std::uint32_t index) noexcept {
@@ -63,13 +62,13 @@ struct plane {
         return block(index) + kv_head * layout.bytes();
     }
 
-    // Whether memory can have that many blocks of a layout's pages.
+    // Whether so many blocks are a number of bytes that pointers can count.
     [[nodiscard]] static bool addressable(const page_layout& layout, std::size_t kv_heads,
                                           std::size_t blocks) noexcept {
         constexpr std::size_t most_bytes = (std::numeric_limits<std::ptrdiff_t>::max)();
         return kv_heads <= most_bytes / layout.bytes() && blocks <= most_bytes / (kv_heads * layout.bytes());
     }
-    // Memory for blocks, in an arena that has none: not touched yet. False: no memory.
+    // Allocates so many blocks in an empty arena, without touching them. False: no memory.
     [[nodiscard]] bool allocate(detail::arena& to, std::size_t blocks, bool huge_pages) const noexcept {
         if (!addressable(layout, kv_heads, blocks) || !to.allocate(blocks * block_bytes))
             return false;
@@ -78,20 +77,20 @@ struct plane {
         return true;
     }
 
-    // A block is cleared before it is first written to: slots past the stored tokens meet weights of zero, so
-    // what they hold must be finite.
+    // Clears a block, before it is first written to. Attention multiplies slots past the stored tokens by
+    // weights of zero, so what they hold must be finite.
     void clear(std::uint32_t index) noexcept { std::memset(block(index), 0, block_bytes); }
     void copy(std::uint32_t from, std::uint32_t to) noexcept {
         std::memcpy(block(to), block(from), block_bytes);
     }
 };
 
-// A layer's shape, and how its vectors become what its body holds.
+// A layer's shape and its encodings.
 struct layer_codecs {
     const layer_description& shape;
     vector_codec keys = {}, values = {};
 
-    // Checks the shape, but for what concerns windows, and makes the codecs. Errors: invalid_argument,
+    // Checks the shape, windows left out, and prepares the encodings. Errors: invalid_argument,
     // shape_mismatch, unsupported_format, non_finite, out_of_memory.
     status make(std::size_t page_tokens, const kernel_set& kernels) noexcept {
         const layer_description& l = shape;
@@ -126,7 +125,7 @@ private:
                               (kind == metadata_kind::scale_and_minimum || kind == metadata_kind::compact));
     }
 
-    // The rule that keys per channel break, or null.
+    // The rule for keys per channel that the layer breaks; null: none.
     [[nodiscard]] static const char* broken_axis_rule(const layer_description& l,
                                                       std::size_t page_tokens) noexcept {
         const format_traits t = traits_of(l.key_format);
@@ -140,7 +139,7 @@ private:
         return nullptr;
     }
 
-    // The rule that values in keys break, or null.
+    // The rule for values in keys that the layer breaks; null: none.
     [[nodiscard]] static const char* broken_latent_rule(const layer_description& l) noexcept {
         if (l.value_dim > l.key_dim)
             return "values in keys have at most as many channels as the keys";
@@ -158,7 +157,7 @@ private:
     }
 };
 
-// The slots that vectors go to: the i-th to slot first + i or, where slots are listed, to slots[i].
+// The slots that vectors go to. Vector i goes to slot slots[i], or to slot first + i if slots is null.
 struct slot_run {
     const std::uint32_t* table = nullptr;
     std::size_t first = 0;
@@ -168,12 +167,12 @@ struct slot_run {
 // Where a slot lies.
 struct slot_place {
     std::uint32_t block;
-    std::size_t token; // of the block's pages
+    std::size_t token; // in the page
 };
 
-// A view: codecs, kernels, planes and the pool that tasks take their scratch from outlive it. Its calls write
-// to pages, though planes come as const: which pages may be written to is the caller's affair, as are two
-// calls at once.
+// A view of a layer: encodings, kernels, planes and scratch pool outlive it. Its calls write to pages
+// although planes are const. The caller decides which pages may be written to, and keeps two calls from
+// writing to the same slots at once.
 class layer_store {
 public:
     layer_store(const layer_codecs& codecs, const kernel_set& kernels, const plane& body, const plane* copies,
@@ -187,28 +186,30 @@ public:
 
     // ---- write
 
-    // Blocks are cleared, or hold what was written before. Keys per channel take slots in order, not listed.
+    // Where new vectors go. Blocks are cleared, or hold tokens that were written before. With keys per
+    // channel body.slots is null.
     struct destination {
         slot_run body;
-        slot_run copies{}; // where the layer has copies
-        // where it has open keys: the block for the page that the first slot lies in, if that page has begun,
-        // and the block for those after it
+        slot_run copies{}; // of the fp16 copies, if the layer has any
+        // Blocks of open keys, if the layer has any: open_begun for the page that the first slot lies in, if
+        // that page holds tokens already; open_later for the pages after it.
         std::uint32_t open_begun = 0, open_later = 0;
     };
 
-    // Vectors [tokens][kv_heads][channels] of the layer's shape, encoded. Errors: those of encoding, naming
-    // KV head, token and channel; slots then hold what nobody should read.
+    // Encodes vectors [tokens][kv_heads][channels] into their slots. Errors: non_finite and
+    // not_representable, naming KV head, token and channel; out_of_memory. The slots' contents are then
+    // unspecified.
     status write(const destination& to, const tensor_view& keys, const tensor_view& values,
                  executor_view run) const noexcept {
         return to_planes(to, keys, values,
                          [&](const append_job& job) { return append_heads(job, body_.kv_heads, run); });
     }
-    // The same of one KV head.
+    // write() for one KV head.
     [[nodiscard]] status write_head(const destination& to, const tensor_view& keys, const tensor_view& values,
                                     std::size_t kv_head) const noexcept {
         return to_planes(to, keys, values, [&](const append_job& job) { return append_head(job, kv_head); });
     }
-    // A row as it is stored, which fits() and is finite.
+    // Stores a row bit for bit. Preconditions: fits(); the row's numbers are finite.
     void write_row(kv_side side, const slot_place& to, std::size_t kv_head, const const_row_buffers& from,
                    std::size_t row) const noexcept {
         store_row(section(side), const_cast<std::byte*>(body_.page(to.block, kv_head)), to.token, from, row);
@@ -216,8 +217,7 @@ public:
 
     // ---- attend
 
-    // What attention needs to know of a plane. Of whom each query sees (attention_job's ranges of slots,
-    // masks and windows) nothing is said yet.
+    // A job over a plane. The caller fills in what each query sees: ranges of slots, masks, windows.
     [[nodiscard]] attention_job job(const plane& p, const std::uint32_t* table, std::size_t query_heads,
                                     const attention_options& options) const noexcept {
         const bool per_channel = p.layout.keys().axis == quantization_axis::per_channel;
@@ -235,7 +235,7 @@ public:
         job.group = query_heads / body_.kv_heads;
         job.scale = scale(options);
         job.soft_cap = options.soft_cap;
-        if (&p == &body_) { // fp16 copies are as they were given
+        if (&p == &body_) { // fp16 copies have neither rotation nor means taken off
             job.key_hadamard = codecs_.keys.recipe.hadamard;
             job.value_hadamard = codecs_.values.recipe.hadamard;
             job.key_means = codecs_.keys.mean(0);
@@ -243,7 +243,8 @@ public:
         }
         return job;
     }
-    // Keys of slots from `from` on, in a page that is not full, are read from a block of open keys.
+    // Makes a job read the keys of slots from `from` on, which lie in the open page, from a block of open
+    // keys.
     void read_open_keys(attention_job& job, std::uint32_t block, std::size_t from) const noexcept {
         job.open_keys = open_keys_->block(block);
         job.open_layout = &open_keys_->layout;
@@ -273,17 +274,17 @@ public:
     [[nodiscard]] const section_layout& section(kv_side side) const noexcept {
         return side == kv_side::key ? body_.layout.keys() : body_.layout.values();
     }
-    // A vector as it was given, but for what encoding took from it. Precondition: it is in the body.
+    // Decodes a vector; rotation and mean are undone. Precondition: the body holds its codes.
     void read(kv_side side, const slot_place& at, std::size_t kv_head, std::span<float> out) const noexcept {
         decode_row(section(side), body_.page(at.block, kv_head), at.token, out);
         codec(side).restore(out, kv_head);
     }
-    // The same of an open key.
+    // Decodes a key of an open page; rotation and mean are undone.
     void read_open_key(const slot_place& at, std::size_t kv_head, std::span<float> out) const noexcept {
         decode_row(open_keys_->layout.keys(), open_keys_->page(at.block, kv_head), at.token, out);
         codecs_.keys.restore(out, kv_head);
     }
-    // A vector as it is stored.
+    // Copies a row out bit for bit.
     void read_row(kv_side side, const slot_place& at, std::size_t kv_head, const row_buffers& out,
                   std::size_t row) const noexcept {
         export_row(section(side), body_.page(at.block, kv_head), at.token, out, row);
@@ -294,7 +295,7 @@ private:
         return side == kv_side::key ? codecs_.keys : codecs_.values;
     }
 
-    // The fp16 copies first, since what they refuse is refused.
+    // Appends to the fp16 copies first: a vector that fp16 cannot hold is refused before codes are written.
     template <class Append>
     status to_planes(const destination& to, const tensor_view& keys, const tensor_view& values,
                      Append&& append) const noexcept {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A layer's encodings (encoding.hpp), checked and made ready for kernels.
+// The encodings of a layer (encoding.hpp), checked and made ready for kernels.
 #pragma once
 
 #include <kv1/cache_description.hpp>
@@ -21,12 +21,12 @@
 
 namespace kv1::inline KV1_ABI::detail {
 
-// One side of a layer. Kernels get pointers into it.
+// The encoding of a layer's keys, or of its values. Kernels get pointers into it.
 struct vector_codec {
     encode_recipe recipe{};
     buffer<float> means;    // [kv_heads][channels], or empty
-    buffer<float> feedback; // [kv_heads][channels][channels], or empty
-    bool by_recipe = false; // codes are chosen by encode_rows
+    buffer<float> feedback; // [kv_heads][channels][channels], or empty: factor_weights()
+    bool by_recipe = false; // encode_rows chooses codes; else the format's own rule does
 
     [[nodiscard]] bool prepares() const noexcept { return recipe.hadamard != 0 || !means.empty(); }
     [[nodiscard]] const float* mean(std::size_t head) const noexcept {
@@ -36,7 +36,7 @@ struct vector_codec {
         return {x, mean(head),
                 feedback.empty() ? nullptr : feedback.data() + head * recipe.channels * recipe.channels};
     }
-    // What was done to a vector before it was stored, undone.
+    // Undoes what was done to a vector before it was stored: rotates it back and adds its mean.
     void restore(std::span<float> x, std::size_t head) const noexcept {
         if (recipe.hadamard != 0)
             hadamard_transform(x, recipe.hadamard);
@@ -44,7 +44,7 @@ struct vector_codec {
             for (std::size_t c = 0; c < x.size(); ++c)
                 x[c] += m[c];
     }
-    // What reading stored vectors needs to know, for those who save them.
+    // Of the means, which a saved cache must find again when it is loaded. 0: no means.
     [[nodiscard]] std::uint32_t means_checksum() const noexcept {
         return means.empty() ? 0 : crc32c(0, std::as_bytes(means.view()));
     }
@@ -52,10 +52,20 @@ struct vector_codec {
 
 #include <kv1/detail/precise_math_begin.inl>
 
-// The transpose of R's part above the diagonal and D, in parts of W's mean diagonal, on it where W, rotated,
-// is R^T D R: feedback of one head (encode_reference.hpp). W gets a hundredth of its mean diagonal added, so
-// that channels that cost nothing do not ask for the impossible. Errors: invalid_argument where W is not
-// positive semidefinite, out_of_memory.
+// Factors the error weights of one KV head for the encoder (encode_reference.hpp).
+//
+//   input    weights W, [n][n], symmetric. W is first rotated as vectors are, if block is not 0.
+//   factors  W = R^T D R, R upper triangular with ones on its diagonal, D diagonal (a Cholesky factorization)
+//   output   feedback, [n][n]:  below the diagonal  feedback[i][j] = R[j][i]
+//                               on it               feedback[j][j] = D[j] / (mean of W's diagonal)
+//                               above it            0
+//
+// Example: W = {4, 2; 2, 2} has R = {1, 0.5; 0, 1} and D = {4, 1}, so feedback[1][0] = 0.5 (before the
+// addition below).
+//
+// A hundredth of the mean diagonal is added to W's diagonal first. Without it a channel whose errors cost
+// nothing would have D = 0, and no other could divide by it. Errors: invalid_argument if W is not positive
+// semidefinite, out_of_memory.
 inline status factor_weights(std::span<const float> weights, std::size_t n, std::size_t block,
                              float* feedback) noexcept {
     constexpr status indefinite(errc::invalid_argument, "error weights are positive semidefinite");
@@ -107,7 +117,8 @@ inline status factor_weights(std::span<const float> weights, std::size_t n, std:
 
 #include <kv1/detail/precise_math_end.inl>
 
-// Errors: invalid_argument, shape_mismatch, non_finite, out_of_memory.
+// Checks an encoding and makes it ready. heads: KV heads. channels: of a vector. group: channels that share
+// metadata, 0: all. Errors: invalid_argument, shape_mismatch, non_finite, out_of_memory.
 inline status make_codec(kv_format format, const vector_encoding& e, std::size_t heads, std::size_t channels,
                          std::size_t group, vector_codec& out) noexcept {
     const format_traits t = traits_of(format);
@@ -145,8 +156,8 @@ inline status make_codec(kv_format format, const vector_encoding& e, std::size_t
     return {};
 }
 
-// The first n channels of keys, which end where a Hadamard block does, as vectors to restore. Errors:
-// out_of_memory.
+// What restores the first n channels of keys, for values that lie in keys. The n channels are whole Hadamard
+// blocks. Errors: out_of_memory.
 inline status make_first_channels(const vector_codec& keys, std::size_t heads, std::size_t n,
                                   vector_codec& out) noexcept {
     out.recipe = keys.recipe;
