@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Quantizing and inserting new tokens: the loop over KV heads and tokens around the target's kernels.
+// Quantizes new tokens and writes them into their slots: the loops over KV heads and tokens around the
+// target's kernels.
 #pragma once
 
 #include <kv1/detail/channel_keys.hpp>
@@ -25,20 +26,20 @@ struct append_job {
     const std::byte* arena; // pages are written to through a cast: the caller owns them
     std::size_t block_bytes;
     const std::uint32_t* block_table;
-    std::size_t first_token;           // place of the first new token among those of the block table
-    tensor_view keys, values;          // values are not looked at where the layout's lie in the keys
-    scratch_pool* scratches = nullptr; // of the cache; only affine2_batch does without
-    bool through_fp16 = false;         // what is quantized is the vector rounded to fp16
-    // of the body's sections; null for fp16 copies
+    std::size_t first_token;           // slot of the first new token: with 64 a page, 130 is in table entry 2
+    tensor_view keys, values;          // values are ignored if the layout's values lie in its keys
+    scratch_pool* scratches = nullptr; // of the cache; affine2_batch needs none
+    bool through_fp16 = false;         // vectors are rounded to fp16 before they are quantized
+    // the encodings of the body; null for fp16 copies
     const vector_codec* key_codec = nullptr;
     const vector_codec* value_codec = nullptr;
-    // where keys are quantized per channel: pages of fp16 keys, of KV head 0, for those of a page that had
-    // begun, and for those of later pages, one after the other
+    // With keys per channel: the block for fp16 keys of the page that the first token continues, and the
+    // block for the pages after it, which use it one after the other. Both point to KV head 0's page.
     const page_layout* open_layout = nullptr;
     const std::byte* open_before = nullptr;
     const std::byte* open_after = nullptr;
 
-    // where not null: the new tokens' places, not one after the other (never of keys per channel)
+    // Slots of the new tokens, [tokens]; null: first_token, first_token + 1, ... Null with keys per channel.
     const std::uint32_t* slots = nullptr;
 
     [[nodiscard]] std::size_t slot(std::size_t i) const noexcept {
@@ -47,7 +48,8 @@ struct append_job {
     [[nodiscard]] const vector_codec* codec(const section_layout& s) const noexcept {
         return s.keys ? key_codec : value_codec;
     }
-    // 2 bits, and nothing but the format's own rule: append_affine2()
+    // Whether append_affine2() can do it: 2-bit codes, one scale a vector, min/max levels, no rotation or
+    // means
     [[nodiscard]] bool takes_tiles(const section_layout& s) const noexcept {
         const vector_codec* c = codec(s);
         return s.format == kv_format::affine2 && s.groups() == 1 && s.axis == quantization_axis::per_token &&
@@ -68,8 +70,8 @@ void store_plain(const section_layout& s, std::byte* page, std::size_t token, co
     }
 }
 
-// One plain vector into its lanes; refuses what is not finite or not representable. `buffer` holds its
-// halves.
+// Writes one vector of a plain format into its lanes. `buffer` has room for its fp16 numbers. Errors:
+// non_finite, not_representable, with the channel.
 inline encode_result insert_plain(const target_kernels& kernels, const section_layout& s, std::byte* page,
                                   std::size_t token, const float* x, std::uint16_t* buffer) noexcept {
     std::uint32_t largest = 0; // by magnitude bits, NaN above infinity
@@ -137,13 +139,13 @@ inline status append_error(const encode_result& r, std::size_t head, std::size_t
     return {r.code, r.rule, where};
 }
 
-// Page `index` of the sequence, of one KV head.
+// One KV head's page in entry `index` of the block table.
 inline std::byte* page_of(const append_job& job, std::size_t head, std::size_t index) noexcept {
     return const_cast<std::byte*>(job.arena) +
            static_cast<std::size_t>(job.block_table[index]) * job.block_bytes + head * job.layout->bytes();
 }
 
-// A vector as floats: where it lies, or in `converted`.
+// A new vector as floats. The result points into the tensor, or to `converted` if it had to be converted.
 inline const float* row_of(const append_job& job, const tensor_view& source, std::size_t i, std::size_t head,
                            float* converted) noexcept {
     const void* x = source.at(i, head);
@@ -151,7 +153,7 @@ inline const float* row_of(const append_job& job, const tensor_view& source, std
         return static_cast<const float*>(x);
     job.kernels->load_floats(source.type(), x, source.channels(), converted);
     if (job.through_fp16 && source.type() != scalar_type::fp16) {
-        // no infinity comes of it: the fp16 copy was stored before
+        // gives no infinity: the fp16 copy was stored before, which refuses what does not fit
         std::uint16_t halves[max_head_dim];
         job.kernels->store_floats(scalar_type::fp16, converted, source.channels(), halves);
         job.kernels->load_floats(scalar_type::fp16, halves, source.channels(), converted);
@@ -198,14 +200,14 @@ private:
     alignas(64) float converted_[max_head_dim];
 };
 
-// Gathers vectors whose codes a recipe chooses.
+// Gathers vectors into batches for encode_rows.
 class recipe_batch {
 public:
     recipe_batch(const append_job& job, const section_layout& s, append_scratch& scratch) noexcept
         : job_(job), section_(s), codec_(*job.codec(s)), scratch_(scratch), stride_(round_up(s.channels, 32)),
           most_((std::min)(tile_tokens, max_head_dim / stride_)) {
         if (stride_ != s.channels)
-            std::memset(scratch.codes, 0, most_ * stride_); // past the channels they stay zero
+            std::memset(scratch.codes, 0, most_ * stride_); // the encoder does not write past the channels
     }
 
     status add(std::size_t head, std::size_t i) noexcept {
@@ -247,14 +249,14 @@ private:
     const section_layout& section_;
     const vector_codec& codec_;
     append_scratch& scratch_;
-    std::size_t stride_, most_; // of codes; rows of a batch
+    std::size_t stride_, most_; // bytes from one vector's codes to the next; vectors of a batch
     encode_row rows_[tile_tokens];
     std::size_t heads_[tile_tokens], tokens_[tile_tokens];
     std::size_t count_ = 0;
 };
 
-// All new tokens of one KV head, of keys quantized per channel: into fp16, and of pages that get full into
-// codes.
+// Appends keys quantized per channel of one KV head. They go to the page of fp16 keys; a page that they fill
+// is turned into codes.
 inline status append_channel_keys(const append_job& job, std::size_t head, append_scratch& scratch) noexcept {
     const section_layout& s = job.layout->keys();
     const section_layout& open = job.open_layout->keys();
@@ -273,7 +275,7 @@ inline status append_channel_keys(const append_job& job, std::size_t head, appen
                           head * job.open_layout->bytes();
         encode_result r = insert_plain(*job.kernels, open, page, slot, x, scratch.halves);
         if (codec.recipe.hadamard != 0)
-            r.channel = no_channel; // a mix of all
+            r.channel = no_channel; // each rotated channel is a mix of many
         if (r.code == errc::ok && slot + 1 == s.tokens)
             r = seal_keys(*job.kernels, codec, head, s, page_of(job, head, index), open, page, scratch);
         if (r.code != errc::ok)
@@ -282,11 +284,11 @@ inline status append_channel_keys(const append_job& job, std::size_t head, appen
     return {};
 }
 
-// All new tokens of one KV head, of a section that takes_tiles().
+// Appends keys or values of one KV head. Precondition: takes_tiles(s).
 inline status append_tiles(const append_job& job, const section_layout& s, std::size_t head) noexcept {
     affine2_batch batch(job);
     for (std::size_t i = 0; i < job.keys.tokens(); ++i) {
-        // batches are tiles, so that the lines of V are written once
+        // a batch ends where a tile does, so that each line of V is written once
         if (job.slot(i) % tile_tokens == 0)
             if (const status flushed = batch.flush(); !flushed)
                 return flushed;
@@ -296,7 +298,7 @@ inline status append_tiles(const append_job& job, const section_layout& s, std::
     return batch.flush();
 }
 
-// All new tokens of one KV head, of K or V; 2-bit codes in batches, others one by one.
+// Appends keys or values of one KV head.
 inline status append_section(const append_job& job, const section_layout& s, std::size_t head,
                              append_scratch& scratch) noexcept {
     const tensor_view& source = s.keys ? job.keys : job.values;
@@ -353,7 +355,7 @@ inline status append_heads(const append_job& job, std::size_t kv_heads, executor
     const auto recipe = [&](const section_layout& s) {
         return job.codec(s) != nullptr && job.codec(s)->by_recipe;
     };
-    // one token of decoding: less work than a thread's wake-up, and cheapest over all heads at once
+    // One token of decoding is less work than waking a thread, and all heads fit one batch: a single task.
     if (job.keys.tokens() == 1 && per_channel) {
         status s;
         auto all = [&](std::size_t) {
@@ -408,7 +410,9 @@ inline status append_heads(const append_job& job, std::size_t kv_heads, executor
         }
     };
     run(kv_heads, task_view(task));
-    status s; // once more, for its reason; where memory was short and is there now, the others follow
+    // Tasks do not keep statuses. The first head that failed runs again, for its status. If it succeeds now
+    // (memory was short), those after it run again too.
+    status s;
     for (std::size_t head = first_failed.load(std::memory_order_relaxed); s && head < kv_heads; ++head)
         s = append_head(job, head);
     return s;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What a cache says of itself: statistics, and whether it contradicts itself.
+// Statistics of a cache, and the check of its invariants.
 #pragma once
 
 #include <kv1/cache_description.hpp>
@@ -115,7 +115,7 @@ private:
         return s;
     }
 
-    // Of one KV head's keys: `held` of a layer's `length` tokens.
+    // Bytes of one KV head's keys, of which `held` of the layer's `length` tokens are there.
     [[nodiscard]] std::size_t key_bytes(const layer_description& d, std::size_t length,
                                         std::size_t held) const noexcept {
         if (d.key_axis == quantization_axis::per_token)

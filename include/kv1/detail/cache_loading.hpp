@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Reads the saved form (saved_form.hpp) in three steps: check everything; take blocks and read pages into
-// them; make sequences and prefixes. Before the last step nothing is seen by others, and that step cannot
-// fail.
+// them; make sequences and prefixes. Nobody else sees anything before the last step, which makes all or none.
 #pragma once
 
 #include <kv1/cache_description.hpp>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Single vectors between the tiles of a page and row format.
+// Copies single vectors between the tiles of a page and the row format.
 #pragma once
 
 #include <kv1/cache_views.hpp>
@@ -22,7 +22,7 @@ inline std::size_t bits_of(const section_layout& section) noexcept {
     return static_cast<std::size_t>(t.code_bits != 0 ? t.code_bits : t.plain_bits);
 }
 
-// Whether buffers of these sizes hold `rows` vectors.
+// Whether buffers of these sizes hold exactly so many rows.
 inline bool fits(const section_layout& section, std::size_t rows, std::size_t bytes, std::size_t scales,
                  std::size_t minima) noexcept {
     const metadata_kind kind = section.traits().metadata;
@@ -32,7 +32,7 @@ inline bool fits(const section_layout& section, std::size_t rows, std::size_t by
            minima == (kind == metadata_kind::scale_and_minimum ? pairs : 0);
 }
 
-// Row i of the buffers, from a page.
+// Writes row i of the buffers from a page.
 inline void export_row(const section_layout& section, const std::byte* page, std::size_t token,
                        const row_buffers& out, std::size_t row) noexcept {
     const std::size_t bits = bits_of(section), bytes = packed_bytes(section.format, section.channels);
@@ -67,7 +67,7 @@ inline void decode_row(const section_layout& section, const std::byte* page, std
     }
 }
 
-// Code, or plain bits, c of a row.
+// The code, or the plain bits, of channel c of a row.
 inline std::uint32_t row_code(const section_layout& section, const const_row_buffers& from, std::size_t row,
                               std::size_t c) noexcept {
     const std::size_t bits = bits_of(section);
@@ -96,7 +96,7 @@ inline status check_rows_finite(const section_layout& section, std::size_t rows,
     return {};
 }
 
-// Row i of the buffers, to a page.
+// Writes row i of the buffers to a page.
 inline void store_row(const section_layout& section, std::byte* page, std::size_t token,
                       const const_row_buffers& from, std::size_t row) noexcept {
     for (std::size_t c = 0; c < section.channels; ++c)

@@ -1,17 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The definition of what recipes make of a vector: mean, rotation, levels, codes. Plain C++; targets' kernels
-// give the same bits.
+// The definition of what an encoding makes of a vector: take the mean off, rotate, choose levels, choose
+// codes. Plain C++. The kernels of all targets give the same bits.
 //
-// Codes under error weights. With errors e = x - value and weights W = R^T D R, R unit upper triangular and D
-// diagonal, what errors cost is e^T W e = sum_j D_j (e_j + sum_{i > j} R_ji e_i)^2. So channels go from the
-// last to the first, and each is quantized to where it makes up for the errors already made (Babai's nearest
-// plane; GPTQ for weights). `feedback` is the transpose of R's part above the diagonal, with D on the
-// diagonal.
+// Codes under error weights. Errors e = x - value cost e^T W e. With W = R^T D R, R upper triangular with
+// ones on its diagonal and D diagonal, that is
 //
-// Levels that fit best where every error costs the same do not where they do not. So a few others are tried:
-// first wider and narrower ones about their middle, then those that cost least moved by parts of a step. Of
-// all the first that costs least is taken.
+//   cost = sum_j D_j (e_j + sum_{i > j} R_ji e_i)^2
+//
+// Channels are quantized from the last to the first. When channel j's turn comes, the errors e_i of the
+// channels after it are known, and the cost is least if e_j = -sum R_ji e_i: channel j is quantized to the
+// level nearest to wanted_j = x_j + sum R_ji e_i (Babai's nearest plane; GPTQ does it for weights).
+// feedback[i][j] holds R_ji, and feedback[j][j] holds D_j (vector_codec.hpp).
+//
+// Example: n = 2, R_01 = 0.5, x = {1.0, 2.3}, levels at whole numbers. Channel 1 becomes 2, its error is 0.3.
+// Channel 0 should be 1.0 + 0.5 * 0.3 = 1.15, and becomes 1.
+//
+// Levels that fit x best if all errors cost the same need not be the cheapest under W. So other candidates
+// are tried: the scale 0.92 to 1.24 times as large about the same middle, then the cheapest of these moved by
+// -0.3 to 0.3 steps. The cheapest candidate is taken, the first of equals.
 #pragma once
 
 #include <kv1/detail/kernels/interface.hpp>
@@ -31,15 +38,13 @@ namespace kv1::inline KV1_ABI::detail {
 
 #include <kv1/detail/precise_math_begin.inl>
 
-// Candidates k = 0 ... weighted_candidates - 1: the levels themselves, their scale times weighted_scales,
-// moved by weighted_moves steps.
+// Candidates in order: the levels themselves, four scales, four moves.
 inline constexpr float weighted_scales[] = {0.92f, 1.08f, 1.16f, 1.24f};
 inline constexpr float weighted_moves[] = {-0.3f, -0.15f, 0.15f, 0.3f};
 inline constexpr int first_move = 1 + static_cast<int>(std::size(weighted_scales));
 inline constexpr int weighted_candidates = first_move + static_cast<int>(std::size(weighted_moves));
 
-// feedback: [n][n], row i what the error of channel i asks of channels 0 ... i - 1, and what is left of it
-// costs. What all errors cost.
+// Chooses the codes of a vector under error weights, for given levels. feedback is [n][n]. Returns the cost.
 template <class Q>
 float codes_with_feedback(std::span<const float> x, const stored_levels& levels, const float* feedback,
                           std::uint8_t* codes) noexcept {
@@ -60,7 +65,7 @@ float codes_with_feedback(std::span<const float> x, const stored_levels& levels,
     return cost;
 }
 
-// Levels and codes of the least cost, from levels that fit best.
+// Chooses levels and codes of least cost among the candidates; `start` are the levels that fit x best.
 template <class Q>
 stored_levels weighted_levels(std::span<const float> x, const stored_levels& start, const float* feedback,
                               std::uint8_t* codes) noexcept {
@@ -92,7 +97,7 @@ stored_levels weighted_levels(std::span<const float> x, const stored_levels& sta
     return best;
 }
 
-// Takes the mean off and rotates; `out` has the recipe's channels.
+// Takes the mean off a vector and rotates it. out is [recipe.channels].
 inline void prepare_vector(const encode_recipe& recipe, const encode_row& row, float* out) noexcept {
     for (std::size_t c = 0; c < recipe.channels; ++c)
         out[c] = row.mean == nullptr ? row.x[c] : row.x[c] - row.mean[c];
@@ -100,7 +105,7 @@ inline void prepare_vector(const encode_recipe& recipe, const encode_row& row, f
         hadamard_transform({out, recipe.channels}, recipe.hadamard);
 }
 
-// Levels and codes of a group of channels.
+// Chooses levels and codes of a group of channels. feedback: null, or the group is all channels.
 template <class Q>
 stored_levels encode_group(level_choice choice, std::span<const float> x, const float* feedback,
                            std::uint8_t* codes) noexcept {
@@ -146,8 +151,8 @@ encode_result encode_reference(const encode_recipe& recipe, const encode_row& ro
 
 #include <kv1/detail/precise_math_end.inl>
 
-// metadata: of each group; the result has the first of them. Precondition: a format whose levels recipes can
-// choose.
+// Encodes a vector in the format of the recipe. codes is [channels], metadata [groups]; the result's metadata
+// are the first group's. Precondition: an affine or compact format, or codebook2.
 inline encode_result encode_reference(const encode_recipe& recipe, const encode_row& row, std::uint8_t* codes,
                                       row_metadata* metadata) noexcept {
     switch (recipe.format) {

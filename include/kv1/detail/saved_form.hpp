@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The saved form of a cache's contents, which cache_io.hpp describes: its numbers, its fixed part, and what
-// bytes of pages are. cache_saving.hpp writes it, cache_loading.hpp reads it.
+// The saved form of a cache's contents, which cache_io.hpp describes: how numbers are written and read, the
+// fixed part, and checks of page bytes. cache_saving.hpp writes the form, cache_loading.hpp reads it.
 #pragma once
 
 #include <kv1/detail/cache_storage.hpp>
@@ -24,16 +24,16 @@
 namespace kv1::inline KV1_ABI::detail {
 
 inline constexpr std::array<char, 8> saved_magic{'K', 'V', '1', 'C', 'A', 'C', 'H', 'E'};
-// 2: rotations and means, 3: groups of channels, 4: a model's fingerprint, prefixes, values in keys, retention
+// 2: rotations and means, 3: groups of channels, 4: a model's fingerprint, prefixes, values in keys,
+// retention
 inline constexpr std::uint32_t saved_version = 4;
 inline constexpr std::uint32_t layout_version = 1; // of layout.hpp
 inline constexpr std::size_t saved_fixed_bytes = 96;
 inline constexpr std::size_t saved_start_bytes =
     12; // of it, that all forms have in common: magic and version
-// in place of a page's number where a node of the prefix index has no page, and of a parent's where it has
-// none
+// stands for "no page" and "no parent" in a node of the prefix index
 inline constexpr std::uint32_t saved_none = (std::numeric_limits<std::uint32_t>::max)();
-// in place of a commit point where there is none
+// stands for "never committed"
 inline constexpr std::uint64_t saved_never = (std::numeric_limits<std::uint64_t>::max)();
 // the form's own numbers of formats and the like do not move when an enumeration does
 constexpr std::uint8_t saved_format(kv_format f) noexcept {
@@ -73,7 +73,7 @@ constexpr std::uint32_t saved_kind(plane_kind k) noexcept {
     return k == plane_kind::open_keys ? 2 : k == plane_kind::fp16_copy ? 1 : 0;
 }
 
-// Numbers to bytes, counted and checksummed; the bytes go to a sink.
+// Writes numbers to a sink as bytes, and counts and checksums them.
 template <class Sink>
 class byte_writer {
 public:
@@ -90,7 +90,7 @@ public:
             b[i] = static_cast<std::byte>(value >> (8 * i) & 0xffu);
         return bytes(b);
     }
-    bool checksum() { // of all since the last one
+    bool checksum() { // of the bytes since the last checksum
         const std::uint32_t crc = crc_;
         const bool fine = number(crc);
         crc_ = 0;
@@ -104,7 +104,7 @@ private:
     std::size_t written_ = 0;
 };
 
-// Bytes to numbers. What lies past the end reads as zero, and sets failed().
+// Reads numbers from bytes. Reading past the end gives zero and sets failed().
 class byte_reader {
 public:
     explicit byte_reader(std::span<const std::byte> bytes) noexcept : bytes_(bytes) {}
@@ -145,7 +145,7 @@ bool write_fixed(Writer& w, const saved_sizes& s) {
            w.bytes(std::as_bytes(std::span(s.model.bytes))) && w.number(std::uint32_t{0}) && w.checksum();
 }
 
-// Whether bytes begin like the form. What follows differs between versions, its size too.
+// Checks the first bytes, which all versions of the form have in common: magic and version.
 inline status check_start(std::span<const std::byte, saved_start_bytes> bytes) noexcept {
     if (std::memcmp(bytes.data(), saved_magic.data(), saved_magic.size()) != 0)
         return {errc::bad_format, "the bytes do not begin like a saved cache"};
@@ -179,7 +179,8 @@ inline status read_fixed(std::span<const std::byte, saved_fixed_bytes> bytes, sa
     return {};
 }
 
-// The slots of a page from a token on, as if never written. Keys per channel are there once a page is full.
+// Clears the slots of a page from a token on. Keys per channel of a page that is not full are cleared whole:
+// their codes are written when it is full.
 inline void clear_slots(const section_layout& s, std::byte* page, std::size_t first) noexcept {
     if (s.axis == quantization_axis::per_channel) {
         std::memset(page + s.offset, 0, s.bytes());
@@ -195,7 +196,7 @@ inline void clear_slots(const section_layout& s, std::byte* page, std::size_t fi
     }
 }
 
-// Whether all that kernels read of a page as numbers is finite.
+// Whether all numbers of a page that kernels read as floats are finite.
 inline bool finite_section(const section_layout& s, const std::byte* page) noexcept {
     const auto halves = [&](std::size_t offset, std::size_t n) {
         for (std::size_t i = 0; i < n; ++i) {

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What tasks need while they run, and a thread's stack is too small for. Blocks of one size belong to the
-// cache and serve any of its tasks, one at a time: a cache begins with one, a task that finds none makes
-// another, and what is given back is used again. Nothing that they hold outlives a task.
+// Memory that a task works in, too large for a thread's stack. It comes in blocks of one size that belong to
+// the cache. A task takes a block when it begins and gives it back when it ends; if none is free, it
+// allocates one. A cache begins with one block, so tasks that run one after the other allocate nothing. A
+// block's contents do not outlive the task.
 #pragma once
 
 #include <kv1/detail/kernels/interface.hpp>
@@ -18,14 +19,14 @@
 
 namespace kv1::inline KV1_ABI::detail {
 
-// Of a task that appends.
+// The block of a task that appends.
 struct append_scratch {
-    alignas(64) float converted[max_head_dim]; // a vector as floats, or a batch of them
-    alignas(64) float prepared[max_head_dim];  // a vector less its mean, rotated
+    alignas(64) float converted[max_head_dim]; // one vector as floats, or a batch of shorter ones
+    alignas(64) float prepared[max_head_dim];  // one vector, less its mean and rotated
     alignas(64) std::uint16_t halves[max_head_dim];
     alignas(64) std::uint8_t codes[4 * max_vector_length]; // of a batch
-    row_metadata metadata[max_groups];                     // [row][group]
-    alignas(64) float page[4 * max_vector_length];         // channels of a page's keys
+    row_metadata metadata[max_groups];                     // [vector][group]
+    alignas(64) float page[4 * max_vector_length];         // keys of a page, [channel][token]
     alignas(64) float lanes[1024 * tile_tokens], errors[1024 * tile_tokens];
     alignas(64) std::uint32_t words[256 * tile_tokens], candidate_words[256 * tile_tokens];
 
@@ -44,7 +45,7 @@ public:
             discard(p.block.load(std::memory_order_relaxed));
     }
 
-    // One block, so that tasks that run one after the other allocate nothing. False: no memory.
+    // Allocates the first block. False: no memory.
     [[nodiscard]] bool begin() noexcept {
         void* block = make();
         if (block != nullptr)
@@ -52,7 +53,7 @@ public:
         return block != nullptr;
     }
 
-    // A block that nobody else has; null: no memory. From any thread.
+    // Takes a block that nobody else has. Null: no memory. Thread-safe.
     [[nodiscard]] void* take() noexcept {
         const std::size_t own = own_place();
         for (std::size_t i = 0; i < places_.size(); ++i) {
@@ -71,13 +72,14 @@ public:
                     none, block, std::memory_order_release, std::memory_order_relaxed))
                 return;
         }
-        discard(block); // more tasks at once than places
+        discard(block); // all places are taken
     }
 
 private:
     static constexpr std::size_t alignment = (std::max)(alignof(attention_scratch), alignof(append_scratch));
 
-    // A place a cache line: threads do not meet there, since each begins at one of its own.
+    // A free block lies in a place. Each place has a cache line of its own, so that threads that begin at
+    // different places do not slow each other down.
     struct alignas(64) place {
         std::atomic<void*> block{nullptr};
     };
@@ -87,9 +89,10 @@ private:
     }
     static void discard(void* block) noexcept { ::operator delete (block, std::align_val_t{alignment}); }
 
-    // Where a thread begins to look: it finds the block that it gave back, warm in its cache.
+    // The place at which this thread begins to look. A thread finds the block that it gave back, still in its
+    // cache.
     static std::size_t own_place() noexcept {
-        static thread_local char mark; // nothing but an address that no other thread has
+        static thread_local char mark; // its address tells threads apart
         const auto address = static_cast<std::uint64_t>(reinterpret_cast<std::uintptr_t>(&mark));
         return static_cast<std::size_t>(address * 0x9e3779b97f4a7c15u >> 57);
     }
@@ -97,7 +100,7 @@ private:
     std::array<place, 128> places_;
 };
 
-// A block for the time of a task, or none where there is no memory.
+// A block for the time of a task. It tests as false if there was no memory.
 class scratch_lease {
 public:
     explicit scratch_lease(scratch_pool& pool) noexcept : pool_(pool), block_(pool.take()) {}

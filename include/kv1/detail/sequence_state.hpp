@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What a cache knows of one sequence. Lengths and counts of pages are atomic only so that statistics may read
-// them while another thread appends; everything else belongs to the thread that works on the sequence.
+// What a cache knows of one sequence. Lengths and counts of pages are atomic so that statistics may read them
+// while another thread appends. All else belongs to the thread that works on the sequence.
 #pragma once
 
 #include <kv1/block_table.hpp>
@@ -20,33 +20,35 @@ namespace kv1::inline KV1_ABI::detail {
 inline constexpr std::size_t no_page = static_cast<std::size_t>(-1);
 inline constexpr std::uint32_t no_block = static_cast<std::uint32_t>(-1);
 
+// During an append, entry `place` of a block table has a copy of block `before`, which others share.
 struct replaced_block {
     std::size_t place;
     std::uint32_t before;
 };
 
-// A sequence's share in one page group.
+// A sequence's pages in one block group.
 struct sequence_pages {
     block_table table;
     std::atomic<std::size_t> dropped{0};  // pages in holes
-    std::atomic<std::size_t> retained{0}; // pages that are kept behind the sliding window
-    std::size_t window_from = 0;          // tokens before it were given up by the sliding window
-    // an append that is under way
+    std::atomic<std::size_t> retained{0}; // pages that lie behind the sliding window and are kept
+    std::size_t window_from = 0;          // commits have freed tokens before this position
+    // of an append that is under way, to undo it
     std::size_t pages_before = 0;
-    buffer<replaced_block> replaced; // by their copies
-    buffer<std::uint32_t> fresh;     // scratch
-    // of open keys: the page that was filled in amid others, and a block that the append alone needs
+    buffer<replaced_block> replaced;
+    buffer<std::uint32_t> fresh; // blocks that it took
+    // of open keys, during an append: a page that lay in a hole and got a block, and a block that is given
+    // back at the end
     std::size_t filled = no_page;
     std::uint32_t spare = no_block;
 };
 
 struct sequence_state {
-    std::unique_ptr<sequence_pages[]> pages;             // by group
-    std::unique_ptr<std::atomic<std::size_t>[]> lengths; // tokens, by layer
+    std::unique_ptr<sequence_pages[]> pages;             // [block group]
+    std::unique_ptr<std::atomic<std::size_t>[]> lengths; // [layer]: tokens
     std::optional<std::size_t> committed;                // tokens that rollback() returns to
-    std::size_t fp16_from = 0; // of the tokens past the sinks, those from here on have their fp16 copies
+    std::size_t fp16_from = 0; // tokens past the sinks have fp16 copies from this position on
 
-    // Room for a first use of the slot. False: no memory.
+    // Makes an empty sequence of this object; the first call allocates. False: no memory.
     [[nodiscard]] bool prepare(std::size_t groups, std::size_t layers) noexcept {
         if (pages == nullptr)
             pages.reset(new (std::nothrow) sequence_pages[groups]);

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// slot_table: objects behind handles of a slot and a generation. Objects never move, and find() takes no
-// lock, so handles can be resolved while other threads create and destroy others. A slot's generation is odd
-// while its object lives; one that runs out of generations is not used again, so a stale handle stays stale.
+// slot_table: objects behind handles that name a slot and a generation. Objects never move, and find() takes
+// no lock, so a handle can be resolved while other threads create and destroy other objects. A slot's
+// generation is odd while its object lives: handle {3, 5} is stale once slot 3 has generation 6. A slot that
+// runs out of generations is not used again, so a stale handle stays stale.
 #pragma once
 
 #include <kv1/detail/buffer.hpp>
@@ -22,7 +23,7 @@
 
 namespace kv1::inline KV1_ABI::detail {
 
-// T is default-constructed once a slot and used again by later objects.
+// A slot's T is default-constructed once, and later objects of the slot use it again.
 template <class T>
 class slot_table {
 public:
@@ -34,7 +35,7 @@ public:
             delete[] chunk.load(std::memory_order_relaxed);
     }
 
-    // A free slot, not yet alive; nothing where there is no memory. Thread-safe.
+    // Takes a free slot, whose object does not live yet. Nothing: no memory. Thread-safe.
     [[nodiscard]] std::optional<std::uint32_t> reserve() noexcept {
         const std::lock_guard lock(mutex_);
         if (!free_.empty()) {
@@ -56,19 +57,20 @@ public:
         count_.store(slot + 1, std::memory_order_release);
         return slot;
     }
-    // Gives back a slot that never came alive.
+    // Gives back a reserved slot without publishing it.
     void cancel(std::uint32_t slot) noexcept {
         const std::lock_guard lock(mutex_);
         free_.push_back(slot);
     }
-    // The object of a reserved slot is ready.
+    // Makes the object of a reserved slot live, and gives its handle.
     [[nodiscard]] sequence_id publish(std::uint32_t slot) noexcept {
         entry& e = at(slot);
         const std::uint32_t generation = e.generation.load(std::memory_order_relaxed) + 1;
         e.generation.store(generation, std::memory_order_release);
         return {slot, generation};
     }
-    // Makes a handle stale; the object, to be emptied before recycle(), or null.
+    // Makes a handle stale and gives its object, which the caller empties before recycle(). Null: the handle
+    // was stale.
     [[nodiscard]] T* retire(sequence_id id) noexcept {
         if (!known(id))
             return nullptr;
