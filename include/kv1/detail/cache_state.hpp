@@ -1,7 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Sequences and their pages: everything a cache does but storing and reading numbers. A call that fails
-// leaves the state as it was; basic_kv_cache says which calls may run at once.
+// Sequences and their pages: what a cache does besides storing and reading numbers. A call that fails leaves
+// the state as it was. basic_kv_cache says which calls may run at once.
+//
+// A sequence has one block table for each block group (cache_storage.hpp): bodies of layers without a window,
+// bodies of layers with one, keys of open pages, fp16 copies. All of them count pages alike: with 64 tokens a
+// page, page 2 means positions 128-191 in each.
+//
+// An append has three steps. open_layer() makes the pages of the new tokens the sequence's own: it takes new
+// blocks, and copies the blocks that others share. sequence_append writes the vectors. close_layer() keeps
+// the tokens, or undoes the first step.
 #pragma once
 
 #include <kv1/cache_description.hpp>
@@ -46,7 +54,7 @@ inline status placed(const status& s, std::size_t layer) noexcept {
 
 inline constexpr std::size_t most_tokens = std::size_t{1} << 35; // page numbers fit 32 bits
 
-// Locks do not move, so a cache keeps this behind a pointer.
+// Cannot be moved, since it holds locks: a cache keeps it behind a pointer.
 class cache_state {
 public:
     cache_state(std::unique_ptr<memory_source> its_memory, const kernel_set& its_kernels) noexcept
@@ -97,15 +105,15 @@ public:
     [[nodiscard]] const plane& open_keys_of(std::size_t layer) const noexcept {
         return storage.planes()[planes_of(layer).open];
     }
-    // The group of a kind of which there is one at most; groups().size() where there is none.
+    // The index of the block group of open keys or of fp16 copies; groups().size() if there is none.
     [[nodiscard]] std::size_t group_of(plane_kind kind) const noexcept {
         std::size_t g = 0;
         while (g < groups().size() && groups()[g].kind != kind)
             ++g;
         return g;
     }
-    // The block with the fp16 keys of a layer's open page. Preconditions: the layer has such keys, and an
-    // open page.
+    // The block with the fp16 keys of a layer's open page. Preconditions: the layer quantizes keys per
+    // channel and has an open page.
     [[nodiscard]] std::uint32_t open_block(const sequence_state& q, std::size_t layer) const noexcept {
         const block_table& table = q.pages[open_keys_of(layer).group].table;
         return table.blocks()[*table.find(q.length(layer) / page_tokens())];
@@ -136,8 +144,9 @@ public:
         q.pages[group].dropped.store(q.pages[group].table.dropped(), std::memory_order_relaxed);
     }
 
-    // How many pages of each group are kept though they lie behind the sliding window of the next query after
-    // the last commit.
+    // Counts, for statistics, the pages of each group that are kept though the next query after the last
+    // commit no longer sees them: with a window of 128, 1000 committed tokens and 64 a page, those of pages
+    // 0-12.
     void note_retained(sequence_state& q) noexcept {
         for (std::size_t g = 0; g < groups().size(); ++g) {
             const std::size_t window = groups()[g].window, n = q.committed.value_or(0);
@@ -146,14 +155,14 @@ public:
         }
     }
 
-    // Cuts a group's table to its first pages.
+    // Cuts the table of a block group to its first `pages` pages.
     void cut(sequence_state& q, std::size_t group, std::size_t pages) noexcept {
         q.pages[group].table.truncate(pages, [&](std::uint32_t block) { pool(group).release(block); });
         note_dropped(q, group);
         q.pages[group].window_from = (std::min)(q.pages[group].window_from, pages * page_tokens());
     }
 
-    // Frees pages first ... last - 1. Precondition: room for a hole.
+    // Frees pages first ... last - 1 of a block group. Precondition: the table has room for a hole.
     void drop(sequence_state& q, std::size_t group, std::size_t first, std::size_t last) noexcept {
         block_table& table = q.pages[group].table;
         if (first >= last || (table.find(first) == std::nullopt && table.hole_at(first)->last >= last))
@@ -163,7 +172,7 @@ public:
         note_dropped(q, group);
     }
 
-    // Cuts every layer to its first `tokens`.
+    // Cuts every layer to its first `tokens` tokens.
     status truncate(sequence_state& q, std::size_t tokens) noexcept {
         for (std::size_t i = 0; i < layers(); ++i)
             if (q.length(i) < tokens)
@@ -184,7 +193,7 @@ public:
                 return placed({errc::dropped_tokens, "the cut lies within a page whose keys are codes"}, i);
         }
         const std::size_t copies = group_of(plane_kind::fp16_copy);
-        std::uint32_t open = prefix_index::no_block; // a page for tokens whose copies are gone
+        std::uint32_t open = prefix_index::no_block; // new fp16 page, if the cut lies in one that was freed
         if (copies != groups().size() && tokens % page_tokens() != 0 && !q.pages[copies].table.find(page)) {
             if (!q.pages[copies].table.reserve(1))
                 return no_memory();
@@ -204,8 +213,10 @@ public:
         return {};
     }
 
-    // Whether a page of a layer may be open: its keys are there in fp16, if it takes that. They are while the
-    // page is open, and as long as the last commit lies within it.
+    // Whether a cut may lie within this page of the layer. With keys per token any page will do. With keys
+    // per channel a full page holds codes only, which depend on all of its tokens. Then the page must still
+    // have its fp16 keys. It has them while it is open, and as long as the last commit lies in it: with 64
+    // tokens a page, 130 committed and 200 held, pages 2 (the commit) and 3 (open) have theirs.
     [[nodiscard]] bool keeps_open_keys(const sequence_state& q, std::size_t layer,
                                        std::size_t page) const noexcept {
         const auto within = [&](std::size_t tokens) {
@@ -216,8 +227,9 @@ public:
                 q.pages[open_keys_of(layer).group].table.find(page));
     }
 
-    // Frees blocks of open keys that no layer's open page needs, nor a cut to the last commit. Precondition:
-    // room for holes as trim_needs() says.
+    // Frees the blocks of open keys that are no longer needed: a page needs its block while it is open in
+    // some layer, or while the last commit lies in it. Precondition: the table has room for trim_needs()
+    // holes.
     void trim_open_keys(sequence_state& q, std::size_t group) noexcept {
         const auto needed = [&](std::size_t page) {
             const auto is_open = [&](std::size_t length) {
@@ -239,8 +251,10 @@ public:
         return table.blocks().size() + 1;
     }
 
-    // Gives the fp16 copies of a sequence that has only its sinks' the pages that its length asks for.
-    // Preconditions: room for a block and a hole; pages beyond the sinks' are absent.
+    // Lengthens the table of fp16 copies of a sequence that was made from a prefix to `tokens` tokens. The
+    // table holds the sinks' pages alone. Full pages after them become a hole, since their copies are gone;
+    // the open page gets an empty block, which the next tokens are appended to. Precondition: room for a
+    // block and a hole. Errors: capacity_exceeded.
     status pad_copies(sequence_state& q, std::size_t group, std::size_t tokens) noexcept {
         block_table& table = q.pages[group].table;
         const std::size_t have = table.pages(), full = tokens / page_tokens();
@@ -256,13 +270,13 @@ public:
         return {};
     }
 
-    // Holes up to a number of pages. Precondition: room for a hole.
+    // Lengthens a table to `pages` pages with a hole. Precondition: room for a hole.
     static void extend(block_table& table, std::size_t pages) noexcept {
         if (table.pages() < pages)
             table.append_hole(static_cast<std::uint32_t>(pages - table.pages()));
     }
 
-    // A sequence that shares every page with q.
+    // Makes a sequence that shares every page with q.
     [[nodiscard]] result<sequence_id> fork(const sequence_state& q) noexcept {
         const result<std::uint32_t> slot = new_slot();
         if (!slot)
@@ -304,7 +318,8 @@ public:
         return {};
     }
 
-    // Precondition: all layers agree.
+    // Marks the length that rollback() returns to, and frees what windows have passed. Gives the length.
+    // Precondition: all layers hold the same number of tokens.
     result<std::size_t> commit(sequence_state& q) noexcept {
         const std::size_t n = q.length(0);
         for (std::size_t g = 0; g < groups().size(); ++g)
@@ -337,7 +352,8 @@ public:
         return n;
     }
 
-    // Precondition: all layers agree, on as many tokens at least.
+    // Stores a prompt's pages in the prefix index. Gives the number of tokens that are known now.
+    // Precondition: all layers hold the same number of tokens, at least tokens.size().
     result<std::size_t> store_prefix(const sequence_state& q, std::span<const token_id> tokens,
                                      prefix_salt salt, bool partial) noexcept {
         std::size_t usable = tokens.size();
@@ -348,7 +364,7 @@ public:
         const std::size_t keys = group_of(plane_kind::open_keys);
         const std::size_t tail = usable % page_tokens() != 0 ? usable / page_tokens() : no_page;
         if (tail != no_page && keys != groups().size() && !q.pages[keys].table.find(tail))
-            usable = tail * page_tokens(); // whose keys are codes
+            usable = tail * page_tokens(); // the tail's keys are codes of a page with more tokens
         return index.insert(salt, tokens.first(usable), partial,
                             [&](std::size_t page, std::size_t g) -> std::uint32_t {
                                 const block_table& table = q.pages[g].table;
@@ -359,7 +375,9 @@ public:
                             });
     }
 
-    // Whether store_prefix() gives a node of the index a page of this group; `tokens` are the node's own.
+    // Whether store_prefix() gives a node of the index a page in this block group. The node holds so many
+    // tokens of the page: bodies always; fp16 copies only of pages with sinks; open keys only of a page that
+    // is not full.
     [[nodiscard]] bool prefix_has_page(std::size_t group, std::size_t page,
                                        std::size_t tokens) const noexcept {
         switch (groups()[group].kind) {
@@ -389,14 +407,14 @@ public:
             index.match(salt, tokens, [&](std::size_t page, std::span<const std::uint32_t> blocks) {
                 for (std::size_t g = 0; g < blocks.size(); ++g) {
                     if (groups()[g].kind == plane_kind::open_keys && page != 0)
-                        extend(q.pages[g].table, page); // those before it are full
+                        extend(q.pages[g].table, page); // pages before this one are full: no open keys
                     if (blocks[g] != prefix_index::no_block)
                         q.pages[g].table.push_back(blocks[g]);
                 }
             });
         if (const std::size_t g = group_of(plane_kind::open_keys); g != groups().size()) {
             if (matched % page_tokens() != 0 && !q.pages[g].table.find(matched / page_tokens())) {
-                matched -= matched % page_tokens(); // a full page is taken as a whole
+                matched -= matched % page_tokens(); // codes of a full page cannot be shared in part
                 for (std::size_t other = 0; other < groups().size(); ++other)
                     cut(q, other, matched / page_tokens());
             }
@@ -422,7 +440,8 @@ public:
 
     // ---- pages of an append
 
-    // Blocks, cleared; where the pool is empty the prefix index gives some up. All or none.
+    // Takes as many blocks as the span has elements and clears them. If the pool has too few, the prefix
+    // index evicts pages. Takes none on failure: false.
     [[nodiscard]] bool take(std::size_t group, std::span<std::uint32_t> blocks) noexcept {
         while (!pool(group).allocate(blocks)) {
             const std::size_t there = pool(group).available();
@@ -435,8 +454,8 @@ public:
         return true;
     }
 
-    // Makes the pages of tokens length ... length + tokens - 1 the sequence's own; all or none. close_pages()
-    // ends what this begins.
+    // Makes the pages of tokens length ... length + tokens - 1 the sequence's own: new blocks for new pages,
+    // copies of shared ones. Changes nothing on failure. close_pages() ends what this begins.
     status open_pages(sequence_state& q, std::size_t group, std::size_t length, std::size_t tokens) noexcept {
         sequence_pages& own = q.pages[group];
         block_table& table = own.table;
@@ -459,13 +478,13 @@ public:
             return no_memory();
         if (!take(group, {own.fresh.data(), own.fresh.size()}))
             return exhausted();
-        std::size_t used = 0; // of the fresh blocks, in order: consecutive pages lie side by side
+        std::size_t used = 0; // of the fresh blocks, in order, so that consecutive pages lie side by side
         for (std::size_t p = first; p < (std::min)(end, own.pages_before); ++p) {
             const auto place = table.find(p);
             if (!place || used == shared)
                 continue;
             const std::uint32_t before = table.blocks()[*place];
-            if (pool(group).references(before) == 1) // others may have let go of it meanwhile
+            if (pool(group).references(before) == 1) // others have released it meanwhile
                 continue;
             const std::uint32_t mine = own.fresh[used++];
             storage.copy_block(group, before, mine);
@@ -474,11 +493,13 @@ public:
         }
         for (std::size_t i = 0; i < more; ++i)
             table.push_back(own.fresh[used++]);
-        for (; used < own.fresh.size(); ++used) // pages that were shared a moment ago
+        for (; used < own.fresh.size(); ++used) // meant for pages that are no longer shared
             pool(group).release(own.fresh[used]);
         return {};
     }
 
+    // Ends open_pages(). keep: the sequence keeps the pages, and what they replaced is released. Else its
+    // table is as before.
     void close_pages(sequence_state& q, std::size_t group, bool keep) noexcept {
         sequence_pages& own = q.pages[group];
         for (const replaced_block& r : own.replaced) {
@@ -494,9 +515,16 @@ public:
             cut(q, group, own.pages_before);
     }
 
-    // Where tokens length ... length + tokens - 1 of a layer find room for their keys in fp16: the page that
-    // has begun as the sequence's own, one for the page that stays open, through which those before it go, or
-    // a spare block for these. All or none; close_open_keys() ends what this begins.
+    // Makes room for the fp16 keys of tokens length ... length + tokens - 1 of a layer with keys per channel:
+    //
+    //   the page that the first token continues   its block, copied if others share it
+    //   the page that is open afterwards          a block; pages that the append begins and fills go through it
+    //                                             before, one after the other
+    //   no page open afterwards                   a spare block for the pages that the append begins and fills
+    //
+    // With 64 tokens a page, a length of 100 and 150 new tokens: page 1 continues in its block, pages 2 and 3
+    // go through the block of page 3, which stays open with 58 tokens. Changes nothing on failure.
+    // close_open_keys() ends what this begins.
     status open_key_pages(sequence_state& q, std::size_t group, std::size_t length,
                           std::size_t tokens) noexcept {
         sequence_pages& own = q.pages[group];
@@ -532,7 +560,7 @@ public:
                 own.replaced.push_back({place, before});
                 table.replace(place, mine);
             }
-        if (adds_last && last < table.pages()) { // another layer is further on
+        if (adds_last && last < table.pages()) { // another layer holds more tokens, and this page is a hole
             own.filled = last;
             table.fill(static_cast<std::uint32_t>(last), own.fresh[used++]);
         } else if (adds_last) {
@@ -547,8 +575,8 @@ public:
         return {};
     }
 
-    // During an append: the blocks for keys of the page that has begun, and for those of pages after it.
-    // Where there are no such keys, any block.
+    // The blocks that open_key_pages() made ready: `begun` for the page that the first token continues,
+    // `later` for the pages after it. A block that the append does not need may be any.
     struct key_blocks {
         std::uint32_t begun, later;
     };
@@ -564,6 +592,7 @@ public:
                 own.spare != no_block ? own.spare : block_of((length + tokens) / page_tokens())};
     }
 
+    // Ends open_key_pages().
     void close_open_keys(sequence_state& q, std::size_t group, bool keep) noexcept {
         sequence_pages& own = q.pages[group];
         if (own.spare != no_block)
@@ -573,6 +602,8 @@ public:
         close_pages(q, group, keep);
     }
 
+    // Makes room for new tokens in all planes of a layer. Changes nothing on failure. close_layer() ends what
+    // this begins. Errors: capacity_exceeded, out_of_memory.
     status open_layer(sequence_state& q, std::size_t layer, std::size_t tokens) noexcept {
         const std::size_t length = q.length(layer), body = body_of(layer).group;
         const layer_planes& planes = planes_of(layer);
@@ -596,7 +627,7 @@ public:
         }
         return s;
     }
-    // Ends an append: its tokens are the layer's, or never were.
+    // Ends an append. keep: the tokens are the layer's. Else the sequence is as it was before open_layer().
     void close_layer(sequence_state& q, std::size_t layer, std::size_t tokens, bool keep) noexcept {
         const layer_planes& planes = planes_of(layer);
         close_pages(q, body_of(layer).group, keep);
