@@ -1,30 +1,29 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Saved sequences and prefixes in files.
+// Saves sequences and prefixes to files, and loads them.
 //
 //   kv1::save_file(cache, {&id, 1}, "session.kv1");
 //   kv1::load_file(cache, "session.kv1", {&id, 1});
 //
-// Saving. A file is written under another name beside its own, synced, and only then renamed: whoever opens
-// it finds the old contents or the new, whole. Writing the folder has to be permitted; other hard links keep
-// the old contents.
+// Saving. A file is written under another name in its folder, synced, and then renamed. So a reader finds the
+// old contents or the new ones, whole. The folder has to be writable. Other hard links to the file keep the
+// old contents.
 //
-//   mode      of a file that is replaced is kept, its owner and group where the system permits that (where
-//   the
-//             group is not kept, the group may do what others may); new files have what the umask leaves. Not
-//             kept are access lists and extended attributes. On Windows a file has its folder's permissions.
-//   links     are followed: the file that they lead to is replaced beside itself, or made.
-//   devices   and pipes are written to as streams, never replaced: what a failed save wrote stays written.
-//   partial   files are called <name>.kv1-partial, or <name>.<1 ... 15>.kv1-partial while several saves to
-//   one
-//             name are at work, of which the last to finish stays. A save that fails removes its own; one
-//             that is killed leaves it, and the next save to that name removes it.
+//   permissions    A file that is replaced keeps its mode, and its owner and group if the system permits that. If
+//                  the group is not kept, it gets the rights of others. New files have what the umask leaves.
+//                  Access lists and extended attributes are not kept. On Windows a file has its folder's
+//                  permissions.
+//   links          Links are followed. The file that they lead to is replaced in its own folder, or made there.
+//   devices        Devices and pipes are written to as streams, and not replaced. What a failed save wrote stays.
+//   partial files  The other name is <name>.kv1-partial, or <name>.<1 ... 15>.kv1-partial if several saves to one
+//                  name run at once; the last to finish stays. A save that fails removes its partial file. The
+//                  next save to that name removes one that a killed process left.
 //
-// Loading verifies the whole file before it changes the cache (cache_io.hpp), and refuses one that goes on
-// after its end. Pipes and devices are read as streams: once, verified while they are read, up to the end.
+// Loading. The whole file is verified before the cache changes (cache_io.hpp). A file with bytes after the
+// end is refused. Pipes and devices are read once, as streams, and verified as they are read.
 //
-// Paths are std::filesystem::path and opened by their native names, so that on Windows every path works: give
-// wide or UTF-8 (char8_t) text there, since narrow text is taken to be in the system's code page.
+// Paths are std::filesystem::path and opened by their native names, so every path works on Windows too. Give
+// wide or UTF-8 (char8_t) text there: narrow text is taken to be in the system's code page.
 #pragma once
 
 #include <kv1/cache_io.hpp>
@@ -35,8 +34,8 @@
 
 namespace kv1::inline KV1_ABI {
 
-/// Saves sequences to a file, replacing it. Errors: as try_save; io_error, which says what the system
-/// refused.
+/// Saves sequences to a file, which it replaces. `ids` may be empty, to save prefixes alone. O(bytes).
+/// Errors: invalid_sequence, layers_disagree, out_of_memory; io_error, which says what the system refused.
 template <class F, class A>
 status try_save_file(const basic_kv_cache<F, A>& cache, std::span<const sequence_id> ids,
                      const std::filesystem::path& path, const save_options& options = {}) noexcept {
@@ -51,8 +50,9 @@ status try_save_file(const basic_kv_cache<F, A>& cache, std::span<const sequence
     return file.finish();
 }
 
-/// Loads a file. Errors: as try_load; bad_format where bytes follow the end; io_error where the file cannot
-/// be opened or read.
+/// Loads the sequences and prefixes of a file into the cache. Writes the sequences' handles to `out`, in the
+/// order of saving, and gives their number. O(bytes). Errors: those of try_load(); bad_format if bytes follow
+/// the end; io_error if the file cannot be opened or read.
 template <class F, class A>
 result<std::size_t> try_load_file(basic_kv_cache<F, A>& cache, const std::filesystem::path& path,
                                   std::span<sequence_id> out, const load_options& options = {}) noexcept {
@@ -70,19 +70,21 @@ result<std::size_t> try_load_file(basic_kv_cache<F, A>& cache, const std::filesy
 }
 
 #if KV1_EXCEPTIONS
-/// As the try_ forms; throw kv1::error.
-/// @{
+/// Saves sequences to a file, which it replaces whole or not at all. Throws kv1::error: invalid_sequence;
+/// layers_disagree between commit points; out_of_memory; io_error, which says what the system refused.
 template <class F, class A>
 void save_file(const basic_kv_cache<F, A>& cache, std::span<const sequence_id> ids,
                const std::filesystem::path& path, const save_options& options = {}) {
     detail::throw_if_error(try_save_file(cache, ids, path, options));
 }
+/// Loads the sequences and prefixes of a file into the cache. Writes the sequences' handles to `out`, in the
+/// order of saving, and gives their number. Throws kv1::error: as load(); io_error if the file cannot be
+/// opened or read.
 template <class F, class A>
 std::size_t load_file(basic_kv_cache<F, A>& cache, const std::filesystem::path& path,
                       std::span<sequence_id> out, const load_options& options = {}) {
     return try_load_file(cache, path, out, options).value();
 }
-/// @}
 #endif
 
 } // namespace kv1::inline KV1_ABI

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Saving and loading sequences, and the prefix index: to any sink of bytes, and to caller memory (swapping).
-// cache_file.hpp adds files.
+// Saves sequences and the prefix index to any sink of bytes, and loads them. Swapping moves one sequence to
+// the caller's memory and back. cache_file.hpp adds files.
 //
 //   std::vector<std::byte> memory(saved_bytes(cache, {&id, 1}));
 //   kv1::swap_out(cache, id, memory);        // the sequence is gone from the cache
@@ -13,32 +13,32 @@
 //                 page, number of layers, groups, sequences and prefix nodes, bytes of tables and of pages,
 //                 the model's fingerprint, checksum
 //   tables        fp16 sinks and window; each layer's heads, head dims, formats, code bits, quantized axis,
-//                 metadata, rotation, checksum of means, groups of channels, values in keys, window and what is
-//                 kept behind it; each page group's number of pages; each sequence's length, position base,
+//                 metadata, rotation, checksum of means, groups of channels, values in keys, window and
+//                 retention; each block group's number of pages; each sequence's length, position base,
 //                 commit point, dropped pages and page numbers; each prefix node's parent, or salt, tokens and
 //                 page numbers; checksum
 //   pages         by group, page and layer: the bytes of layout.hpp, slots without a token zero; checksum
 //
-// Pages that saved sequences and prefixes share are saved once, and shared again after loading. Checksums are
+// A page that saved sequences and prefixes share is saved once, and shared again after loading. Checksums are
 // CRC-32C.
 //
-// Models. The description says what a cache looks like, not whose numbers it holds, and two models of one
-// shape have equal descriptions. Who gives a fingerprint (model_fingerprint.hpp) has it stored, and loads
-// only what was saved with the same one. Naming none is a name as others: what was saved with a fingerprint
-// is not loaded by who gives none, nor the other way round.
+// Models. A description says what a cache looks like, not whose numbers it holds: two models of one shape
+// have equal descriptions. A fingerprint (model_fingerprint.hpp) in save_options is stored, and a load
+// succeeds only with the same one in load_options. No fingerprint counts as one of its own: what was saved
+// with one is not loaded without, and what was saved without is not loaded with one.
 //
 // Prefixes. save_options::prefixes adds the whole prefix index: tokens, salts, pages, and the order of use. A
-// load adds what the cache's index does not know yet, as used after all it knew; known nodes keep their
-// pages. Pins belong to who holds them and are not saved: pin() again after loading.
+// load adds the nodes that the cache's index lacks, as more recently used than all it had; nodes that it has
+// keep their pages. Pins are not saved: call pin() again after loading.
 //
-// Loading checks before it changes anything: shape and formats against the cache, every number against the
-// others and the bytes that are there, checksums (all of them beforehand where the source can be rewound,
-// else those of the pages while they are read), and that stored numbers are finite. A failed load leaves the
-// cache as it was, but for prefixes that were evicted to make room. It reads up to the end of what was saved
-// and no byte further, so that a stream may hold more; files may not.
+// Checks. A load checks everything before it changes the cache: shape and formats against the cache, every
+// number against the others and against the bytes that are there, checksums, and that stored numbers are
+// finite. If the source can be rewound, all checksums are tested first; else those of pages are tested as
+// they are read. A failed load leaves the cache as it was, but for prefixes that were evicted to make room. A
+// load reads up to the last saved byte and no further, so a stream may hold more. A file may not.
 //
-// Threads: saving reads its sequences, and the prefix index as it is when it begins; loading and swapping in
-// are like creating sequences, swapping out like destroying one.
+// Threads. Saving reads its sequences, and the prefix index as it is when the call begins. Loading and
+// swapping in count as creating sequences, swapping out as destroying one.
 #pragma once
 
 #include <kv1/detail/cache_loading.hpp>
@@ -53,25 +53,25 @@
 
 namespace kv1::inline KV1_ABI {
 
-/// sink(bytes): takes them all, or says false. Does not throw.
+/// A sink: sink(bytes) takes all of the bytes and returns true, or returns false. It does not throw.
 template <class S>
 concept byte_sink = requires(S& sink, std::span<const std::byte> bytes) {
     { sink(bytes) } -> std::convertible_to<bool>;
 };
-/// source(bytes): fills them all, or says false. Does not throw. source.rewind(), where there is one, goes
-/// back to where reading began, or says false. source.at_end(), where there is one, says whether no byte is
-/// left; bytes after the end are then refused.
+/// A source: source(bytes) fills all of the bytes and returns true, or returns false. It does not throw. Two
+/// members are optional. rewind() goes back to where reading began and returns true, or returns false.
+/// at_end() says whether no byte is left; with it, a load refuses bytes after the end.
 template <class S>
 concept byte_source = requires(S& source, std::span<std::byte> bytes) {
     { source(bytes) } -> std::convertible_to<bool>;
 };
 
-/// Caller memory as a source.
+/// A source that reads the caller's memory.
 class memory_source {
 public:
     /// The bytes are read while the source is used.
     explicit memory_source(std::span<const std::byte> bytes) noexcept : all_(bytes), left_(bytes) {}
-    /// The next bytes; false, and none, where fewer are left.
+    /// Copies the next bytes to `out`. False, and copies nothing, if fewer are left.
     bool operator()(std::span<std::byte> out) noexcept {
         if (out.size() > left_.size())
             return false;
@@ -80,7 +80,7 @@ public:
         left_ = left_.subspan(out.size());
         return true;
     }
-    /// Back to the first byte.
+    /// Goes back to the first byte.
     bool rewind() noexcept {
         left_ = all_;
         return true;
@@ -90,12 +90,12 @@ private:
     std::span<const std::byte> all_, left_;
 };
 
-/// Caller memory as a sink; one that is too small refuses.
+/// A sink that writes to the caller's memory.
 class memory_sink {
 public:
     /// The bytes are written while the sink is used.
     explicit memory_sink(std::span<std::byte> bytes) noexcept : left_(bytes) {}
-    /// Takes bytes; false, and none, where there is no room.
+    /// Copies the bytes behind those before. False, and copies nothing, if there is no room.
     bool operator()(std::span<const std::byte> in) noexcept {
         if (in.size() > left_.size())
             return false;
@@ -110,7 +110,7 @@ private:
 };
 
 namespace detail {
-// What basic_kv_cache keeps to itself.
+// Access to what basic_kv_cache does not show.
 struct cache_access {
     template <class F, class A>
     static const cache_state& state(const basic_kv_cache<F, A>& cache) noexcept {
@@ -125,16 +125,16 @@ struct cache_access {
 
 /// What a save stores beside sequences.
 struct save_options {
-    model_fingerprint model = {}; ///< whose keys and values they are
-    bool prefixes = false;        ///< the prefix index too
+    model_fingerprint model = {}; ///< the model whose keys and values are saved
+    bool prefixes = false;        ///< whether the prefix index is saved
 };
 /// What a load expects.
 struct load_options {
-    model_fingerprint model = {}; ///< the one that was given when it was saved
+    model_fingerprint model = {}; ///< as in save_options when it was saved
 };
 
-/// Bytes that saving these sequences takes. O(pages). Errors: invalid_sequence, layers_disagree,
-/// out_of_memory.
+/// The number of bytes that try_save() writes for these sequences. O(pages). Errors: invalid_sequence,
+/// layers_disagree, out_of_memory.
 template <class F, class A>
 [[nodiscard]] result<std::size_t> try_saved_bytes(const basic_kv_cache<F, A>& cache,
                                                   std::span<const sequence_id> ids,
@@ -145,9 +145,9 @@ template <class F, class A>
     return s.bytes();
 }
 
-/// Saves sequences, in this order; none of them, where only prefixes are wanted. The same sequences give the
-/// same bytes. O(bytes). Errors: invalid_sequence, layers_disagree, out_of_memory, io_error (the sink
-/// refused).
+/// Saves sequences to a sink, in this order. `ids` may be empty, to save prefixes alone. The same sequences
+/// give the same bytes. O(bytes). Errors: invalid_sequence, layers_disagree, out_of_memory; io_error if the
+/// sink refuses bytes.
 template <class F, class A, byte_sink S>
 status try_save(const basic_kv_cache<F, A>& cache, std::span<const sequence_id> ids, S&& sink,
                 const save_options& options = {}) noexcept {
@@ -157,18 +157,19 @@ status try_save(const basic_kv_cache<F, A>& cache, std::span<const sequence_id> 
     return s.write(sink);
 }
 
-/// Loads what was saved, beside what the cache holds: handles in the order of saving, and how many. O(bytes).
-/// Errors: bad_format, unsupported_version, checksum_mismatch, truncated, different_model, different_cache
-/// (naming the layer), shape_mismatch (too few handles), capacity_exceeded, out_of_memory, non_finite,
-/// io_error.
+/// Loads sequences and prefixes into the cache, beside what it holds. Writes the handles of the sequences to
+/// `out`, in the order of saving, and gives their number. O(bytes). Errors: bad_format, unsupported_version,
+/// checksum_mismatch, truncated, different_model; different_cache, naming the layer; shape_mismatch if `out`
+/// is too small; capacity_exceeded, out_of_memory, non_finite, io_error.
 template <class F, class A, byte_source S>
 result<std::size_t> try_load(basic_kv_cache<F, A>& cache, S&& source, std::span<sequence_id> out,
                              const load_options& options = {}) noexcept {
     return detail::cache_loading(detail::cache_access::state(cache)).load(source, out, {options.model});
 }
 
-/// Saves one sequence to memory of at least saved_bytes() and destroys it; pages it shared are saved as its
-/// own. Errors: as save, shape_mismatch where the memory does not suffice.
+/// Saves one sequence to memory of at least try_saved_bytes() bytes, and destroys it. Pages that it shares
+/// with others are saved too. Errors: invalid_sequence, layers_disagree, out_of_memory; shape_mismatch if the
+/// memory is too small.
 template <class F, class A>
 status try_swap_out(basic_kv_cache<F, A>& cache, sequence_id id, std::span<std::byte> memory) noexcept {
     const result<std::size_t> bytes = try_saved_bytes(cache, {&id, 1});
@@ -180,7 +181,8 @@ status try_swap_out(basic_kv_cache<F, A>& cache, sequence_id id, std::span<std::
         return s;
     return cache.try_destroy_sequence(id);
 }
-/// Loads one sequence from memory. Errors: as load; bad_format where that is not what the memory holds.
+/// Loads the sequence that try_swap_out() saved, and gives its new handle. Errors: those of try_load();
+/// bad_format if the memory holds anything but one sequence.
 template <class F, class A>
 [[nodiscard]] result<sequence_id> try_swap_in(basic_kv_cache<F, A>& cache,
                                               std::span<const std::byte> memory) noexcept {
@@ -194,32 +196,42 @@ template <class F, class A>
 }
 
 #if KV1_EXCEPTIONS
-/// As the try_ forms; throw kv1::error.
-/// @{
+/// The number of bytes that save() writes for these sequences. O(pages). Throws kv1::error: invalid_sequence,
+/// layers_disagree, out_of_memory.
 template <class F, class A>
 [[nodiscard]] std::size_t saved_bytes(const basic_kv_cache<F, A>& cache, std::span<const sequence_id> ids,
                                       const save_options& options = {}) {
     return try_saved_bytes(cache, ids, options).value();
 }
+/// Saves sequences to a sink, in this order. Throws kv1::error: invalid_sequence; layers_disagree between
+/// commit points; out_of_memory; io_error if the sink refuses bytes.
 template <class F, class A, byte_sink S>
 void save(const basic_kv_cache<F, A>& cache, std::span<const sequence_id> ids, S&& sink,
           const save_options& options = {}) {
     detail::throw_if_error(try_save(cache, ids, sink, options));
 }
+/// Loads sequences and prefixes into the cache, beside what it holds. Writes the sequences' handles to `out`,
+/// in the order of saving, and gives their number. If it throws, the cache is as it was, but for evicted
+/// prefixes. Throws kv1::error: bad_format, unsupported_version, checksum_mismatch, truncated,
+/// different_model, different_cache, shape_mismatch if `out` is too small, capacity_exceeded, out_of_memory,
+/// non_finite, io_error.
 template <class F, class A, byte_source S>
 std::size_t load(basic_kv_cache<F, A>& cache, S&& source, std::span<sequence_id> out,
                  const load_options& options = {}) {
     return try_load(cache, source, out, options).value();
 }
+/// Saves one sequence to memory of at least saved_bytes() bytes, and destroys it. Throws kv1::error:
+/// invalid_sequence, layers_disagree, out_of_memory; shape_mismatch if the memory is too small.
 template <class F, class A>
 void swap_out(basic_kv_cache<F, A>& cache, sequence_id id, std::span<std::byte> memory) {
     detail::throw_if_error(try_swap_out(cache, id, memory));
 }
+/// Loads the sequence that swap_out() saved, and gives its new handle. Throws kv1::error: as load();
+/// bad_format if the memory holds anything but one sequence.
 template <class F, class A>
 [[nodiscard]] sequence_id swap_in(basic_kv_cache<F, A>& cache, std::span<const std::byte> memory) {
     return try_swap_in(cache, memory).value();
 }
-/// @}
 #endif
 
 } // namespace kv1::inline KV1_ABI

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Bulk conversion between float, float16 and bfloat16, vectorized where the target has the instructions.
-// Rounds as the scalars do. O(n), no allocation, thread-safe.
+// Converts arrays between float, float16 and bfloat16, with vector instructions where the target has them.
+// Rounding is that of float16.hpp. O(n), no allocation, thread-safe.
 #pragma once
 
 #include <kv1/detail/kernels/registry.hpp>
@@ -12,7 +12,8 @@
 
 namespace kv1::inline KV1_ABI {
 
-/// out[i] = float(in[i]). The spans have one size and do not overlap unless they begin at the same float.
+/// Widens: out[i] = float(in[i]), exact. The spans have one size and do not overlap, unless T is float and
+/// they begin at the same element. Errors: shape_mismatch.
 template <scalar T>
 status try_convert(std::span<const T> in, std::span<float> out) noexcept {
     if (in.size() != out.size())
@@ -22,7 +23,8 @@ status try_convert(std::span<const T> in, std::span<float> out) noexcept {
     return {};
 }
 
-/// out[i] = T(in[i]), round to nearest even.
+/// Narrows: out[i] = T(in[i]), rounded to nearest even; too large a number becomes infinity. The spans have
+/// one size. Errors: shape_mismatch.
 template <scalar T>
 requires(!std::same_as<T, float>) status try_convert(std::span<const float> in, std::span<T> out)
 noexcept {
@@ -34,13 +36,14 @@ noexcept {
 }
 
 #if KV1_EXCEPTIONS
-/// As try_convert; throws kv1::error.
+/// Widens: out[i] = float(in[i]), exact. Throws kv1::error: shape_mismatch if the spans differ in size.
 template <scalar T>
 void convert(std::span<const T> in, std::span<float> out) {
     detail::throw_if_error(try_convert(in, out));
 }
 
-/// As try_convert; throws kv1::error.
+/// Narrows: out[i] = T(in[i]), rounded to nearest even. Throws kv1::error: shape_mismatch if the spans differ
+/// in size.
 template <scalar T>
 requires(!std::same_as<T, float>) void convert(std::span<const float> in, std::span<T> out) {
     detail::throw_if_error(try_convert(in, out));

@@ -1,21 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How a cache turns vectors into codes, beyond their format: what is done to them first, and which levels are
-// chosen. Attention undoes all of it, so that in exact arithmetic it is what it would be without.
+// An encoding: what a cache does to vectors before it makes codes of them, and how it chooses levels.
+// Attention undoes means and rotation, so in exact arithmetic its results are those without an encoding.
 //
-//   means          taken off every vector. A shift common to all keys does not change a softmax, and weights
-//                  that sum to one bring the mean of values back.
-//   hadamard       rotates vectors in blocks; queries are rotated alike, outputs back.
-//   levels         min_max: the range of a vector. least_squares: fitted (quantizers/least_squares.hpp).
-//                  clip_search: the best of narrower ranges (quantizers/clip_search.hpp).
-//   error_weights  what errors cost: codes are chosen one after the other, each making up for the errors
-//                  before it, for several choices of levels, of which the cheapest is taken. Only the
-//                  encoder knows of them, and takes several times as long.
+//   means          A mean vector is taken off every vector. Keys: a shift that all keys share does not change a
+//                  softmax. Values: weights sum to one, so the output gets the mean back.
+//   hadamard       Vectors are rotated, this many channels together (hadamard.hpp). Queries are rotated alike,
+//                  and outputs are rotated back.
+//   levels         min_max: from the minimum to the maximum of a vector. least_squares: fitted to it
+//                  (quantizers/least_squares.hpp). clip_search: the best of ten ranges
+//                  (quantizers/clip_search.hpp).
+//   error_weights  What errors cost. Codes are chosen one channel after the other, and each makes up for the
+//                  errors before it. This is done for several choices of levels, and the cheapest is taken
+//                  (detail/encode_reference.hpp). Encoding takes several times as long; attention does not
+//                  change.
 //
-// Means are a constant of the cache, not of a sequence: forks, shared prefixes and saved sequences need
-// nothing more. Take them from a sample of the model's keys and values (mean_estimator, over a few thousand
-// tokens of any text), once, and keep them with the model. The mean of a stream's own first page is no good:
-// keys of its first tokens lie elsewhere than those that follow.
+// Means belong to the cache, not to a sequence, so forks, prefixes and saved sequences carry none. Take them
+// once from a sample of the model's keys and values (mean_estimator, over a few thousand tokens of any text),
+// and keep them with the model. The mean of a sequence's own first page will not do: keys of its first tokens
+// lie elsewhere than those that follow.
 #pragma once
 
 #include <kv1/detail/config.hpp>
@@ -43,37 +46,39 @@ inline float element(const tensor_view& x, std::size_t token, std::size_t head,
 
 } // namespace detail
 
-/// What happens to keys, or values, of a layer before they are stored. The default is the reference's.
+/// The encoding of a layer's keys, or of its values. The default is the reference's: min/max levels alone.
 struct vector_encoding {
-    level_choice levels = level_choice::min_max; ///< how they are chosen
-    /// Channels of a block of the Hadamard transform, a power of two that divides the head dim; 0: none.
+    level_choice levels = level_choice::min_max; ///< how scale and minimum are chosen
+    /// Channels that are rotated together, a power of two that divides the head dim (hadamard_block() gives
+    /// the largest); 0: no rotation.
     std::size_t hadamard = 0;
-    /// [kv_heads][dim], or empty.
+    /// [kv_heads][dim]; empty: no means.
     std::vector<float> means = {};
-    /// [kv_heads][dim][dim], symmetric and positive semidefinite, or empty: an error e costs e^T W e. For
-    /// keys the second moment of the queries (moment_estimator), for values that of the output projection's
-    /// columns, sum of W_o^T W_o over the heads of a group; better, both with each token and head counting by
-    /// what its errors do to the layer's output (examples/evaluation/error_weights.hpp). Not with min_max.
+    /// [kv_heads][dim][dim], each matrix W symmetric and positive semidefinite: an error e of a vector costs
+    /// e^T W e. Empty: all errors cost the same. Not with min_max. For keys, take the second moment of the
+    /// queries (moment_estimator). For values, take the sum of W_o^T W_o over the query heads that share the
+    /// KV head, W_o being a head's columns of the output projection. examples/evaluation/error_weights.hpp
+    /// has better ones, in which each token and head counts by what its errors do to the layer's output.
     std::vector<float> error_weights = {};
 
     /// Whether all fields are the same.
     friend bool operator==(const vector_encoding&, const vector_encoding&) = default;
 };
 
-/// Means of the channels of [tokens][heads][dim] tensors.
+/// Computes the means of channels over many [tokens][heads][dim] tensors, for vector_encoding::means.
 class mean_estimator {
 public:
     /// Throws std::bad_alloc.
     mean_estimator(std::size_t heads, std::size_t dim) : dim_(dim), sums_(heads * dim) {}
 
-    /// Precondition: the tensor has these heads and channels. O(elements).
+    /// Adds the tokens of a tensor. Precondition: it has `heads` heads and `dim` channels. O(elements).
     void add(const tensor_view& x) {
         for (std::size_t t = 0; t < x.tokens(); ++t)
             for (std::size_t i = 0; i < sums_.size(); ++i)
                 sums_[i] += detail::element(x, t, i / dim_, i % dim_);
         count_ += x.tokens();
     }
-    /// [heads][dim]; zeros where nothing was added. Rounded to fp16, as they would be kept.
+    /// The means, [heads][dim], rounded to fp16, in which they would be kept; zeros if nothing was added.
     [[nodiscard]] std::vector<float> means() const {
         std::vector<float> m(sums_.size());
         for (std::size_t i = 0; i < m.size() && count_ != 0; ++i)
@@ -86,14 +91,16 @@ private:
     std::vector<double> sums_;
 };
 
-/// Second moments x x^T of [tokens][heads][dim] queries, pooled over the heads of each KV head.
+/// Computes the second moments x x^T of queries, averaged over the query heads that share a KV head, for
+/// vector_encoding::error_weights of keys.
 class moment_estimator {
 public:
     /// Throws std::bad_alloc.
     moment_estimator(std::size_t kv_heads, std::size_t dim)
         : kv_heads_(kv_heads), dim_(dim), sums_(kv_heads * dim * dim) {}
 
-    /// Precondition: a multiple of kv_heads heads of dim channels. O(elements * dim).
+    /// Adds the queries [tokens][query_heads][dim] of a tensor. Precondition: query_heads is a multiple of
+    /// kv_heads. O(elements * dim).
     void add(const tensor_view& x) {
         const std::size_t group = x.heads() / kv_heads_;
         std::vector<double> row(dim_);
@@ -108,7 +115,7 @@ public:
             }
         count_ += x.tokens() * group;
     }
-    /// [kv_heads][dim][dim].
+    /// The moments, [kv_heads][dim][dim]; zeros if nothing was added.
     [[nodiscard]] std::vector<float> moments() const {
         std::vector<float> m(sums_.size());
         for (std::size_t i = 0; i < m.size() && count_ != 0; ++i)

@@ -1,18 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How a caller lends its threads. kv1 owns none: calls that can be split take an executor, any callable
+// How a caller lends its threads. kv1 owns no threads. A call that can be split takes an executor: any
+// callable
 //
 //   void operator()(std::size_t count, kv1::task_view task);
 //
 // that calls task(0) ... task(count - 1), each once, in any order, on any threads, and returns when all are
-// done. Tasks do not throw and do not block. How work is split depends on shapes alone, never on the
-// executor, so that results are the same bits for any number of workers.
+// done. Tasks do not throw and do not block. How work is split depends on shapes alone, not on the executor,
+// so results are the same bits for any number of threads.
 //
-// Stack. Every call of the library, a task included, makes do with 64 KiB of its thread's stack; in builds
-// without optimization, where compilers share no place among values, with 256. A thread needs beside it what
-// the thread library keeps there (glibc 5 KiB, and the program's thread-local variables) and what the
-// caller's own functions take. What does not fit lies in blocks that the cache owns: it begins with one, a
-// task that runs beside others may allocate another, and up to 128 are kept for later tasks.
+// Stack. A call of the library, a task included, needs at most 64 KiB of its thread's stack. Builds without
+// optimization need 256, since compilers then give each value a place of its own. A thread also needs what
+// the thread library keeps on its stack (glibc: 5 KiB, and the program's thread-local variables) and what the
+// caller's own functions take. Tasks need more memory than that. They take it from the cache: it has one
+// piece from the start, a task that runs beside others may allocate another, and up to 128 are kept for later
+// tasks.
 #pragma once
 
 #include <kv1/detail/config.hpp>
@@ -24,7 +26,7 @@
 
 namespace kv1::inline KV1_ABI {
 
-/// Non-owning reference to a function of the task's index; valid during the call it is passed to.
+/// Refers to a function of the task's index, which it does not own. Valid during the call that passes it on.
 class task_view {
 public:
     /// Refers to any function of an index. The function outlives the view.
@@ -42,7 +44,8 @@ private:
     void (*call_)(void*, std::size_t);
 };
 
-/// What a call that can be split accepts.
+/// What a call that can be split accepts: run(count, task) calls task(0) ... task(count - 1) and waits for
+/// them.
 template <class E>
 concept executor = std::invocable<E&, std::size_t, task_view>;
 
@@ -59,7 +62,7 @@ static_assert(executor<inline_executor>);
 
 namespace detail {
 
-// Non-owning reference to an executor: what is inside the library need not know its type.
+// Refers to an executor of any type, so that the library's inside needs no template for it.
 class executor_view {
 public:
     template <class E>

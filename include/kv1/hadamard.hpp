@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The orthonormal Walsh-Hadamard transform, in blocks: outliers of one channel spread over all, and a
-// vector's channels become alike, which evenly spaced levels want. It is its own inverse and keeps dot
-// products.
+// The orthonormal Walsh-Hadamard transform of runs of `block` channels. It spreads an outlier of one channel
+// over all channels of its run: {4, 0, 0, 0} becomes {2, 2, 2, 2} with block = 4. Channels become alike,
+// which suits evenly spaced levels. The transform is its own inverse and keeps dot products.
 #pragma once
 
 #include <kv1/detail/config.hpp>
@@ -13,7 +13,7 @@
 
 namespace kv1::inline KV1_ABI {
 
-/// The widest block for vectors of n channels: the largest power of two that divides n; 0 for n = 0.
+/// The widest block for vectors of n channels: the largest power of two that divides n (96: 32). 0 for n = 0.
 [[nodiscard]] constexpr std::size_t hadamard_block(std::size_t n) noexcept { return n & (~n + 1); }
 
 /// 1 / sqrt(block), the factor that makes the transform orthonormal. Precondition: a power of two.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// model_fingerprint: 32 bytes that name a model. Caches of two models of one shape look alike, and keys of
-// one mean nothing to the other; saved caches carry the fingerprint that their writer gave and are loaded
-// only by who gives the same (cache_io.hpp).
+// model_fingerprint: 32 bytes that name a model. Caches of two models of one shape look alike, but the keys
+// of one mean nothing to the other. A saved cache carries the fingerprint that it was saved with, and is
+// loaded only with the same one (cache_io.hpp).
 //
 //   kv1::model_fingerprint model = kv1::fingerprint_of("Qwen/Qwen2.5-7B@a09a354");  // a name and revision
 //   model = kv1::fingerprint_of(std::as_bytes(std::span(lora_weights)), model);      // and what else matters
@@ -19,9 +19,9 @@
 
 namespace kv1::inline KV1_ABI {
 
-/// Names a model. Compared whole; zeros, the default, name none.
+/// Names a model. Zeros, the default, name none.
 struct model_fingerprint {
-    /// A digest as it is (SHA-256 has 32 bytes, shorter ones are followed by zeros), or fingerprint_of().
+    /// A digest (SHA-256 has 32 bytes; a shorter one is followed by zeros), or what fingerprint_of() gives.
     std::array<std::uint8_t, 32> bytes{};
     /// Whether it names none.
     [[nodiscard]] constexpr bool empty() const noexcept { return *this == model_fingerprint{}; }
@@ -29,13 +29,14 @@ struct model_fingerprint {
     friend bool operator==(const model_fingerprint&, const model_fingerprint&) = default;
 };
 
-/// A fingerprint of whatever tells models apart: weights, a digest of them, a file's name and date. Given
-/// what came `before`, of both in this order, so that tensors can follow each other. The same in every
-/// version and on every machine; never empty. Tells accidents apart, not people who look for collisions: for
-/// those take a cryptographic digest as it is. O(bytes).
+/// The fingerprint of bytes that tell models apart: weights, a digest of them, a file's name and date. With
+/// `before`, the fingerprint of what that stands for followed by these bytes, so that tensors can be added
+/// one by one. The same bytes give the same fingerprint in every version and on every machine, and it is
+/// never empty. It tells models apart by accident, not against people who look for collisions: against them
+/// take a cryptographic digest. O(bytes).
 [[nodiscard]] constexpr model_fingerprint fingerprint_of(std::span<const std::byte> bytes,
                                                          const model_fingerprint& before = {}) noexcept;
-/// The same of a text.
+/// The fingerprint of a text.
 [[nodiscard]] constexpr model_fingerprint fingerprint_of(std::string_view text,
                                                          const model_fingerprint& before = {}) noexcept;
 

@@ -22,22 +22,22 @@
 
 namespace kv1::inline KV1_ABI {
 
-/// How levels are chosen: from a vector's extremes, by kv1/quantizers/least_squares.hpp, by
-/// kv1/quantizers/clip_search.hpp.
+/// How levels are chosen: from a vector's minimum and maximum, fitted (kv1/quantizers/least_squares.hpp), or
+/// by a search over narrower ranges (kv1/quantizers/clip_search.hpp).
 enum class level_choice : std::uint8_t { min_max, least_squares, clip_search };
 
-/// What is kept beside the codes: value = scale * code + minimum, both rounded to fp16.
+/// Metadata of affine formats: value = scale * code + minimum, both rounded to fp16.
 struct affine_metadata {
     float16 scale;   ///< of a step between codes
     float16 minimum; ///< value of code 0
 };
 
-/// Scaled binary keeps a scale alone.
+/// Metadata of scaled binary.
 struct scale_metadata {
     float16 scale; ///< magnitude of every channel
 };
 
-/// Binary keeps nothing.
+/// Binary has no metadata.
 struct no_metadata {};
 
 /// A scheme: bits, metadata, quantize() and dequantize(), as the head of this file says.
@@ -57,8 +57,8 @@ inline constexpr const char* rule_finite = "K and V must be finite";
 inline constexpr const char* rule_fp16_metadata = "scale or minimum overflows fp16";
 inline constexpr const char* rule_fp16_value = "the value overflows fp16";
 
-// Tests are on the bits: -ffast-math takes away the test for NaN, and a processor told to take denormals for
-// zero also does so in comparisons.
+// Comparisons work on bits. With -ffast-math a compiler removes the test for NaN, and a processor that takes
+// denormals for zero does so in comparisons too.
 constexpr bool is_finite(float x) noexcept {
     return (std::bit_cast<std::uint32_t>(x) & 0x7fffffffu) < 0x7f800000u;
 }
@@ -73,7 +73,7 @@ constexpr std::int32_t ordered_bits(float x) noexcept {
     return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
-// The number itself, which the optimizer may not look through; see precise_math_begin.inl.
+// Returns x, and hides from the optimizer where it came from; see precise_math_begin.inl.
 #if defined(__clang__) && !defined(__x86_64__) && defined(__FAST_MATH__)
 constexpr float as_written(float x) noexcept {
     if (!std::is_constant_evaluated())
@@ -84,7 +84,7 @@ constexpr float as_written(float x) noexcept {
 constexpr float as_written(float x) noexcept { return x; }
 #endif
 
-// a * b, rounded: what follows cannot fuse with it, so that sums are the same bits on every processor.
+// a * b, rounded. A following addition cannot fuse with it, so sums are the same bits on every processor.
 inline float product_of(float a, float b) noexcept {
     float product = a * b;
 #if (defined(__GNUC__) || defined(__clang__)) && defined(__SSE2__)
@@ -103,7 +103,7 @@ inline constexpr std::size_t max_vector_length = 4096;
 struct value_extremes {
     float low, high;
 };
-// Of a vector with channels, all finite; -0 counts as +0.
+// Minimum and maximum of a vector. -0 counts as +0. Preconditions: not empty, all finite.
 inline value_extremes plain_range(std::span<const float> x) noexcept {
     value_extremes r{x[0] + 0.0f, x[0] + 0.0f};
     for (const float value : x) {
@@ -114,7 +114,7 @@ inline value_extremes plain_range(std::span<const float> x) noexcept {
     return r;
 }
 
-// Index of the first NaN or infinity; n where there is none.
+// The index of the first NaN or infinity; x.size() if there is none.
 inline std::size_t first_non_finite(std::span<const float> x) noexcept {
     std::size_t i = 0;
     while (i < x.size() && is_finite(x[i]))

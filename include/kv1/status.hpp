@@ -2,17 +2,18 @@
 //
 // How kv1 reports errors, with and without exceptions.
 //
-// Every operation that can fail has a `try_` form that is noexcept and returns `status` or `result<T>`, and,
-// where exceptions are enabled, a plain form that throws `kv1::error` carrying the same status. An operation
-// that fails leaves its object as it was. A status allocates nothing: it names the error, the rule that was
-// broken, and where (layer, KV head, token, channel; -1 where that does not apply).
+// Every operation that can fail has a `try_` form that is noexcept and returns `status` or `result<T>`. With
+// exceptions it also has a plain form that throws `kv1::error` with that status. An operation that fails
+// leaves its object as it was. A status allocates nothing. It names the error, the rule that was broken, and
+// the place (layer, KV head, token, channel).
 //
-// Without exceptions a try_ form never ends the program for want of memory: kv1 asks operator new
-// (std::nothrow). What callers bring is theirs: a std::vector, std::string or std::filesystem::path that they
-// make or copy, an allocator of theirs, an executor. A cache_description is made of such vectors; create()
-// allocates nothing for one that is moved to it, and seeks the memory beforehand for one that it copies.
-// Forms that are not try_ forms and say that they allocate (status::message(), to_string(), the estimators of
-// encoding.hpp, packed_vector) do so as the standard's containers do.
+// Programs without exceptions. A try_ form does not end the program if there is no memory: kv1 asks operator
+// new (std::nothrow). This does not hold for what callers bring: a std::vector, std::string or
+// std::filesystem::path that they make or copy, their allocator, their executor. A cache_description is made
+// of such vectors. create() allocates nothing for a description that is moved to it; before it copies one, it
+// tests whether the memory is there. Functions that say that they allocate and are no try_ forms
+// (status::message(), to_string(), the estimators of encoding.hpp, packed_vector) allocate as the standard's
+// containers do.
 #pragma once
 
 #include <kv1/detail/config.hpp>
@@ -56,7 +57,7 @@ enum class errc : std::uint8_t {
     broken_invariant,    ///< validate() found a contradiction: a defect, or memory overwritten
 };
 
-/// A word or two.
+/// The error in a word or two, such as "shape mismatch".
 [[nodiscard]] constexpr std::string_view to_string(errc code) noexcept {
     switch (code) {
     case errc::ok:
@@ -107,12 +108,12 @@ enum class errc : std::uint8_t {
     return "unknown error";
 }
 
-/// Where an error was met; -1 where a coordinate does not apply.
+/// Where an error was met. All count from 0; -1: does not apply.
 struct error_location {
-    std::int64_t layer = -1;   ///< from 0
-    std::int64_t kv_head = -1; ///< of the layer, from 0
-    std::int64_t token = -1;   ///< of the call's tensor, from 0
-    std::int64_t channel = -1; ///< of the vector, from 0
+    std::int64_t layer = -1;   ///< of the cache
+    std::int64_t kv_head = -1; ///< of the layer
+    std::int64_t token = -1;   ///< of the call's tensor
+    std::int64_t channel = -1; ///< of the vector
 };
 
 /// Outcome of an operation. Contextually convertible to bool: true means success.
@@ -159,7 +160,7 @@ private:
     error_location where_{};
 };
 
-/// As message(), beside the others of that name. Allocates.
+/// status::message(). Allocates.
 [[nodiscard]] inline std::string to_string(const status& s) { return s.message(); }
 
 #if KV1_EXCEPTIONS

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Views of the caller's K, V, query and output tensors: [tokens][heads][channels] of fp32, fp16 or bf16, with
-// a stride (in elements, any sign) between tokens and between heads; channels are contiguous. The element
-// type is erased, so the calls that take views are not templates.
+// Views of the caller's K, V, query and output tensors: [tokens][heads][channels] of fp32, fp16 or bf16.
+// There is a stride, in elements and of any sign, from token to token and from head to head; channels are
+// contiguous. The element type is erased, so calls that take views are not templates.
 //
-//   kv1::tensor_view keys(k.data(), tokens, kv_heads, head_dim);
+//   kv1::tensor_view keys(k.data(), tokens, kv_heads, head_dim);   // memory is [token][head][channel]
+//   kv1::tensor_view same(k.data(), tokens, kv_heads, head_dim,    // memory is [head][token][channel]
+//                         head_dim, tokens * head_dim);
 //
-// views [token][head][channel]; with strides head_dim and tokens * head_dim it would be
-// [head][token][channel]. Extents are integers of any type, int as well as std::size_t; calls refuse a view
-// with a negative one (invalid_argument).
+// Extents are integers of any type, int as well as std::size_t. Calls refuse a view with a negative extent
+// (invalid_argument).
 #pragma once
 
 #include <kv1/float16.hpp>
@@ -21,7 +22,7 @@ namespace kv1::inline KV1_ABI {
 
 namespace detail {
 
-// An extent as it was given. A negative one would be a huge number: it becomes one that no tensor has.
+// An extent as it was given. A negative one becomes `negative`, a number that no tensor has.
 class extent {
 public:
     static constexpr std::size_t negative = (std::numeric_limits<std::size_t>::max)();
@@ -73,7 +74,7 @@ public:
                channels_ == detail::extent::negative;
     }
 
-    /// The view of some consecutive tokens. Precondition: first + count <= tokens().
+    /// The view of tokens first ... first + count - 1. Precondition: first + count <= tokens().
     [[nodiscard]] tensor_view rows(std::size_t first, std::size_t count) const noexcept {
         tensor_view part = *this;
         if (data_ != nullptr)
@@ -82,7 +83,7 @@ public:
         return part;
     }
 
-    /// First channel of a vector.
+    /// The address of the first channel of (token, head).
     [[nodiscard]] const void* at(std::size_t token, std::size_t head) const noexcept {
         const std::ptrdiff_t size = type_ == scalar_type::fp32 ? 4 : 2;
         return static_cast<const std::byte*>(data_) + (static_cast<std::ptrdiff_t>(token) * token_stride_ +
@@ -126,14 +127,14 @@ public:
     /// @}
     /// Whether an extent was given as a negative number.
     [[nodiscard]] constexpr bool has_negative_extent() const noexcept { return view_.has_negative_extent(); }
-    /// Tokens first ... first + count - 1.
+    /// The view of tokens first ... first + count - 1. Precondition: first + count <= tokens().
     [[nodiscard]] mutable_tensor_view rows(std::size_t first, std::size_t count) const noexcept {
         mutable_tensor_view part = *this;
         part.view_ = view_.rows(first, count);
         part.data_ = const_cast<void*>(part.view_.data());
         return part;
     }
-    /// First channel of a vector.
+    /// The address of the first channel of (token, head).
     [[nodiscard]] void* at(std::size_t token, std::size_t head) const noexcept {
         return const_cast<void*>(view_.at(token, head));
     }
