@@ -1,28 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Fake quantization: what a cache gives back of a vector, in floating point and with a gradient, for training
-// a model under the cache that it will run with. No framework: spans in, spans out; an autograd function
-// wraps the two calls.
+// Fake quantization: the vector that a cache gives back, in floating point and with a gradient, to train a
+// model under the cache that it will run with. The two calls take and give spans; an autograd function of any
+// framework can wrap them.
 //
 //   forward   y = restore(Q(transform(x)))    Q: quantize and dequantize; the transforms are options
 //   backward  dx from dy, by one of two rules:
-//     straight_through  dx = dy: rounding, clamping and metadata count as the identity. What one trains with;
-//                       the reference does. With min/max it is the exact derivative of the forward pass
-//                       without the rounding, since lo + (x - lo) / s * s = x whatever lo and s do.
-//     fixed_codes       the derivative of the forward pass itself, codes being piecewise constant: what
-//                       reaches x through minimum, scale, mean magnitude. Defined wherever no code, minimum
-//                       or maximum is about to change; rounding to fp16 counts as the identity.
+//     straight_through  dx = dy. Rounding, clamping and metadata count as the identity. Models are trained with
+//                       this rule, the reference's too. With min/max it is the exact derivative of the forward
+//                       pass without rounding: lo + (x - lo) / s * s = x for any lo and s.
+//     fixed_codes       the derivative of the forward pass for fixed codes: dx reaches x through minimum, scale
+//                       and mean magnitude. It is defined where no code, minimum or maximum is about to change.
+//                       Rounding to fp16 counts as the identity.
 //
-// With round_metadata the forward pass equals what a cache with that format and encoding (encoding.hpp, but
-// for clip search and error weights) gives back, bit for bit. Without it scale and minimum stay in fp32, as
-// the KV1 reference trains; a compact format's offset is then any between its ends.
+// With round_metadata the forward pass gives what a cache with that format and encoding gives back, bit for
+// bit (encoding.hpp; clip search and error weights are not supported). Without it scale and minimum stay in
+// fp32, as the KV1 reference trains, and a compact format's offset is any number between its ends.
 //
 // Values that lie in keys (multi-head latent attention) are no vectors of their own: quantize the keys, and
-// take the first channels of what comes back.
+// take the first channels of the result.
 //
-// Everything here works on rows of `channels` values, one vector each, in O(values) (Hadamard: times log
-// channels), allocates nothing, and is thread-safe. An error names the row as `token`; rows before it are
-// then written.
+// The functions work on arrays of vectors, `channels` values each: x[v * channels + c] is channel c of vector
+// v. They take O(values) (with Hadamard: times log channels), allocate nothing, and are thread-safe. An error
+// names the vector as where().token; vectors before it are written.
 #pragma once
 
 #include <kv1/format.hpp>
@@ -47,12 +47,12 @@ namespace kv1::inline KV1_ABI {
 
 /// How vectors are quantized, and what the gradient is.
 struct fake_quantize_options {
-    /// How affine and compact formats choose their levels. Codes and bytes are of the same kind either way.
+    /// How affine and compact formats choose their levels.
     enum class encoder_policy : std::uint8_t {
         min_max,       ///< the ends of the vector's range: the reference's
         least_squares, ///< fitted: quantizers/least_squares.hpp
     };
-    /// See the head of this file.
+    /// The rule of the backward pass; the head of this file defines both.
     enum class gradient_rule : std::uint8_t { straight_through, fixed_codes };
 
     encoder_policy encoder = encoder_policy::min_max;         ///< affine and compact formats have a choice
@@ -61,11 +61,12 @@ struct fake_quantize_options {
     /// Quantize in the basis of an orthonormal Hadamard matrix, over blocks of the largest power of two that
     /// divides the number of channels.
     bool hadamard = false;
-    /// Taken off before and added after, one value a channel; empty is none. A constant to the gradient.
+    /// Means, [channels]: taken off before quantizing and added afterwards; empty: none. A constant to the
+    /// gradient.
     std::span<const float> centre{};
 };
 
-/// Longest vector that fake quantization takes.
+/// The largest number of channels of a vector.
 inline constexpr std::size_t max_fake_quantize_channels = 4096;
 
 namespace detail {
@@ -297,9 +298,10 @@ status check_values(std::span<const float> x, const fake_quantize_options& o) no
 
 } // namespace detail
 
-/// y = what a cache gives back of x, row by row. y may be x. Errors: out_of_range (channels), shape_mismatch,
-/// non_finite, not_representable (a value that a fitted or compact format cannot hold, or metadata, overflows
-/// fp16, which is asked whether metadata are rounded or not).
+/// Forward pass: y gets what a cache gives back of the vectors x. x and y have the same size, a multiple of
+/// channels; y may be x. Errors: out_of_range unless channels is 1 to 4096; shape_mismatch; non_finite;
+/// not_representable if metadata, or a value of a fitted or compact format, do not fit fp16, whether metadata
+/// are rounded or not.
 template <quantizer Q>
 status try_fake_quantize(std::size_t channels, std::span<const float> x, std::span<float> y,
                          const fake_quantize_options& options = {}) noexcept {
@@ -327,8 +329,9 @@ status try_fake_quantize(std::size_t channels, std::span<const float> x, std::sp
     return {};
 }
 
-/// dx = the gradient at x of a loss whose gradient at y is dy. dx may be dy. Errors as for the forward pass;
-/// the straight-through rule does not look at x.
+/// Backward pass: dx gets the gradient at x of a loss whose gradient at y is dy. All have the same size; dx
+/// may be dy. Errors: those of the forward pass. The straight-through rule does not read x, and refuses
+/// shapes only.
 template <quantizer Q>
 status try_fake_quantize_gradient(std::size_t channels, std::span<const float> x, std::span<const float> dy,
                                   std::span<float> dx, const fake_quantize_options& options = {}) noexcept {
@@ -398,8 +401,8 @@ status with_quantizer(kv_format format, F&& f) noexcept {
 
 } // namespace detail
 
-/// The same for a format chosen at run time. Plain formats keep x, rounded to what they store; transforms,
-/// encoder and metadata do not matter to them.
+/// Forward and backward pass for a format chosen at run time. Plain formats give x back, rounded to the type
+/// that they store; transforms and options do not affect them. Errors: those of the calls with a quantizer.
 /// @{
 inline status try_fake_quantize(kv_format format, std::size_t channels, std::span<const float> x,
                                 std::span<float> y, const fake_quantize_options& options = {}) noexcept {
@@ -434,7 +437,9 @@ inline status try_fake_quantize_gradient(kv_format format, std::size_t channels,
 /// @}
 
 #if KV1_EXCEPTIONS
-/// As the try_ forms; throw kv1::error.
+/// Forward pass: y gets what a cache gives back of the vectors x, `channels` values each. x and y have the
+/// same size; y may be x. Throws kv1::error: out_of_range unless channels is 1 to 4096; shape_mismatch;
+/// non_finite; not_representable.
 /// @{
 template <quantizer Q>
 void fake_quantize(std::size_t channels, std::span<const float> x, std::span<float> y,
@@ -445,6 +450,11 @@ inline void fake_quantize(kv_format format, std::size_t channels, std::span<cons
                           std::span<float> y, const fake_quantize_options& options = {}) {
     detail::throw_if_error(try_fake_quantize(format, channels, x, y, options));
 }
+/// @}
+
+/// Backward pass: dx gets the gradient at x of a loss whose gradient at y is dy. All have the same size; dx
+/// may be dy. Throws kv1::error: as fake_quantize(); the straight-through rule refuses shapes only.
+/// @{
 template <quantizer Q>
 void fake_quantize_gradient(std::size_t channels, std::span<const float> x, std::span<const float> dy,
                             std::span<float> dx, const fake_quantize_options& options = {}) {

@@ -2,10 +2,10 @@
 //
 // packed_span<Bits>: a non-owning, random-access sequence of unsigned codes of 1, 2, 3, 4 or 8 bits.
 //
-// Code i takes the bits i*Bits ... i*Bits + Bits - 1 of the byte sequence, counted from the low bit of each
-// byte; 3-bit codes run across bytes. Elements are read and written through a proxy, iterators model
-// std::random_access_iterator. Bulk pack() and unpack() are vectorized. A tail of the last byte that belongs
-// to no code is left as it is by element writes and set to zero by pack().
+// Code i takes bits i*Bits ... i*Bits + Bits - 1, counted from the low bit of each byte: at 3 bits, code 5
+// takes bits 15 ... 17, the highest bit of byte 1 and the two lowest of byte 2. Elements are read and written
+// through a proxy; iterators model std::random_access_iterator. pack() and unpack() are vectorized. Bits of
+// the last byte that belong to no code are kept by element writes and set to zero by pack().
 #pragma once
 
 #include <kv1/detail/kernels/registry.hpp>
@@ -128,7 +128,7 @@ template <int Bits>
 
 } // namespace detail
 
-/// Proxy of one code. Assignment's precondition: the code is below 2^Bits.
+/// A proxy of one code. Precondition of assignment: the code is below 2^Bits.
 template <int Bits, class Byte>
 class packed_reference {
 public:
@@ -302,7 +302,8 @@ public:
     [[nodiscard]] constexpr const_iterator cend() const noexcept { return {bytes_, size_}; }
     /// @}
 
-    /// Writes all codes at once; refuses codes of 2^Bits and more, and then writes nothing.
+    /// Writes all codes, one byte each in `codes`. O(size()). Errors: shape_mismatch unless codes.size() is
+    /// size(); out_of_range for a code of 2^Bits or more. Nothing is written then.
     status try_pack(std::span<const std::uint8_t> codes) const noexcept requires(!std::is_const_v<Byte>) {
         if (codes.size() != size_)
             return {errc::shape_mismatch, "one code per element is needed"};
@@ -311,7 +312,7 @@ public:
         detail::pack_codes<Bits>(codes.data(), size_, bytes_);
         return {};
     }
-    /// Reads all codes at once.
+    /// Reads all codes, one byte each. O(size()). Errors: shape_mismatch unless codes.size() is size().
     status try_unpack(std::span<std::uint8_t> codes) const noexcept {
         if (codes.size() != size_)
             return {errc::shape_mismatch, "one code per element is needed"};
@@ -319,13 +320,13 @@ public:
         return {};
     }
 #if KV1_EXCEPTIONS
-    /// As the try_ forms; throw kv1::error.
-    /// @{
+    /// Writes all codes, one byte each in `codes`. Throws kv1::error, and writes nothing: shape_mismatch
+    /// unless codes.size() is size(); out_of_range for a code of 2^Bits or more.
     void pack(std::span<const std::uint8_t> codes) const requires(!std::is_const_v<Byte>) {
         detail::throw_if_error(try_pack(codes));
     }
+    /// Reads all codes, one byte each. Throws kv1::error: shape_mismatch unless codes.size() is size().
     void unpack(std::span<std::uint8_t> codes) const { detail::throw_if_error(try_unpack(codes)); }
-    /// @}
 #endif
 
 private:

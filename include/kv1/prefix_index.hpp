@@ -1,19 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefix_index: finds the pages that hold the beginning of a prompt. A tree of blocks of tokens: a node is
-// one page's tokens after those of its parents, under the caller's salt, and holds a reference to that page
-// in every page group. Looked up by a chain of hashes, but a hash never decides: tokens, parents and salts
-// are compared, so two prompts cannot meet, whatever collides.
+// prefix_index: finds the pages that hold the beginning of a prompt. It is a tree. A node stands for the
+// tokens of one page after those of its ancestors, and holds a reference to that page's block in every block
+// group. With 64 tokens a page, a prompt of 150 tokens is a path of nodes with 64, 64 and 22 tokens; the last
+// one is stored only if the caller asks for partial pages. Nodes are looked up by a chain of hashes, but a
+// hash never decides: tokens, parents and salts are compared, so two prompts cannot be taken for each other.
 //
-//   salt   128 bits of the caller's, compared whole: what else the pages depend on (adapter, tenant, images)
-//   match  whole blocks by hash, then the child with the longest common beginning: part of a page can be
-//          shared, since whoever appends to it copies it first
-//   evict  the least recently used nodes that nothing extends, nobody pinned and no sequence shares
-//   events stored and evicted nodes, for routers; kept until taken, at most as many as asked for
-//   saving snapshot() gives all nodes as a list, and merge() takes such a list in (cache_io.hpp)
+//   salt    128 bits that the caller gives: what else the pages depend on (adapter, tenant, images)
+//   match   whole pages by hash, then the child with the longest common beginning. Part of a page can be shared,
+//           since a sequence that appends to a shared page copies it first
+//   evict   removes the least recently used nodes that have no children, no pins and a page of their own
+//   events  records of stored and evicted nodes, for routers; as many are kept as were asked for
+//   saving  snapshot() gives all nodes as a list, and merge() takes such a list in (cache_io.hpp)
 //
-// insert and match are O(tokens), and O(children * block_tokens) at the last node of a match; evict walks
-// past nodes in use. Every member may be called from any threads at once (one lock, taken before the pools').
+// insert and match take O(tokens), and O(children * block_tokens) at the last node of a match. evict walks
+// past nodes that it must keep. All members may be called from any threads at once: there is one lock, taken
+// before those of the pools.
 #pragma once
 
 #include <kv1/detail/buffer.hpp>
@@ -34,23 +36,23 @@ namespace kv1::inline KV1_ABI {
 /// Token ids as the index compares them.
 using token_id = std::int32_t;
 
-/// Tells apart prompts of equal tokens whose pages differ.
+/// Tells apart prompts whose tokens are equal and whose keys and values are not.
 struct prefix_salt {
-    std::uint64_t high = 0; ///< any bits: an adapter, a tenant
-    std::uint64_t low = 0;  ///< any bits: an image's hash
+    std::uint64_t high = 0; ///< any bits, such as an adapter or a tenant
+    std::uint64_t low = 0;  ///< any bits, such as the hash of an image
     /// Whether both halves are the same.
     friend bool operator==(prefix_salt, prefix_salt) = default;
 };
 
-/// What happened to a block.
+/// What happened to a node.
 enum class prefix_event_kind : std::uint8_t { stored, evicted };
 
-/// A block of tokens came into the index or left it, for routers that mirror it.
+/// A node came into the index or left it, for routers that mirror the index.
 struct prefix_event {
-    prefix_event_kind kind{};   ///< which
-    std::uint32_t tokens = 0;   ///< of this block
-    std::uint64_t hash = 0;     ///< of all tokens up to the block's end, salt included
-    std::uint64_t previous = 0; ///< the hash before the block
+    prefix_event_kind kind{};   ///< what happened
+    std::uint32_t tokens = 0;   ///< number of the node's tokens
+    std::uint64_t hash = 0;     ///< of salt and tokens up to the last of this node
+    std::uint64_t previous = 0; ///< of salt and tokens before this node
 };
 
 /// Keeps a prefix from being evicted until it is given back.
@@ -60,7 +62,7 @@ struct prefix_pin {
     std::size_t tokens = 0;                                           ///< that are pinned
 };
 
-/// Hash of a block's tokens after those that `previous` stands for.
+/// The hash of a prompt: `previous` is the hash of what comes before, tokens are one page's.
 [[nodiscard]] inline std::uint64_t hash_tokens(std::uint64_t previous,
                                                std::span<const token_id> tokens) noexcept {
     std::uint64_t h = previous + 0x9e3779b97f4a7c15u * (tokens.size() + 1);
@@ -75,35 +77,35 @@ struct prefix_pin {
 struct prefix_snapshot {
     /// No parent.
     static constexpr std::uint32_t none = (std::numeric_limits<std::uint32_t>::max)();
-    /// A page's tokens.
+    /// One page of a prompt.
     struct node {
-        std::uint32_t parent = none; ///< an earlier node of the list; none: a prompt's first block
-        std::uint32_t tokens = 0;    ///< how many
-        prefix_salt salt;            ///< where there is no parent
+        std::uint32_t parent = none; ///< index of an earlier node; none: this is a prompt's first page
+        std::uint32_t tokens = 0;    ///< number of tokens
+        prefix_salt salt;            ///< of the prompt; used if there is no parent
     };
-    detail::buffer<node> nodes;           ///< by use
-    detail::buffer<token_id> tokens;      ///< of the nodes, one after the other
-    detail::buffer<std::uint32_t> blocks; ///< [node][group], or prefix_index::no_block
+    detail::buffer<node> nodes;           ///< the most recently used first
+    detail::buffer<token_id> tokens;      ///< of all nodes, one after the other
+    detail::buffer<std::uint32_t> blocks; ///< [node][block group]; prefix_index::no_block: no page
 };
 
-/// hash_tokens(), or another function of the same form.
+/// A function like hash_tokens().
 using token_hash = std::uint64_t (*)(std::uint64_t previous, std::span<const token_id> tokens) noexcept;
 
-/// Which pages hold a known beginning: a tree of token blocks. Thread-safe but for moving and initialize().
+/// Finds the pages that hold the beginning of a prompt. Thread-safe, but for initialize() and destruction.
 class prefix_index {
 public:
-    /// A group whose page a node does not hold.
+    /// In the place of a block: the node has no page in this block group.
     static constexpr std::uint32_t no_block = (std::numeric_limits<std::uint32_t>::max)();
 
     prefix_index() = default;
-    /// With another hash, for tests.
+    /// An index with another hash function, for tests.
     explicit prefix_index(token_hash hash) noexcept : hash_(hash) {}
     prefix_index(const prefix_index&) = delete;
     prefix_index& operator=(const prefix_index&) = delete;
     ~prefix_index() { clear(); }
 
-    /// Before anything is stored: tokens of a page, the pools of the groups (which outlive the index), how
-    /// many events to keep. Errors: out_of_memory.
+    /// Prepares the index; call it before anything else. block_tokens: tokens of a page. pools: of the block
+    /// groups; they outlive the index. events: how many are kept until taken. Errors: out_of_memory.
     status initialize(std::size_t block_tokens, std::span<page_pool* const> pools,
                       std::size_t events = 0) noexcept {
         block_tokens_ = block_tokens;
@@ -113,9 +115,9 @@ public:
         return {};
     }
 
-    /// Keeps the pages of a prompt's blocks: block_of(page, group) is the block that holds page `page`, or
-    /// no_block. A last block that is not full is kept where `partial` says so. What is known already stays
-    /// as it is. The tokens that the index now knows. Errors: out_of_memory.
+    /// Stores the pages of a prompt. block_of(page, group) gives the block that holds page `page` in a block
+    /// group, or no_block. A last page that is not full is stored only if `partial`. Known nodes stay as they
+    /// are. Gives the number of tokens that the index knows now. Errors: out_of_memory.
     template <class BlockOf>
     result<std::size_t> insert(prefix_salt salt, std::span<const token_id> tokens, bool partial,
                                BlockOf&& block_of) noexcept {
@@ -124,7 +126,7 @@ public:
             return std::size_t{0};
         const std::lock_guard lock(mutex_);
         std::uint32_t root = find_root(salt);
-        // room for all that may be missing, so that nothing fails half-way
+        // reserves for all nodes that may be missing, so that the insertion cannot fail half-way
         if (!reserve((known + block_tokens_ - 1) / block_tokens_ + (root == none ? 1 : 0)))
             return no_memory();
         if (root == none)
@@ -143,8 +145,9 @@ public:
         return known;
     }
 
-    /// The longest known beginning of the tokens. take(page, blocks) is given each page's blocks, by group,
-    /// with a reference that the caller then owns. The number of tokens that match.
+    /// Finds the longest known beginning of the tokens, and gives its number of tokens. Calls take(page,
+    /// blocks) for each of its pages in order; blocks[group] comes with a reference that the caller then
+    /// owns.
     template <class Take>
     std::size_t match(prefix_salt salt, std::span<const token_id> tokens, Take&& take) noexcept {
         const std::lock_guard lock(mutex_);
@@ -182,7 +185,7 @@ public:
         return matched;
     }
 
-    /// Evicts nodes until `pages` of them are gone or none is left that may go. How many went.
+    /// Evicts up to `pages` nodes, the least recently used first. Gives the number of evicted nodes.
     std::size_t evict(std::size_t pages) noexcept {
         const std::lock_guard lock(mutex_);
         std::size_t gone = 0;
@@ -197,7 +200,7 @@ public:
         return gone;
     }
 
-    /// Evicts all but what is pinned and what that extends, whoever shares its pages.
+    /// Evicts all nodes but pinned ones and their ancestors, even if sequences share their pages.
     void clear() noexcept {
         const std::lock_guard lock(mutex_);
         for (std::uint32_t n = oldest_; n != none;) {
@@ -208,8 +211,8 @@ public:
         }
     }
 
-    /// Pins the longest beginning of the tokens that is known in whole blocks. Errors: out_of_range where
-    /// none is.
+    /// Pins the longest beginning of the tokens whose nodes are known in full: it is not evicted until
+    /// unpin(). Errors: out_of_range if no node is known.
     result<prefix_pin> pin(prefix_salt salt, std::span<const token_id> tokens) noexcept {
         const std::lock_guard lock(mutex_);
         std::uint32_t at = find_root(salt);
@@ -227,7 +230,7 @@ public:
         ++nodes_[at].pins;
         return prefix_pin{at, nodes_[at].stamp, matched};
     }
-    /// Errors: out_of_range for a pin that was given back before.
+    /// Gives a pin back. Errors: out_of_range for a pin that is not this index's or was given back before.
     status unpin(prefix_pin pin) noexcept {
         const std::lock_guard lock(mutex_);
         if (pin.node >= nodes_.size() || nodes_[pin.node].stamp != pin.stamp || nodes_[pin.node].pins == 0)
@@ -236,12 +239,12 @@ public:
         return {};
     }
 
-    /// All nodes, with a reference to each block that the caller then owns and gives back with release().
-    /// O(nodes * block_tokens). Errors: out_of_memory.
+    /// Lists all nodes. Each block comes with a reference that the caller then owns and gives back with
+    /// release(). O(nodes * block_tokens). Errors: out_of_memory.
     status snapshot(prefix_snapshot& out) const noexcept {
         const std::lock_guard lock(mutex_);
         const std::size_t groups = pools_.size();
-        detail::buffer<std::uint32_t> places; // of nodes in the list
+        detail::buffer<std::uint32_t> places; // [node of the index]: its place in the list
         std::size_t total = 0;
         for (std::uint32_t n = newest_; n != none; n = nodes_[n].older)
             total += nodes_[n].tokens;
@@ -272,14 +275,14 @@ public:
             if (s.blocks[i] != no_block)
                 pools_[i % pools_.size()]->release(s.blocks[i]);
     }
-    /// Takes in the nodes of a list, as used after all others and in its order; known ones keep their pages.
-    /// Preconditions: parents come before their children and are full blocks; the caller holds references to
-    /// the blocks, which the index adds to. O(nodes * block_tokens). Errors: out_of_memory, which leaves the
-    /// index as it was.
+    /// Adds the nodes of a list, as more recently used than all others and in the list's order. Known nodes
+    /// keep their pages. Preconditions: parents come before their children and are full pages; the caller
+    /// holds a reference to each block (the index takes one of its own). O(nodes * block_tokens). Errors:
+    /// out_of_memory, which leaves the index as it was.
     status merge(const prefix_snapshot& s) noexcept {
         const std::lock_guard lock(mutex_);
         const std::size_t groups = pools_.size();
-        detail::buffer<std::uint32_t> numbers; // of the list's nodes in the index
+        detail::buffer<std::uint32_t> numbers; // [node of the list]: its number in the index
         std::size_t roots = 0;
         for (const prefix_snapshot::node& each : s.nodes)
             roots += each.parent == prefix_snapshot::none ? 1 : 0;
@@ -308,7 +311,7 @@ public:
         return {};
     }
 
-    /// Moves the oldest events to the span. How many.
+    /// Moves the oldest events to the span. Gives their number.
     std::size_t take_events(std::span<prefix_event> out) noexcept {
         const std::lock_guard lock(mutex_);
         const std::size_t n = (std::min)(out.size(), events_.size());
@@ -316,12 +319,12 @@ public:
         events_.erase(0, n);
         return n;
     }
-    /// Events that found no room.
+    /// The number of events that found no room, since the index was made.
     [[nodiscard]] std::size_t lost_events() const noexcept {
         const std::lock_guard lock(mutex_);
         return lost_events_;
     }
-    /// Nodes, each a page of every group.
+    /// The number of nodes.
     [[nodiscard]] std::size_t pages() const noexcept {
         const std::lock_guard lock(mutex_);
         return count_;
@@ -412,7 +415,7 @@ private:
         return h ^ h >> 29;
     }
 
-    // Room for `more` nodes.
+    // Makes room for `more` nodes. False: no memory.
     [[nodiscard]] bool reserve(std::size_t more) noexcept {
         const std::size_t total = nodes_.size() + (more > free_.size() ? more - free_.size() : 0);
         if (total >= none || !nodes_.reserve(total) || !free_.reserve(nodes_.capacity()) ||
@@ -449,7 +452,7 @@ private:
         *at = nodes_[n].chained;
     }
 
-    // The next five within reserved room.
+    // new_node(), add_root(), add_node() and add_child() need room that reserve() made.
     [[nodiscard]] std::uint32_t new_node() noexcept {
         std::uint32_t n = 0, stamp = 0;
         if (!free_.empty()) {
@@ -491,7 +494,7 @@ private:
         ++count_;
         return n;
     }
-    // With its pages: block_of(group).
+    // Adds a node with its pages; block_of(group) gives their blocks.
     template <class BlockOf>
     [[nodiscard]] std::uint32_t add_child(std::uint32_t parent, std::uint64_t hash,
                                           std::span<const token_id> tokens, BlockOf&& block_of) noexcept {
@@ -521,7 +524,8 @@ private:
         (older != none ? nodes_[older].newer : oldest_) = newer;
         (newer != none ? nodes_[newer].older : newest_) = older;
     }
-    // A node and all before it were used, parents after their children: children go first.
+    // Marks a node and its ancestors as used. The root's child comes out newest, so that children are evicted
+    // before their parents.
     void touch(std::uint32_t n) noexcept {
         for (; !nodes_[n].is_root; n = nodes_[n].parent) {
             unlink(n);
@@ -538,7 +542,8 @@ private:
         take(page, std::span<const std::uint32_t>(blocks, pools_.size()));
     }
 
-    // Whether it may go, and a page would be free then.
+    // Whether a node may be evicted and that would free a block: no pins, no children, a block that nobody
+    // else refers to.
     [[nodiscard]] bool evictable(std::uint32_t n) const noexcept {
         if (nodes_[n].pins != 0 || nodes_[n].first_child != none)
             return false;

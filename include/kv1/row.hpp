@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The row format: one vector as the KV1 reference stores it, packed codes (low bits first, first channel
-// lowest, the tail of the last byte 0) and fp16 metadata beside them. Vectorized on the current target, the
-// same bytes on every one. O(channels), no allocation, thread-safe; a refused vector leaves its outputs
-// untouched.
+// The row format: one vector as the KV1 reference stores it, packed codes with fp16 metadata beside them.
+// Codes are packed low bits first: at 2 bits, channel 5 has bits 2-3 of byte 1. Unused bits of the last byte
+// are 0. The functions run on the current target, and give the same bytes on every target. O(channels), no
+// allocation, thread-safe. A vector that is refused leaves the outputs as they were.
 #pragma once
 
 #include <kv1/packed_span.hpp>
@@ -21,7 +21,7 @@
 
 namespace kv1::inline KV1_ABI {
 
-/// Longest vector the library takes.
+/// The largest number of channels of a vector.
 inline constexpr std::size_t max_vector_channels = detail::max_head_dim;
 
 namespace detail {
@@ -80,7 +80,9 @@ inline constexpr bool library_quantizer = recipe_of<Q>.format != kv_format{} || 
 
 } // namespace detail
 
-/// Quantizes a vector to codes, one byte each, and metadata: Q::quantize on the current target.
+/// Quantizes a vector to codes, one byte each, and metadata, as Q::quantize defines them. codes.size() is
+/// x.size(). Errors: shape_mismatch; out_of_range for no channel or more than 4096; non_finite;
+/// not_representable.
 template <quantizer Q>
 requires detail::library_quantizer<Q> status try_quantize(std::span<const float> x,
                                                           std::span<std::uint8_t> codes,
@@ -102,7 +104,8 @@ noexcept {
     return {};
 }
 
-/// Quantizes and packs a vector. packed.size() must be packed_size<Q::bits>(x.size()).
+/// Quantizes a vector and packs its codes. packed.size() is packed_size<Q::bits>(x.size()). Errors:
+/// shape_mismatch; out_of_range for no channel or more than 4096; non_finite; not_representable.
 template <quantizer Q>
 requires detail::library_quantizer<Q> && packable<Q::bits> status
 try_encode_row(std::span<const float> x, std::span<std::byte> packed, typename Q::metadata& metadata)
@@ -118,7 +121,8 @@ noexcept {
     return {};
 }
 
-/// Restores a vector's values: Q::dequantize of every code.
+/// Unpacks and dequantizes a vector: out[i] = Q::dequantize(code i). packed.size() is
+/// packed_size<Q::bits>(out.size()). Errors: shape_mismatch.
 template <quantizer Q>
 requires packable<Q::bits> status try_decode_row(std::span<const std::byte> packed,
                                                  typename Q::metadata metadata, std::span<float> out)
@@ -131,22 +135,25 @@ noexcept {
 }
 
 #if KV1_EXCEPTIONS
-/// As the try_ forms; throw kv1::error.
-/// @{
+/// Quantizes a vector to codes, one byte each, and metadata. codes.size() is x.size(). Throws kv1::error:
+/// shape_mismatch; out_of_range for no channel or more than 4096; non_finite; not_representable.
 template <quantizer Q>
 requires detail::library_quantizer<Q>
 void quantize(std::span<const float> x, std::span<std::uint8_t> codes, typename Q::metadata& metadata) {
     detail::throw_if_error(try_quantize<Q>(x, codes, metadata));
 }
+/// Quantizes a vector and packs its codes. packed.size() is packed_size<Q::bits>(x.size()). Throws
+/// kv1::error: shape_mismatch; out_of_range for no channel or more than 4096; non_finite; not_representable.
 template <quantizer Q>
 void encode_row(std::span<const float> x, std::span<std::byte> packed, typename Q::metadata& metadata) {
     detail::throw_if_error(try_encode_row<Q>(x, packed, metadata));
 }
+/// Unpacks and dequantizes a vector: out[i] = Q::dequantize(code i). Throws kv1::error: shape_mismatch unless
+/// packed.size() is packed_size<Q::bits>(out.size()).
 template <quantizer Q>
 void decode_row(std::span<const std::byte> packed, typename Q::metadata metadata, std::span<float> out) {
     detail::throw_if_error(try_decode_row<Q>(packed, metadata, out));
 }
-/// @}
 #endif
 
 } // namespace kv1::inline KV1_ABI
