@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// arena: one line-aligned allocation, not touched until used. guarded(): runs code that may throw bad_alloc
-// and says so with a status. advise_huge_pages(): asks the system for large pages where it can.
+// arena: one allocation, aligned to lines; its memory is not touched until it is used. guarded(): runs code
+// that may throw std::bad_alloc and returns a status. advise_huge_pages(): asks the system for large pages.
 #pragma once
 
 #include <kv1/detail/memory_source.hpp>
@@ -22,7 +22,7 @@ status guarded(F&& function) noexcept {
     try {
         function();
         return {};
-    } catch (...) { // allocation, or a size that no allocation can have
+    } catch (...) { // no memory, or a size that no allocation can have
         return {errc::out_of_memory, "an allocation failed"};
     }
 #else
@@ -31,7 +31,8 @@ status guarded(F&& function) noexcept {
 #endif
 }
 
-// A hint for the whole large pages within the range; nothing depends on the answer.
+// Advises the system to back the whole large pages within the range by such pages. Nothing depends on the
+// answer.
 inline void advise_huge_pages([[maybe_unused]] std::byte* data, [[maybe_unused]] std::size_t bytes) noexcept {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     constexpr std::uintptr_t huge = std::uintptr_t{1} << 21;

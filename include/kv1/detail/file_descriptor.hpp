@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// file_descriptor: an open file of the system's, closed when it goes out of scope. Names are the system's own
-// (wide on Windows), so that every path can be opened. file_source and stream_source read from one.
+// file_descriptor: an open file, closed when it goes out of scope. Names are the system's own (wide
+// characters on Windows), so that every path can be opened. file_source and stream_source read from a
+// descriptor.
 #pragma once
 
 #include <kv1/detail/config.hpp>
@@ -28,7 +29,8 @@ namespace kv1::inline KV1_ABI::detail {
 
 using path_char = std::filesystem::path::value_type;
 
-// What errno says, where it says something that its reader can mend.
+// A status for errno: its own rule for errors that a user can mend (no space, no permission), else
+// `otherwise`.
 inline status system_failure(const char* otherwise) noexcept {
     switch (errno) {
     case ENOMEM:
@@ -72,7 +74,7 @@ public:
 #endif
     }
 
-    // All of them, or false and errno.
+    // Writes all of the bytes. False: errno says why.
     [[nodiscard]] bool write(std::span<const std::byte> bytes) const noexcept {
         while (!bytes.empty()) {
             const std::size_t some = (std::min)(bytes.size(), most_at_once);
@@ -89,7 +91,8 @@ public:
         }
         return true;
     }
-    // As many as there are, at least one where any is left; 0 at the end, -1 and errno.
+    // Reads at least one byte if any is left, and gives the number of bytes read. 0: the end. -1: errno says
+    // why.
     [[nodiscard]] std::ptrdiff_t read(std::span<std::byte> bytes) const noexcept {
         const std::size_t some = (std::min)(bytes.size(), most_at_once);
         for (;;) {
@@ -109,7 +112,7 @@ public:
         return ::lseek(number_, 0, SEEK_SET) == 0;
 #endif
     }
-    // That its bytes are on the disk.
+    // Waits until the file's bytes are on the disk. False: errno says why.
     [[nodiscard]] bool sync() const noexcept {
 #if defined(_WIN32)
         return ::_commit(number_) == 0;
@@ -124,7 +127,7 @@ private:
     int number_ = -1;
 };
 
-// A pipe or device: no byte is read that was not asked for.
+// A source that reads a pipe or a device, and no byte more than it is asked for.
 class stream_source {
 public:
     explicit stream_source(const file_descriptor& file) noexcept : file_(file) {}
@@ -152,7 +155,7 @@ private:
     bool failed_ = false;
 };
 
-// A file on a disk, read ahead of small requests.
+// A source that reads a file on a disk. Small requests are served from 4096 bytes that it reads ahead.
 class file_source : public stream_source {
 public:
     using stream_source::stream_source;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// memory_source: where a cache's arenas come from, without the type of the user's allocator.
+// memory_source: gives memory for a cache's arenas, and hides the type of the user's allocator.
 // allocator_memory: a memory_source that asks such an allocator.
 #pragma once
 
@@ -12,7 +12,7 @@
 #include <new>
 #include <type_traits>
 
-// It crosses from one translation unit to another, as kernels do (kernels/registry.hpp).
+// In the namespace that translation units with different flags share (kernels/registry.hpp).
 namespace kv1::KV1_KERNELS_ABI {
 
 // Memory in whole lines, aligned to them. Sizes are positive multiples of line_bytes.

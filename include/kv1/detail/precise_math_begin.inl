@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Until precise_math_end.inl floating-point arithmetic is evaluated as it is written, also in a translation
-// unit that is compiled with -ffast-math: codes and metadata must not depend on flags. Without such flags g++
-// is left alone, since its pragma is in the way of inlining; clang does not tell about all of them. On other
-// processors than x86-64 clang knows no such region: there detail::as_written() is in the optimizer's way.
+// From here to precise_math_end.inl floating-point arithmetic is evaluated as it is written, even in a
+// translation unit that is compiled with -ffast-math: codes and metadata must not depend on flags. g++ gets
+// its pragma only if such a flag is set, since the pragma hinders inlining. clang always gets one, since it
+// has no macro for some of the flags. clang has no such region on processors other than x86-64;
+// detail::as_written() does its work there.
 
 #if defined(_MSC_VER) || (defined(__clang__) && defined(__x86_64__))
 #pragma float_control(precise, on, push)

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// replaced_file: writes a file beside the one that it is to replace, and renames it once it is whole. What is
-// no file on a disk (a pipe, a device) is written to as it is.
+// replaced_file: writes a file beside the one that it replaces, and renames it when it is whole. A pipe or a
+// device is written to directly.
 //
-// Until it is whole the file is called <name>.kv1-partial, or <name>.<1 ... 15>.kv1-partial where several are
-// written at once. Its writer holds a lock on it, which the system takes back when a process dies: files of
-// these names that nobody locks are what killed writers left, and the next writer of the same name removes
-// them. On Windows nobody else can open the file meanwhile, which does the same. Where a file system has no
-// locks nothing is removed, and each of the names can be left behind once.
+// Until it is whole the file is called <name>.kv1-partial, or <name>.<1 ... 15>.kv1-partial if several are
+// written at once. Its writer holds a lock on it. The system releases the lock when the process dies, so a
+// file of these names that nobody locks was left by a killed writer, and the next writer of that name removes
+// it. On Windows nobody else can open the file while it is written, which serves as the lock. On a file
+// system without locks nothing is removed, and each of the names can be left behind once.
 #pragma once
 
 #include <kv1/detail/arena.hpp>
@@ -55,7 +55,7 @@ public:
             std::memcpy(waiting_.data() + at, bytes.data(), bytes.size());
         return true;
     }
-    // Why it took no more bytes.
+    // Why the last write failed, from errno.
     [[nodiscard]] static status failure() noexcept { return system_failure("the file can not be written"); }
     // Puts the file in its place. Errors: io_error.
     status finish() noexcept {
@@ -75,7 +75,7 @@ private:
         return fine;
     }
 
-    // The name that a file has until it is whole: the n-th of them.
+    // Sets partial_ to the n-th of the names that an unfinished file may have. False: no memory.
     bool name_partial(unsigned n) noexcept {
         if (!partial_.assign(target_.view().first(target_.size() - 1)))
             return false;
@@ -95,7 +95,7 @@ private:
         return true;
     }
 
-    // One of the names, with an open file of nobody else's; first what killed writers left goes.
+    // Removes what killed writers left, then creates a file under one of the names that nobody else uses.
     status claim() noexcept {
         for (unsigned n = 0; n < most_writers; ++n) {
             if (!name_partial(n))
@@ -103,7 +103,7 @@ private:
             static_cast<void>(remove_abandoned());
         }
         for (unsigned n = 0; n < most_writers; ++n) {
-            static_cast<void>(name_partial(n)); // within the memory that it has
+            static_cast<void>(name_partial(n)); // fits the memory that partial_ has
             for (int attempt = 0; attempt < 4; ++attempt) {
                 file_ = create();
                 if (file_ && is_ours()) {
@@ -121,7 +121,7 @@ private:
 
     static status no_memory() noexcept { return {errc::out_of_memory, "no memory for a file's name"}; }
 
-    // Each system's own, below.
+    // Defined below, once for each system.
     file_descriptor create() const noexcept;
     [[nodiscard]] bool is_ours() const noexcept;
     bool remove_abandoned() const noexcept;
@@ -130,20 +130,20 @@ private:
 
     file_name target_, partial_;
     file_descriptor file_;
-    bool writing_ = false; // to the partial file, which is there
+    bool writing_ = false; // the partial file exists, and is this writer's
     buffer<std::byte> waiting_;
 
 #if !defined(_WIN32)
     status resolve(const char* path) noexcept;
     static status keep_owner_and_mode(int file, const struct stat& before) noexcept;
     struct stat before_ {}; // of the file that is replaced
-    bool replaces_ = false; // one that was there when this began
+    bool replaces_ = false; // a file of that name was there at the beginning
 #endif
 };
 
 #if defined(_WIN32)
 
-// std::filesystem's own functions take care of links and of replacing.
+// On Windows std::filesystem follows links and replaces files.
 inline status replaced_file::open(const std::filesystem::path& path) noexcept {
     if (!waiting_.reserve(most_waiting))
         return {errc::out_of_memory, "no memory to write a file"};
@@ -228,13 +228,13 @@ inline status replaced_file::open(const std::filesystem::path& path) noexcept {
     }
     if (const status s = resolve(path.c_str()); !s)
         return s;
-    struct stat there {}; // by that name; maybe another file already, which another writer has put there
+    struct stat there {}; // of the file that has the name now, which another writer may have put there
     if (replaces_ && (::lstat(target_.data(), &there) != 0 || !S_ISREG(there.st_mode)))
         return {errc::io_error, "the path leads to a file that has no name"};
     return claim();
 }
 
-// The name that a path's links lead to, whether there is a file of it or not.
+// Follows the links of a path to a name, whether a file of that name exists or not.
 inline status replaced_file::resolve(const char* path) noexcept {
     if (!target_.assign({path, std::strlen(path) + 1}))
         return no_memory();
@@ -248,7 +248,7 @@ inline status replaced_file::resolve(const char* path) noexcept {
                                                       : system_failure("the path can not be followed");
         const auto length = static_cast<std::size_t>(n);
         to[length] = '\0';
-        std::size_t folder = 0; // what stays of the name: links are relative to where they lie
+        std::size_t folder = 0; // characters of the link's folder, which a relative target is relative to
         for (std::size_t i = 0; to[0] != '/' && i < target_.size(); ++i)
             if (target_[i] == '/')
                 folder = i + 1;
@@ -260,7 +260,7 @@ inline status replaced_file::resolve(const char* path) noexcept {
     return {errc::io_error, "the path's links lead nowhere"};
 }
 
-// Whether a file is still the one of a name.
+// Whether an open file still has this name.
 inline bool is_file_of(int file, const char* name) noexcept {
     struct stat own {
     }, named{};
@@ -268,14 +268,14 @@ inline bool is_file_of(int file, const char* name) noexcept {
            own.st_ino == named.st_ino;
 }
 
-// What it holds is nobody else's to read until it has the mode of the file that it replaces.
+// Creates the partial file. If it replaces a file, nobody else may read it until it has that file's mode.
 inline file_descriptor replaced_file::create() const noexcept {
     const ::mode_t mode = replaces_ ? 0600 : 0666;
     return file_descriptor(
         ::open(partial_.data(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, mode));
 }
 
-// Locks the file. Somebody may have taken it for an abandoned one before that.
+// Locks the file. False if another writer took it for an abandoned one, and removed it, before that.
 inline bool replaced_file::is_ours() const noexcept {
     if (::flock(file_.number(), LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK)
         return false;
@@ -290,7 +290,8 @@ inline bool replaced_file::remove_abandoned() const noexcept {
            ::unlink(partial_.data()) == 0;
 }
 
-// Where the owner or group can not be kept, those who then are the group may do what others may.
+// Gives the file the mode and owner of the one that it replaces. If the group cannot be kept, the new group
+// gets the rights of others.
 inline status replaced_file::keep_owner_and_mode(int file, const struct stat& before) noexcept {
     struct stat own {};
     if (::fstat(file, &own) != 0)
@@ -312,7 +313,7 @@ inline status replaced_file::replace() noexcept {
     if (::lstat(target_.data(), &there) == 0) {
         if (!S_ISREG(there.st_mode))
             return {errc::io_error, "the path became something else while the file was written"};
-        before_ = there; // its mode may have been changed meanwhile
+        before_ = there; // the mode may have changed since the beginning
         replaces_ = true;
     }
     if (replaces_)
@@ -323,7 +324,7 @@ inline status replaced_file::replace() noexcept {
     if (::rename(partial_.data(), target_.data()) != 0)
         return system_failure("the file can not be renamed");
     writing_ = false;
-    // that the new name lasts; file systems that cannot sync a folder are let be
+    // syncs the folder, so that the new name lasts; file systems that cannot do that are left alone
     std::size_t folder = 0;
     for (std::size_t i = 0; i < target_.size(); ++i)
         if (target_[i] == '/')

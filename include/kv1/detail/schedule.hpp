@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How attention is split into tasks: over KV heads, blocks of query rows and, where those are few, ranges of
-// tokens whose partial results are merged by their maxima (log-sum-exp), in order. The split depends on
-// shapes alone, so results do not depend on the number of workers.
+// Splits attention into tasks: over KV heads, over blocks of at most 16 query rows and, if that gives fewer
+// than 64 tasks, over ranges of tokens. Ranges give partial results, which are merged in order by their
+// maxima. The split depends on shapes alone, so results do not depend on the number of threads.
+//
+// Example: one query token, 32 query heads, 8 KV heads, 32,768 tokens in pages of 64. A KV head has 4 query
+// rows: one block. That makes 8 tasks, so the tokens are split into 8 ranges of 4,096: 64 tasks, and 32
+// merges.
 #pragma once
 
 #include <kv1/detail/arena.hpp>
@@ -25,13 +29,13 @@
 namespace kv1::inline KV1_ABI::detail {
 
 inline constexpr std::size_t wanted_tasks = 64;
-inline constexpr std::size_t smallest_range = 2048; // tokens: a range repays its partial result
+inline constexpr std::size_t smallest_range = 2048; // tokens; shorter ones cost more than they gain
 
 struct attention_split {
     std::size_t rows_per_block, row_blocks, first_token, range_tokens, ranges;
 };
 
-// first_token, last_token: what any row sees.
+// first_token ... last_token - 1: the tokens that any query row sees.
 inline attention_split split_attention(const page_layout& layout, std::size_t rows, std::size_t kv_heads,
                                        std::size_t first_token, std::size_t last_token) noexcept {
     attention_split s{};
@@ -41,7 +45,7 @@ inline attention_split split_attention(const page_layout& layout, std::size_t ro
     const std::size_t tokens = last_token - s.first_token;
     const std::size_t tasks = kv_heads * s.row_blocks;
     const std::size_t wanted = tasks >= wanted_tasks ? 1 : (wanted_tasks + tasks - 1) / tasks;
-    // a power of two of equal ranges: they divide among 2, 4, 8 or 16 workers
+    // a power of two of equal ranges divides among 2, 4, 8 or 16 threads
     const std::size_t ranges =
         std::bit_floor(std::max<std::size_t>(1, (std::min)(wanted, tokens / smallest_range)));
     s.range_tokens = round_up(std::max<std::size_t>(1, (tokens + ranges - 1) / ranges), layout.page_tokens());
@@ -49,8 +53,8 @@ inline attention_split split_attention(const page_layout& layout, std::size_t ro
     return s;
 }
 
-// Merges the partials {max, sum, weighted sums} of one row, `ranges` of them `stride` floats apart, into the
-// first.
+// Merges the partial results of one query row into the first. There are `ranges` of them, `stride` floats
+// apart, each {maximum, sum of weights, weighted sums of the channels}.
 inline void merge_partials(float* partials, std::size_t ranges, std::size_t stride,
                            std::size_t channels) noexcept {
     float maximum = lowest_score;
@@ -68,7 +72,7 @@ inline void merge_partials(float* partials, std::size_t ranges, std::size_t stri
     partials[1] = denominator;
 }
 
-// Rows of a model's optional arguments, one number a query head.
+// Optional arguments, one number a query head; null: not given.
 struct head_options {
     const float* alibi_slopes = nullptr;
     const float* sinks = nullptr;
@@ -80,7 +84,7 @@ inline status attend_heads(const attention_job& common, std::size_t kv_heads, co
     const page_layout& layout = *common.layout;
     const std::size_t rows = queries.tokens() * common.group;
     const std::size_t channels = layout.values().channels;
-    // what the first query sees at the front and the last at the end: no range needs to go further
+    // the tokens front ... reach - 1 are all that any query sees
     std::size_t front = common.first_visible;
     if (common.window != 0) {
         const std::ptrdiff_t from = common.first_position + 1 - static_cast<std::ptrdiff_t>(common.window);
@@ -125,7 +129,7 @@ inline status attend_heads(const attention_job& common, std::size_t kv_heads, co
             job.value_means = common.value_means + kv_head * channels;
         return job;
     };
-    // [tokens][query heads], from the rows of one KV head
+    // log_sum_exp is [tokens][query heads]; `row` counts the query rows of one KV head
     const auto lse_of = [&](std::size_t kv_head, std::size_t row) -> float& {
         return log_sum_exp[row / common.group * queries.heads() + head_offset(kv_head) + row % common.group];
     };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// try_copy(): a copy of a description, whose members are the standard's containers, or a status.
+// try_copy(): copies a cache_description, whose members are standard containers, or returns a status.
 #pragma once
 
 #include <kv1/cache_description.hpp>
@@ -12,7 +12,7 @@
 
 namespace kv1::inline KV1_ABI::detail {
 
-// What a copy's containers ask for in all.
+// The number of bytes that the containers of a copy allocate.
 inline std::size_t copied_bytes(const cache_description& d) noexcept {
     std::size_t bytes = d.layers.size() * sizeof(layer_description);
     for (const layer_description& l : d.layers)
@@ -21,8 +21,9 @@ inline std::size_t copied_bytes(const cache_description& d) noexcept {
     return bytes;
 }
 
-// Without exceptions a container that gets no memory ends the program, so memory is sought first. Another
-// thread may take it before the container does; nothing but moving the description is safe from that.
+// Without exceptions a container that gets no memory ends the program. So the memory is allocated and freed
+// first, to see whether it is there. Another thread may still take it before the containers do; only moving
+// the description is safe from that.
 inline status try_copy(const cache_description& from, cache_description& to) noexcept {
 #if !KV1_EXCEPTIONS
     void* const room = ::operator new(copied_bytes(from), std::nothrow);

@@ -1,10 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Attention where what a query sees is not simply the first tokens of one table: sliding windows, dropped
-// pages amid the queries, fp16 sinks and windows beside a quantized body, masks over any of these. Per query
-// and part it is a span of positions. Queries whose spans move in step are attended to together; others are
-// together under a mask of their own, made for the places that a part has. Parts are joined by their
-// log-sum-exp.
+// Attention joined from parts: fp16 sinks, quantized body, fp16 window. It serves what one job cannot:
+// windows that a mask decides on, pages dropped among the queries, fp16 tokens beside quantized ones.
+//
+// What a query sees of a part is a span of positions, and in a part's block table a run of places. A place is
+// a position less the dropped tokens before it. With 64 tokens a page and page 1 dropped, position 130 has
+// place 66, and the span 50-129 has the run 50-65.
+//
+//   in_step()  attends for queries whose runs move in step: the ends stand still or move one place a query
+//   masked()   attends for up to 64 queries whatever they see, under a mask [query][place] made for a part
+//
+// Each gives the result of every part, and the results are merged by their log-sum-exp.
 #pragma once
 
 #include <kv1/attention.hpp>
@@ -25,19 +31,19 @@
 namespace kv1::inline KV1_ABI::detail {
 
 inline constexpr std::size_t max_parts = 3;
-inline constexpr std::size_t most_queries = 64; // attended to together
+inline constexpr std::size_t most_queries = 64; // that one call attends for
 inline constexpr std::size_t most_mask_bytes = std::size_t{1}
                                                << 20; // of them, where that leaves a few queries
 
-// Tokens of a part that a query sees, by position; those that are dropped among them do not count.
+// The positions first ... last - 1 of a part, which a query sees unless they are dropped or masked.
 struct position_span {
     std::size_t first = 0, last = 0;
     [[nodiscard]] bool empty() const noexcept { return first >= last; }
 };
-// One query's, by part.
+// The spans of one query, [part].
 using position_spans = std::array<position_span, max_parts>;
 
-// The same as places in the part's run of blocks; first == last == 0 where none.
+// A span as places in a part's block table; first == last == 0: the query sees nothing of the part.
 struct visible_run {
     std::size_t first = 0, last = 0;
     [[nodiscard]] bool empty() const noexcept { return first == last; }
@@ -45,20 +51,21 @@ struct visible_run {
 };
 using visible_runs = std::array<visible_run, max_parts>;
 
-// A part's pages and kernels: the fields of a job that do not change from query to query. Null: no such part.
+// A part's pages and kernels: the fields of a job that do not change from query to query. table is null if
+// there is no such part.
 struct part_source {
     attention_job job{};
     const block_table* table = nullptr;
 };
 using part_sources = std::array<part_source, max_parts>;
 
-// Log-sum-exp and outputs of some rows, rows in the order [tokens][query heads].
+// Log-sum-exp and outputs of query rows, in the order [tokens][query heads].
 struct row_results {
     buffer<float> outputs, log_sum_exp;
     [[nodiscard]] bool resize(std::size_t rows, std::size_t channels) noexcept {
         return outputs.resize(rows * channels) && log_sum_exp.resize(rows);
     }
-    // A logit without a value joins row r's softmax.
+    // Adds a sink logit to the softmax of row r: e^sink joins the denominator, and no value belongs to it.
     void add_sink(std::size_t r, std::size_t channels, float sink) noexcept {
         const float top = (std::max)(log_sum_exp[r], sink);
         const float own = std::exp(log_sum_exp[r] - top), sum = own + std::exp(sink - top);
@@ -68,15 +75,16 @@ struct row_results {
     }
 };
 
-// Queries first ... first + count - 1, in each part: the runs of the first one, and how far the ends move
-// from query to query.
+// Queries first ... first + count - 1, whose runs move in step. `from` has the runs of the first query, the
+// steps say how far the ends of each part's run move from one query to the next.
 struct query_run {
     std::size_t first, count;
     visible_runs from;
     std::array<std::size_t, max_parts> first_step, last_step; // 0 or 1
 };
 
-// The longest run of queries from `first` on that move in step. runs(i) gives query i's.
+// Finds as many queries from `first` on as move in step, at most `longest`. runs(i) gives the runs of query
+// i.
 template <class Runs>
 query_run next_query_run(std::size_t first, std::size_t queries, std::size_t longest, Runs&& runs) noexcept {
     query_run q{first, 1, runs(first), {}, {}};
@@ -105,10 +113,11 @@ public:
                    executor_view run) noexcept
         : kv_heads_(kv_heads), page_(page_tokens), slopes_(alibi_slopes), run_(run) {}
 
-    // Rows of the queries attended to last.
+    // The result of the last call of in_step() or masked(). add_sink() may change it.
     [[nodiscard]] row_results& total() noexcept { return total_; }
 
-    // Queries from `first` on whose spans move in step, as many as can be; how many. spans(i): query i's.
+    // Attends for as many queries from `first` on as move in step, and gives their number. spans(i) gives the
+    // spans of query i. Errors: out_of_memory.
     template <class Spans>
     result<std::size_t> in_step(const part_sources& parts, std::size_t first, const tensor_view& queries,
                                 Spans&& spans) noexcept {
@@ -135,7 +144,8 @@ public:
             job.visible_base = from.last;
             job.visible_step = q.last_step[p];
             job.first_visible = from.first;
-            // a lower end that moves is a window of one token at a position that moves
+            // A lower end that moves is expressed as a window: with a window of 1, query i sees no place
+            // before first_position + i.
             job.first_position = static_cast<std::ptrdiff_t>(from.first);
             job.window = q.first_step[p];
             if (const status s = attend(job, some); !s)
@@ -144,8 +154,9 @@ public:
         return q.count;
     }
 
-    // Queries from `first` on under masks; how many. Query i stands at first_position + i; of the tokens in
-    // its spans it sees those with shows(i, position), all of them before position masked_from.
+    // Attends for some queries from `first` on, under masks, and gives their number. Query i has the position
+    // first_position + i. Of the tokens in its spans it sees those with shows(i, position), which is true
+    // before position masked_from. Errors: out_of_memory.
     template <class Spans, class Shows>
     result<std::size_t> masked(const part_sources& parts, std::size_t first, const tensor_view& queries,
                                std::ptrdiff_t first_position, std::size_t masked_from, Spans&& spans,
@@ -175,7 +186,7 @@ public:
                 return t >= seen[i][p].first && t < seen[i][p].last && shows(first + i, t);
             };
             for (std::size_t from = all.first; from < all.last;) {
-                // ALiBi's distances need places that are as far apart as positions
+                // ALiBi takes distances between places, so a job must not cross a hole
                 const std::size_t to =
                     slopes_.empty() ? all.last : (std::min)(all.last, hole_after(parts[p], from));
                 if (const status s =
@@ -190,7 +201,8 @@ public:
     }
 
 private:
-    // What some query of a group sees of a part, and from where on not all of them see the same.
+    // The positions of a part that any of some queries sees. From differ_from on not all of them see the
+    // same.
     struct joint_span {
         std::size_t first = 0, last = 0, differ_from = 0;
     };
@@ -219,11 +231,11 @@ private:
     [[nodiscard]] std::size_t place(const part_source& part, std::size_t position) const noexcept {
         return part.table->kept_before(position, page_);
     }
-    // The first position from `position` on that is not dropped, or the end of the pages.
+    // The first position at or after `position` that is not dropped, or the end of the pages.
     [[nodiscard]] std::size_t kept_from(const part_source& part, std::size_t position) const noexcept {
         return (std::max)(position, part.table->next_kept(position / page_) * page_);
     }
-    // Where the first hole after a position begins.
+    // The position at which the first hole after `position` begins.
     [[nodiscard]] std::size_t hole_after(const part_source& part, std::size_t position) const noexcept {
         for (const page_hole& h : part.table->holes())
             if (h.first * page_ > position)
@@ -231,7 +243,7 @@ private:
         return (std::numeric_limits<std::size_t>::max)();
     }
 
-    // Sized for some queries, none of which has seen anything.
+    // Starts a result: zeros and -infinity for each query row. False: no memory.
     [[nodiscard]] bool begin(const part_sources& parts, const tensor_view& queries) noexcept {
         std::size_t channels = 0;
         for (const part_source& p : parts)
@@ -245,7 +257,7 @@ private:
         return true;
     }
 
-    // The job without the pages before a run, which moves with them.
+    // The job without the whole pages before a run; places of the run count from the first page that is left.
     [[nodiscard]] attention_job job_from(attention_job job, visible_run& from) const noexcept {
         const std::size_t skipped = from.first / page_;
         job.block_table += skipped;
@@ -261,7 +273,7 @@ private:
         visible_run from{place(part, span.first), place(part, span.last)};
         if (from.empty())
             return {};
-        // where the first token that is there lies, less its place
+        // shift: position less place, of the tokens from the first one on
         const std::size_t begin = kept_from(part, span.first), shift = begin - from.first;
         const std::size_t differ = place(part, (std::min)(span.differ_from, span.last));
         const std::size_t before = from.first, columns = from.last - differ;
@@ -286,7 +298,7 @@ private:
         return attend(job, queries);
     }
 
-    // Joins what a job's rows see to the total.
+    // Runs a job and merges its result into the total.
     status attend(const attention_job& job, const tensor_view& queries) noexcept {
         const std::size_t heads = queries.heads(), channels = job.layout->values().channels;
         const std::size_t rows = queries.tokens() * heads;

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// clip_search<Q>: the format of Q, affine or compact, with the range of the vector narrowed about its middle
-// where that takes more error off the channels inside than it adds to those outside. Same bytes, same
-// decoder.
+// clip_search<Q>: the format of Q, affine or compact, with a range that may be narrower than the vector's.
+// Channels outside of it are clipped. That pays where the channels inside lose more error than the clipped
+// ones gain. Bytes and decoder are those of Q.
 //
 // Candidates are the range as min/max would store it and, with L = 2^bits - 1 and k = 1 ... 9,
 //
 //   scale = (hi - lo) (16 - k) / (16 L) as stored, base = (lo + hi) / 2 - scale L / 2
 //
-// The one with the smallest squared error is taken, the widest of equals: never worse than min/max, and no
-// further from the best evenly spaced levels about the middle than a grid of sixteenths is. least_squares<Q>
-// moves the middle, too, and costs half as much; this is the search that other engines' formats come with.
+// The candidate with the smallest squared error is taken, the widest of equals. So it is never worse than
+// min/max, and as near to the best evenly spaced levels about the middle as a grid of sixteenths allows.
+// least_squares<Q> moves the middle too, and costs half as much. Other engines' formats come with a search
+// like this one.
 //
 // Sums run as in least_squares.hpp: the same bits on every target. O(n), no allocation.
 #pragma once

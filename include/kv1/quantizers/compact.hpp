@@ -5,8 +5,8 @@
 //
 //   value = scale * (code + L * (w - 64) / 128)            scale: fp16 with 4 bits of mantissa
 //
-// The levels always have zero among them or next to them, so this suits vectors that lie about zero: centred
-// ones (encoding.hpp). quantize() takes the range of the vector, widened to include zero:
+// Zero always lies between the levels or next to them, so this format suits vectors about zero, such as
+// centred ones (encoding.hpp). quantize() takes the range of the vector, widened to include zero:
 //
 //   lo = min(min x, 0), hi = max(max x, 0)
 //   scale = (hi - lo) / L to fp16, half to even, then to 4 bits of mantissa, half up; at least 2^-18

@@ -4,18 +4,19 @@
 // instead of read off its extremes. Same bytes, same decoder, less error: at 2 bits about half the squared
 // error of min/max for Gaussian channels, a third with outliers.
 //
-// Levels begin evenly over the middle 80 % of the range. Three times over each channel is given its nearest
-// level, and scale and base become those that minimize the squared error for these codes:
+// Levels begin evenly over the middle 80 % of the range. Then, three times, each channel gets the code of its
+// nearest level, and scale and base become those that minimize the squared error for these codes:
 //
 //   scale = (n sum xc - sum x sum c) / (n sum cc - (sum c)^2), base = (sum x - scale sum c) / n
 //
-// with x taken from the middle of the range. The scale is then rounded as stored, the base computed once more
-// for it, and codes are the nearest of the stored levels. The range itself, as min/max would store it, is the
-// other candidate: the one with the smaller squared error is taken, so the result is never worse than
-// min/max. (Better starts and more rounds gained nothing on the keys and values that were measured.)
+// with x counted from the middle of the range. Then the scale is rounded as it is stored, the base is
+// computed once more for that scale, and codes are those of the nearest stored levels. The other candidate is
+// the range itself, as min/max stores it. The candidate with the smaller squared error is taken, so the
+// result is never worse than min/max. (Better starts and more rounds gained nothing on the keys and values
+// that were measured.)
 //
-// Sums run channel by channel, products are rounded before they are added: a vector's codes and metadata are
-// the same bits on every target. O(n), no allocation.
+// Sums run channel by channel, and products are rounded before they are added, so codes and metadata are the
+// same bits on every target. O(n), no allocation.
 #pragma once
 
 #include <kv1/quantizer.hpp>
@@ -99,7 +100,7 @@ stored_levels range_levels(float lo, float hi) noexcept {
     return format::store(format::round_scale((high - low) / as_written(format::top)), low);
 }
 
-// What is chosen, with its codes and squared error; replaced where a candidate's error is smaller.
+// The best candidate so far, with its codes and squared error.
 struct level_selection {
     stored_levels levels;
     float error;
@@ -119,7 +120,7 @@ struct level_selection {
     }
 };
 
-// The range as min/max would store it. Where that does not fit its metadata nothing else is taken either.
+// The levels of the range, as min/max stores them. If they do not fit the metadata, no candidate is taken.
 template <class Q>
 level_selection range_first(std::span<const float> x, float lo, float hi, std::uint8_t* codes) noexcept {
     const stored_levels range = range_levels<Q>(lo, hi);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// From (target, format) to kernels. Class templates, so that who never calls them compiles no kernel.
+// Finds the kernels of a target and a format. These are templates, so that a program that never calls them
+// compiles no kernel.
 //
 // With KV1_EXTERNAL_KERNELS defined, kv1's headers parse no kernel (and no xsimd): exactly one translation
 // unit of the program includes <kv1/kernels.hpp>, which compiles all of them and hands them out as
@@ -39,14 +40,15 @@ template <class Formats>
     return mask;
 }
 
-// The kernels that a cache type was compiled with, without the type: nothing but its maker compiles kernels.
+// The kernels that a cache type was compiled with, without that type. Only the code that makes a kernel_set
+// compiles kernels.
 class kernel_set {
 public:
     template <class Formats>
     [[nodiscard]] static kernel_set of() noexcept {
         return {&common_registry<>::at, &format_registry<Formats>::find, format_mask<Formats>()};
     }
-    // The same, but for formats that are not in the mask.
+    // This set without the formats that the mask lacks.
     [[nodiscard]] kernel_set only(std::uint32_t formats) const noexcept {
         return {common_, find_, formats_ & formats};
     }
@@ -71,7 +73,7 @@ private:
     std::uint32_t formats_;
 };
 
-// A template, too: who never calls it compiles no kernel.
+// A template, so that a program that never calls it compiles no kernel.
 template <class = void>
 const target_kernels& common_kernels() noexcept {
     return common_registry<>::at(current_target());
@@ -79,9 +81,9 @@ const target_kernels& common_kernels() noexcept {
 
 } // namespace kv1::inline KV1_ABI::detail
 
-// Where the kernels were compiled for another instruction set, or for exceptions where the caller has none,
-// types on both sides have the same members and other names. So enumerators and tables cross as plain numbers
-// and pointers, in a namespace that both sides share.
+// If the kernels were compiled with another -march, or with exceptions and the caller without, types on both
+// sides have the same members but other names. So enumerators and tables cross as plain numbers and pointers,
+// in a namespace that both sides share.
 namespace kv1::KV1_KERNELS_ABI {
 
 template <class = void>

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What attention adds for keys and values that were stored without their means, or rotated. Once a row, so
-// plain C++ outside the targets' regions.
+// Undoes means and rotation of stored keys and values in attention. It runs once a query row, so it is plain
+// C++ outside the targets' regions. With the mean mu of keys or values:
 //
-//   q . (k + mu) = q . k + q . mu      the same for all keys of a row: weights do not see it, but a soft cap,
-//                                      sinks and the log-sum-exp do
-//   sum p (v + mu) = sum p v + mu sum p
+//   q . (k + mu) = q . k + q . mu         all scores of a row shift by q . mu: weights do not change, but a soft cap,
+//                                         sink logits and the log-sum-exp see it
+//   sum p (v + mu) = sum p v + mu sum p   the output gets mu, times the sum of the weights
 #pragma once
 
 #include <kv1/detail/kernels/interface.hpp>
@@ -13,7 +13,7 @@
 
 namespace kv1::inline KV1_ABI::detail {
 
-// Scaled score of a query, before it is rotated, with the mean of its keys.
+// The shift of a row's scores: scale * q . mu, of the query before it is rotated. 0 without means.
 inline float key_shift(const attention_job& job, const float* query) noexcept {
     if (job.key_means == nullptr)
         return 0.0f;
@@ -24,13 +24,14 @@ inline float key_shift(const attention_job& job, const float* query) noexcept {
     return job.scale * ((sums[0] + sums[2]) + (sums[1] + sums[3]));
 }
 
-// A soft cap has taken the shift in already.
+// Adds the shift to the maximum of a row. With a soft cap the scores contain it already.
 inline void shift_maximum(const attention_job& job, float shift, softmax_state& state) noexcept {
     if (job.key_means != nullptr && !(job.soft_cap > 0.0f) && state.maximum != lowest_score)
         state.maximum += shift * log2_e;
 }
 
-// `weight`: sum of the weights behind the output, less than one where a sink has a share.
+// Rotates an output back and adds weight times the mean of the values. weight: the sum of the row's weights,
+// 1 unless a sink logit has a share.
 template <class Rotate>
 void restore_output(const attention_job& job, float weight, float* output, const Rotate& rotate) noexcept {
     const std::size_t n = job.layout->values().channels;
