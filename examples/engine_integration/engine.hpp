@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A foreign engine, as small as one can be and still decode: its own threads, its own tensors (a fused QKV
-// projection, so that K and V lie with strides in a larger buffer), its own fp16 cache. It knows nothing of
-// kv1. Weights are random: what matters is how data flows.
+// A small engine that knows nothing of kv1. It has its own threads, its own tensors and its own fp16 cache.
+// Its QKV projection is fused, so K and V lie with strides in a larger buffer. Weights are random: the
+// example shows how data flows.
 #pragma once
 
 #include <algorithm>
@@ -25,10 +25,10 @@ struct shape {
     [[nodiscard]] std::size_t width() const { return heads * head_dim; }
     [[nodiscard]] std::size_t fused() const {
         return (heads + 2 * kv_heads) * head_dim;
-    } // q, k, v of a token
+    } // floats of a token's q, k and v
 };
 
-/// Threads that wait for ranges of work.
+/// A pool of threads.
 class thread_pool {
 public:
     explicit thread_pool(unsigned threads) {
@@ -89,7 +89,7 @@ private:
     bool closing_ = false;
 };
 
-/// Heads of some tokens inside a larger buffer.
+/// A tensor [tokens][heads][channels] inside a larger buffer.
 struct head_tensor {
     float* data;
     std::size_t tokens, heads;
@@ -162,9 +162,9 @@ public:
         });
     }
 
-    void end_step() {} // of all layers
+    void end_step() {} // called after all layers
 
-    [[nodiscard]] std::size_t bytes() const { // of the tokens it holds
+    [[nodiscard]] std::size_t bytes() const { // of the tokens that it holds
         std::size_t tokens = 0;
         for (const std::size_t n : lengths_)
             tokens += n;
@@ -196,7 +196,7 @@ public:
 
     [[nodiscard]] const shape& dimensions() const { return shape_; }
 
-    /// Logits of the last token, after the given tokens at positions `position` and on.
+    /// Runs tokens at positions position, position + 1, ..., and gives the logits after the last one.
     template <class Cache>
     std::vector<float> forward(std::span<const int> tokens, std::size_t position, Cache& cache,
                                thread_pool& pool) const {
@@ -261,7 +261,7 @@ private:
         for (std::size_t i = 0; i < x.size(); ++i)
             x[i] += y[i];
     }
-    // y[token] = m x[token]; rows of m are shared out.
+    // y[token] = m x[token]; each thread computes some rows of m.
     static void multiply(const std::vector<float>& m, std::span<const float> x, std::span<float> y,
                          std::size_t tokens, thread_pool& pool) {
         const std::size_t columns = x.size() / tokens, rows = y.size() / tokens;
@@ -276,7 +276,7 @@ private:
                 }
         });
     }
-    // Rotary embedding of consecutive heads.
+    // Rotary positions of consecutive heads, in place.
     void rotate(float* heads, std::size_t count, std::size_t position) const {
         for (std::size_t c = 0; c < shape_.head_dim; c += 2) {
             const double angle =

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// An engine that swaps its fp16 cache for kv1. engine.hpp is the engine; the lines that the swap takes are
-// marked with "kv1" below: a class with the interface of the engine's own cache.
+// An engine that replaces its fp16 cache by kv1. engine.hpp is the engine. Below is a class with the
+// interface of the engine's own cache; lines that call kv1 are marked with "kv1".
 //
-// The same tokens go through the engine with its own cache, with kv1 storing fp16 (which must agree, or the
-// program fails), and with kv1 storing fewer bits. Weights are random, so that how often the choices agree
-// then says nothing about a real model.
+// The same tokens run with the engine's own cache, with kv1 storing fp16, and with kv1 storing fewer bits.
+// The program fails if kv1's fp16 differs from the engine's. Weights are random, so how often fewer bits
+// choose the same token says nothing about a real model.
 #include "engine.hpp"
 
 #include <kv1/kv_cache.hpp> // kv1
@@ -50,7 +50,7 @@ public:
     [[nodiscard]] std::size_t bytes() const { return cache_.statistics(sequence_).bytes_stored; } // kv1
 
 private:
-    // kv1: tensors stay where the engine has them, strides and all.
+    // kv1: a view of the engine's tensor, with its strides; nothing is copied.
     template <class View>
     View view(const engine::head_tensor& t) const {
         return {t.data,
@@ -67,7 +67,7 @@ private:
 };
 
 struct outcome {
-    std::vector<std::vector<float>> logits; // of every step
+    std::vector<std::vector<float>> logits; // [step][word]
     std::size_t bytes = 0;
 };
 
@@ -75,8 +75,8 @@ int best_of(const std::vector<float>& logits) {
     return static_cast<int>(std::max_element(logits.begin(), logits.end()) - logits.begin());
 }
 
-// A prompt at once, then token by token: the engine's loop, the same for every cache. An empty `text` is
-// filled with what the engine says.
+// The engine's loop: the prompt in one call, then token by token. It is the same for every cache. An empty
+// `text` gets the tokens that the engine chooses.
 template <class Cache>
 outcome decode(const engine::model& model, Cache cache, std::vector<int>& text, std::size_t steps,
                engine::thread_pool& pool) {
@@ -94,7 +94,7 @@ outcome decode(const engine::model& model, Cache cache, std::vector<int>& text, 
 }
 
 struct comparison {
-    float largest = 0; // difference of two logits
+    float largest = 0; // largest difference of two logits
     std::size_t same_choice = 0;
 };
 
@@ -129,8 +129,9 @@ int main() {
                     std::string(to_string(format)).c_str(), packed.bytes,
                     static_cast<double>(own.bytes) / static_cast<double>(packed.bytes), c.same_choice,
                     steps + 1, static_cast<double>(c.largest));
-        // The same halves, summed in another order. Where that moves a later key or value across the border
-        // between two halves, it changes by 2^-11 of its size, and logits of size 4 by less than 2^-7 in all.
+        // Both caches hold the same fp16 numbers and sum them in different orders. That may round a later key
+        // or value to the next fp16 number, which changes it by 2^-11 of its size. Logits of size 4 then
+        // change by less than 2^-7 in all.
         if (format == kv1::kv_format::fp16)
             good = c.largest < 0x1p-7f && packed.bytes == own.bytes;
     }

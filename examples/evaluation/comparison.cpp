@@ -10,7 +10,7 @@ namespace kv1_lm {
 
 namespace {
 
-// Logits of so many tokens are computed at once.
+// The number of tokens whose logits are computed in one product.
 constexpr std::size_t rows_at_once = 128;
 
 // log(sum(exp(x)))
@@ -22,7 +22,7 @@ double log_sum_exp(std::span<const float> x) {
     return static_cast<double>(largest) + std::log(sum);
 }
 
-// KL(P || Q) of two rows of logits with their log_sum_exp.
+// KL(P || Q) of two distributions, given as logits and their log_sum_exp.
 double divergence(std::span<const float> p, double p_norm, std::span<const float> q, double q_norm) {
     double sum = 0.0;
     const auto p_offset = static_cast<float>(p_norm);
@@ -80,8 +80,8 @@ std::span<const float> reference_predictions::row(std::size_t position) const {
     return std::span(logits_).subspan(position * vocabulary, vocabulary);
 }
 
-// Calls use(first token, logits) for a block of tokens after the other. The blocks are the same whatever is compared:
-// a BLAS may round the products of another number of rows otherwise.
+// Calls use(first token, logits) for runs of tokens, one after the other. The runs are the same whatever is
+// compared, since a BLAS may round a product differently with another number of rows.
 template <class Use>
 void reference_predictions::for_each_block(std::span<const float> states, thread_pool& pool, Use use) const {
     const std::size_t vocabulary = model_.config().vocab_size, hidden = model_.config().hidden_size;

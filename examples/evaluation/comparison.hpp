@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How far a model's predictions with one cache differ from those with another, position by position.
+// Compares a model's predictions with one cache to those with another, position by position.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +13,7 @@ namespace kv1_lm {
 class model;
 class thread_pool;
 
-/// Sums over positions, in nats but for the counts; worst_kld is the largest of any position.
+/// Sums over positions, in nats; worst_kld is the largest divergence at one position.
 struct comparison {
     std::size_t positions = 0;
     std::size_t agreed = 0;  ///< positions whose likeliest token is the reference's
@@ -22,15 +22,16 @@ struct comparison {
     double reference_nll = 0.0, nll = 0.0; ///< over targets
 };
 
-/// A model's predictions in a run, kept so that other runs over the same tokens are compared with them.
+/// The predictions of a reference run, which other runs over the same tokens are compared with.
 class reference_predictions {
 public:
-    /// `states` are the run's final hidden states, [tokens][hidden_size], of which the first `positions`
-    /// count. Holds tokens.size() * vocab_size floats. `m` and the tokens must outlive this.
+    /// states: the run's final hidden states, [tokens][hidden_size], of which the first `positions` are
+    /// compared. Takes memory for tokens.size() * vocab_size floats. `m` and the tokens must outlive this
+    /// object.
     reference_predictions(const model& m, std::span<const std::int32_t> tokens, std::size_t positions,
                           std::span<const float> states, thread_pool& pool);
 
-    /// KL(reference || other) and the rest, of another run's hidden states.
+    /// Compares another run, given its hidden states: KL(reference || other), agreement, likelihoods.
     [[nodiscard]] comparison compare(std::span<const float> states, thread_pool& pool) const;
 
 private:

@@ -26,7 +26,7 @@ void add_product(std::span<double> sums, double factor, std::span<const double> 
             sums[i * y.size() + j] += factor * x[i] * y[j];
 }
 
-// One KV head's tokens, and the query heads that share it.
+// The sums of one KV head and the query heads that share it.
 class shared_tokens {
 public:
     shared_tokens(kv1::tensor_view queries, kv1::tensor_view keys, kv1::tensor_view values,
@@ -56,7 +56,7 @@ public:
         }
     }
 
-    // Query t's part of the sums.
+    // Adds what query t contributes.
     void add(std::size_t t, std::span<double> key_weights, std::span<double> shares) {
         for (std::size_t a = 0; a < group_; ++a)
             attend(t, a);
@@ -92,7 +92,7 @@ private:
     }
     [[nodiscard]] std::size_t tokens() const { return values_.size() / dim_; }
 
-    // Probabilities and output of head a's query t.
+    // Computes probabilities and output of query t of head a.
     void attend(std::size_t t, std::size_t a) {
         const std::span<double> p = std::span(probabilities_).subspan(a * tokens(), t + 1);
         const std::span<double> out = std::span(outputs_).subspan(a * dim_, dim_);
@@ -139,7 +139,8 @@ private:
         return {share, distance};
     }
 
-    // In double: where one token has nearly all of the probability, its distance is a small difference.
+    // In double: if one token has nearly all of the probability, v - o is a small difference of large
+    // numbers.
     std::size_t group_, dim_;
     std::span<const double> products_;  // [group][group][dim][dim]: W^T W'
     std::vector<double> queries_;       // [tokens][group][dim]
@@ -151,7 +152,7 @@ private:
     std::vector<double> mixed_, joint_;
 };
 
-// Matrices [dim][dim] divided by a count: symmetric to the last bit, which sums in another order are not.
+// Divides matrices [dim][dim] by a count, and makes them symmetric to the last bit, which the sums are not.
 std::vector<float> averaged(std::span<const double> sums, std::size_t dim, double count) {
     std::vector<float> means(sums.size());
     for (std::size_t i = 0; i < sums.size() && count > 0.0; ++i) {
@@ -187,7 +188,7 @@ void error_weight_estimator::add(std::size_t layer, kv1::tensor_view queries, kv
 }
 
 std::vector<float> error_weight_estimator::key_weights(std::size_t layer) const {
-    // with the softmax's scale, squared
+    // the square of the softmax's scale
     const layer_sums& sums = layers_[layer];
     return averaged(sums.key_weights, dim_, static_cast<double>(sums.queries * dim_));
 }

@@ -28,7 +28,7 @@ namespace kv1_lm {
 
 namespace {
 
-// What one thread measures chunks with.
+// What one thread needs to measure chunks.
 class chunk_worker {
 public:
     chunk_worker(const model& m, const kld_options& options, const model_cache& kv)
@@ -53,7 +53,7 @@ private:
     const model& model_;
     const kld_options& options_;
     kv1::kv_cache reference_, kv_;
-    thread_pool one_thread_{1}; // chunks run side by side, each on one thread
+    thread_pool one_thread_{1}; // each chunk runs on one thread, beside others
 };
 
 double shrink(const kv1::cache_description& cache) {
@@ -110,7 +110,7 @@ kld_result measure_kld(const kld_options& options, std::ostream& log) {
     r.shrink_vs_fp16 = shrink(describe(m.config(), kv.policy, kv.calibrated, options.seq_len));
     double kld = 0.0, reference_nll = 0.0, kv_nll = 0.0;
     std::size_t targets = 0;
-    for (const comparison& c : results) { // in order: sums do not depend on the threads
+    for (const comparison& c : results) { // in order, so that sums do not depend on the threads
         kld += c.kld;
         reference_nll += c.reference_nll;
         kv_nll += c.nll;
@@ -157,7 +157,7 @@ void kld(const kld_options& options, std::ostream& out, std::ostream& log) {
 
     if (!json_file)
         return;
-    // a number where one width tells it all
+    // a number if K and V have one width
     const auto bits = [](const kv_formats& f) -> nlohmann::ordered_json {
         const std::string text = to_string(f);
         return text.find_first_of(",c") == std::string::npos ? nlohmann::ordered_json::parse(text)

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// kv1-lm kld: what a cache format costs, as the divergence of the model's predictions from those with a
-// better cache: KL(P_reference || P_kv) at every position of a text, and both perplexities.
+// kv1-lm kld: measures what a cache format costs. It gives KL(P_reference || P_kv) at every position of a
+// text, the divergence of the model's predictions from those with a better cache, and both perplexities.
 //
-// The text is cut into chunks, each run from an empty cache. A chunk of n tokens gives n - 1 positions (its
-// last logit predicts a token outside it) or, with include_last_logit, n divergences.
+// The text is cut into chunks, and each is run from an empty cache. A chunk of n tokens gives n - 1
+// positions, since its last logits predict a token outside of it. With include_last_logit it gives n
+// divergences.
 #pragma once
 
 #include "cache_policy.hpp"
@@ -24,7 +25,7 @@ namespace kv1_lm {
 struct kld_options {
     std::filesystem::path model = {};
     std::filesystem::path text = {};
-    std::optional<cache_policy> kv = {}; ///< none: the cache that the model names
+    std::optional<cache_policy> kv = {}; ///< none: the cache that the model's folder names
     kv_formats reference{kv1::kv_format::fp32, kv1::kv_format::fp32};
     kv1::precision precision = kv1::precision::exact;
     std::size_t seq_len = 1024;
@@ -32,7 +33,7 @@ struct kld_options {
     std::size_t max_tokens = 0; ///< 0: the whole text
     bool include_last_logit = false;
     std::size_t threads = 1;
-    std::filesystem::path json = {}; ///< empty: none is written
+    std::filesystem::path json = {}; ///< file to write; empty: none
     bool show_progress = false;
 };
 
@@ -46,8 +47,8 @@ struct kld_result {
     std::vector<double> chunk_means;
 };
 
-/// O(tokens * model); chunks are shared out among the threads, and the result does not depend on their
-/// number. Throws input_error.
+/// Measures. Chunks are shared among the threads, and the result does not depend on their number. Throws
+/// input_error.
 [[nodiscard]] kld_result measure_kld(const kld_options& options, std::ostream& log);
 
 /// Measures, prints a summary and writes the JSON file. Throws input_error.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Independent pieces of work on several threads, watched by the thread that asked for it.
+// Runs independent pieces of work on several threads, while the calling thread watches.
 #pragma once
 
 #include <algorithm>
@@ -15,10 +15,10 @@
 
 namespace kv1_lm {
 
-/// Does the pieces 0 ... count - 1 on at most `threads` threads of their own. Each thread calls make_worker()
-/// once and then what that returned with one piece after the other, in no order that can be relied on. While
-/// they run, the calling thread calls watch(pieces done) five times a second, and once when they have ended.
-/// The first exception of a worker stops the others after their piece and is thrown.
+/// Runs pieces 0 ... count - 1 on at most `threads` new threads. Each thread calls make_worker() once, and
+/// calls the result with one piece after the other; pieces run in no certain order. Meanwhile the calling
+/// thread calls watch(number of finished pieces) five times a second, and once at the end. If a worker
+/// throws, the others stop after their piece, and the first exception is thrown.
 template <class MakeWorker, class Watch>
 void run_side_by_side(std::size_t count, std::size_t threads, MakeWorker make_worker, Watch watch) {
     std::atomic<std::size_t> next{0}, done{0};

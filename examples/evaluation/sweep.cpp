@@ -31,7 +31,7 @@ namespace {
 
 constexpr auto save_every = std::chrono::seconds(20);
 
-// By policy and chunk; empty where not measured yet.
+// [policy][chunk]; empty: not measured yet.
 using policy_chunks = std::vector<std::optional<comparison>>;
 
 nlohmann::ordered_json to_json(const policy_chunks& chunks) {
@@ -42,7 +42,7 @@ nlohmann::ordered_json to_json(const policy_chunks& chunks) {
     return list;
 }
 
-// As to_json() writes it, the chunk's number left out.
+// Reads what to_json() writes, without the chunk's number.
 comparison comparison_from(const nlohmann::ordered_json& c) {
     comparison sums;
     sums.positions = sums.targets = c.at(1);
@@ -90,7 +90,7 @@ public:
 
     [[nodiscard]] const std::string& name() const noexcept { return name_; }
 
-    // What tells results of this model and text from others'.
+    // What identifies results of this model and text.
     [[nodiscard]] nlohmann::ordered_json settings() const {
         return {{"parameters", model_.parameters()},
                 {"tokens", tokens_.size()},
@@ -111,7 +111,7 @@ public:
 
     [[nodiscard]] std::size_t total() const noexcept { return wanted_; }
 
-    // Chunk i for the policies that lack it. Thread-safe for different chunks.
+    // Measures chunk i for the policies that lack it. Thread-safe for different chunks.
     void measure(std::size_t i, thread_pool& pool) {
         std::vector<std::size_t> wanted;
         {
@@ -137,7 +137,7 @@ public:
         }
     }
 
-    // Bytes, errors and speed, from the first chunk's keys and values.
+    // Measures bytes, errors and speed, with the first chunk's keys and values.
     void measure_vectors() {
         const model_config& c = model_.config();
         thread_pool pool(1);
@@ -162,7 +162,7 @@ public:
             double seconds = 0.0;
             const kv1::sequence_id id = stored.create_sequence();
             for (std::size_t i = 0; i < c.layers; ++i) {
-                double best = 0.0; // of a layer, which takes less than a scheduler's slice
+                double best = 0.0; // seconds: the fastest of five appends of this layer
                 for (int repeat = 0; repeat < 5; ++repeat) {
                     const kv1::sequence_id trial = repeat == 0 ? id : stored.create_sequence();
                     const auto start = std::chrono::steady_clock::now();
@@ -197,7 +197,7 @@ public:
             double reference_nll = 0.0, nll = 0.0;
             std::size_t agreed = 0;
             for (const auto& c : std::span(done_[p]).first(wanted_))
-                if (c) { // in order: sums do not depend on the threads
+                if (c) { // in order, so that sums do not depend on the threads
                     r.positions += c->positions;
                     agreed += c->agreed;
                     r.kld += c->kld;
@@ -272,14 +272,14 @@ private:
     model model_;
     std::vector<std::int32_t> tokens_;
     std::vector<std::span<const std::int32_t>> chunks_; // of the whole text
-    std::size_t wanted_ = 0;                            // of them are asked for
+    std::size_t wanted_ = 0;                            // number of chunks that are asked for
     std::vector<kv1::cache_description> descriptions_;
     std::vector<policy_chunks> done_;
     std::vector<vector_costs> vectors_;
     std::mutex mutex_;
 };
 
-// The results file, read when it is there and rewritten whole.
+// The results file. It is read if it exists, and rewritten whole.
 class results_file {
 public:
     explicit results_file(std::filesystem::path file) : file_(std::move(file)) {
@@ -392,7 +392,7 @@ std::vector<sweep_row> measure_sweep(const sweep_options& options, std::ostream&
         total += models.back()->total();
     }
 
-    const auto measure = [&](std::size_t i, thread_pool& pool) { // chunk i of all models'
+    const auto measure = [&](std::size_t i, thread_pool& pool) { // i counts the chunks of all models
         std::size_t m = 0;
         for (; i >= models[m]->total(); ++m)
             i -= models[m]->total();
@@ -410,12 +410,12 @@ std::vector<sweep_row> measure_sweep(const sweep_options& options, std::ostream&
     try {
         run_side_by_side(
             total, options.threads,
-            [&] { // chunks run side by side, each on one thread
+            [&] { // each chunk runs on one thread, beside others
                 return [&, pool = std::make_unique<thread_pool>(1)](std::size_t i) { measure(i, *pool); };
             },
             watch);
     } catch (...) {
-        file.save(models); // what was measured before
+        file.save(models); // keep what was measured before the exception
         throw;
     }
     std::vector<sweep_row> rows;
