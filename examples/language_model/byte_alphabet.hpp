@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How byte-level vocabularies spell bytes as printable characters: the visible ones of Latin-1 stand for
-// themselves, and the other 68 are U+0100 to U+0143 in their order (a space is U+0120).
+// Byte-level vocabularies spell bytes as printable characters. A byte that is a visible character of Latin-1
+// is spelled as that character. The other 68 bytes are spelled U+0100 to U+0143, in their order: a space is
+// U+0120.
 #pragma once
 
 #include "utf8.hpp"
@@ -15,7 +16,7 @@
 
 namespace kv1_lm {
 
-/// The table both ways.
+/// The table, in both directions.
 struct byte_alphabet {
     std::array<char32_t, 256> letter{}; // by byte
     std::array<int, 0x144> byte{};      // by letter; -1 where it is none
@@ -40,7 +41,7 @@ inline constexpr byte_alphabet alphabet{};
     return text;
 }
 
-/// The bytes that a spelling means; nothing where one of its characters is not of the alphabet.
+/// The bytes that a spelling stands for; nothing if one of its characters is not in the alphabet.
 [[nodiscard]] inline std::optional<std::string> unspell(std::string_view text) {
     std::string bytes;
     while (!text.empty()) {

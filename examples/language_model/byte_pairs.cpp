@@ -24,10 +24,10 @@ std::uint64_t pair_of(std::int32_t left, std::int32_t right) noexcept {
 merge_table::merge_table(std::size_t expected)
     : slots_(std::bit_ceil(std::max<std::size_t>(2 * expected, 2)), slot{free_slot, {}}) {}
 
-// Where the pair is or would be put.
+// The slot that holds the pair, or the free slot that it would go to.
 std::size_t merge_table::place_of(std::uint64_t pair) const noexcept {
     const std::size_t mask = slots_.size() - 1;
-    std::uint64_t hash = pair * 0x9e3779b97f4a7c15u; // Fibonacci hashing; the upper bits are the good ones
+    std::uint64_t hash = pair * 0x9e3779b97f4a7c15u; // Fibonacci hashing: upper bits are mixed best
     hash ^= hash >> 32;
     std::size_t i = static_cast<std::size_t>(hash) & mask;
     while (slots_[i].pair != pair && slots_[i].pair != free_slot)
@@ -54,7 +54,7 @@ const merge* merge_table::find(std::int32_t left, std::int32_t right) const noex
     return s.pair == free_slot ? nullptr : &s.value;
 }
 
-// Queues the merge of a symbol with the next one, if there is any.
+// Queues the merge of a symbol with the next one, if the table has such a merge.
 void pair_merger::propose(std::uint32_t left) {
     const symbol& s = symbols_[left];
     if (s.next == none)
@@ -83,7 +83,7 @@ void pair_merger::apply(std::vector<std::int32_t>& word) {
         if (s.token == gone || s.next == none)
             continue;
         symbol& right = symbols_[s.next];
-        // A pair that has changed since it was queued has another merge or none: symbols only grow.
+        // Symbols only grow, so a pair that has changed since it was queued has another merge or none.
         const merge* m = table_->find(s.token, right.token);
         if (m == nullptr || m->rank != rank)
             continue;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Byte-pair merging: of all neighbours in a word that a merge is known for, those of the lowest rank are
-// joined first, the leftmost of equals before the others, until none is left.
+// Byte-pair merging of a word. Of all neighbouring tokens that have a merge, those whose merge has the lowest
+// rank are joined; among equals the leftmost. This goes on until no neighbours have a merge.
 #pragma once
 
 #include <cstddef>
@@ -12,17 +12,17 @@ namespace kv1_lm {
 
 struct merge {
     std::int32_t rank;
-    std::int32_t token; ///< what the pair becomes
+    std::int32_t token; ///< the token that the pair becomes
 };
 
-/// Merges by pair of tokens: a hash table in one array, probed linearly, never more than half full.
+/// Finds the merge of two tokens. A hash table in one array, probed linearly, at most half full.
 class merge_table {
 public:
     explicit merge_table(std::size_t expected = 0);
 
-    /// Adds a merge or replaces that of the same pair. No token is negative.
+    /// Adds the merge of a pair, or replaces it. Precondition: tokens are not negative.
     void set(std::int32_t left, std::int32_t right, merge m);
-    /// The merge of a pair, or null. Expected O(1).
+    /// The merge of a pair; null: none. Expected O(1).
     [[nodiscard]] const merge* find(std::int32_t left, std::int32_t right) const noexcept;
     [[nodiscard]] std::size_t size() const noexcept { return size_; }
 
@@ -37,7 +37,7 @@ private:
     std::size_t size_ = 0;
 };
 
-/// Applies a table to words. Keeps its buffers between words: one for each thread.
+/// Applies a table to words. It keeps its buffers between words, so each thread needs its own.
 class pair_merger {
 public:
     explicit pair_merger(const merge_table& table) noexcept : table_(&table) {}
@@ -46,7 +46,7 @@ public:
     void apply(std::vector<std::int32_t>& word);
 
 private:
-    // A token in the list of those that are left; `none` ends it on both sides.
+    // A token of the word, in a doubly linked list; `none` ends it on both sides.
     struct symbol {
         std::int32_t token;
         std::uint32_t previous, next;
@@ -55,7 +55,7 @@ private:
 
     const merge_table* table_;
     std::vector<symbol> symbols_;
-    std::vector<std::uint64_t> queue_; // rank, then position of the left one: a heap with the least on top
+    std::vector<std::uint64_t> queue_; // a heap of (rank, position of the left token), the least on top
 };
 
 } // namespace kv1_lm

@@ -17,7 +17,7 @@ namespace kv1_lm {
 
 namespace {
 
-// Text that is parsed, and what it is called in messages.
+// A text that is parsed, and its name in messages.
 struct named_text {
     std::string_view text, what;
     [[noreturn]] void refuse(const std::string& why) const {

@@ -7,9 +7,18 @@
 //   KEYS     FORMAT[+ls|+cs][+had][+mean][+ew][+gCHANNELS|+channel]
 //   FORMAT   1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4 (compact), cb2 (codebook)
 //
-// ls: least squares, cs: clip search, had: Hadamard rotation, mean: less calibrated means, ew: error weights,
-// g32: a scale and minimum for every 32 channels, channel: one for every channel over a page (keys alone). A
-// slash gives one layer something else, @ the fp16 sinks and window, # the tokens of a page.
+//   ls, cs      levels by least squares, by a clip search
+//   had         Hadamard rotation
+//   mean        calibrated means are taken off
+//   ew          codes under calibrated error weights
+//   g32         groups: one scale and minimum for every 32 channels
+//   channel     keys per channel: one scale and minimum for each channel of a page
+//   /3:c4,c3    layer 3 has other formats
+//   @4:32       the first 4 and the last 32 tokens stay in fp16
+//   #256        256 tokens a page
+//
+// Example: c3,c2+ls+had@4:32 has compact 3-bit keys, compact 2-bit values that are fitted and rotated, and
+// fp16 sinks and window. ARCHITECTURE.md explains the words.
 #pragma once
 
 #include <kv1/cache_description.hpp>
@@ -40,37 +49,37 @@ struct layer_policy {
 struct cache_policy {
     std::string text;
     layer_policy common;
-    std::map<std::size_t, layer_policy> layers; ///< those that differ
+    std::map<std::size_t, layer_policy> layers; ///< layers that differ, by number
     std::size_t fp16_sinks = 0, fp16_window = 0;
     std::size_t page_tokens = 0; ///< 0: the cache's default
 
-    /// Whether any layer takes means, or error weights.
+    /// Whether any layer takes means; whether any takes error weights.
     /// @{
     [[nodiscard]] bool centred() const noexcept;
     [[nodiscard]] bool weighted() const noexcept;
     /// @}
 };
 
-/// KEYS,VALUES as parse_policy() takes it.
+/// The text KEYS,VALUES that parse_policy() takes for these formats and encodings.
 [[nodiscard]] std::string to_string(const layer_policy& policy);
 
-/// `what` is put before the text in the input_error for anything else.
+/// Parses a policy. Throws input_error for any other text; `what` names the text in its message.
 [[nodiscard]] cache_policy parse_policy(std::string_view text, std::string_view what = "policy");
 
-/// Means and error weights of a model, by layer, as encodings want them.
+/// Means and error weights of a model, [layer], as vector_encoding takes them.
 struct calibration {
     std::vector<std::vector<float>> key_means, value_means;     ///< [kv_heads][head_dim]
     std::vector<std::vector<float>> key_weights, value_weights; ///< [kv_heads][head_dim][head_dim]
 };
 
-/// The cache of a policy. Throws input_error for a layer the model does not have, and for what no cache
-/// takes.
+/// The description of the cache that a policy names. Throws input_error for a layer that the model does not
+/// have, and for a cache that cannot be made.
 [[nodiscard]] kv1::cache_description describe(const model_config& config, const cache_policy& policy,
                                               const calibration& c, std::size_t tokens);
 
-/// Bytes that a vector takes, averaged over K and V, layers and the tokens of a sequence of `tokens`: pages
-/// with their metadata, fp16 copies and keys of the open page, and the means in fp16 as if they were each
-/// sequence's own.
+/// The bytes of a vector, averaged over K and V, layers, and the tokens of a sequence of `tokens`. It counts
+/// pages with their metadata, fp16 copies, fp16 keys of the open page, and the means in fp16 as if each
+/// sequence had its own.
 [[nodiscard]] double bytes_per_vector(const kv1::cache_description& d, std::size_t tokens);
 
 } // namespace kv1_lm

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What kv1-lm throws when its input, not the program, is at fault: files, texts, arguments.
+// The exception that kv1-lm throws if its input is at fault: files, texts, arguments.
 #pragma once
 
 #include <algorithm>
@@ -27,12 +27,12 @@ private:
     }
 };
 
-/// Text out of a file, fit for a message: in double quotes, control characters as \xNN, cut to 60 bytes.
+/// Quotes text of a file for a message: in double quotes, control characters as \xNN, cut to 60 bytes.
 [[nodiscard]] inline std::string quote(std::string_view text) {
     constexpr std::size_t longest = 60;
     std::size_t size = std::min(text.size(), longest);
     while (size > 0 && size < text.size() && (static_cast<unsigned char>(text[size]) & 0xc0u) == 0x80u)
-        --size; // not inside a character
+        --size; // do not cut inside a character
     constexpr std::string_view hex = "0123456789abcdef";
     std::string out = "\"";
     for (const char c : text.substr(0, size)) {

@@ -17,7 +17,7 @@ namespace {
     throw input_error(file.string(), "cannot be read: " + std::generic_category().message(reason));
 }
 
-// Bytes is a vector or string of single bytes. <cstdio> and not <fstream>, which does not say why it fails.
+// Reads a file into a vector or string of bytes. It uses <cstdio>, since <fstream> does not say why it fails.
 template <class Bytes>
 Bytes read_file(const std::filesystem::path& file) {
     errno = 0;
@@ -27,7 +27,7 @@ Bytes read_file(const std::filesystem::path& file) {
     const std::unique_ptr<std::FILE, closer> in(std::fopen(file.string().c_str(), "rb"));
     if (!in)
         fail(file, errno);
-    // The size is a hint: pipes have none, and a file may change while it is read.
+    // The size is a hint only: pipes have none, and a file may change while it is read.
     std::error_code ignored;
     const std::uintmax_t size =
         std::filesystem::is_regular_file(file, ignored) ? std::filesystem::file_size(file, ignored) : 0;

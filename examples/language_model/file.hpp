@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Reading a file whole.
+// Reads whole files.
 #pragma once
 
 #include <cstddef>
@@ -10,10 +10,10 @@
 
 namespace kv1_lm {
 
-/// The file's bytes. Regular files and anything else that can be read to an end. Throws input_error.
+/// The bytes of a file, a pipe, or anything else that can be read to an end. Throws input_error.
 [[nodiscard]] std::vector<std::byte> read_binary_file(const std::filesystem::path& file);
 
-/// The same as characters; no encoding is assumed and no line ending changed.
+/// The bytes of a file as characters, with no change of encoding or line endings. Throws input_error.
 [[nodiscard]] std::string read_text_file(const std::filesystem::path& file);
 
 } // namespace kv1_lm

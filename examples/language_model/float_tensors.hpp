@@ -13,7 +13,7 @@ namespace kv1_lm {
 struct float_tensor {
     std::string name;
     std::vector<std::size_t> shape;
-    std::vector<float> values; ///< as many as the shape says
+    std::vector<float> values; ///< row-major
 };
 
 /// The contents of a file of F32 tensors, in this order.

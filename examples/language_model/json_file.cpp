@@ -16,7 +16,7 @@ namespace {
 
 constexpr int deepest_level = 64;
 
-// A key as it is written in a place: as it stands where that can not be misread.
+// A key as it is written in a place: as it is if that cannot be misread, else quoted.
 std::string key_name(std::string_view key) {
     const bool plain = !key.empty() && key.size() <= 60 && std::all_of(key.begin(), key.end(), [](char c) {
         return std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '_' || c == '-';
@@ -24,7 +24,7 @@ std::string key_name(std::string_view key) {
     return plain ? std::string(key) : quote(key);
 }
 
-// What nlohmann-json says is wrong, without its own name, the place and the text, which may be megabytes.
+// nlohmann-json's message without its name, the place and the text, which may be megabytes.
 std::string reason(const json::exception& e) {
     std::string text = e.what();
     for (const std::string_view before : {"] ", "column ", ": "})
@@ -108,7 +108,7 @@ const json::object_t& json_view::object() const {
 void json_view::fail(std::string_view problem) const { throw input_error(place_, problem); }
 
 json parse_json(std::string_view text, std::string_view origin) {
-    // nlohmann-json takes a NUL for the end of its input, whatever follows.
+    // nlohmann-json takes a NUL for the end of its input, even if text follows.
     if (const std::size_t nul = text.find('\0'); nul != std::string_view::npos)
         throw input_error(origin, "bad JSON at byte " + std::to_string(nul) + ": NUL");
 

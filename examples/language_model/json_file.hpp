@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// JSON as files of a model folder need it: strict parsing and typed access whose errors name the file and the
-// key. All throw input_error.
+// Strict parsing of JSON files, and typed access to their values. Errors are input_errors that name the file
+// and the key.
 //
 //     const json_document config = read_json_file(folder / "config.json");
 //     const std::size_t layers = config.root().member("num_hidden_layers").count();
@@ -22,22 +22,23 @@ namespace kv1_lm {
 
 using json = nlohmann::json;
 
-/// A value of a document and its place there, such as `dir/config.json: rope_scaling.factor`. Cheap to make
-/// but not free: walk long arrays by array() and make a view of an element only to report it. Refers to the
-/// value: the document has to outlive it.
+/// A view of a value in a document, which knows its place there, such as `dir/config.json:
+/// rope_scaling.factor`. The document has to outlive it. Making one builds the text of its place, so walk
+/// long arrays by array(), and make a view of an element only to report it.
 class json_view {
 public:
-    /// The document itself, `origin` being its file.
+    /// A view of a whole document; `origin` names its file.
     json_view(const json& value, std::string_view origin) : value_(&value), place_(origin) {}
 
-    /// The member `key` of an object that has to have it.
+    /// The member `key` of an object. Throws input_error if it is missing.
     [[nodiscard]] json_view member(std::string_view key) const;
-    /// The member `key` of an object, if it is there and not null.
+    /// The member `key` of an object; nothing if it is missing or null.
     [[nodiscard]] std::optional<json_view> find(std::string_view key) const;
-    /// Element i < array().size().
+    /// Element i of an array. Precondition: i < array().size().
     [[nodiscard]] json_view element(std::size_t i) const;
 
-    /// The value, of the type named and of no other: 1.0 is no count, 1 is no boolean.
+    /// The value as the type that is named. Throws input_error for another type: 1.0 is no count, 1 is no
+    /// boolean.
     [[nodiscard]] bool boolean() const;
     [[nodiscard]] double number() const; ///< an integer or a fraction, finite
     [[nodiscard]] std::size_t count(std::size_t low = 0,
@@ -65,8 +66,8 @@ struct json_document {
     [[nodiscard]] json_view root() const { return {value, origin}; }
 };
 
-/// Strict JSON (RFC 8259) in UTF-8. Refuses duplicate keys, more than 64 levels, and anything after the
-/// value.
+/// Parses strict JSON (RFC 8259) in UTF-8. Throws input_error, also for duplicate keys, more than 64 levels,
+/// and anything after the value.
 [[nodiscard]] json parse_json(std::string_view text, std::string_view origin);
 
 [[nodiscard]] json_document read_json_file(const std::filesystem::path& file);

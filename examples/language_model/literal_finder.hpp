@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Finds the first of many strings in a text, the longest of those that begin at one place.
+// Finds the first occurrence of any of many strings in a text. Of strings that begin at the same place it
+// finds the longest.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +23,7 @@ public:
         std::int32_t token;
     };
 
-    /// Adds a string that is not empty, and what finding it means.
+    /// Adds a string, and the value to give when it is found. Precondition: the string is not empty.
     void add(std::string literal, std::int32_t token) {
         auto& others = by_first_byte_[static_cast<std::uint8_t>(literal.front())];
         const auto place = std::find_if(others.begin(), others.end(),

@@ -42,7 +42,7 @@ bool read_other(const json_view& cache, std::string_view key, std::string_view u
     return true;
 }
 
-// A format with what it has a use for of an encoding: a cache refuses the rest.
+// A format with those options of an encoding that it takes, since a cache refuses the others.
 side_policy side_of(kv1::kv_format format, const side_policy& wanted) {
     const kv1::format_info info = kv1::info_of(format);
     side_policy side{.format = format};
@@ -72,7 +72,7 @@ void read_layers(const json_view& layers, const model_config& config, const side
     }
 }
 
-// A tensor of every layer.
+// Reads the tensor of this name of every layer.
 std::vector<std::vector<float>> read_tensors(const safetensors& file, std::size_t layers, const char* name,
                                              const std::vector<std::size_t>& shape) {
     std::vector<std::vector<float>> all;
@@ -95,7 +95,7 @@ void no_more_than(const safetensors& file, std::size_t tensors) {
         throw input_error(file.origin(), "has tensors that are not this model's");
 }
 
-// Sums of squares are symmetric, and no entry is above what those on the diagonal allow.
+// Checks that a matrix can be a sum of squares: it is symmetric, and |w_ij| is at most sqrt(w_ii w_jj).
 void check_weights(const safetensors& file, const char* name, std::span<const std::vector<float>> layers,
                    const model_config& config) {
     const std::size_t n = config.head_dim;
@@ -112,7 +112,7 @@ void check_weights(const safetensors& file, const char* name, std::span<const st
         }
 }
 
-// The cache that config.json names, or two bits.
+// The policy that config.json names; two bits if it names none.
 cache_policy read_policy(const std::filesystem::path& folder, const model_config& config) {
     const json_document document = read_json_file(folder / "config.json");
     const auto cache = document.root().find("kv1");

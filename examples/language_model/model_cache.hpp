@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The cache that a model runs with: what `--kv` names, or else what its folder says it was trained for.
+// The cache that a model runs with: the one that `--kv` names, or else the one that the model's folder names.
 //
 //   config.json              "kv1": {"key_format": "compact3", "value_format": "compact2",
 //                                    "encoder": "least_squares", "hadamard": true, "centre": true,
 //                                    "error_weights": true, "key_axis": "per_channel",
-//                                    "layers": {"0": {"key_format": "compact2"}}}    those that differ
+//                                    "layers": {"0": {"key_format": "compact2"}}}    layers that differ
 //   kv1_means.safetensors    with "centre": layers.I.key_means and layers.I.value_means, [kv_heads][head_dim]
 //   kv1_error_weights.safetensors    with "error_weights": layers.I.key_weights and layers.I.value_weights,
 //                            [kv_heads][head_dim][head_dim] (error_weights.hpp)
@@ -34,9 +34,9 @@ struct model_cache {
     }
 };
 
-/// `kv`: this cache, with the folder's means and error weights where it takes any; none: what the model's
-/// folder names, or two bits where it names nothing. Throws input_error for a folder that names what no cache
-/// of this model can be, or whose means and error weights are not this model's.
+/// The cache of a model. With `kv` it is that policy, with means and error weights of the folder if it takes
+/// any. Else it is the policy that the folder names, or two bits if it names none. Throws input_error if the
+/// folder names a cache that this model cannot have, or if its means and error weights are not this model's.
 [[nodiscard]] model_cache choose_cache(const std::filesystem::path& folder, const model_config& config,
                                        const std::optional<cache_policy>& kv);
 

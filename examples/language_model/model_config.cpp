@@ -10,14 +10,14 @@ namespace kv1_lm {
 
 namespace {
 
-// Far above any model, and low enough that products of two of them do not overflow.
+// A limit far above any model, low enough that products of two numbers do not overflow.
 constexpr std::size_t largest_size = std::size_t{1} << 24;
 
 std::size_t size_of(const json_view& config, std::string_view key) {
     return config.member(key).count(1, largest_size);
 }
 
-// A member that, where present, has the one value that this program implements.
+// Refuses a member that has another value than the one that this program implements. It may be missing.
 void expect_number(const json_view& config, std::string_view key, double only) {
     if (const auto found = config.find(key); found && found->number() != only)
         found->fail("only " + nlohmann::json(only).dump() + " is supported");
@@ -98,7 +98,7 @@ model_config model_config::read(const std::filesystem::path& file) {
         c.tied_embeddings = tied->boolean();
     c.end_tokens = read_end_tokens(config);
 
-    // what the formats of kv1 fix
+    // limits of kv1's formats
     expect_number(config, "kv_quant_eps", 1e-6);
     expect_number(config, "kv_quant_threshold", 0.0);
     expect_string(config, "hidden_act", "silu");

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// config.json of a banana_kv1 model folder.
+// Reads config.json of a banana_kv1 model folder.
 #pragma once
 
 #include <cstddef>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A file that appears whole or not at all.
+// Writes a file that appears whole or not at all.
 #pragma once
 
 #include <filesystem>
@@ -9,17 +9,17 @@
 
 namespace kv1_lm {
 
-/// Opened under a temporary name beside its own, so that a place that can not be written to is known before
-/// any work is done. Throws input_error.
+/// A file that is written under a temporary name in its folder. The constructor opens it, so that a folder
+/// that cannot be written to is found before any work is done. Throws input_error.
 class output_file {
 public:
     explicit output_file(std::filesystem::path file);
     output_file(const output_file&) = delete;
     output_file& operator=(const output_file&) = delete;
-    /// Without commit(): nothing is left.
+    /// Removes the temporary file, unless commit() was called.
     ~output_file();
 
-    /// Writes the text and gives the file its name, replacing what had it.
+    /// Writes the text and renames the file to its name, replacing a file of that name.
     void commit(std::string_view text);
 
 private:

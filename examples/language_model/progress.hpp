@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A progress bar with the time left, on a terminal; nothing elsewhere. (No C++ progress bar library is
-// packaged for Debian.)
+// A progress bar with the time left. It shows on terminals only. (No C++ progress bar library is packaged for
+// Debian.)
 #pragma once
 
 #include <chrono>

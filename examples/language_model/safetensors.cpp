@@ -53,14 +53,14 @@ std::vector<std::size_t> read_counts(const json_view& list) {
     return counts;
 }
 
-// a * b, where it fits.
+// a * b; nothing if it overflows.
 std::optional<std::size_t> product(std::size_t a, std::size_t b) noexcept {
     if (b != 0 && a > std::numeric_limits<std::size_t>::max() / b)
         return std::nullopt;
     return a * b;
 }
 
-// Bytes of a tensor; `shape` is named where they overflow.
+// The bytes of a tensor. Throws input_error, which names `shape`, if their number overflows.
 std::size_t byte_count(tensor_type type, const std::vector<std::size_t>& extents, const json_view& shape) {
     std::optional<std::size_t> bits = row_of(type).bits;
     for (const std::size_t extent : extents)
@@ -71,7 +71,7 @@ std::size_t byte_count(tensor_type type, const std::vector<std::size_t>& extents
     return *bits / 8;
 }
 
-// A tensor's place in the data; `place` is the tensor's, for messages.
+// Where a tensor lies in the data. `place` names the tensor in messages.
 struct extent {
     std::size_t begin, end;
     const std::string* place;
@@ -99,7 +99,7 @@ std::map<std::string, std::string, std::less<>> read_metadata(const json_view& m
 template <kv1::scalar T>
 std::vector<float> convert(std::span<const std::byte> bytes) {
     std::vector<float> out(bytes.size() / sizeof(T));
-    std::array<T, 4096> part; // aligned, which the file's bytes need not be
+    std::array<T, 4096> part; // aligned, unlike the file's bytes
     for (std::size_t at = 0; at < out.size(); at += part.size()) {
         const std::size_t n = std::min(part.size(), out.size() - at);
         std::memcpy(part.data(), bytes.data() + at * sizeof(T), n * sizeof(T));

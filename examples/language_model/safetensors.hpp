@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Reads the safetensors format, as strictly as its reference implementation: 8 bytes of header length
-// (little-endian), a JSON header that gives each tensor its type, shape and place, then the data, which the
-// tensors cover without hole or overlap from the first byte to the last of the file.
+// Reads the safetensors format, as strictly as its reference implementation. A file has 8 bytes of header
+// length (little-endian), a JSON header that gives each tensor its type, shape and place, and the data. The
+// tensors cover the data without hole or overlap.
 #pragma once
 
 #include <cstddef>
@@ -42,7 +42,7 @@ enum class tensor_type : std::uint8_t {
     u64,
 };
 
-/// As the header spells it.
+/// The type's name in the header.
 [[nodiscard]] std::string_view to_string(tensor_type type) noexcept;
 
 struct tensor {
@@ -58,14 +58,15 @@ struct tensor {
 /// A file's contents and the tensors in it. Reading is thread-safe; a move leaves `bytes` of tensors valid.
 class safetensors {
 public:
-    /// Both throw input_error, naming the file and the tensor, for anything that the format forbids.
+    /// Read a file, or bytes. Throw input_error, naming the file and the tensor, for anything that the format
+    /// forbids.
     [[nodiscard]] static safetensors read(const std::filesystem::path& file);
     [[nodiscard]] static safetensors parse(std::vector<std::byte> contents, std::string origin);
 
     safetensors(safetensors&&) noexcept = default;
     safetensors& operator=(safetensors&&) noexcept = default;
 
-    /// The tensor of that name, or null.
+    /// The tensor of that name; null: none.
     [[nodiscard]] const tensor* find(std::string_view name) const;
     [[nodiscard]] const std::map<std::string, tensor, std::less<>>& tensors() const noexcept {
         return tensors_;

@@ -23,14 +23,15 @@ namespace kv1_lm {
 
 namespace {
 
-// GPT-2's words. Its \s is spelled out: PCRE2's has U+180E too, which is no space since Unicode 6.3.
+// The expression that finds GPT-2's words. \s is spelled out, since PCRE2's has U+180E, no space since
+// Unicode 6.3.
 std::string gpt2_words() {
     const std::string space = R"(\p{Z}\t-\r\x{85})";
     return R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{L}\p{N})" + space + "]+|[" + space +
            "]+(?![^" + space + "])|[" + space + "]+";
 }
 
-// An expression that matches just that text.
+// An expression that matches this text and no other.
 std::string literally(std::string_view text) {
     std::string pattern;
     for (const char c : text) {
@@ -50,7 +51,7 @@ bool is_set(const json_view& part, const char* flag) {
     return value && value->boolean();
 }
 
-// Refuses a flag of a part where it is set.
+// Throws input_error if a flag of a part of the tokenizer is set.
 void refuse_flag(const json_view& part, const char* flag) {
     if (is_set(part, flag))
         part.member(flag).fail("true is not supported");
@@ -67,13 +68,14 @@ constexpr std::int32_t no_token = -1;
 
 } // namespace
 
-// What a tokenizer.json says, in the order in which a text goes through it.
+// The contents of a tokenizer.json, in the order in which a text passes through them.
 struct tokenizer::parts {
     std::string origin;
 
-    // Added tokens. They cut the text; those that Hugging Face looks for in the normalized text come second.
+    // Added tokens, which cut the text. [0] are found first; [1] are those that Hugging Face looks for in the
+    // normalized text.
     std::array<literal_finder, 2> added;
-    // Pre-tokenizers: each cuts the pieces of the one before.
+    // Pre-tokenizers. Each cuts the pieces that the one before has left.
     std::vector<unicode_regex> splits;
     bool add_prefix_space = false;
     std::optional<unicode_regex> words;
@@ -81,7 +83,7 @@ struct tokenizer::parts {
     std::array<std::int32_t, 256> byte_tokens{};
     merge_table merges;
     bool ignore_merges = false;
-    // And back.
+    // For decoding.
     std::unordered_map<std::string, std::int32_t, text_hash, std::equal_to<>> ids; // by spelling
     std::unordered_map<std::int32_t, std::string> bytes;
     std::size_t size = 0;
@@ -251,12 +253,12 @@ private:
     }
 };
 
-// One call of encode.
+// The state of one call of encode().
 class tokenizer::encoder {
 public:
     encoder(const parts& p, std::vector<std::int32_t>& out) : parts_(p), out_(out), merger_(p.merges) {}
 
-    // Finds added tokens, those of parts.added[pass] and then of the others between them.
+    // Finds the added tokens parts.added[pass], and between them those of the next pass.
     void text(std::string_view rest, std::size_t pass = 0) {
         if (rest.empty())
             return;
@@ -279,7 +281,7 @@ private:
             f(p);
     }
 
-    // Cuts a piece that the first `done` pre-tokenizers have left.
+    // Cuts a piece that the first `done` pre-tokenizers have made.
     void piece(std::string_view text, std::size_t done) {
         if (done < parts_.splits.size())
             return for_each_piece(parts_.splits[done], text, [&](std::string_view p) { piece(p, done + 1); });
@@ -324,8 +326,8 @@ private:
     std::vector<std::int32_t>& out_;
     pair_merger merger_;
     std::vector<std::int32_t> word_;
-    std::deque<std::string> prefixed_;                 // texts that words of seen_ may lie in
-    std::unordered_map<std::string_view, range> seen_; // words, and where their tokens are in out_
+    std::deque<std::string> prefixed_;                 // owns texts that words of seen_ point into
+    std::unordered_map<std::string_view, range> seen_; // words, and the range of their tokens in out_
 };
 
 tokenizer tokenizer::read(const std::filesystem::path& file) {
