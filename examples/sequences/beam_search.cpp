@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Beam search: beams are forks of one sequence, so the prompt and every common beginning is stored once.
+// Beam search. Beams are forks of one sequence, so the prompt and every common beginning are stored once.
 #include "language_model.hpp"
 
 #include <cmath>
@@ -13,7 +13,7 @@ struct beam {
     kv1::sequence_id sequence;
     example::tokens text;
     float log_probability = 0.0f;
-    std::vector<float> logits; // after the text
+    std::vector<float> logits; // after the beam's last token
 };
 
 struct candidate {
@@ -22,7 +22,7 @@ struct candidate {
     float log_probability;
 };
 
-// The best continuations of a beam.
+// The likeliest tokens after a beam.
 void propose(const beam& b, std::size_t parent, std::size_t width, std::vector<candidate>& to) {
     const float top = *std::max_element(b.logits.begin(), b.logits.end());
     const float sum = std::accumulate(b.logits.begin(), b.logits.end(), 0.0f,

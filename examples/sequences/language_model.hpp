@@ -30,10 +30,11 @@ public:
     [[nodiscard]] kv1::kv_cache make_cache(std::size_t capacity_tokens) const {
         kv1::cache_description shape =
             describe(model_.config(), cache_.policy, cache_.calibrated, capacity_tokens);
-        shape.page_tokens = 16; // small pages: more of a short text is shared
+        shape.page_tokens = 16; // small pages share more of a short text
         return kv1::kv_cache(shape);
     }
-    /// Names the model by its weights. Caches saved with it are not loaded by another model of this shape.
+    /// The fingerprint of the model's weights. A cache saved with it is not loaded by another model of this
+    /// shape.
     [[nodiscard]] kv1::model_fingerprint fingerprint() const {
         std::ifstream weights(folder_ / "model.safetensors", std::ios::binary);
         return kv1::fingerprint_of(std::string(std::istreambuf_iterator<char>(weights), {}));
@@ -41,7 +42,8 @@ public:
     [[nodiscard]] tokens encode(std::string_view text) const { return tokenizer_.encode(text); }
     [[nodiscard]] std::string decode(const tokens& t) const { return tokenizer_.decode(t); }
 
-    /// Runs tokens that follow what the sequence holds: the logits after each of the last `wanted` of them.
+    /// Runs tokens that follow those of the sequence. Gives the logits after each of the last `wanted` of
+    /// them.
     std::vector<std::vector<float>> run(kv1::kv_cache& cache, kv1::sequence_id sequence,
                                         std::span<const std::int32_t> t, std::size_t wanted = 1) {
         const std::vector<float> states = model_.forward(t, cache, sequence, kv1::precision::exact, pool_);
@@ -51,7 +53,7 @@ public:
             model_.logits(std::span(states).subspan((t.size() - wanted + i) * width, width), all[i], pool_);
         return all;
     }
-    /// Continues greedily by n tokens after `last`, which the sequence does not hold yet.
+    /// Chooses the n likeliest tokens after `last`, one by one. The sequence does not hold `last` yet.
     tokens continue_greedily(kv1::kv_cache& cache, kv1::sequence_id sequence, std::int32_t last,
                              std::size_t n) {
         tokens out;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Prompts with a common beginning: the second one starts from the pages of the first, and so does the third,
-// after a restart.
+// Prompts with a common beginning. The second prompt starts from the pages of the first, and so does the
+// third, after a restart.
 #include "language_model.hpp"
 
 #include <kv1/cache_file.hpp>
@@ -21,7 +21,8 @@ int main() {
                                        lm.encode(common + " Later, the railway")};
     const std::filesystem::path file = std::filesystem::temp_directory_path() / "kv1-example-prefixes.kv1";
 
-    // Runs a prompt from what is known of it. The last token is always run: its logits are wanted.
+    // Runs the tokens of a prompt that no prefix has. The last token is always run, since its logits are
+    // wanted.
     double seconds = 0.0;
     std::size_t known = 0;
     const auto prefill = [&](const example::tokens& prompt) {
@@ -49,7 +50,7 @@ int main() {
               << " ms sharing\n"
               << lm.decode(shared) << '\n';
 
-    cache = lm.make_cache(4096); // as a process that starts would have it
+    cache = lm.make_cache(4096); // an empty cache, as after a restart
     kv1::load_file(cache, file, {}, {.model = lm.fingerprint()});
     std::cout << "after a restart, with " << std::filesystem::file_size(file) << " bytes from disk: ";
     const example::tokens restarted = prefill(prompts[1]);

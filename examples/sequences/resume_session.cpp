@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A session saved to disk goes on, in another cache, exactly as it would have here.
+// Saves a session to disk and loads it into another cache, where it goes on exactly as it would have here.
 #include "language_model.hpp"
 
 #include <kv1/cache_file.hpp>

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Speculative decoding: guesses are run in one go, and the sequence is cut after the last one that the model
-// agrees with. The guess here is what followed the last time these two tokens were seen (prompt lookup).
+// Speculative decoding. Several guessed tokens are run in one call, and the sequence is cut after the last
+// one that the model agrees with. The guess is what followed the last two tokens where they occurred before
+// (prompt lookup).
 #include "language_model.hpp"
 
 #include <iostream>
@@ -29,7 +30,7 @@ int main() {
     const std::size_t prompt = text.size();
     const kv1::sequence_id sequence = cache.create_sequence();
     lm.run(cache, sequence, std::span(text).first(prompt - 1));
-    const kv1::sequence_id plain = cache.fork(sequence); // to compare with
+    const kv1::sequence_id plain = cache.fork(sequence); // decoded token by token, to compare with
     const example::tokens expected = lm.continue_greedily(cache, plain, text.back(), wanted);
 
     std::size_t runs = 0, agreed = 0;
@@ -42,8 +43,9 @@ int main() {
         for (std::size_t i = 0; i < next.size(); ++i) {
             text.push_back(example::language_model::best(logits[i]));
             if (i + 1 == next.size() || text.back() != next[i + 1]) {
-                // Guesses from here on were wrong. The step has committed them: a layer with a sliding window
-                // would set window_retention to as many tokens, to have what this cut brings back into view.
+                // Guesses from here on were wrong, and the step has committed them. A layer with a sliding
+                // window would need a window_retention of as many tokens: it keeps the tokens that come back
+                // into view.
                 cache.truncate(sequence, length + i + 1);
                 break;
             }

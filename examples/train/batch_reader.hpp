@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Windows of text on their way to a device.
+// Copies windows of a text to a device.
 #pragma once
 
 #include "token_file.hpp"
@@ -22,10 +22,11 @@ public:
     batch_reader(const token_file& text, std::int64_t length, torch::Device device)
         : text_(text), length_(length), device_(device) {}
 
-    /// `count` windows; start_of(i) is the first token of the i-th, of which length + 1 follow in the text.
+    /// Reads `count` windows of length tokens. start_of(i) is the first token of window i. The token after a
+    /// window is read too, as its last target.
     template <class StartOf>
     [[nodiscard]] sequences read(std::int64_t count, StartOf&& start_of) const {
-        // Pinned, or the copy would wait for the device.
+        // Pinned memory: from other memory the copy would wait for the device.
         torch::Tensor ids =
             torch::empty({count, length_ + 1}, torch::dtype(torch::kInt64).pinned_memory(device_.is_cuda()));
         const auto width = static_cast<std::size_t>(length_ + 1);

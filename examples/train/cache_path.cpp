@@ -49,7 +49,7 @@ Tensor turn(const Tensor& x, const rotary_table& table, bool inverse) {
     return torch::stack({a * cosines - b * sines, a * sines + b * cosines}, -1).view(x.sizes());
 }
 
-// Everything about the way but x. `centre` and the table's tensors are empty where there is none.
+// All arguments but x. `centre` and the rotary table are empty tensors if there are none.
 struct cache_path {
     rotary_table table;
     kv1::kv_format format;
@@ -149,7 +149,8 @@ Tensor backward_pass(const Tensor& dy, const rotary_table& table) {
                         : turn(dy.contiguous(), table, true).to(dy.scalar_type());
 }
 
-// A custom Function takes tensors and scalars alone: what is missing is an empty tensor, the policy is flags.
+// A custom Function takes tensors and scalars alone. So a missing tensor is an empty one, and the policy is
+// passed as flags.
 struct cache_path_function : torch::autograd::Function<cache_path_function> {
     static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& cosines,
                           const Tensor& sines, const Tensor& centre, std::int64_t format,

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The differentiable way of a vector into the cache and out again: rotary positions, then fake quantization
-// with the straight-through gradient. On the CPU through kv1/fake_quantize.hpp, on CUDA through one kernel
-// of the same arithmetic (device_path.cu).
+// What happens to a key or value between a layer and attention, as differentiable operations: rotary
+// positions, then fake quantization with the straight-through gradient. The CPU uses kv1/fake_quantize.hpp,
+// CUDA one kernel with the same arithmetic (device_path.cu).
 #pragma once
 
 #include "kv_policy.hpp"
@@ -18,18 +18,17 @@ struct rotary_table {
                                            torch::Device device);
 };
 
-/// Turns interleaved pairs of channels by their position; x is [batch][positions][heads][head_dim].
+/// Rotates channels 2i and 2i + 1 by the angle of their position. x is [batch][positions][heads][head_dim].
 [[nodiscard]] torch::Tensor rotate(const torch::Tensor& x, const rotary_table& table);
 
 /// What a cache of this format gives back of x, [batch][positions][heads][head_dim], in x's type; computed in
-/// fp32. Straight-through gradient. Throws kv1::error for what no cache can hold (on the CPU; on CUDA NaN
-/// stays NaN).
-/// `centre`: means of x, [heads][head_dim], fp32, which a policy with `centre` takes off; a constant to the
-/// gradient.
+/// fp32. The gradient is straight-through. On the CPU it throws kv1::error for values that no cache can hold;
+/// on CUDA NaN stays NaN. centre: means of x, [heads][head_dim], fp32, which a policy with `centre` takes
+/// off; a constant to the gradient.
 [[nodiscard]] torch::Tensor through_cache(const torch::Tensor& x, kv1::kv_format format,
                                           const kv_policy& policy, const torch::Tensor& centre);
 
-/// rotate() and then through_cache(), without rounding to x's type in between.
+/// rotate(), then through_cache(), without rounding to x's type in between.
 [[nodiscard]] torch::Tensor rotate_through_cache(const torch::Tensor& x, const rotary_table& table,
                                                  kv1::kv_format format, const kv_policy& policy,
                                                  const torch::Tensor& centre);

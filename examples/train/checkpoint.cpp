@@ -50,7 +50,7 @@ std::vector<std::pair<std::int64_t, std::filesystem::path>> checkpoints(const st
     return found;
 }
 
-// As kv1-lm reads it (model_cache.hpp).
+// The member "kv1" of config.json, as kv1-lm reads it (model_cache.hpp).
 json describe(const kv_policy& p) {
     json all{{"key_format", to_string(p.formats.key)},
              {"value_format", to_string(p.formats.value)},
@@ -70,7 +70,7 @@ json describe(const kv_policy& p) {
 }
 
 json bits_of(const kv_policy& p) {
-    // the reference's key: 0 is an unquantized cache
+    // the reference reads this key; 0 means an unquantized cache
     if (p.layers.empty() && is_plain(p.formats.key) && is_plain(p.formats.value))
         return 0;
     const std::string text = kv1_lm::to_string(p.formats);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What --device and --type mean.
+// The meaning of the options --device and --type.
 #pragma once
 
 #include "error.hpp"
@@ -14,8 +14,8 @@
 
 namespace kv1_train {
 
-/// "cpu", "cuda" (this rank's GPU), or "auto": CUDA where there is any. Throws input_error where there is
-/// none.
+/// The device of "cpu", "cuda" (this rank's GPU) or "auto" (CUDA if there is any, else the CPU). Throws
+/// input_error for "cuda" without a GPU.
 [[nodiscard]] inline torch::Device device_of(const std::string& name) {
     const bool cuda = name == "cuda" || (name == "auto" && at::hasCUDA());
     if (cuda && !at::hasCUDA())
@@ -24,7 +24,7 @@ namespace kv1_train {
                 : torch::Device(torch::kCPU);
 }
 
-/// "fp32", "bf16", or "auto": bf16 on CUDA.
+/// The type of "fp32", "bf16" or "auto" (bf16 on CUDA, else fp32).
 [[nodiscard]] inline torch::ScalarType type_of(const std::string& name, torch::Device device) {
     return name == "bf16" || (name == "auto" && device.is_cuda()) ? torch::kBFloat16 : torch::kFloat32;
 }

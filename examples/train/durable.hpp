@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Folders that appear whole or not at all, also where the machine stops half-way: everything is written under
-// a temporary name, synced, and renamed.
+// Folders that appear whole or not at all, even if the machine stops half-way. Files are written under a
+// temporary name, synced, and renamed.
 #pragma once
 
 #include <cstddef>
@@ -11,19 +11,18 @@
 
 namespace kv1_train {
 
-/// Removes a folder and what is in it, as far as that is possible. Not std::filesystem's remove_all:
-/// PyTorch's packages of LibTorch export a copy of it, older than the program's own library, in which it
-/// crashes.
+/// Removes a folder and its contents, as far as that is possible. std::filesystem::remove_all() crashes here:
+/// PyTorch's packages of LibTorch export a copy of it that is older than the program's standard library.
 void remove_folder(const std::filesystem::path& folder) noexcept;
 
 class durable_folder {
 public:
-    /// Throws input_error where `target` exists already, or its temporary neighbour cannot be made. What an
-    /// earlier, interrupted attempt left is removed.
+    /// Makes a temporary folder beside `target`, and removes one that an interrupted attempt has left. Throws
+    /// input_error if `target` exists, or if the temporary folder cannot be made.
     explicit durable_folder(std::filesystem::path target);
     durable_folder(const durable_folder&) = delete;
     durable_folder& operator=(const durable_folder&) = delete;
-    /// Without commit(): nothing is left.
+    /// Removes the temporary folder, unless commit() was called.
     ~durable_folder();
 
     /// Writes and syncs a file. Throws input_error.

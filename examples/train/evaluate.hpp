@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// `kv1-train evaluate`: what a cache format costs a model, as training sees it. kv1-lm kld measures the same
-// on the cache itself; this is for machines with a GPU, and for formats under trial.
+// `kv1-train evaluate`: measures what a cache format costs a model, with training's fake quantization. kv1-lm
+// kld measures it with a real cache. This command is for machines with a GPU, and for formats under trial.
 #pragma once
 
 #include "kv_policy.hpp"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What keys and values go through in training: the cache's format and how it is filled.
+// The format and encoding that keys and values pass through in training.
 #pragma once
 
 #include "kv_option.hpp"
@@ -16,7 +16,7 @@ namespace kv1_train {
 
 struct kv_policy {
     kv1_lm::kv_formats formats{kv1::kv_format::fp32, kv1::kv_format::fp32};
-    std::map<std::size_t, kv1_lm::kv_formats> layers; ///< those that differ
+    std::map<std::size_t, kv1_lm::kv_formats> layers; ///< layers that differ, by number
     bool least_squares = false;                       ///< else minimum and maximum, as the reference
     bool hadamard = false;                            ///< quantized in a rotated basis
     bool centre = false;         ///< without the means of every layer and head, which are added again
@@ -29,16 +29,16 @@ struct kv_policy {
     friend bool operator==(const kv_policy&, const kv_policy&) = default;
 };
 
-/// Keys and values as they are: what a 16-bit cache is to a model in training.
+/// The policy that leaves keys and values as they are, as a 16-bit cache nearly does.
 inline const kv_policy plain_kv{};
 
-/// Whether the format leaves values as they are (fp16's rounding counts for nothing beside bf16's).
+/// Whether the format leaves values as they are (the rounding of fp16 is negligible beside that of bf16).
 [[nodiscard]] constexpr bool is_plain(kv1::kv_format f) noexcept {
     return f == kv1::kv_format::fp32 || f == kv1::kv_format::fp16;
 }
 
-/// Formats as `--kv` takes them, FORMATS[/LAYER:FORMATS]..., such as c3,c2/0:c2/3:c3: the policy's `formats`
-/// and `layers`. Throws input_error, which names `option`.
+/// Parses FORMATS[/LAYER:FORMATS]..., such as c3,c2/0:c2/3:c3, into the policy's `formats` and `layers`.
+/// Throws input_error, which names `option`.
 [[nodiscard]] kv_policy parse_formats(std::string_view text, std::string_view option);
 
 /// Throws input_error for a layer that a model of so many does not have.

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The loss of a language model and its gradient at the logits, in one go: over a vocabulary of thousands the
-// logits are the largest tensors of training, and a graph would keep several of their size.
+// The loss of a language model and its gradient at the logits, computed together. With a vocabulary of
+// thousands the logits are the largest tensors of training, and a graph would keep several tensors of their
+// size.
 #pragma once
 
 #include <torch/types.h>

@@ -3,7 +3,7 @@
 
 #include "error.hpp"
 
-// LibTorch has what its package says in its definitions, but may come without the headers of what it uses.
+// LibTorch's definitions say which backends it has, but the backends' headers may be missing.
 #if defined(USE_C10D_GLOO) && __has_include(<gloo/context.h>)
 #define KV1_TRAIN_GLOO
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
@@ -51,7 +51,7 @@ summation sum_with(c10::intrusive_ptr<Group> group) {
     };
 }
 
-// Without it a rank waits half an hour for one that hangs.
+// Without this a rank waits half an hour for one that hangs.
 std::chrono::milliseconds patience() { return std::chrono::seconds(number_from("KV1_RANK_TIMEOUT", 300)); }
 
 c10::intrusive_ptr<c10d::Store> meet(std::int64_t rank, std::int64_t size) {

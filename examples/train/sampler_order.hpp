@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Which window of the training text the n-th sample of a run is. A pure function of (seed, n): nothing has to
-// be saved to go on, and any number of ranks draws the same samples.
+// Says which window of the training text is the n-th sample of a run. It is a pure function of (seed, n), so
+// nothing has to be saved to go on, and any number of ranks draws the same samples.
 #pragma once
 
 #include <bit>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// SIGTERM and SIGINT as a wish to stop, for as long as an object lives.
+// While an object lives, SIGTERM and SIGINT do not end the program; they set a flag that asks it to stop.
 #pragma once
 
 #include <csignal>
@@ -24,7 +24,7 @@ public:
 
 private:
     static void note(int) noexcept { requested_ = 1; }
-    // a handler has nothing else to write to
+    // static, since a signal handler gets no argument of ours
     inline static volatile std::sig_atomic_t requested_ = 0;
     void (*before_[2])(int);
 };

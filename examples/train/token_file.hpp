@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A text as a trainer wants it: a folder of token ids, two bytes each, cut into shards.
+// The tokens of a text: a folder of token ids, two bytes each, cut into shards.
 //
 //   corpus.json          {"vocab_size": .., "shards": [{"file": "tokens-00000.bin", "tokens": ..}, ..]}
 //   tokens-00000.bin     uint16, little-endian, nothing else
@@ -15,10 +15,10 @@
 
 namespace kv1_train {
 
-/// Writes a folder; it is there only once finish() has been called.
+/// Writes a folder. It appears when finish() is called.
 class token_writer {
 public:
-    /// Throws input_error where the folder exists already or cannot be made.
+    /// Makes the folder. Throws input_error if it exists or cannot be made.
     token_writer(std::filesystem::path folder, std::size_t vocab_size, std::size_t shard_tokens);
     token_writer(const token_writer&) = delete;
     token_writer& operator=(const token_writer&) = delete;
@@ -34,10 +34,10 @@ private:
     std::unique_ptr<state> state_;
 };
 
-/// A folder, mapped: opening one costs nothing, and ranks on one machine share its memory.
+/// Reads a folder by mapping its files: opening is cheap, and ranks on one machine share the memory.
 class token_file {
 public:
-    /// Throws input_error for what is missing, too short, or not as corpus.json says.
+    /// Throws input_error for a file that is missing, too short, or not as corpus.json says.
     [[nodiscard]] static token_file open(const std::filesystem::path& folder);
 
     [[nodiscard]] std::size_t size() const noexcept { return size_; }

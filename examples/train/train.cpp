@@ -35,7 +35,7 @@ using kv1_lm::input_error;
 using torch::Tensor;
 using clock = std::chrono::steady_clock;
 
-// What decides the outcome of a run. Ranks, micro-batches, device and saving do not.
+// The options that decide a run's result. Ranks, micro-batches, device and saving do not.
 nlohmann::json fingerprint(const train_options& o) {
     return {{"model", o.model.filename().string()},
             {"init", o.init},
@@ -200,7 +200,7 @@ private:
                 taught = teacher_->logits(s.inputs, plain_kv, type_);
             } else if (o_.self_teacher) {
                 const Tensor plain = model_->logits(s.inputs, plain_kv, type_);
-                taught = plain.detach().clone(); // before its memory is taken for the gradient
+                taught = plain.detach().clone(); // a copy, since the gradient takes over its memory
                 plain.backward(loss_of(plain.detach(), s.targets, {}, 0.0, share).gradient);
             }
             const Tensor logits = model_->logits(s.inputs, o_.kv, type_);
@@ -216,7 +216,8 @@ private:
         return {losses, norm};
     }
 
-    // Means follow the weights at a distance: a share of what a few sequences show, all of it at first.
+    // Updates the means by moving average: each time they take a share of the means of a few sequences, and
+    // all of them at first.
     void observe(const Tensor& inputs, std::int64_t step) {
         constexpr std::int64_t sequences_seen = 4;
         constexpr double share = 0.02;
@@ -228,7 +229,7 @@ private:
         model_->means().lerp_(seen.div_(static_cast<double>(ranks_.size())), step == 0 ? 1.0 : share);
     }
 
-    // Both cache modes on the text held out, the same windows every time.
+    // Measures both cache modes on the same windows of the held-out text every time.
     comparison validate() const {
         const torch::NoGradGuard no_gradient;
         const auto length = static_cast<std::size_t>(o_.length);
@@ -286,7 +287,7 @@ private:
     batch_reader reader_;
     sample_order order_;
     std::size_t held_out_ = 0;
-    std::int64_t rows_ = 0, micro_ = 0; // sequences of this rank: of a step, at a time
+    std::int64_t rows_ = 0, micro_ = 0; // sequences of this rank in a step; in a micro-batch
 };
 
 } // namespace

@@ -19,9 +19,9 @@ struct train_options {
     std::filesystem::path model; ///< folder with config.json and the tokenizer; with weights, if `init`
     bool init = false;           ///< start from the model's weights instead of random ones
     std::filesystem::path
-        teacher; ///< folder of a model to learn from, run with plain keys and values; or none
-    /// Learn from the model itself with plain keys and values, which cross entropy trains at the same time:
-    /// both modes get better, and near each other. Twice the work of a step.
+        teacher; ///< folder of a model to learn from, run with plain keys and values; empty: none
+    /// Learn from the model itself with plain keys and values, which cross entropy trains at the same time.
+    /// Both modes get better and stay near each other. A step takes twice the work.
     bool self_teacher = false;
     double teacher_weight = 0.5; ///< of KL(teacher || model); cross entropy has the rest
     std::filesystem::path out;   ///< folder of the run: log.csv and checkpoints
@@ -34,7 +34,7 @@ struct train_options {
     double learning_rate = 1e-3, last_learning_rate = 1e-5;
     std::int64_t warmup = 100;
     adamw_options optimizer;
-    double clip = 1.0; ///< of the gradient's norm; 0: none
+    double clip = 1.0; ///< largest norm of the gradient; 0: no limit
     std::uint64_t seed = 1;
 
     std::string device = "auto"; ///< auto, cpu, cuda

@@ -20,7 +20,7 @@ struct log_entry {
 
 class training_log {
 public:
-    /// Goes on with a file that is there, without what it says of steps after `done`. Throws input_error.
+    /// Opens the log. An existing file is kept up to step `done`. Throws input_error.
     training_log(const std::filesystem::path& file, std::int64_t done);
     void write(const log_entry& entry);
 

@@ -57,7 +57,7 @@ public:
         out_ << text.finish() << '\n' << std::flush;
         if (options_.show_cache) {
             print_rate(log_, "prompt", prompt_tokens, took.prompt);
-            // the first new token comes out of the prompt's run
+            // the run of the prompt gives the logits of the first new token
             print_rate(log_, "then", tokens.size() - std::min(tokens.size(), prompt_tokens + 1),
                        took.decoding);
             const cache_policy& policy = cache_.policy;
@@ -83,7 +83,7 @@ private:
         double prompt = 0.0, decoding = 0.0; // seconds
     };
 
-    // The last new token is shown and never run.
+    // The last new token is printed, but not run.
     [[nodiscard]] std::size_t room(std::size_t prompt) const {
         return options_.max_new_tokens == 0 ? prompt : prompt + options_.max_new_tokens - 1;
     }
@@ -151,7 +151,7 @@ void generate(const generate_options& options, std::istream& in, std::ostream& o
         if (!line.empty()) {
             try {
                 g.run(line);
-            } catch (const input_error& e) { // of this prompt; the next may be better
+            } catch (const input_error& e) { // concerns this prompt alone
                 log << e.what() << '\n';
             }
         }

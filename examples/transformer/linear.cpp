@@ -21,7 +21,7 @@ namespace kv1_lm {
 
 namespace {
 
-// Dot products of x with `outputs` rows of fp16 weights.
+// Computes the dot products of x with `outputs` rows of fp16 weights.
 using half_product = void (*)(const kv1::float16* w, std::size_t outputs, const float* x, std::size_t inputs,
                               float* y);
 
@@ -39,8 +39,8 @@ void half_product_plain(const kv1::float16* w, std::size_t outputs, const float*
 
 constexpr std::size_t prefetch_distance = 8192; // bytes
 
-// Four outputs at a time share the loads of x and make four chains of additions. Memory is the limit: 512-bit
-// registers would gain nothing.
+// Four outputs at a time share the loads of x and make four chains of additions. Memory limits the speed, so
+// 512-bit registers would gain nothing.
 __attribute__((target("avx2,fma,f16c"))) void
 half_product_avx2(const kv1::float16* w, std::size_t outputs, const float* x, std::size_t inputs, float* y) {
     const std::size_t whole = inputs / 8 * 8;
@@ -49,7 +49,7 @@ half_product_avx2(const kv1::float16* w, std::size_t outputs, const float* x, st
         __m256 sum[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
         for (std::size_t i = 0; i < whole; i += 8) {
             const __m256 v = _mm256_loadu_ps(x + i);
-            // rows are too short for the hardware to notice; one line a step, in the order of memory
+            // rows are too short for the hardware's prefetcher; one line a step, in the order of memory
             _mm_prefetch(reinterpret_cast<const char*>(w + o * inputs) + 8 * i + prefetch_distance,
                          _MM_HINT_T0);
             for (std::size_t k = 0; k < 4; ++k) {
@@ -94,7 +94,7 @@ void linear::operator()(std::span<const float> x, std::span<float> y, thread_poo
     assert(x.size() == rows * inputs_ && y.size() == rows * outputs_);
     if (rows == 1 && !halves_.empty()) {
         static const half_product product = best_half_product();
-        // a task is worth handing out when it reads a few pages of weights
+        // a task should read several pages of weights, to be worth handing to a thread
         const std::size_t blocks = std::min(pool.size(), outputs_ * inputs_ / 65536 + 1);
         const std::size_t step = (outputs_ / blocks + 4) / 4 * 4;
         auto task = [&](std::size_t block) {

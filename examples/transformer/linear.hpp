@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Matrix products with a model's weights. Many rows go to the BLAS, one thread each; a single row, which
-// decoding multiplies by every weight of the model once a token, is bound by memory and goes to a product of
-// our own on fp16 weights, where fp16 holds them exactly.
+// Matrix products with a model's weights. Products with many rows go to the BLAS, one thread each. Decoding
+// multiplies a single row by every weight of the model, once a token. Memory limits that, so it has a product
+// of its own on fp16 weights, if fp16 holds the weights exactly.
 #pragma once
 
 #include "thread_pool.hpp"
@@ -23,7 +23,7 @@ public:
 
     [[nodiscard]] std::size_t outputs() const noexcept { return outputs_; }
     [[nodiscard]] std::size_t inputs() const noexcept { return inputs_; }
-    /// Weights of one output, for a table of embeddings.
+    /// The weights of one output: a row of a table of embeddings.
     [[nodiscard]] std::span<const float> row(std::size_t output) const noexcept {
         return std::span(weights_).subspan(output * inputs_, inputs_);
     }
@@ -33,7 +33,7 @@ public:
 
 private:
     std::vector<float> weights_;
-    std::vector<kv1::float16> halves_; // the same, or empty where a weight is not exact in fp16
+    std::vector<kv1::float16> halves_; // the weights in fp16; empty if one of them is not exact in fp16
     std::size_t outputs_ = 0, inputs_ = 0;
 };
 

@@ -39,8 +39,8 @@ std::int32_t sampler::draw(std::span<const float> logits) {
     }
     const double wanted = static_cast<double>(how_.top_p) * total;
 
-    // The tokens above a threshold, lowered until they have the mass: a fraction of what sorting all would
-    // take.
+    // Collects tokens above a threshold, which is lowered until they have the probability mass. This takes a
+    // fraction of the time of sorting all tokens.
     double mass = 0.0;
     for (float threshold = 0x1p-8f; mass <= wanted && candidates_.size() < logits.size();
          threshold *= 0x1p-6f) {
@@ -62,7 +62,7 @@ std::int32_t sampler::draw(std::span<const float> logits) {
         kept += static_cast<double>(weight(candidates_[count++]));
     candidates_.resize(count);
 
-    // 53 bits of the generator, since what std::uniform_real_distribution makes of them is up to each library
+    // 53 bits of the generator; std::uniform_real_distribution differs between standard libraries
     double left = static_cast<double>(random_() >> 11) * 0x1p-53 * kept;
     std::int32_t chosen = candidates_.back();
     for (const std::int32_t token : candidates_) {

@@ -24,12 +24,13 @@ class sampler {
 public:
     explicit sampler(const sampling& how) : how_(how), random_(how.seed) {}
 
-    /// Tokens that the repetition penalty holds against the next choice.
+    /// Adds tokens that the repetition penalty applies to.
     void note(std::span<const std::int32_t> tokens);
 
-    /// Penalty, then the largest logit (the first of equals), or a draw from softmax(logits / temperature)
-    /// among the likeliest tokens up to and including the one whose cumulative probability passes top_p. The
-    /// choice is noted. Changes the logits.
+    /// Chooses a token. The penalty is applied first. Then the choice is the largest logit (the first of
+    /// equals), or a draw from softmax(logits / temperature) among the likeliest tokens, up to and including
+    /// the one at which the cumulative probability passes top_p. The penalty applies to the choice from now
+    /// on. Changes the logits.
     [[nodiscard]] std::int32_t choose(std::span<float> logits);
 
 private:

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The engine's threads, which it lends to kv1: a kv1::executor. Tasks are handed out one by one; the calling
-// thread works too. One user at a time.
+// The engine's threads, which it lends to kv1: a kv1::executor. Threads take tasks one by one, and the
+// calling thread works too. One call at a time.
 #pragma once
 
 #include <kv1/executor.hpp>
