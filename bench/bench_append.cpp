@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Quantize, pack and insert into pages, K and V: append/<K>/<V>/<target>/kv<kv_heads>/d<head_dim>/t<tokens at
-// once>[/channel]. Items are values, bytes are fp32 bytes read.
+// Appending: quantize, pack and insert into pages, K and V.
+//
+//   append/<K>/<V>/<target>/kv<kv_heads>/d<head_dim>/t<tokens a call>[/channel]
+//
+// Items are values, bytes are the fp32 bytes that are read. channel: keys per channel.
 
 #include "support.hpp"
 
@@ -23,7 +26,7 @@ void append(benchmark::State& state, const append_case& c) {
     kv1::sequence_id sequence = cache.create_sequence();
     std::size_t length = 0;
     for (auto _ : state) {
-        if (length + c.tokens > capacity) { // starting over costs a call in capacity / tokens
+        if (length + c.tokens > capacity) { // once in capacity / tokens calls
             cache.destroy_sequence(sequence);
             sequence = cache.create_sequence();
             length = 0;

@@ -5,16 +5,16 @@
 //   attend/decode/<K>/<V>/<precision>/<target>/h<heads>/kv<kv_heads>/d<head_dim>/n<tokens>/<cold|warm>
 //       [/g<group>][/channel/p<page_tokens>][/v<value_dim>[/in_keys]]
 //
-// cold: calls rotate over enough layers that both this cache and one of the same shape in fp16 exceed 256 MB;
-// warm: one layer. Bytes are row-format bytes read. Counters:
+// warm: all calls read one layer. cold: calls rotate over so many layers that this cache, and one of the same
+// shape in fp16, exceed 256 MB. Bytes are the row-format bytes that are read. Counters:
 //
 //   ns_per_token_kvhead   time / (n * kv_heads), mean of the run
-//   ns_fastest            the same for the fastest call: on a shared machine the figure to compare
-//   fp16_limit_ratio      how many times faster than reading the cache in fp16 (fastest calls, see limits.hpp)
-//   dot4_floor_ratio      fastest call / time of its dot products alone; integer path only
+//   ns_fastest            time / (n * kv_heads) of the fastest call; compare this one on a shared machine
+//   fp16_limit_ratio      time to read the cache in fp16 / time of the fastest call (limits.hpp)
+//   dot4_floor_ratio      time of the fastest call / time of its dot products alone; integer path only
 //
-// Plain formats are this library's own fp32 and fp16 caches, affine8 its int8 cache, on the same layout,
-// prefetch and driver. fp16 beside its own limit: fp16_limit_ratio of fp16/fp16 is at most 1.
+// Plain formats are this library's own fp32 and fp16 caches, and affine8 is its int8 cache. All have the same
+// layout, prefetch and driver. The fp16_limit_ratio of fp16/fp16 is at most 1.
 
 #include "limits.hpp"
 #include "support.hpp"
@@ -55,7 +55,7 @@ void decode(benchmark::State& state, const decode_case& c, kv1::precision mode) 
         layer_shape.key_axis = kv1::quantization_axis::per_channel;
     kv1::kv_cache cache(kv1::uniform_cache(layers, layer_shape, c.tokens, c.page_tokens));
     const kv1::target measured = kv1::current_target();
-    kv1::set_target(kv1::best_target()); // filling is not what is measured
+    kv1::set_target(kv1::best_target()); // fills faster; filling is not measured
     const kv1::sequence_id sequence = bench::fill(cache, c.tokens);
     kv1::set_target(measured);
 
@@ -110,7 +110,7 @@ int main(int argc, char** argv) {
     constexpr kv_format two = kv_format::affine2;
     for (const kv1::target t : bench::supported_targets()) {
         if (t == kv1::target::scalar)
-            continue; // an oracle, not a competitor
+            continue; // the scalar target is an oracle, slow on purpose
         for (const kv1::precision mode : {kv1::precision::fast, kv1::precision::exact}) {
             register_decode({two, two, large, 4096, false}, mode, t);
             register_decode({two, two, large, 32768, true}, mode, t);

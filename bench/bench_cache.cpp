@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the cache costs beside its kernels, one thread.
+// What the cache costs besides its kernels, on one thread.
 //
-//   cache/step/<shape>/<whole|kernels>  one decode step: a token appended to each of the sequences and attended to,
-//                                       in every layer. kernels: the same quantizing and attention by the very
-//                                       jobs that the cache makes, prepared beforehand. Read the two side by side:
-//                                       the rest is the cache's.
+//   cache/step/<shape>/<whole|kernels>  one decode step: in every layer, each sequence appends a token and attends.
+//                                       kernels: the jobs that the cache makes for this, prepared beforehand. The
+//                                       difference of the two is the cache's own time.
 //   cache/fork/<tokens>                 fork and destroy
 //   cache/cycle                         create, append a token to every layer, commit, destroy
 //   cache/save, cache/load              a sequence to memory and back
@@ -80,7 +79,7 @@ void whole_step(benchmark::State& state, const step_shape& shape) {
     state.SetItemsProcessed(state.iterations() * static_cast<std::int64_t>(shape.sequences));
 }
 
-// The kernels' share: the same calls on jobs made beforehand.
+// The kernels' share: runs jobs that were prepared beforehand.
 void kernels_of_step(benchmark::State& state, const step_shape& shape) {
     world w(shape);
     for (std::size_t layer = 0; layer < shape.layers; ++layer)

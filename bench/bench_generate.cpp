@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A decoded token of the shipped 8M model at 1,000 cached tokens, one thread, everything included but
-// sampling: cache formats side by side, in turns, so that a slow moment of the machine meets all of them. Not
-// Google Benchmark, which runs one after the other.
+// Time of a decoded token of the shipped 8M model at 1,000 cached tokens, on one thread, sampling excluded.
+// Cache formats take turns, so that a slow moment of the machine affects all of them. Google Benchmark runs
+// one after the other, so this program does without it.
 //
 //   bench_generate [rounds]        prints microseconds a token: the fastest and the median
 

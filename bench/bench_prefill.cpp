@@ -8,8 +8,8 @@
 //       the same cache decoded to fp32, then sgemm for the scores of a query head, causal softmax, sgemm with the
 //       values
 //
-// The BLAS picks its own instruction set; compare it with the kv1 target that uses the same. Decoding is done
-// once for all query heads, and its time is counted.
+// The BLAS picks its own instruction set; compare it with the kv1 target that uses the same one. The cache is
+// decoded once for all query heads, and that time counts.
 
 #include "support.hpp"
 
@@ -90,7 +90,7 @@ void with_blas(benchmark::State& state, const prefill_case& c) {
     count(state, c);
 }
 
-// The products alone, of decoded K and V: what no softmax and no decoding could make slower.
+// The two products alone, with K and V decoded beforehand: a lower limit without softmax and decoding.
 void with_blas_products(benchmark::State& state, const prefill_case& c) {
     prefill_cache p(c);
     const std::size_t n = c.tokens, d = c.head_dim;

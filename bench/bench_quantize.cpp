@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What it takes to store vectors, one thread, random data. Items are values, bytes are fp32 bytes read.
+// The time to store vectors, on one thread and random data. Items are values, bytes are the fp32 bytes that
+// are read.
 //
 //   quantize/<scheme>/<target>/d<channels>           the row format, vector by vector
 //   encode/<format>/<policy>/<target>/d<head_dim>    64 tokens into a cache, K and V alike: means, rotation,
 //                                                    levels, codes, insertion
 //
-// Policies as kv1-lm sweep writes them: ls least squares, cs clip search, had Hadamard rotation over the
-// whole head, mean centring, ew error weights. values_per_s is the mean of the run, values_per_s_fastest that
-// of the fastest call: on a shared machine the figure to compare.
+// Policies are written as in kv1-lm sweep: ls least squares, cs clip search, had Hadamard rotation of the
+// whole head, mean means taken off, ew error weights. values_per_s is the mean of the run,
+// values_per_s_fastest that of the fastest call; compare the latter on a shared machine.
 
 #include "support.hpp"
 

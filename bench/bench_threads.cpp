@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Decode attention on threads: threads/decode/<formats>/<target>/n<tokens>/<threads>, real time, cold as in
-// bench_attend. Counters: ns_per_token_kvhead and ns_fastest of the whole call, the work of all threads
-// together.
+// Decode attention on several threads: threads/decode/<formats>/<target>/n<tokens>/<threads>.
+//
+// Times are real time, cold as in bench_attend. Counters: ns_per_token_kvhead and ns_fastest of the whole
+// call, to which all threads contribute.
 
 #include "limits.hpp"
 #include "support.hpp"
@@ -13,7 +14,7 @@
 
 namespace {
 
-// Threads that wait for work, and take tasks one by one.
+// A pool of threads, which take tasks one by one.
 class team {
 public:
     explicit team(std::size_t threads) : gate_(static_cast<std::ptrdiff_t>(threads)) {

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the hardware allows, measured in the same program and at the same time as the kernels, so that a slow
-// day of the machine cancels in the ratios:
+// Limits of the hardware. They are measured in the same program and at the same time as the kernels, so that
+// a slow machine cancels in the ratios.
 //
-//   dot4 floor   time of a pass's dot products alone: (dot4 instructions) / (their measured rate), with every
-//                operand in registers. A dot4 is what a target multiplies four bytes a lane with: vpdpbusd,
-//                or pmaddubsw and an addition
-//   fp16 limit   time to read the same cache in fp16 once from memory, with plain wide loads
+//   dot4 floor   the time of a call's dot products alone: (number of dot4 instructions) / (their measured rate), with
+//                all operands in registers. A dot4 multiplies and adds four bytes a lane: vpdpbusd, or pmaddubsw and
+//                an addition
+//   fp16 limit   the time to read the same cache in fp16 once from memory, with plain wide loads
 #pragma once
 
 #include <kv1/target.hpp>
@@ -69,7 +69,7 @@ KV1_BENCH_DOT4(dot4_pairs128, "ssse3", __m128i, "x", _mm_setzero_si128(), KV1_BE
 #undef KV1_BENCH_VEX_PAIRS
 #undef KV1_BENCH_SSE_PAIRS
 
-/// Sums of all bytes of a buffer, as wide as the processor loads.
+/// Reads a buffer with the widest loads of the processor, and gives a sum of its bytes.
 __attribute__((target("avx2"), noinline)) inline void stream256(const std::byte* p, std::size_t bytes) {
     __m256i sums[4] = {};
     for (std::size_t i = 0; i + 128 <= bytes; i += 128)
@@ -87,7 +87,8 @@ __attribute__((target("avx512f"), noinline)) inline void stream512(const std::by
 }
 #endif
 
-/// Seconds that one product of a code and an 8-bit number takes at the least, on average; 0 where unknown.
+/// The least seconds that one product of a code and an 8-bit number takes, on average; 0: unknown for this
+/// target.
 inline double seconds_per_product(kv1::target t) {
 #if defined(__x86_64__) && defined(__GNUC__)
     constexpr std::size_t rounds = 5000;
@@ -98,7 +99,7 @@ inline double seconds_per_product(kv1::target t) {
     };
     switch (t) {
     case kv1::target::avx512_vnni:
-    case kv1::target::avx512_vbmi: // of single codes: what pairs save is not taken off
+    case kv1::target::avx512_vbmi: // of single codes; channel pairs need fewer products
         return rate(dot4_vnni512, 64);
     case kv1::target::avx512:
         return rate(dot4_pairs512, 64);
@@ -115,7 +116,8 @@ inline double seconds_per_product(kv1::target t) {
     return 0.0;
 }
 
-/// Seconds that reading a byte from memory takes, in one run over a buffer far larger than any cache.
+/// The seconds that reading a byte from memory takes, in one run over a buffer far larger than the
+/// processor's caches.
 inline double seconds_per_byte() {
     static const std::vector<std::byte> buffer(std::size_t{288} << 20, std::byte{1});
     const double start = seconds();

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A cache of the shape of Qwen3-8B (36 layers, 8 KV heads, head_dim 128, 32 query heads) filled to a context
-// length: its memory, and the attention time of a decoded token (all layers), 2-bit beside fp16 and int8
-// where they fit.
+// Memory and attention time of a cache of the shape of Qwen3-8B (36 layers, 8 KV heads, head_dim 128, 32
+// query heads) that is filled to a context length. The time is that of a decoded token in all layers, for 2
+// bits, int8 and fp16.
 //
 //   long_context [--layers N] [--memory GiB] [tokens...]      default: 36 layers, 131072 and 262144 tokens
 //
 // Prints one JSON document: {"context": [{"format", "tokens", "bytes", "seconds_per_token"}, ...]}. A cache
-// larger than --memory (default: 16 GiB) is reported with its size and no time. K and V are the same few
-// thousand random vectors over and over, in pages of their own.
+// larger than --memory (default: 16 GiB) is reported with its size and no time. K and V repeat a few thousand
+// random vectors, in separate pages.
 
 #include "support.hpp"
 

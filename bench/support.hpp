@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the benchmarks share: random data, targets by name, caches filled with distinct pages.
+// Shared by the benchmarks: random data, targets by name, caches filled with separate pages.
 #pragma once
 
 #include <kv1/kv_cache.hpp>
@@ -33,7 +33,7 @@ inline std::vector<kv1::target> supported_targets() {
 
 inline std::string name_of(auto named) { return std::string(kv1::to_string(named)); }
 
-// Registers `body(state)` to run with the target forced; it may take times itself.
+// Registers a benchmark that calls body(state) on this target. The body may measure times itself.
 template <class Body>
 void register_on(kv1::target t, const std::string& name, Body body, bool takes_times = false) {
     benchmark::internal::Benchmark* registered =
@@ -51,8 +51,7 @@ struct attention_shape {
     std::size_t heads, kv_heads, head_dim;
 };
 
-// Appends `tokens` random tokens to every layer; the same few thousand vectors over and over, in pages of
-// their own.
+// Appends `tokens` tokens to every layer. They repeat a few thousand random vectors, in separate pages.
 inline kv1::sequence_id fill(kv1::kv_cache& cache, std::size_t tokens) {
     const kv1::sequence_id sequence = cache.create_sequence();
     for (std::size_t layer = 0; layer < cache.layers(); ++layer) {

@@ -45,13 +45,13 @@ bool failing_new::failed() const noexcept { return refused; }
 
 } // namespace kv1_test
 
-// Sanitizers abort at an allocation that can not be had; these tests want it refused.
+// Sanitizers abort if an allocation fails; these tests need it to be refused.
 extern "C" const char* __asan_default_options();
 extern "C" const char* __tsan_default_options();
 extern "C" const char* __asan_default_options() { return "allocator_may_return_null=1"; }
 extern "C" const char* __tsan_default_options() { return "allocator_may_return_null=1"; }
 
-// All forms: under a sanitizer those left out would be its own.
+// Replaces all forms of operator new: under a sanitizer the others would be the sanitizer's.
 void* operator new(std::size_t size) { return allocate(size, alignof(std::max_align_t)); }
 void* operator new[](std::size_t size) { return allocate(size, alignof(std::max_align_t)); }
 void* operator new(std::size_t size, std::align_val_t alignment) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Memory of which the byte before the first or after the last can not be touched: what reads or writes past
-// an end stops the program.
+// Memory between pages that cannot be touched: code that reads or writes past the guarded end stops the
+// program.
 #pragma once
 
 #include <sys/mman.h>
@@ -17,7 +17,8 @@
 
 namespace kv1_test {
 
-/// Which end of the memory lies at forbidden pages. The other has them within a page's distance.
+/// The end of the memory that lies exactly at a forbidden page. The other end is less than a page away from
+/// one.
 enum class guarded_end { front, back };
 
 class guarded_block {
@@ -39,7 +40,7 @@ public:
     ~guarded_block() { ::munmap(start_, size_); }
 
     [[nodiscard]] std::byte* data() const noexcept { return data_; }
-    /// Makes writing to it stop the program, or not.
+    /// Forbids writing to the memory, or permits it.
     void read_only(bool on) { protect(on ? PROT_READ : PROT_READ | PROT_WRITE); }
 
 private:
@@ -54,7 +55,7 @@ private:
     std::span<std::byte> writable_;
 };
 
-/// A copy of some numbers in guarded memory.
+/// A copy of numbers in guarded memory.
 template <class T>
 class guarded_array {
     static_assert(std::is_trivially_copyable_v<T>);
@@ -74,7 +75,7 @@ private:
     std::size_t n_;
 };
 
-/// Arenas in guarded memory; all copies of an allocator share the list.
+/// An allocator that puts arenas into guarded memory. Copies of an allocator share the list of arenas.
 struct guarded_arenas {
     guarded_end end = guarded_end::back;
     std::vector<guarded_block*> living;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The packed format written bit by bit: slow, and obviously right.
+// The packed format, written bit by bit: slow and simple.
 #pragma once
 
 #include <cstddef>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Seeded random test data: the same on every platform, since nothing of <random>'s distributions is used.
+// Seeded random test data. It is the same on every platform, since it uses none of <random>'s distributions.
 #pragma once
 
 #include <cmath>
@@ -27,7 +27,7 @@ public:
     std::size_t between(std::size_t low, std::size_t high) noexcept { return low + below(high - low + 1); }
     /// In [0, 1).
     double uniform() noexcept { return static_cast<double>(bits() >> 11) * 0x1p-53; }
-    /// Near enough to a standard normal: the sum of twelve uniforms.
+    /// Nearly standard normal: the sum of twelve uniforms, less 6.
     float normal() noexcept {
         double sum = -6.0;
         for (int i = 0; i < 12; ++i)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// An allocator for caches whose arenas a test looks into, and that can be told to fail.
+// An allocator for caches that lets a test look into the arenas, and that can be told to fail.
 #pragma once
 
 #include <kv1/kv_cache.hpp>
@@ -15,7 +15,7 @@
 
 namespace kv1_test {
 
-/// What all copies of an allocator share.
+/// The state that all copies of an allocator share.
 struct allocation_log {
     std::size_t allowed = std::numeric_limits<std::size_t>::max(); // allocations before the first that fails
     std::size_t made = 0, freed = 0;
@@ -60,7 +60,7 @@ private:
     allocation_log* log_;
 };
 
-/// A cache of any format whose arenas can be seen.
+/// A cache of any format whose arenas a test can read.
 using open_cache = kv1::basic_kv_cache<kv1::all_formats, recording_allocator<std::byte>>;
 
 /// All bytes of all arenas, layer by layer.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What storing a vector must give, from the quantizers' definitions and the bit-by-bit packing.
+// The codes, bytes and values that storing a vector must give, from the quantizers' definitions and the
+// bit-by-bit packing.
 #pragma once
 
 #include "packed_model.hpp"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Saved caches as bytes: what tests and the fuzzer change in them.
+// Changes to the bytes of saved caches, for tests and the fuzzer.
 #pragma once
 
 #include <kv1/cache_io.hpp>
@@ -15,7 +15,7 @@ namespace kv1_test {
 
 using saved_bytes = std::vector<std::byte>;
 
-/// Where parts of the form lie, as cache_io.hpp describes it.
+/// Offsets in the saved form that cache_io.hpp describes.
 struct saved_places {
     static constexpr std::size_t fixed_part = 96, fixed_checksum = 92, table_size = 40, page_size = 48;
 };
@@ -31,7 +31,7 @@ inline std::uint64_t number_at(std::span<const std::byte> b, std::size_t at, std
     return value;
 }
 
-/// Checksums made right again after a change that is not to be found by them: the fixed part's, or all.
+/// Corrects the checksum of the fixed part, or all checksums, so that a load looks at the change itself.
 /// @{
 inline void reseal_fixed(std::span<std::byte> b) {
     write_number(b, saved_places::fixed_checksum,
@@ -51,7 +51,7 @@ inline void reseal(std::span<std::byte> b) {
 }
 /// @}
 
-/// A source that cannot go back.
+/// A source without rewind().
 struct one_way {
     std::span<const std::byte> left;
     bool operator()(std::span<std::byte> out) noexcept {
@@ -63,7 +63,7 @@ struct one_way {
     }
 };
 
-/// What try_save() gives a sink.
+/// The bytes that try_save() writes.
 template <class Cache>
 kv1::result<saved_bytes> try_saved(const Cache& cache, std::span<const kv1::sequence_id> ids,
                                    const kv1::save_options& options = {}) {

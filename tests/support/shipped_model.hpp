@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The checkpoint that the project ships, read once a process, and the reference's figures for it.
+// The checkpoint that the project ships, read once a process, and the reference's results for it.
 #pragma once
 
 #include "file.hpp"

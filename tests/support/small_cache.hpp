@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A cache of two small layers, tokens for it, and what can be seen of it from outside.
+// A cache of two small layers, tokens for it, and all that can be read of it from outside.
 #pragma once
 
 #include "random.hpp"
@@ -44,7 +44,7 @@ struct batch {
     }
 };
 
-/// All that can be read of a sequence, to see whether it changed.
+/// All that can be read of a sequence, to test whether it changed.
 template <class Cache>
 [[nodiscard]] std::vector<float> everything(const Cache& cache, kv1::sequence_id id) {
     std::vector<float> all;
@@ -61,7 +61,7 @@ template <class Cache>
     return all;
 }
 
-/// The status names this place; -1: none of its kind.
+/// Whether the status names this place; -1: the status must not name one.
 inline void require_place(const kv1::status& s, std::int64_t layer, std::int64_t head, std::int64_t token,
                           std::int64_t channel) {
     INFO(s.message());

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Calls on a thread whose stack ends, after so many bytes, at a page that can not be touched; and how much of
-// it they used.
+// Runs calls on a thread with a small stack that ends at a page that cannot be touched, and measures how much
+// of the stack they use.
 #pragma once
 
 #include "guarded_memory.hpp"
@@ -19,17 +19,17 @@ namespace kv1_test {
 
 class small_stack {
 public:
-    /// Bytes for the calls, beside what the thread library keeps on a stack.
+    /// bytes: stack for the calls, besides what the thread library keeps there.
     explicit small_stack(std::size_t bytes)
         : bytes_(bytes), block_(bytes + kept_by_library(), guarded_end::front) {}
 
-    /// Calls f, which does not throw, there. The bytes of stack that it used.
+    /// Calls f on that thread, and gives the bytes of stack that it used. f does not throw.
     template <class F>
     std::size_t operator()(F&& f) {
         return run(block_.data(), bytes_ + kept_by_library(), f).used;
     }
 
-    /// What the thread library keeps there, rounded up.
+    /// The bytes that the thread library keeps on the stack, rounded up.
     [[nodiscard]] static std::size_t kept_by_library() {
         static const std::size_t kept = [] {
             constexpr std::size_t enough = 256 << 10;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A folder of its own for a test, removed with everything in it.
+// A temporary folder for a test, which is removed with all that is in it.
 #pragma once
 
 #include <cstddef>
