@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What a cache must hold, kept the naive way: vectors of floats, one a token, nothing shared, nothing paged.
-// Written from the documentation of kv_cache.hpp alone. A token's keys and values follow from all tokens
-// before it, as in a real model, so that prefixes may be compared by content.
+// A naive model of a cache: vectors of floats, one a token, with no sharing and no pages. It is written from
+// the documentation of kv_cache.hpp alone. A token's keys and values depend on all tokens before it, as in a
+// real model, so that sequences with equal prefixes have equal contents.
 #pragma once
 
 #include "attention_oracle.hpp"
@@ -28,7 +28,7 @@
 
 namespace kv1_test {
 
-/// What a format makes of a vector, by the plain definitions.
+/// A vector after it went through a format, by the plain definitions.
 inline std::vector<float> through_format(kv1::kv_format f, const std::vector<float>& x,
                                          kv1::level_choice levels = kv1::level_choice::min_max) {
     std::vector<float> y(x.size());
@@ -75,14 +75,14 @@ inline std::vector<float> through_format(kv1::kv_format f, const std::vector<flo
     return y;
 }
 
-/// What a layer's encoding does to a vector of this head before it is stored.
+/// A vector of this head with its mean taken off and rotated, as it is stored.
 inline void prepare(const kv1::vector_encoding& e, std::size_t head, std::span<float> x) {
     for (std::size_t c = 0; c < x.size() && !e.means.empty(); ++c)
         x[c] -= e.means[head * x.size() + c];
     if (e.hadamard != 0)
         kv1::hadamard_transform(x, e.hadamard);
 }
-/// And undoes when it is read.
+/// Rotates a vector back and adds its mean, as reading does.
 inline void restore(const kv1::vector_encoding& e, std::size_t head, std::span<float> x) {
     if (e.hadamard != 0)
         kv1::hadamard_transform(x, e.hadamard);
@@ -116,7 +116,7 @@ inline std::uint64_t next_history(std::uint64_t history, std::int32_t token) {
     return generator(history * 31 + static_cast<std::uint32_t>(token) + 1).bits();
 }
 
-/// K or V of a token as an engine would compute it: [kv_heads][dim].
+/// K or V of a token as an engine computes it, [kv_heads][dim].
 inline std::vector<float> token_values(std::uint64_t history, std::size_t layer, kv1::kv_side side,
                                        std::size_t n) {
     generator g(history ^ (layer * 2 + (side == kv1::kv_side::key ? 0u : 1u) + 1) * 0x9e3779b97f4a7c15u);
@@ -129,7 +129,7 @@ inline std::vector<float> token_values(std::uint64_t history, std::size_t layer,
 struct model_token {
     std::vector<float> keys, values;     // as stored, [kv_heads][dim]
     std::vector<float> keys16, values16; // rounded to fp16
-    std::vector<float> prepared16;       // where keys are quantized per channel: prepared, and then rounded
+    std::vector<float> prepared16;       // of keys per channel: mean off, rotated, rounded to fp16
 };
 
 struct model_sequence {
@@ -138,7 +138,7 @@ struct model_sequence {
     std::vector<std::uint64_t> histories;         // after each of them
     std::vector<std::vector<model_token>> layers; // [layer][token]
     std::set<std::size_t> dropped;                // pages
-    std::vector<std::size_t> given_up;            // by layer: tokens before it are gone from its window
+    std::vector<std::size_t> given_up;            // [layer]: commits have freed tokens before this one
     std::optional<std::size_t> committed;
     std::size_t fp16_from = 0;
 
@@ -163,7 +163,7 @@ struct row_request {
     std::function<bool(std::size_t)> shows = {}; // where empty: all
 };
 
-/// The rules of a cache over model sequences.
+/// What calls of a cache do to model sequences.
 class cache_model {
 public:
     explicit cache_model(kv1::cache_description d) : description_(std::move(d)) {}
@@ -185,7 +185,7 @@ public:
         s.given_up.assign(description_.layers.size(), 0);
         return s;
     }
-    /// Makes sure that token `position` has an id, and gives its history.
+    /// Gives token `position` an id if it has none, and returns the hash of the tokens up to it.
     static std::uint64_t history(model_sequence& s, std::size_t position, std::int32_t id) {
         if (position == s.ids.size()) {
             s.ids.push_back(id);
@@ -235,14 +235,14 @@ public:
     [[nodiscard]] bool per_channel(std::size_t layer) const {
         return description_.layers[layer].key_axis == kv1::quantization_axis::per_channel;
     }
-    /// The next tokens of a layer.
+    /// Appends tokens to a layer.
     void push(model_sequence& s, std::size_t layer, std::span<const model_token> tokens) const {
         auto& to = s.layers[layer];
         const std::size_t first = to.size() / description_.page_tokens;
         to.insert(to.end(), tokens.begin(), tokens.end());
         settle(s, layer, first);
     }
-    /// Keys per channel, from a page on: codes of full pages, fp16 of the open one.
+    /// Computes keys per channel again, from a page on: codes in full pages, fp16 in the open one.
     void settle(model_sequence& s, std::size_t layer, std::size_t first_page) const {
         if (!per_channel(layer))
             return;

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Bytes as operations on a cache and on its model, side by side: the body of fuzz_cache and of its replay as
-// a unit test. Throws std::logic_error at the first difference. After each operation validate() holds and
-// every sequence that it touched equals its model to the bit.
+// Reads bytes as operations, and applies each to a cache and to its model (cache_model.hpp). This is the body
+// of fuzz_cache, and of its replay as a unit test. After each operation it calls validate(), and compares
+// every sequence that the operation touched with its model, bit for bit. Throws std::logic_error at the first
+// difference.
 #pragma once
 
 #include "cache_model.hpp"
@@ -27,7 +28,7 @@ namespace kv1_test {
 
 class cache_operations {
 public:
-    /// How often each operation did what it is for; a replay checks that none is idle.
+    /// How often each operation took effect; a replay checks that none is 0.
     struct tallies {
         std::size_t appended = 0, refused = 0, exhausted = 0, forked = 0, truncated = 0, dropped = 0,
                     committed = 0, destroyed = 0, attended = 0, stored = 0, matched = 0, imported = 0,
@@ -187,7 +188,7 @@ private:
         return {r.v.data(), r.tokens.size(), l.kv_heads, l.value_dim};
     }
     static kv1::tensor_view no_values() { return {static_cast<const float*>(nullptr), 0, 0, 0}; }
-    static void trim(model_sequence& m) { // ids of tokens that no layer took
+    static void trim(model_sequence& m) { // removes ids of tokens that no layer holds
         std::size_t n = 0;
         for (const auto& l : m.layers)
             n = std::max(n, l.size());
@@ -216,7 +217,7 @@ private:
         const std::size_t layers = description_.layers.size(), from = below(layers);
         for (std::size_t i = 0; i < (one_layer ? 1 : layers); ++i) {
             const std::size_t layer = (from + i) % layers;
-            // back to agreement, where a layer has run ahead
+            // cuts layers that hold more tokens than others, so that all agree
             const std::size_t ahead = l->model.layers[layer].size() - l->model.shortest();
             if (!one_layer && ahead >= n)
                 continue;
@@ -383,7 +384,7 @@ private:
         living_.push_back(std::move(fresh));
     }
 
-    // A NaN among the values: nothing changes.
+    // Appends values with a NaN among them, which must change nothing.
     void refuse() {
         living* l = some();
         if (l == nullptr)
@@ -399,12 +400,12 @@ private:
             return;
         require(s.code() == kv1::errc::non_finite, "NaN");
         require(cache_.statistics().pages_in_use <= pages,
-                "a refused append keeps no page"); // prefixes may go
+                "a refused append keeps no page"); // but may evict prefixes
         ++tallies_.refused;
         compare(*l);
     }
 
-    // Rows of one sequence become the next tokens of an empty one, bit for bit.
+    // Exports the rows of one sequence and appends them to an empty one, which must be equal to the bit.
     void import_rows() {
         living* l = some();
         if (l == nullptr || living_.size() >= 12 || !l->model.dropped.empty() || !l->model.agreed())
@@ -470,7 +471,7 @@ private:
         ++tallies_.imported;
     }
 
-    // One step of several sequences at once: append, then attend, which must equal single calls to the bit.
+    // One step of several sequences in one call: append, then attend. It must equal single calls to the bit.
     void batch() {
         std::vector<living*> chosen;
         for (living& l : living_)
@@ -498,7 +499,7 @@ private:
                                     : cache_.try_append(to, layer, rows_of, keys,
                                                         {all.v.data(), n, d.kv_heads, d.value_dim});
         };
-        if (!ids.empty() && next() % 4 == 0) { // one once more, without rows
+        if (!ids.empty() && next() % 4 == 0) { // names a sequence twice, the second time without tokens
             std::vector<kv1::sequence_id> twice = ids;
             std::vector<std::size_t> rows_of = indptr;
             twice.push_back(ids[below(ids.size())]);
@@ -564,7 +565,7 @@ private:
         ++tallies_.batches;
     }
 
-    // A sequence, saved and loaded beside itself, is the same; with a byte changed it is refused.
+    // Saves a sequence and loads it: the copy is equal. With one byte changed the load is refused.
     void save_and_load() {
         living* l = some();
         if (l == nullptr || living_.size() >= 12)
@@ -593,7 +594,7 @@ private:
             save_prefixes(living_.back().model);
     }
 
-    // All prefixes, loaded into another cache, are known there as here, page for page and in the same order.
+    // Loads all prefixes into another cache, which must then know the same pages in the same order of use.
     void save_prefixes(const model_sequence& prompt) {
         const auto memory = try_saved(cache_, {}, {.prefixes = true});
         require(memory.reason(), "save of prefixes");
@@ -615,7 +616,8 @@ private:
         tallies_.prefixes_loaded += there->tokens;
     }
 
-    // One query at a position: refused if a commit has freed what it would see, and only then.
+    // Attends with one query at a position. It must be refused exactly if a commit has freed what it would
+    // see.
     void attend_at(const living& l, std::size_t layer, std::size_t position) {
         const kv1::layer_description& d = description_.layers[layer];
         const std::vector<float> q(d.kv_heads * d.key_dim, 0.5f);
