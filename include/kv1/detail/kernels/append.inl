@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Up to 16 vectors of 2-bit codes at once, tokens of a tile or the KV heads of a token: quantized, packed and
-// inserted without codes ever lying in memory. Parsed once per target; the same bits as encode_affine() and insert_codes().
+// Quantizes, packs and inserts up to 16 vectors of 2-bit codes at once, tokens of a tile or the KV heads of a token.
+// Codes are never stored to memory in between. The bits are those of encode_affine() and insert_codes(). Parsed once
+// per target.
 //
-// No element is divided. With d = fl(x - lo) and s the scale, the code is the number of thresholds that fl(d / s)
-// passes, and since fl(d / s) grows with d, those are floats to compare d with:
+// No element is divided. Let d = fl(x - lo) and s be the scale. The code is the number of thresholds that fl(d / s)
+// passes. Since fl(d / s) grows with d, each threshold is a float to compare d with:
 //
 //   code >= 1  iff  fl(d / s) >  1/2  iff  d >  s / 2       exact: no float lies between s / 2 and its rounding
 //   code >= 2  iff  fl(d / s) >= 3/2  iff  d >= the smallest float for which that holds, fl(3/2 s) or a neighbour
 //   code >= 3  iff  fl(d / s) >  5/2  iff  d >  the largest float for which it does not, fl(5/2 s) or a neighbour
 //
-// (1/2 and 5/2 round to the even codes 0 and 2, 3/2 to 2.) The neighbours are tried by division, a register of
-// rows at a time.
+// (1/2 and 5/2 round to the even codes 0 and 2, 3/2 to 2.) Division decides between a float and its neighbours, for a
+// register of vectors at a time.
 //
 // Cost per 16 values on 16 lanes: 7 operations for the range, a subtraction and 3 comparisons, and for K the
 // interleaving of three 16-bit masks, for V 3 selections and 3 others.
@@ -22,7 +23,7 @@ KV1_LAZY KV1_INLINE u32 next_float(f32 x, std::uint32_t step) {
     return xs::bitwise_cast<std::uint32_t>(x) + u32(step);
 }
 
-// Thresholds of up to 16 rows.
+// The thresholds of up to 16 vectors.
 struct tile_thresholds {
     alignas(64) float low[tile_tokens];
     alignas(64) float half[tile_tokens], three_halves[tile_tokens], five_halves[tile_tokens];
@@ -54,7 +55,7 @@ KV1_LAZY KV1_INLINE void find_thresholds(const float* high, tile_thresholds& t, 
     }
 }
 
-// Bits of x at the even places of the result.
+// Spreads the bits of x to the even places of the result.
 KV1_LAZY KV1_INLINE std::uint32_t at_even_bits(std::uint32_t x) {
 #if !KV1_ISA_PDEP
     x = (x | x << 8) & 0x00ff00ffu;
@@ -78,7 +79,7 @@ KV1_LAZY KV1_INLINE f32 load_channels(const float* x, std::size_t n, std::size_t
     return from + lanes <= n ? f32::load_unaligned(x + from) : load_tail(x, n, from);
 }
 
-// Rows i of one tile's tokens token ... token + count - 1 into a K section.
+// Inserts vectors into a K section: tokens token ... token + count - 1 of one tile.
 KV1_LAZY KV1_INLINE void insert_keys(const append_row* rows, std::size_t count, std::size_t first,
                                      const tile_thresholds& t) {
     const section_layout& s = *rows[0].section;
@@ -105,8 +106,8 @@ KV1_LAZY KV1_INLINE void insert_keys(const append_row* rows, std::size_t count, 
         }
 }
 
-// Rows into N registers of channels of a V section, from channel `c` on: fields of their lanes are replaced. A row's
-// thresholds serve N registers.
+// Inserts vectors into N registers of channels of a V section, from channel `c` on. Fields of their lanes are
+// replaced. The thresholds of a vector serve all N registers.
 template <std::size_t N>
 KV1_INLINE void insert_value_step(const append_row* rows, std::size_t count, std::size_t first,
                                   const tile_thresholds& t, const int* shifts, std::uint32_t kept,
@@ -133,12 +134,12 @@ KV1_INLINE void insert_value_step(const append_row* rows, std::size_t count, std
             const auto one = xs::batch_bool_cast<std::uint32_t>(d > half);
             const auto two = xs::batch_bool_cast<std::uint32_t>(d >= three_halves);
             const auto three = xs::batch_bool_cast<std::uint32_t>(d > five_halves);
-            // 0, 1, 2, 3 from three nested comparisons: the low bit comes, goes for the high one, and comes again
+            // three nested comparisons give codes 0, 1, 2, 3: the low bit is 0, 1, 0, 1, the high bit 0, 0, 1, 1
             word[k] = word[k] | (xs::select(one, low, zero) ^ xs::select(two, both, zero) ^
                                  xs::select(three, low, zero));
         }
     }
-    if (N == 1 && c + lanes > n) { // lanes past the channels hold copies of the first: they stay zero
+    if (N == 1 && c + lanes > n) { // lanes past the channels hold copies of the first: not stored
         alignas(64) std::uint32_t keep[lanes];
         for (std::size_t k = 0; k < lanes; ++k)
             keep[k] = c + k < n ? ~0u : kept;
@@ -147,7 +148,7 @@ KV1_INLINE void insert_value_step(const append_row* rows, std::size_t count, std
     KV1_UNROLL for (std::size_t k = 0; k < N; ++k) { word[k].store_aligned(lane[k]); }
 }
 
-// Rows of one tile's tokens into a V section. Lanes past the channels were zero and remain it.
+// Inserts vectors of one tile's tokens into a V section. Lanes past the channels are zero and stay so.
 KV1_LAZY KV1_INLINE void insert_values(const append_row* rows, std::size_t count, std::size_t first,
                                        const tile_thresholds& t) {
     std::uint32_t replaced = 0;
@@ -165,7 +166,7 @@ KV1_LAZY KV1_INLINE void insert_values(const append_row* rows, std::size_t count
         insert_value_step<1>(rows, count, first, t, shifts, ~replaced, c);
 }
 
-// The first offending row, in the order in which single vectors would have been refused.
+// Finds the first vector that is refused, in the order in which single vectors would be.
 KV1_LAZY inline encode_result first_failure(const append_row* rows, std::size_t count,
                                             std::size_t& failed) noexcept {
     alignas(64) std::uint8_t codes[max_head_dim];

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Kernels that attend, and the tables of them all. Parsed once per target, after storing.inl or in a namespace that uses
-// one with the same instructions but for dot products: those targets share the rest.
+// Includes the kernels that attend, and the tables of all kernels. Parsed once per target, after storing.inl. A target
+// that differs from another in its dot products alone uses that target's namespace instead of storing.inl.
 
 #include <kv1/detail/kernels/dots.inl>
 #include <kv1/detail/kernels/scores.inl>

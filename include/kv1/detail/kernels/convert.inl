@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// fp16 and bf16 to and from fp32. Parsed once per target; cost: one load, one conversion, one store a
-// register.
+// Converts fp16 and bf16 to and from fp32. Parsed once per target. A register takes one load, one conversion and one
+// store.
 
 KV1_LAZY inline void load_floats(scalar_type type, const void* source, std::size_t n, float* out) noexcept {
     std::size_t i = 0;
@@ -68,7 +68,7 @@ inline void store_scalars(scalar_type type, const float* source, std::size_t n, 
 KV1_LAZY inline void store_floats(scalar_type type, const float* source, std::size_t n, void* out) noexcept {
     store_scalars<false>(type, source, n, out);
 }
-// Outputs of attention: a finite number past the type's largest becomes the largest.
+// Converts outputs of attention: a finite number past the type's largest becomes the largest.
 KV1_LAZY inline void store_outputs(scalar_type type, const float* source, std::size_t n, void* out) noexcept {
     store_scalars<true>(type, source, n, out);
 }

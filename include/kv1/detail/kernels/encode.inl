@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Recipes (detail/encode_reference.hpp) for up to 16 vectors at once, bit for bit. Parsed once per target.
+// Encodes up to 16 vectors at once, bit for bit as detail/encode_reference.hpp defines. Parsed once per target.
 //
-// A lane is a vector, a register one channel of `lanes` vectors: every lane does what the definition does, in its
-// order, and nothing is ever summed across lanes. Vectors are transposed on the way in, codes on the way out.
+// A lane is a vector, and a register is one channel of `lanes` vectors. Every lane does what the definition does, in
+// the same order, and nothing is summed across lanes. Vectors are transposed first, codes are transposed at the end.
 //
-// Operations per channel of `lanes` vectors: log2(lanes) shuffles, log2(block) + 1 for the rotation, 4 for the range, 3
-// rounds of 11 for least squares, 8 for the errors of each candidate, 6 for codes: at 32 channels about 70, 4 a value on
-// 16 lanes. With error weights 2 more per channel that comes after, and that nine times over.
+// Operations per channel of `lanes` vectors: log2(lanes) shuffles, log2(block) + 1 for the rotation, 4 for the range,
+// 3 rounds of 11 for least squares, 8 for the errors of each candidate, 6 for codes. At 32 channels that is about 70,
+// or 4 a value on 16 lanes. Error weights add 2 for each channel that comes after, for each of nine candidates.
 //
-// One function serves all evenly spaced levels, another the codebook. What they call is inlined, but for what weighs
-// errors: a function whose only floats are batches would take over the flags of the translation unit from xsimd's
-// (quantize.inl); tests/flags has them all.
+// One function serves all evenly spaced levels, another one the codebook. What they call is inlined, except for the
+// functions of error weights. Otherwise a function whose only floats are batches would take over the flags of the
+// translation unit from xsimd's functions (quantize.inl). tests/flags tests all of them.
 
 #include <kv1/detail/precise_math_begin.inl>
 
@@ -41,7 +41,7 @@ KV1_LAZY KV1_INLINE f32 nearest_code(f32 steps, f32 max_code) {
     return nearest(xs::min(xs::max(steps, f32(0.0f)), max_code));
 }
 
-// Evenly spaced levels of each lane, as they are read back.
+// The levels of each lane, as they are read back from their metadata.
 using lane_mask = xs::batch_bool<float, arch>;
 struct lane_levels {
     f32 scale, base;
@@ -49,7 +49,7 @@ struct lane_levels {
     lane_mask fits;
 };
 
-// How a format keeps them: level_format<affine>, <compact> or <codebook2>.
+// How a format stores levels: level_format<affine>, <compact> or <codebook2> at run time.
 template <bool Codebook>
 struct lane_format {
     f32 max_code;
@@ -117,7 +117,7 @@ KV1_INLINE void store_levels(f32 base, const lane_format<Codebook>& format, lane
     }
 }
 
-// Squared errors of the nearest of two choices of levels; x: [n][lanes].
+// Computes the squared errors of two choices of levels. x is [n][lanes].
 template <bool Codebook>
 KV1_INLINE void errors_of(const float* x, std::size_t n, const lane_levels (&l)[2],
                           const lane_format<Codebook>& format, f32 (&error)[2]) {
@@ -133,7 +133,7 @@ KV1_INLINE void errors_of(const float* x, std::size_t n, const lane_levels (&l)[
     }
 }
 
-// refine_levels() of least_squares.hpp. The sum of x is that of every round.
+// refine_levels() of least_squares.hpp. The sum of x is the same in every round, and is given.
 template <bool Codebook>
 KV1_INLINE void refine(const float* x, std::size_t n, f32 lo, f32 hi, const lane_format<Codebook>& format,
                        lane_levels& l) {
@@ -184,7 +184,7 @@ KV1_LAZY KV1_INLINE void take(lane_mask where, const lane_levels& from, lane_lev
     l.minimum_bits = xs::select(where_bits, from.minimum_bits, l.minimum_bits);
 }
 
-// Codes, four channels a word: words [channels / 4, rounded up][lanes].
+// Computes codes and packs those of four channels into a word: words [channels / 4, rounded up][lanes].
 KV1_LAZY KV1_INLINE u32 add_code(u32 word, f32 code) {
     return (word << 8) | xs::bitwise_cast<std::uint32_t>(xs::to_int(code));
 }
@@ -204,9 +204,9 @@ KV1_INLINE void nearest_words(const float* x, std::size_t n, const lane_levels& 
     }
 }
 
-// The same with feedback common to the lanes, and what the errors cost. A block of four channels gathers what all
-// later ones ask of it, in their order, before its own are quantized; errors: [n][lanes]. Out of line, so that what it
-// gathers stays in registers.
+// Computes codes under error weights, with feedback that all lanes share, and the cost of the errors. Channels are
+// taken four at a time. Such a run first adds up the feedback of all later channels, in their order, then quantizes
+// its own. errors is [n][lanes]. Out of line, so that the sums stay in registers.
 template <bool Codebook>
 KV1_NOINLINE f32 words_with_feedback(const float* x, std::size_t n, const lane_levels& l,
                                      const lane_format<Codebook>& format, const float* feedback,
@@ -219,7 +219,7 @@ KV1_NOINLINE f32 words_with_feedback(const float* x, std::size_t n, const lane_l
         KV1_UNROLL for (std::size_t k = 0; k < 4; ++k) {
             wanted[k] = f32::load_aligned(x + (first + k < n ? first + k : first) * lanes);
         }
-        for (std::size_t j = n; j-- > end;) { // not in the last block, which alone may be short
+        for (std::size_t j = n; j-- > end;) { // no iteration for the last run, the only one that may be short
             const f32 error = f32::load_aligned(errors + j * lanes);
             const float* factors = feedback + j * n + first;
             KV1_UNROLL for (std::size_t k = 0; k < 4; ++k) {
@@ -249,7 +249,7 @@ KV1_NOINLINE f32 words_with_feedback(const float* x, std::size_t n, const lane_l
     return cost;
 }
 
-// The same of one lane with feedback of its own: channels side by side.
+// Computes codes under error weights for one lane with feedback of its own. Channels lie side by side in registers.
 template <bool Codebook>
 KV1_INLINE float words_of_lane(const float* x, std::size_t n, std::size_t lane, float scale, float base,
                                const lane_format<Codebook>& format, const float* feedback, float* wanted,
@@ -274,7 +274,7 @@ KV1_INLINE float words_of_lane(const float* x, std::size_t n, std::size_t lane, 
         for (; j + lanes <= i; j += lanes)
             sum_of(f32::load_aligned(wanted + j), product_of(f32::load_unaligned(factors + j), error))
                 .store_aligned(wanted + j);
-        if (j < i) { // part of a register: factors from channel i on are not of this
+        if (j < i) { // a partial register: feedback from channel i on is left out
             alignas(64) float last[lanes] = {};
             for (std::size_t k = j; k < i; ++k)
                 last[k - j] = factors[k];
@@ -300,10 +300,11 @@ KV1_INLINE void weighted_candidate(int k, const lane_levels& from, f32 middle,
     store_levels(base, format, l);
 }
 
-// x: [n][lanes], transformed block by block: two steps at a time where two are left, the norm with the last.
+// Rotates vectors, x is [n][lanes]. Two steps of the transform are done at a time if two are left; the last one
+// multiplies by the norm.
 KV1_LAZY KV1_INLINE void rotate_lanes(float* x, std::size_t n, std::size_t block) {
     const f32 norm(hadamard_norm(block));
-    if (block == 1) // nothing but the norm, which is 1
+    if (block == 1) // the identity
         return;
     std::size_t half = 1;
     for (; 4 * half <= block; half *= 4) {
@@ -338,7 +339,7 @@ KV1_LAZY KV1_INLINE void rotate_lanes(float* x, std::size_t n, std::size_t block
             }
 }
 
-// The same for one vector, channels side by side.
+// Rotates one vector whose channels lie side by side.
 KV1_LAZY inline void rotate(float* x, std::size_t n, std::size_t block) noexcept {
     for (std::size_t half = 1; half < block; half *= 2)
         for (std::size_t at = 0; at < n; at += 2 * half) {
@@ -359,7 +360,8 @@ KV1_LAZY inline void rotate(float* x, std::size_t n, std::size_t block) noexcept
         x[i] *= norm;
 }
 
-// Vectors less their means, transposed; zeros in lanes without one. False where a value is beyond fp16, or none.
+// Takes the means off vectors and transposes them. Lanes without a vector get zeros. False: a value is beyond fp16, or
+// not finite.
 KV1_LAZY KV1_INLINE bool load_vectors(const encode_row* rows, std::size_t count, std::size_t n, float* x) {
     i32 largest(0); // magnitude bits, NaN above infinity
     for (std::size_t c = 0; c < n; c += lanes) {
@@ -383,8 +385,9 @@ KV1_LAZY KV1_INLINE bool load_vectors(const encode_row* rows, std::size_t count,
     return xs::reduce_max(largest) <= std::bit_cast<std::int32_t>(largest_half);
 }
 
-// weighted_levels() of encode_reference.hpp: levels and codes of the least cost, from levels that fit best. For vectors
-// of one group. alike: feedback is common to several of them. Out of line, where its loops have the registers.
+// weighted_levels() of encode_reference.hpp: levels and codes of least cost, from levels that fit best. For vectors
+// with one group of channels. alike: several vectors share their feedback. Out of line, so that its loops have all
+// registers.
 template <bool Codebook>
 KV1_NOINLINE void weigh_levels(const encode_row* rows, std::size_t count, std::size_t n, bool alike,
                                const lane_format<Codebook>& how, const encode_scratch& scratch,
@@ -412,7 +415,7 @@ KV1_NOINLINE void weigh_levels(const encode_row* rows, std::size_t count, std::s
                 if (rows[i].feedback != nullptr)
                     costs[i] = words_of_lane(x, n, i, scales[i], bases[i], format, rows[i].feedback,
                                              scratch.errors, words);
-            cost = f32::load_aligned(costs); // lanes without feedback keep their levels: nothing costs less
+            cost = f32::load_aligned(costs); // lanes without feedback keep their levels: no cost is less
         }
         if (k == 0) {
             least = cost;
@@ -429,7 +432,7 @@ KV1_NOINLINE void weigh_levels(const encode_row* rows, std::size_t count, std::s
     best = l;
 }
 
-// Codes of a group's channels x of up to `lanes` vectors to words. False: metadata overflow.
+// Encodes one group of channels of up to `lanes` vectors into words. False: metadata do not fit.
 template <bool Codebook>
 bool encode_group(const encode_recipe& recipe, const encode_row* rows, std::size_t count, const float* x,
                   std::uint32_t* words, const encode_scratch& scratch, row_metadata* metadata) noexcept {
@@ -456,7 +459,7 @@ bool encode_group(const encode_recipe& recipe, const encode_row* rows, std::size
                            : recipe.levels == level_choice::least_squares ? 2
                                                                           : clip_candidates;
     const lane_levels range = l;
-    for (int k = 0; k < candidates; k += 2) { // the range is the first of them
+    for (int k = 0; k < candidates; k += 2) { // candidate 0 is the whole range
         lane_levels pair[2] = {range, range};
         if (recipe.levels == level_choice::least_squares)
             refine(x, n, lo, hi, format, pair[1]);
@@ -490,7 +493,7 @@ bool encode_group(const encode_recipe& recipe, const encode_row* rows, std::size
     return true;
 }
 
-// Codes of up to `lanes` vectors to scratch.words. False: metadata overflow.
+// Encodes up to `lanes` vectors into scratch.words. False: metadata do not fit.
 KV1_LAZY inline bool encode_lanes(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
                                   const encode_scratch& scratch, row_metadata* metadata) noexcept {
     if (recipe.hadamard != 0)
@@ -507,7 +510,8 @@ KV1_LAZY inline bool encode_lanes(const encode_recipe& recipe, const encode_row*
     return true;
 }
 
-// Vectors one by one, by the definition: those that are too long, and those of which one will be refused.
+// Encodes vectors one by one, by the definition: vectors that are too long for scratch, and batches in which one
+// vector is refused.
 KV1_LAZY inline encode_result encode_one_by_one(const encode_recipe& recipe, const encode_row* rows,
                                                 std::size_t count, std::uint8_t* codes, std::size_t stride,
                                                 row_metadata* metadata, std::size_t& failed) noexcept {

@@ -2,34 +2,33 @@
 //
 // Values that are the first channels of the keys (multi-head latent attention). Parsed once per target.
 //
-// A line of K has a token a lane, and sums of values want a channel a lane: a block's lines are turned into lines of V,
-// in scratch, and the kernels that there are walk those. So sums are those of values stored by themselves, bit for
-// bit, in every format and precision. The rows of a task share it.
+// A line of K has a token in each lane, and sums of values need a channel in each lane. So the lines of a chunk of
+// keys are transposed into lines of V, in scratch, and the kernels for values walk those. Sums are bit for bit those
+// of values that are stored by themselves, in every format and precision. All query rows of a task share a
+// transposition.
 //
-// Codes. Four lanes of a line of K, a quarter, are four tokens of four bytes of n = 8 / Bits channels; n quarters make
-// a line of V:
+// Codes. Four lanes of a line of K, a quarter, hold four tokens, with four bytes of n = 8 / Bits channels each. n
+// quarters make a line of V:
 //
 //   quarter q, lane i, byte j, field f    channel n j + f of token 4 q + i, as K has it
 //   bytes and lanes change places         quarter q, lane j, byte i, field f
 //   quarters and fields, of n registers   register f, lane j, byte i, field q
 //   lanes and registers                   register m, four channels 4 m ... a lane, byte i, field q: a quarter of V's line
 //
-// A register takes as many lines of K as it has quarters. Per n of them: n shuffles, 5 n / 2 operations for each bit of n,
-// n log2 n interleavings, and loads and stores of quarters: 8 operations a register at 2 bits, where a row of queries
-// spends 4 dot products a line.
+// A register takes as many lines of K as it has quarters. For n registers that takes n shuffles, 5 n / 2 operations
+// for each bit of n, n log2 n interleavings, and loads and stores of quarters. At 2 bits it is 8 operations a
+// register; a query row takes 4 dot products a line.
 //
-// Plain values. Sixteen lines of K are transposed; halves, two of a lane, change places between two tokens.
+// Plain values. Sixteen lines of K are transposed. In fp16, the two halves of a lane change places between two tokens.
 //
-// Weighed against: values stored in lines of V and scores turned, which is 36 lines for 32, and a new token written
-// twice; sums with a token a lane, which need the bytes of four tiles turned, and for every channel and row an
-// accumulator to be added up over its lanes: 40 % more than a block's products.
+// ARCHITECTURE.md ("The tile layout") says which other designs were weighed.
 
-// A line of V of all groups of channels, `unit` numbers apart.
+// Writes quarters of lines of V. The lines of two runs of 16 channels lie `unit` numbers apart.
 struct turned_line {
     std::uint32_t* first;
     std::size_t unit, units;
 
-    // Quarter q holds channels channel(q) ... + 3. Those of groups that there are not go nowhere.
+    // Quarter q holds channels channel(q) ... channel(q) + 3. Quarters past the channels are not written.
     template <class Channel>
     KV1_INLINE void store(u32 x, const Channel& channel) const {
         alignas(16) std::uint32_t nowhere[4];
@@ -62,7 +61,7 @@ KV1_NOINLINE void turn_codes(const std::uint32_t* const* from, std::size_t tiles
                 KV1_UNROLL for (std::size_t step = 1; step < n; step *= 2) {
                     const int shift = Bits * static_cast<int>(step);
                     const std::uint32_t low =
-                        ~0u / ((1u << shift) + 1u); // fields whose number lacks the step's bit
+                        ~0u / ((1u << shift) + 1u); // fields whose index has a 0 in this step's bit
                     KV1_UNROLL for (std::size_t q = 0; q < n; ++q) {
                         if ((q & step) != 0)
                             continue;
@@ -96,7 +95,7 @@ KV1_NOINLINE void turn_codes(const std::uint32_t* const* from, std::size_t tiles
             }
 }
 
-// Sixteen rows of sixteen numbers and their lanes change places.
+// Transposes sixteen rows of sixteen numbers.
 KV1_LAZY KV1_INLINE void transpose_rows(u32 (&x)[line_lanes][pieces]) {
     u32 turned[line_lanes][pieces];
     KV1_UNROLL for (std::size_t a = 0; a < pieces; ++a) KV1_UNROLL for (std::size_t b = 0; b < pieces; ++b) {
@@ -141,8 +140,8 @@ KV1_NOINLINE void turn_plain(const std::uint32_t* const* from, std::size_t tiles
         }
 }
 
-// The first channels of a block of keys as values: to `room`, a section `values` of turned_values(). `tiles`, the
-// block's, are whole granules.
+// Transposes the first channels of a chunk of keys into `room`, which is laid out as `values` (turned_values()). The
+// tiles of the chunk are whole granules.
 KV1_LAZY inline void turn_values(const section_layout& keys, const tile_ref* tiles, std::size_t count,
                                  const section_layout& values, std::byte* room) noexcept {
     const format_traits t = keys.traits();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Codes, one byte each, to and from fields of 1, 2, 4 or 8 bits, low bits first. Parsed once per target.
-// A 32-bit lane takes 4 codes at a time; 4 codes of b bits make 4b bits, so 32/b codes make a lane.
+// Packs codes, one byte each, into fields of 1, 2, 4 or 8 bits, low bits first, and unpacks them. Parsed once per
+// target. A 32-bit lane takes 4 codes at a time, which make 4b bits, so 32/b codes make a lane: 16 at 2 bits.
 
 template <int Bits>
 KV1_INLINE void pack_fields(const std::uint8_t* codes, std::size_t n, std::uint8_t* bytes) {
@@ -20,7 +20,7 @@ KV1_INLINE void pack_fields(const std::uint8_t* codes, std::size_t n, std::uint8
             }
             continue;
         }
-        // gather the four codes of a lane at its bottom; what lies above 4 * Bits bits is masked away
+        // gathers the four codes of a lane in its low 4 * Bits bits, and masks the rest
         const u32 joined =
             four | (four >> (8 - Bits)) | (four >> (2 * (8 - Bits))) | (four >> (3 * (8 - Bits)));
         if constexpr (Bits == 2) {
@@ -32,7 +32,7 @@ KV1_INLINE void pack_fields(const std::uint8_t* codes, std::size_t n, std::uint8
                 bytes[i / 8 + k / 2] = static_cast<std::uint8_t>(nibbles[k] | nibbles[k + 1] << 4);
         }
     }
-    for (; i + 8 <= n; i += 8) { // short vectors and ends: eight codes in a general register
+    for (; i + 8 <= n; i += 8) { // short vectors, and ends: eight codes in a general-purpose register
         std::uint64_t x;
         std::memcpy(&x, codes + i, 8);
         x = (x | (x >> (8 - Bits))) & (0x0001000100010001u * ((1u << 2 * Bits) - 1u));
@@ -95,9 +95,9 @@ KV1_LAZY inline void unpack(int bits, const std::uint8_t* bytes, std::size_t n,
     }
 }
 
-// A vector's codes into the lanes of one token of a page section. K: the packed words of the vector go to one
-// lane of consecutive lines; V: one field of 16 lanes is replaced in each channel group.
-// `codes` holds round_up(channels, 32) bytes, zero past the channels.
+// Writes a vector's codes into the lanes of one token of a section. K: the packed words of the vector go to one lane
+// of consecutive lines. V: one field of each of 16 lanes is replaced, for each run of 16 channels. `codes` holds
+// round_up(channels, 32) bytes, zero past the channels.
 KV1_LAZY inline void insert_codes(const section_layout& s, std::byte* page, std::size_t token,
                                   const std::uint8_t* codes) noexcept {
     const format_traits t = s.traits();

@@ -1,32 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Scores against keys of 2 bits, two channels at a time. Parsed once per target; empty but where a byte of a register
-// can be looked up in a table of 64 (AVX-512 VBMI).
+// Scores against keys of 2 bits by channel pairs. Parsed once per target; empty unless the target can look bytes of a
+// register up in a table of 64 (AVX-512 VBMI).
 //
-// What a pair of channels adds to a score, f = a (c_a - 3/2) + b (c_b - 3/2), takes sixteen values, within +-R,
-// R = 3/2 (|a| + |b|). With a step common to the row and a multiplier m of the pair,
+// Let a and b be the query's numbers for the two channels of a pair, and c_a and c_b their codes. The pair adds
+// f = a (c_a - 3/2) + b (c_b - 3/2) to the score. f takes sixteen values, within +-R, R = 3/2 (|a| + |b|). With a step
+// that all pairs of the query row share, and a multiplier m of the pair,
 //
 //   step = 2 max R / (127 * 255), m = ceil(127 R / max R), f ~ step * m * (t - 255/2), t = 0 ... 255
 //
-// so four bits of codes are an index to a table of t, four pairs make one table of 64 bytes, and one vpermb with one
-// vpdpbusd do what two vpdpbusd do with single codes: scores.inl's products and half of its masks become lookups, which
-// are made in parallel (vpermb: FP1, FP2; vpdpbusd: FP0, FP1). Their rounding, at
-// most m max R / (127 * 255), follows the pair, where that of single 8-bit queries follows the largest of all channels.
+// So the four bits of a pair's codes are an index into a table of t. Four pairs make one table of 64 bytes. One vpermb
+// and one vpdpbusd do what two vpdpbusd do with single codes, on other ports (vpermb: FP1, FP2; vpdpbusd: FP0, FP1).
+// A rounding is at most m max R / (127 * 255), which depends on the pair's own size; that of single 8-bit queries
+// depends on the largest channel.
 //
-// For codebook2 the codes' levels less 7 take the place of c - 3/2, and 7 that of 3/2 in R.
+// For codebook2, the level less 7 takes the place of c - 3/2, and 7 that of 3/2 in R.
 //
 //   line of K      lane = token, byte j of it = channels 4 j ... 4 j + 3: pairs (0, 1) in its low half, (2, 3) above
 //   tables         [line][half][row of the tile][64]: entry 16 j + c_a + 4 c_b
 //   multipliers    [line][half][row of the tile][4]
 //
-// Per line (16 tokens x 16 channels) and 4 registers of 4 rows: 32 vpermb, 32 vpdpbusd, 4 shifts, 8 vpternlog, 8 tables
-// and 8 broadcasts loaded. Tables cost 7 operations a pair, once a task.
+// Per line (16 tokens x 16 channels) and 4 registers of 4 rows: 32 vpermb, 32 vpdpbusd, 4 shifts, 8 vpternlog, 8
+// tables and 8 broadcasts loaded. Making tables takes 7 operations a pair, once a task.
 
 #if defined(KV1_ISA_PAIRS)
 
 inline constexpr float pair_top = 255.0f, multiplier_top = 127.0f;
 
-// The table and multipliers of a row: r of R rows of its tile. `padded` channels, a multiple of 32.
+// Makes tables and multipliers of a query row, which is row r of the R rows of its tile. padded: channels, rounded up
+// to a multiple of 32.
 KV1_LAZY inline void pair_query(const float* query, std::size_t padded, const format_traits& keys,
                                 std::uint8_t* tables, std::int8_t* multipliers, std::size_t r,
                                 std::size_t rows, float& scale, float& offset) noexcept {
@@ -45,7 +47,7 @@ KV1_LAZY inline void pair_query(const float* query, std::size_t padded, const fo
         f32 a, b;
         split_pairs(query + i, a, b);
         const f32 reach = f32(middle) * (xs::abs(a) + xs::abs(b));
-        // a NaN, or nothing at all, ends as 0
+        // NaN becomes 0, and so does a row of zeros
         const f32 multiplier = xs::min(xs::max(xs::ceil(f32(multiplier_top) * (reach / f32(top))), f32(0.0f)),
                                        f32(multiplier_top));
         const f32 inverse = f32(0.5f * pair_top) / (multiplier * f32(top / multiplier_top));

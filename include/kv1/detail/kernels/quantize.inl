@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Vectors to codes, bit for bit what kv1/quantizers/*.hpp define. Parsed once per target.
-// Two passes over a vector that lies in the first-level cache: keys for range and finiteness, then one
-// subtraction, division and rounding addition per register.
+// Quantizes vectors to codes, bit for bit as kv1/quantizers/*.hpp define. Parsed once per target. It makes two passes
+// over a vector, which lies in the first-level cache. The first finds its range and whether it is finite. The second
+// takes a subtraction, a division and a rounding addition per register.
 
 #include <kv1/detail/precise_math_begin.inl>
 
-// Sums, differences and quotients whose bits matter. The region's pragma acts on clang's own operators, not on intrinsics, which
-// keep the flags of the place where their header was included; and xsimd divides by an estimated reciprocal on NEON.
+// Sums, differences and quotients whose bits matter. The region's pragma affects clang's own operators. It does not
+// affect intrinsics, which keep the flags of the place where their header was included. On NEON, xsimd divides by an
+// estimated reciprocal.
 #if defined(__clang__) && defined(__x86_64__)
 KV1_LAZY KV1_INLINE f32 sum_of(f32 a, f32 b) { return f32(f32::register_type(a) + f32::register_type(b)); }
 KV1_LAZY KV1_INLINE f32 difference_of(f32 a, f32 b) {
@@ -40,8 +41,8 @@ KV1_LAZY KV1_INLINE f32 quotient_of(f32 a, f32 b) {
 }
 #elif defined(__GNUC__) && !defined(__clang__) && defined(__SSE2__) &&                                       \
     (defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__))
-// A function whose only floats are batches takes over the flags of the first of xsimd's that g++ inlines into it, until
-// it is inlined itself: there (1.5 s) / s became 1.5.
+// A g++ function whose only floats are batches takes over the flags of the first xsimd function that is inlined into
+// it, until it is inlined itself. Under -ffast-math (1.5 s) / s became 1.5 there.
 KV1_LAZY KV1_INLINE f32 sum_of(f32 a, f32 b) { return a + b; }
 KV1_LAZY KV1_INLINE f32 difference_of(f32 a, f32 b) { return a - b; }
 KV1_LAZY KV1_INLINE f32 quotient_of(f32 a, f32 b) {
@@ -66,7 +67,7 @@ KV1_LAZY KV1_INLINE i32 ordered_bits(f32 x) {
     return bits ^ ((bits >> 31) & i32(0x7fffffff));
 }
 
-// The last, partial register of a vector, filled up with copies of its first channel.
+// Loads the last, partial register of a vector, filled up with copies of its first channel.
 KV1_LAZY KV1_INLINE f32 load_tail(const float* x, std::size_t n, std::size_t from) {
     alignas(64) float tail[lanes];
     for (std::size_t k = 0; k < lanes; ++k)
@@ -94,7 +95,7 @@ KV1_LAZY KV1_INLINE value_range range_of(const float* x, std::size_t n) {
             std::bit_cast<float>(hi ^ ((hi >> 31) & 0x7fffffff)), hi < infinity && lo > ~infinity};
 }
 
-// Codes past n up to the register's end are written as 0: the buffer holds round_up(n, 16) bytes.
+// Codes past n are written as 0 up to the register's end, so the buffer holds round_up(n, 16) bytes.
 KV1_LAZY KV1_INLINE void store_codes(u32 c, std::uint8_t* codes, std::size_t i, std::size_t n) {
     store_u8(c, codes + i);
     for (std::size_t k = n; k < i + lanes; ++k)
@@ -120,7 +121,7 @@ KV1_LAZY inline encode_result encode_affine(const float* x, std::size_t n, int b
     for (std::size_t i = 0; i < n; i += lanes) {
         const f32 v = i + lanes <= n ? f32::load_unaligned(x + i) : load_tail(x, n, i);
         const f32 level = xs::min(xs::max(quotient_of(v - lo, s), zero), top);
-        // the sum rounds to an integer, half to even, and its low bits are that integer
+        // the sum is rounded to an integer, half to even, which is in its low bits
         store_codes(xs::bitwise_cast<std::uint32_t>(level + f32(8388608.0f)) & u32(0xffu), codes, i, n);
     }
     return {errc::ok, "", 0, stored};
@@ -129,7 +130,7 @@ KV1_LAZY inline encode_result encode_affine(const float* x, std::size_t n, int b
 KV1_LAZY KV1_INLINE void encode_signs(const float* x, std::size_t n, std::uint8_t* codes) {
     for (std::size_t i = 0; i < n; i += lanes) {
         const f32 v = i + lanes <= n ? f32::load_unaligned(x + i) : load_tail(x, n, i);
-        // v >= 0, by the bits: the image of -0 is -1
+        // v >= 0, tested on bits: the image of -0 is -1
         const i32 code = xs::select(ordered_bits(v) > i32(-2), i32(1), i32(0));
         store_codes(xs::bitwise_cast<std::uint32_t>(code), codes, i, n);
     }

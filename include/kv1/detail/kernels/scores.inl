@@ -1,31 +1,34 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Scores of query rows against the keys of a block of tokens. Parsed once per target.
+// Scores of query rows against the keys of a chunk of tokens. Parsed once per target.
 //
-// A register holds 16 / pieces tokens, one a lane, so a chain of dot products over the channels ends with one
-// score a lane. With decoded key k = slope * c + base, levels c centred at z = top / 2, and a query rounded
-// to q ~ step * i (i 8-bit):
+// A register holds 16 / pieces tokens, one a lane, so a chain of dot products over the channels ends with one score in
+// each lane. A decoded key is k = slope * c + base, with levels c centred at z = top / 2. A query is rounded to
+// q ~ step * i, with i in 8 bits. Then
 //
 //   score = slope * step * (sum i c - z sum i) + (base + z * slope) * sum q
 //
-// sum i c is exact in 32 bits: at most 4096 channels * 127 * 255 = 1.3e8. It becomes a float (exact up to 2^24: 518
-// channels of 8 bits, any number of 2 bits), and step * (...) one fma with step * z * sum i, rounded before.
-// Cost of the fast path per line (16 tokens x 32/b channels) and query row: 8/b dot4, the shifts and masks
-// being shared by up to 4 rows; per tile and row 1 conversion, 3 multiplications, 1 maximum and a store.
+// sum i c is exact in 32 bits: at most 4096 channels * 127 * 255 = 1.3e8. It is converted to a float, which is exact
+// up to 2^24: for 518 channels of 8 bits, and for any number of 2 bits. step * (...) is one fma with step * z * sum i,
+// a product that is rounded before.
+//
+// Cost of the fast path: per line (16 tokens x 32/b channels) and query row 8/b dot4; shifts and masks are shared by
+// up to 4 rows. Per tile and row 1 conversion, 3 multiplications, 1 maximum and a store.
 
-// Quotients by the step to 8-bit codes. A NaN in a query spoils its row, but must not make sums overflow:
-// clamping takes it to -127 on x86 (the second operand of maxps), and conversion to 0 on ARM.
+// Rounds quotients by the step to 8-bit codes. A NaN in a query makes its row meaningless, but must not make sums
+// overflow: clamping takes it to -127 on x86 (the second operand of maxps), conversion takes it to 0 on ARM.
 KV1_LAZY KV1_INLINE i32 rounded_codes(f32 quotients) {
     return xs::to_int(nearest(xs::min(xs::max(quotients, f32(-127.0f)), f32(127.0f))));
 }
 
-// slope and base of a block's tokens, by slot.
+// Slope and base of a chunk's tokens, [slot].
 struct affine_slots {
     alignas(64) float slopes[max_block_slots];
     alignas(64) float bases[max_block_slots];
 };
 
-// Of keys quantized per channel, whose scales and minima the query took over: codes are the values.
+// Metadata for keys quantized per channel. Scales and minima are in the query, so codes are the values: slope 1, base
+// 0.
 KV1_LAZY KV1_NOINLINE inline void plain_slots(const block_view& view, affine_slots& out) noexcept {
     for (std::size_t slot = 0; slot < view.count * tile_tokens; slot += lanes) {
         f32(1.0f).store_aligned(out.slopes + slot);
@@ -33,7 +36,7 @@ KV1_LAZY KV1_NOINLINE inline void plain_slots(const block_view& view, affine_slo
     }
 }
 
-// Pairs of a compact format.
+// Slope and base from the compact words of a tile.
 KV1_LAZY KV1_INLINE void decode_pairs(u32 pair, int top_level, f32& slope, f32& base) {
     const f32 steps(static_cast<float>(top_level) / 128.0f);
     const i32 magnitude = xs::bitwise_cast<std::int32_t>(pair & u32(compact_pair::largest_offset));
@@ -42,7 +45,8 @@ KV1_LAZY KV1_INLINE void decode_pairs(u32 pair, int top_level, f32& slope, f32& 
     base = slope * (xs::to_float(((magnitude ^ sign) - sign) - i32(64)) * steps);
 }
 
-// Of a compact section. Out of line: one copy for all kernels, and none of its constants in their registers.
+// Decodes the compact words of a section. Out of line, so that all kernels share one copy, and its constants do not
+// take their registers.
 KV1_LAZY KV1_NOINLINE inline void decode_compact(const block_view& view, affine_slots& out) noexcept {
     const section_layout& s = *view.layout;
     for (std::size_t slot = 0; slot < view.count * tile_tokens; slot += lanes) {
@@ -56,8 +60,8 @@ KV1_LAZY KV1_NOINLINE inline void decode_compact(const block_view& view, affine_
     }
 }
 
-// A block's metadata, of any format that Format's kernels serve. Those of compact formats are decoded once for all
-// rows, into `room`; others as they are needed.
+// The metadata of a chunk, for any format that the kernels of Format serve. Compact words are decoded once for all
+// rows, into `room`; other metadata are loaded where they are needed.
 template <class Format>
 struct block_metadata {
     static constexpr int bits = traits_of(kv_format_of<Format>).code_bits;
@@ -76,7 +80,7 @@ struct block_metadata {
             decoded = &room;
         }
     }
-    // Of the register that begins at a slot, which is `token` of a page.
+    // Slope and base of the register that begins at a slot, which is token `token` of a page.
     KV1_INLINE void load(const section_layout& s, std::size_t slot, const std::byte* page, std::size_t token,
                          f32& slope, f32& base) const {
         const auto* scales = reinterpret_cast<const std::uint16_t*>(page + s.scale_offset) + token;
@@ -97,13 +101,15 @@ struct block_metadata {
     }
 };
 
-// Registers of tokens taken at once: 16 accumulators for four rows where there are 32 registers, 8 where 16.
+// The number of registers of tokens that are taken at once. Four rows then have 16 accumulators on targets with 32
+// registers, 8 on those with 16.
 template <std::size_t R>
 inline constexpr std::size_t registers_at_once = many_registers ? 4
                                                  : R >= 3       ? 2
                                                                 : 4;
 
-// Dot products of codes, channel by channel; a row tile's queries, where storing scores can not change them.
+// Dot products of codes. It copies the pointers to a row tile's queries, so that the compiler knows that storing
+// scores does not change them.
 struct single_dots {
     const std::int8_t* codes[2];
     single_dots(const query_rows& q, std::size_t row)
@@ -123,13 +129,14 @@ struct single_dots {
     }
 };
 
-// What the scores of R rows need beside.
+// The constants of R rows.
 template <std::size_t R>
 struct score_rows {
     float scale[R], offset[R], sum[R];
 };
 
-// Scores of R rows for N registers, from register `at` of the block on (`pieces` registers a tile).
+// Computes the scores of R rows for N registers of tokens, from register `at` of the chunk on. A tile has `pieces`
+// registers.
 template <class Format, std::size_t R, std::size_t N, class Dots>
 KV1_INLINE void fast_score_step(const block_view& view, const section_layout& s,
                                 const block_metadata<Format>& metadata, const Dots& dots,
@@ -191,7 +198,7 @@ inline void fast_scores(const block_view& block, const block_metadata<Format>& k
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r) { tops[row + r] = xs::reduce_max(top[r]); }
 }
 
-// Decoded values of consecutive fields of a lane: channels of a K lane, tokens of a V lane.
+// Decodes consecutive fields of a lane: channels of a K lane, tokens of a V lane.
 template <class Format>
 struct field_reader {
     static constexpr format_traits t = traits_of(kv_format_of<Format>);
@@ -201,7 +208,7 @@ struct field_reader {
     u32 part0[lines0];
     u32 part1;
 
-    // unit: first line of the part walk, already offset to this register's lanes; n-th run of `fields` fields
+    // unit: the first line of the walk, offset to this register's lanes. Decodes run n of `fields` fields.
     KV1_INLINE void load(const std::uint32_t* unit, std::size_t part1_line, std::size_t n) {
         for (std::size_t l = 0; l < lines0; ++l)
             part0[l] = u32::load_aligned(unit + (n * lines0 + l) * line_lanes);
@@ -232,7 +239,7 @@ struct field_reader {
         }
     }
 
-    // code * slope is exact (at most 8 + 11 significant bits), so fma equals the format's definition
+    // code * slope is exact (at most 8 + 11 significant bits), so an fma gives what the format defines
     KV1_INLINE static f32 decode(u32 code, f32 slope, f32 base) {
         if constexpr (t.codebook)
             code = levels_of(code);
@@ -240,8 +247,8 @@ struct field_reader {
     }
 };
 
-// Registers at once on the exact path: two for plain formats, whose only path it is; one for codes, where it serves
-// as the reference.
+// The number of registers that the exact path takes at once: two for plain formats, which have no other path; one for
+// codes, for which it is the reference.
 template <class Format>
 inline constexpr std::size_t exact_registers = traits_of(kv_format_of<Format>).code_bits == 0 ? 2 : 1;
 
@@ -314,7 +321,7 @@ inline void exact_scores(const block_view& view, const block_metadata<Format>& m
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r) { tops[row + r] = xs::reduce_max(top[r]); }
 }
 
-// function(R, first row) for groups of rows of which four are one and the rest alone: the exact path of codes.
+// Calls function(R, first row) for four rows at a time, then for each of the rest alone: the exact path of codes.
 template <class F>
 KV1_INLINE void for_few_row_tiles(std::size_t rows, const F& function) {
     std::size_t row = 0;
@@ -324,7 +331,7 @@ KV1_INLINE void for_few_row_tiles(std::size_t rows, const F& function) {
         function(std::integral_constant<std::size_t, 1>{}, row);
 }
 
-// function(R, first row) for each row tile.
+// Calls function(R, first row) for each row tile.
 template <class F>
 KV1_INLINE void for_row_tiles(std::size_t rows, const F& function) {
     std::size_t row = 0;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Kernels that convert, encode, append and turn: what needs no dot product. In the order of their dependencies; parsed once
-// per instruction set, inside its namespace and region: only kv1's own guardless sources may be included from here.
+// Includes the kernels that convert, encode, append and transpose, which need no dot product, in the order of their
+// dependencies. Parsed once per instruction set, inside its namespace and region, so it includes nothing but kv1's own
+// sources without include guards.
 
 #include <kv1/detail/kernels/convert.inl>
 #include <kv1/detail/kernels/quantize.inl>

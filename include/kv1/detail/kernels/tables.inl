@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The tables a target hands out: templates, since a table compiles every kernel in it. Parsed once per target, last.
+// The tables of kernels that a target provides. They are templates, since a table compiles every kernel in it. Parsed
+// once per target, last.
 
 KV1_LAZY const target_kernels& kernels() noexcept {
     static constexpr target_kernels table{
@@ -27,7 +28,7 @@ inline const format_kernels& kernels_for() noexcept {
     }
 }
 
-// The same with keys of 2 bits in pairs, where the target can.
+// The tables with keys of 2 bits by channel pairs, on targets that can do that.
 #if defined(KV1_ISA_PAIRS)
 KV1_LAZY const target_kernels& best_kernels() noexcept {
     static constexpr target_kernels table{
