@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// For programs that define KV1_EXTERNAL_KERNELS: include this in exactly one translation unit, before kv1's other
-// headers where it does not define it, too, and the kernels of all formats and the cache itself are compiled there and
-// only there. Its flags may differ from the others', in -march and in exceptions: what target::baseline is, is what
-// this translation unit is compiled for. KV1_STATIC_DISPATCH must be defined for all or for none of them, or
-// external_kernels is not found when they are linked. Without KV1_EXTERNAL_KERNELS there is no need for this header.
-// kv1's own build compiles the two parts of it side by side.
+// Compiles the kernels of all formats, and the cache, in one translation unit of a program that defines
+// KV1_EXTERNAL_KERNELS. Exactly one translation unit includes this header, before kv1's other headers unless it
+// defines KV1_EXTERNAL_KERNELS itself. Its flags may differ from those of the others in -march and in exceptions;
+// target::baseline is then the instruction set of this translation unit. KV1_STATIC_DISPATCH is defined in all
+// translation units or in none, or linking fails for want of external_kernels. A program without KV1_EXTERNAL_KERNELS
+// does not need this header. kv1's own build compiles its two parts side by side.
 #pragma once
 
 #if !defined(KV1_EXTERNAL_KERNELS)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Everything.
+// Includes all public headers.
 #pragma once
 
 #include <kv1/cache_file.hpp>
@@ -12,5 +12,5 @@
 #include <kv1/row.hpp>
 #include <kv1/version.hpp>
 
-/// Everything that the library offers; what is in kv1::detail is its own affair.
+/// The library. What is in kv1::detail is not part of the interface.
 namespace kv1 {}

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Dot products of four 8-bit numbers for the AVX2 targets: KV1_ISA_VNNI says whether one is one instruction (AVX-VNNI).
-// Parsed after isa_avx2.inl, or where it is used.
+// Dot products of four 8-bit numbers for the AVX2 targets: KV1_ISA_VNNI says whether one is one instruction
+// (AVX-VNNI). Parsed after isa_avx2.inl, or where it is used.
 
 using dot_row = i32; // four 8-bit numbers of a row, for every lane
 template <bool>
@@ -28,7 +28,8 @@ KV1_INLINE i32 dot_finish(dot_sum sum) {
 #else
 // A running sum of dot4 products: add, then finish to lanes of 32 bits. dot_limit is how many products of
 // codes up to MaxCode may be added before finishing: pairs of products are summed in 16 bits, which take
-// 32767 / (2 * 127 * MaxCode) of them, half as many for unsigned rows. Codes above 15 would saturate at once; they go nibble by nibble, in 32 bits.
+// 32767 / (2 * 127 * MaxCode) of them, half as many for unsigned rows. Codes above 15 would saturate at once; they go
+// nibble by nibble, in 32 bits.
 using dot_sum = __m256i;
 inline constexpr bool dot_sums_are_totals = false;
 template <int MaxCode, bool Unsigned>

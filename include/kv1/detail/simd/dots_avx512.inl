@@ -28,7 +28,8 @@ KV1_INLINE i32 dot_finish(dot_sum sum) {
 #else
 // A running sum of dot4 products: add, then finish to lanes of 32 bits. dot_limit is how many products of
 // codes up to MaxCode may be added before finishing: pairs of products are summed in 16 bits, which take
-// 32767 / (2 * 127 * MaxCode) of them, half as many for unsigned rows. Codes above 15 would saturate at once; they go nibble by nibble, in 32 bits.
+// 32767 / (2 * 127 * MaxCode) of them, half as many for unsigned rows. Codes above 15 would saturate at once; they go
+// nibble by nibble, in 32 bits.
 using dot_sum = __m512i;
 inline constexpr bool dot_sums_are_totals = false;
 template <int MaxCode, bool Unsigned>
@@ -58,8 +59,8 @@ KV1_INLINE i32 dot_finish(dot_sum sum) {
 #endif
 
 #if defined(KV1_ISA_PAIRS)
-// Byte by byte table[index % 64]. Assembly, since the region's functions may run without VBMI: only those that ask for
-// it call this.
+// Looks up table[index % 64] for each byte. It is assembly, since the region does not permit VBMI: other functions of
+// the region run on processors without it. Only functions for VBMI call this one.
 KV1_LAZY KV1_INLINE u32 look_up(u32 index, u32 table) {
 #if defined(__GNUC__)
     __m512i found;
@@ -73,7 +74,7 @@ KV1_LAZY KV1_INLINE u32 look_up(u32 index, u32 table) {
 KV1_LAZY KV1_INLINE u32 and_or(u32 x, u32 mask, u32 bits) {
     return u32(_mm512_ternarylogic_epi32(__m512i(x), __m512i(mask), __m512i(bits), 0xea));
 }
-// Numbers at even and at odd places of two registers.
+// The numbers at even places of two registers, and those at odd places.
 KV1_LAZY KV1_INLINE void split_pairs(const float* p, f32& even, f32& odd) {
     const __m512i places = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512 a = _mm512_load_ps(p), b = _mm512_load_ps(p + lanes);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Primitives of the AVX2 + FMA + F16C targets that xsimd does not have, but for dot products (dots_avx2.inl). Parsed inside
-// a target namespace that defines `xs` and `arch`, in an AVX2 region.
+// Primitives of the AVX2 + FMA + F16C targets that xsimd does not have, but for dot products (dots_avx2.inl). Parsed
+// inside a target namespace that defines `xs` and `arch`, in an AVX2 region.
 
 using f32 = xs::batch<float, arch>;
 using i32 = xs::batch<std::int32_t, arch>;
@@ -35,15 +35,17 @@ KV1_LAZY KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
         _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), joined);
 }
-// Sixteen numbers 0 ... 255 to bytes, in one store: they are read again at once, in other pieces.
+// Stores sixteen numbers 0 ... 255 as bytes, in one store: they are loaded again at once, in pieces of another size,
+// and several small stores would not forward to such a load.
 KV1_LAZY KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) {
     const __m256i words = _mm256_packs_epi32(__m256i(x[0]), __m256i(x[1])); // by halves of both
     const __m256i bytes = _mm256_packus_epi16(words, words);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
 }
-// Quarters of a line, four numbers each: from and to places of their own, four by four bytes transposed, the numbers of
-// two registers in turns.
+// A quarter is four numbers of a line. load_quarters() and store_quarters() move a register from and to quarters at
+// addresses of their own. transpose_bytes() transposes the 4 x 4 bytes of each quarter. first_in_turns() and
+// last_in_turns() take the first, or last, two numbers of each quarter of a and b in turns: a0 b0 a1 b1, a2 b2 a3 b3.
 KV1_LAZY KV1_INLINE u32 load_quarters(const std::uint32_t* const (&from)[2]) {
     const auto quarter = [&](std::size_t i) {
         return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from[i]));
@@ -68,9 +70,9 @@ KV1_LAZY KV1_INLINE u32 last_in_turns(u32 a, u32 b) {
 KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
     return u32(_mm256_shuffle_epi8(_mm256_set1_epi32(packed_codebook), __m256i(codes)));
 }
-// A square of lanes x lanes numbers.
+// Transposes a square of lanes x lanes numbers.
 KV1_LAZY KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }
-// To the nearest integer, ties to even.
+// Rounds to the nearest integer, ties to even.
 KV1_LAZY KV1_INLINE f32 nearest(f32 x) { return xs::nearbyint(x); }
 KV1_LAZY KV1_INLINE i32 round_to_int(f32 x) { return i32(_mm256_cvtps_epi32(__m256(x))); }
 // x * 2^n for integral n >= exp2_zero_from, which gives zero.

@@ -28,7 +28,8 @@ KV1_LAZY KV1_INLINE u32 load_u8(const std::uint8_t* p) {
 KV1_LAZY KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(__m512i(x)));
 }
-// Sixteen numbers 0 ... 255 to bytes, in one store: they are read again at once, in other pieces.
+// Stores sixteen numbers 0 ... 255 as bytes, in one store: they are loaded again at once, in pieces of another size,
+// and several small stores would not forward to such a load.
 KV1_LAZY KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) {
     store_u8(xs::bitwise_cast<std::uint32_t>(x[0]), p);
 }
@@ -59,8 +60,9 @@ KV1_LAZY KV1_INLINE void transpose(f32 (&x)[lanes]) {
         x[k + 12] = f32(_mm512_castsi512_ps(_mm512_shuffle_i32x4(t[k + 4], t[k + 12], 0xdd)));
     }
 }
-// Quarters of a line, four numbers each: from and to places of their own, four by four bytes transposed, the numbers of
-// two registers in turns.
+// A quarter is four numbers of a line. load_quarters() and store_quarters() move a register from and to quarters at
+// addresses of their own. transpose_bytes() transposes the 4 x 4 bytes of each quarter. first_in_turns() and
+// last_in_turns() take the first, or last, two numbers of each quarter of a and b in turns: a0 b0 a1 b1, a2 b2 a3 b3.
 KV1_LAZY KV1_INLINE u32 load_quarters(const std::uint32_t* const (&from)[4]) {
     const auto quarter = [&](std::size_t i) {
         return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from[i]));
@@ -90,7 +92,7 @@ KV1_LAZY KV1_INLINE u32 last_in_turns(u32 a, u32 b) {
 KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
     return u32(_mm512_shuffle_epi8(_mm512_set1_epi32(packed_codebook), __m512i(codes)));
 }
-// To the nearest integer, ties to even.
+// Rounds to the nearest integer, ties to even.
 KV1_LAZY KV1_INLINE f32 nearest(f32 x) { return xs::nearbyint(x); }
 KV1_LAZY KV1_INLINE i32 round_to_int(f32 x) { return i32(_mm512_cvtps_epi32(__m512(x))); }
 // x * 2^n for integral n, zero below the range of numbers; smaller n may be taken for exp2_zero_from.

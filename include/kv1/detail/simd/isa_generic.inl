@@ -48,7 +48,8 @@ KV1_INLINE i32 dot_finish(dot_sum sum) {
     return sum;
 }
 
-// fp16 bits in the low halves of the lanes, finite; no denormal float appears on the way.
+// Converts fp16 bits in the low halves of lanes to floats. Precondition: finite numbers. No denormal float occurs on
+// the way.
 KV1_LAZY KV1_INLINE f32 half_to_float(u32 h) {
     const u32 magnitude = (h & u32(0x7fffu)) << 13;
     const u32 sign = (h & u32(0x8000u)) << 16;
@@ -84,13 +85,14 @@ KV1_LAZY KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
     for (std::size_t i = 0; i < lanes; ++i)
         p[i] = static_cast<std::uint8_t>(wide[i]);
 }
-// Sixteen numbers 0 ... 255 to bytes.
+// Stores sixteen numbers 0 ... 255 as bytes.
 KV1_LAZY KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) {
     for (std::size_t i = 0; i < pieces; ++i)
         store_u8(xs::bitwise_cast<std::uint32_t>(x[i]), p + i * lanes);
 }
-// Quarters of a line, four numbers each: from and to places of their own, four by four bytes transposed, the numbers of
-// two registers in turns.
+// A quarter is four numbers of a line. load_quarters() and store_quarters() move a register from and to quarters at
+// addresses of their own. transpose_bytes() transposes the 4 x 4 bytes of each quarter. first_in_turns() and
+// last_in_turns() take the first, or last, two numbers of each quarter of a and b in turns: a0 b0 a1 b1, a2 b2 a3 b3.
 KV1_LAZY KV1_INLINE u32 load_quarters(const std::uint32_t* const (&from)[lanes / 4]) {
     alignas(64) std::uint32_t x[lanes];
     for (std::size_t q = 0; q < lanes / 4; ++q)
@@ -113,7 +115,7 @@ KV1_LAZY KV1_INLINE u32 transpose_bytes(u32 x) {
     }
     return u32::load_aligned(turned);
 }
-// Numbers from..., from + 1 of each quarter of a and b, in turns.
+// Numbers from and from + 1 of each quarter of a and of b, in turns.
 template <std::size_t From>
 KV1_INLINE u32 in_turns(u32 a, u32 b) {
     alignas(64) std::uint32_t x[lanes], y[lanes], mixed[lanes];
@@ -125,9 +127,9 @@ KV1_INLINE u32 in_turns(u32 a, u32 b) {
 }
 KV1_LAZY KV1_INLINE u32 first_in_turns(u32 a, u32 b) { return in_turns<0>(a, b); }
 KV1_LAZY KV1_INLINE u32 last_in_turns(u32 a, u32 b) { return in_turns<2>(a, b); }
-// A square of lanes x lanes numbers.
+// Transposes a square of lanes x lanes numbers.
 KV1_LAZY KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }
-// To the nearest integer, ties to even.
+// Rounds to the nearest integer, ties to even.
 KV1_LAZY KV1_INLINE f32 nearest(f32 x) { return xs::nearbyint(x); }
 KV1_LAZY KV1_INLINE i32 round_to_int(f32 x) { return xs::to_int(xs::nearbyint(x)); }
 // Levels of codebook2 for bytes 0 ... 3: 5 c - c / 2, which borrows nothing from the next byte.

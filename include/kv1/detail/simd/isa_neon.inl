@@ -17,7 +17,7 @@ KV1_INLINE dot_row dot_broadcast(std::int32_t four) {
 }
 KV1_LAZY KV1_INLINE int8x16_t signed_bytes(u32 a) { return vreinterpretq_s8_u32(uint32x4_t(a)); }
 
-// Four products a lane, summed in 32 bits; a's bytes are at most 127.
+// Sums four products of bytes in each lane, in 32 bits. Bytes of a are at most 127.
 KV1_LAZY KV1_INLINE int32x4_t dot4(int32x4_t sum, int8x16_t a, dot_row b) {
 #if KV1_ISA_DOTPROD
     return vdotq_s32(sum, a, b);
@@ -92,7 +92,8 @@ KV1_LAZY KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
     const std::uint32_t four = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(words, words))), 0);
     std::memcpy(p, &four, sizeof four);
 }
-// Sixteen numbers 0 ... 255 to bytes, in one store: they are read again at once, in other pieces.
+// Stores sixteen numbers 0 ... 255 as bytes, in one store: they are loaded again at once, in pieces of another size,
+// and several small stores would not forward to such a load.
 KV1_LAZY KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) {
     const auto words = [](i32 a, i32 b) {
         return vcombine_u16(vmovn_u32(vreinterpretq_u32_s32(a)), vmovn_u32(vreinterpretq_u32_s32(b)));
@@ -104,8 +105,9 @@ KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
     const uint8x16_t table = vreinterpretq_u8_s32(vdupq_n_s32(packed_codebook));
     return u32(vreinterpretq_u32_u8(vqtbl1q_u8(table, vreinterpretq_u8_u32(uint32x4_t(codes)))));
 }
-// Quarters of a line, four numbers each: from and to places of their own, four by four bytes transposed, the numbers of
-// two registers in turns.
+// A quarter is four numbers of a line. load_quarters() and store_quarters() move a register from and to quarters at
+// addresses of their own. transpose_bytes() transposes the 4 x 4 bytes of each quarter. first_in_turns() and
+// last_in_turns() take the first, or last, two numbers of each quarter of a and b in turns: a0 b0 a1 b1, a2 b2 a3 b3.
 KV1_LAZY KV1_INLINE u32 load_quarters(const std::uint32_t* const (&from)[1]) {
     return u32(vld1q_u32(from[0]));
 }
@@ -119,9 +121,9 @@ KV1_LAZY KV1_INLINE u32 transpose_bytes(u32 x) {
 }
 KV1_LAZY KV1_INLINE u32 first_in_turns(u32 a, u32 b) { return u32(vzip1q_u32(uint32x4_t(a), uint32x4_t(b))); }
 KV1_LAZY KV1_INLINE u32 last_in_turns(u32 a, u32 b) { return u32(vzip2q_u32(uint32x4_t(a), uint32x4_t(b))); }
-// A square of lanes x lanes numbers.
+// Transposes a square of lanes x lanes numbers.
 KV1_LAZY KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }
-// To the nearest integer, ties to even.
+// Rounds to the nearest integer, ties to even.
 KV1_LAZY KV1_INLINE f32 nearest(f32 x) { return f32(vrndnq_f32(float32x4_t(x))); }
 KV1_LAZY KV1_INLINE i32 round_to_int(f32 x) { return i32(vcvtnq_s32_f32(float32x4_t(x))); }
 // x * 2^n for integral n >= exp2_zero_from, which gives zero.

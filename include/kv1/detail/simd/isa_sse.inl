@@ -89,7 +89,8 @@ KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
 KV1_LAZY KV1_INLINE u32 load_u16(const std::uint16_t* p) {
     return u32(_mm_unpacklo_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), _mm_setzero_si128()));
 }
-// fp16 bits in the low halves of the lanes, finite; no denormal float appears on the way.
+// Converts fp16 bits in the low halves of lanes to floats. Precondition: finite numbers. No denormal float occurs on
+// the way.
 KV1_LAZY KV1_INLINE f32 half_to_float(u32 h) {
     const u32 magnitude = (h & u32(0x7fffu)) << 13;
     const u32 sign = (h & u32(0x8000u)) << 16;
@@ -120,14 +121,16 @@ KV1_LAZY KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
     const std::int32_t four = _mm_cvtsi128_si32(_mm_packus_epi16(words, words));
     std::memcpy(p, &four, sizeof four);
 }
-// Sixteen numbers 0 ... 255 to bytes, in one store: they are read again at once, in other pieces.
+// Stores sixteen numbers 0 ... 255 as bytes, in one store: they are loaded again at once, in pieces of another size,
+// and several small stores would not forward to such a load.
 KV1_LAZY KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) {
     const __m128i low = _mm_packs_epi32(__m128i(x[0]), __m128i(x[1])),
                   high = _mm_packs_epi32(__m128i(x[2]), __m128i(x[3]));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(low, high));
 }
-// Quarters of a line, four numbers each: from and to places of their own, four by four bytes transposed, the numbers of
-// two registers in turns.
+// A quarter is four numbers of a line. load_quarters() and store_quarters() move a register from and to quarters at
+// addresses of their own. transpose_bytes() transposes the 4 x 4 bytes of each quarter. first_in_turns() and
+// last_in_turns() take the first, or last, two numbers of each quarter of a and b in turns: a0 b0 a1 b1, a2 b2 a3 b3.
 KV1_LAZY KV1_INLINE u32 load_quarters(const std::uint32_t* const (&from)[1]) {
     return u32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from[0])));
 }
@@ -149,9 +152,9 @@ KV1_LAZY KV1_INLINE u32 first_in_turns(u32 a, u32 b) {
 KV1_LAZY KV1_INLINE u32 last_in_turns(u32 a, u32 b) {
     return u32(_mm_unpackhi_epi32(__m128i(a), __m128i(b)));
 }
-// A square of lanes x lanes numbers.
+// Transposes a square of lanes x lanes numbers.
 KV1_LAZY KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }
-// To the nearest integer, ties to even.
+// Rounds to the nearest integer, ties to even.
 KV1_LAZY KV1_INLINE i32 round_to_int(f32 x) { return i32(_mm_cvtps_epi32(__m128(x))); }
 // x * 2^n for integral n >= exp2_zero_from, which gives zero.
 inline constexpr float exp2_zero_from = -127.0f;
