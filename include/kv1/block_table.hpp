@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// block_table: which block holds which page of a sequence. Page p means tokens p * page_tokens and on, for
-// good: pages dropped from the middle leave a hole and move nobody. The blocks that are left lie together in
-// order of position, so that kernels walk them as one run; kept_before() turns a position into a place in
-// that run.
+// block_table: says which block holds which page of a sequence. Page p always means the positions p *
+// page_tokens and on: pages that are dropped from the middle leave a hole, and later pages keep their
+// numbers. The blocks of the pages that are left lie together, in order of position, so that kernels walk
+// them as one run. kept_before() turns a position into a place in that run.
+//
+// Example: 64 tokens a page, four pages in blocks 7, 3, 9, 4. After page 1 is dropped, blocks() is {7, 9, 4},
+// holes() is {[1, 2)}, find(2) is 1, and position 130 has the place kept_before(130, 64) = 66.
 //
 // Plain data: owns no blocks, counts no references. Not synchronized.
 #pragma once

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// page_pool: hands out block numbers 0 ... capacity - 1, last freed first, and counts their references. All
-// blocks are alike, so there is nothing to fragment; where a block's bytes lie is the cache's affair.
+// page_pool: hands out block numbers 0 ... capacity - 1 and counts their references. The block that was freed
+// last is handed out first. All blocks are alike, so there is no fragmentation. The pool does not know where
+// bytes lie.
 //
-// allocate(), retain() and release() are O(1) a block, never allocate memory, and may be called from any
-// threads at once, as may the const members; moving a pool, try_grow() and limit() need it for themselves. A
-// block whose references() is 1 can be written to by who holds that reference: nobody else can gain one.
+// allocate(), retain() and release() are O(1) a block and never allocate memory. They and the const members
+// may be called from any threads at once. Moving a pool, try_grow() and limit() need it for themselves. If
+// references() of a block is 1, the holder of that reference may write to the block: nobody else can gain a
+// reference to it.
 #pragma once
 
 #include <kv1/detail/buffer.hpp>
@@ -67,14 +69,15 @@ public:
     /// Takes try_grow() back. Precondition: touched() <= capacity.
     void limit(std::uint32_t capacity) noexcept { capacity_ = capacity < capacity_ ? capacity : capacity_; }
 
-    /// A block with one reference.
+    /// Takes a block, with one reference. Nothing: no block is free.
     [[nodiscard]] std::optional<std::uint32_t> allocate() noexcept {
         std::uint32_t block = 0;
         if (!allocate({&block, 1}))
             return std::nullopt;
         return block;
     }
-    /// As many blocks as the span has elements, or none of them: false.
+    /// Takes as many blocks as the span has elements, each with one reference. Takes none if there are too
+    /// few: false.
     [[nodiscard]] bool allocate(std::span<std::uint32_t> blocks) noexcept {
         const std::lock_guard lock(mutex_);
         if (blocks.size() > capacity_ - in_use_.load(std::memory_order_relaxed))
@@ -92,16 +95,17 @@ public:
         return true;
     }
 
-    /// One more reference. Precondition: the caller holds one, or keeps one from being released.
+    /// Adds a reference. Precondition: the caller holds one, or prevents one from being released.
     void retain(std::uint32_t block) noexcept {
         assert(references(block) != 0);
         counts_[block].fetch_add(1, std::memory_order_relaxed);
     }
 
-    /// One reference less; the last one frees the block: true. Precondition: the caller holds one.
+    /// Removes a reference, and frees the block if it was the last one: true. Precondition: the caller holds
+    /// one.
     bool release(std::uint32_t block) noexcept {
         assert(references(block) != 0);
-        // what others read of the page comes before its next owner's writes
+        // others' reads of the block come before its next owner's writes
         if (counts_[block].fetch_sub(1, std::memory_order_acq_rel) != 1)
             return false;
         const std::lock_guard lock(mutex_);
@@ -110,7 +114,7 @@ public:
         return true;
     }
 
-    /// 0 for a free block. Precondition: block < capacity().
+    /// The number of references to a block; 0: it is free. Precondition: block < capacity().
     [[nodiscard]] std::uint32_t references(std::uint32_t block) const noexcept {
         return counts_[block].load(std::memory_order_acquire);
     }
@@ -126,7 +130,8 @@ public:
         return unused_;
     }
 
-    /// Sum of references() - 1 over the blocks in use: what sharing saves. O(touched()).
+    /// The number of blocks that sharing saves: the sum of references() - 1 over the blocks in use.
+    /// O(touched()).
     [[nodiscard]] std::size_t shared() const noexcept {
         const std::lock_guard lock(mutex_);
         std::size_t total = 0;

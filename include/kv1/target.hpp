@@ -202,7 +202,8 @@ inline status try_set_target(target t) noexcept {
 }
 
 #if KV1_EXCEPTIONS
-/// As try_set_target; throws kv1::error.
+/// Forces a target for calls that start from now on, in all threads. Throws kv1::error: unsupported_target if
+/// this processor cannot run it or it is not compiled in.
 inline void set_target(target t) { detail::throw_if_error(try_set_target(t)); }
 #endif
 

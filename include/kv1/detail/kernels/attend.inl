@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The driver of a target: some query rows of one KV head against a range of tokens, with the softmax taken
-// online per block of tokens (running maximum and sum; Milakov and Gimelshein 2018, FlashAttention). Parsed
-// once per target.
+// The driver of a target: attention of some query rows of one KV head to a range of tokens. The softmax is taken
+// online, chunk by chunk, with a running maximum and sum (Milakov and Gimelshein 2018; FlashAttention). Parsed once
+// per target.
 
 KV1_LAZY KV1_INLINE float maximum_of(const float* scores, std::size_t slots, float start) {
     f32 largest(start);
@@ -11,7 +11,8 @@ KV1_LAZY KV1_INLINE float maximum_of(const float* scores, std::size_t slots, flo
     return xs::reduce_max(largest);
 }
 
-// Channels in the order of a lane's bytes and their planes, into the runs of one of `rows` rows.
+// Copies channels of one query row, in the order of a lane's bytes and their fields, into its runs among those of
+// `rows` rows.
 template <std::size_t Planes>
 KV1_INLINE void scatter_query(const std::int8_t* plain, std::size_t padded, std::int8_t* out,
                               std::size_t rows) {
@@ -21,8 +22,8 @@ KV1_INLINE void scatter_query(const std::int8_t* plain, std::size_t padded, std:
         }
 }
 
-// The 8-bit query of the fast path, reordered so that four consecutive bytes meet the four bytes of a lane.
-// codes: by part, of the row's tile; row r of R rows in it.
+// Rounds a query row to 8 bits for the fast path. Channels are reordered so that four consecutive bytes are multiplied
+// by the four bytes of a lane. codes: those of the row tile, by bit slice; the row is row r of `rows` rows in it.
 KV1_LAZY inline void round_query(const float* query, std::size_t padded, const format_traits& t,
                                  std::int8_t* const (&codes)[2], std::size_t r, std::size_t rows,
                                  float& scale, std::int32_t& sum) noexcept {
@@ -57,8 +58,8 @@ KV1_LAZY inline void round_query(const float* query, std::size_t padded, const f
         }
 }
 
-// Tiles of the tokens first ... last - 1 with what fills up their granules; token[k] is the first of tile k, or
-// no_token. Precondition: first is a multiple of the granule within its page.
+// The tiles of tokens first ... last - 1, and tiles that complete their granules. token[k] is the first token of tile
+// k; no_token: the tile completes a granule. Precondition: first is a multiple of the granule within its page.
 inline constexpr std::size_t no_token = ~std::size_t{0};
 struct block_tiles {
     tile_ref tiles[max_block_tiles];
@@ -86,7 +87,7 @@ KV1_LAZY inline void list_tiles(const attention_job& job, std::size_t granule, s
     out.count = count;
 }
 
-// What a row sees: tokens first ... last - 1 that the mask lets through.
+// A row sees the tokens first ... last - 1 that the mask shows.
 struct row_view {
     std::size_t first, last;
 };
@@ -104,7 +105,7 @@ KV1_LAZY inline row_view view_of(const attention_job& job, std::size_t row) noex
     return v;
 }
 
-// Whether a mask shows all of a tile. Bytes other than 0 and 1 may be taken for a no.
+// Whether a mask shows all tokens of a tile. False is permitted if bytes are neither 0 nor 1.
 KV1_LAZY KV1_INLINE bool all_set(const std::uint8_t* mask) {
     std::uint64_t low = 0, high = 0;
     static_assert(tile_tokens == sizeof low + sizeof high);
@@ -113,7 +114,8 @@ KV1_LAZY KV1_INLINE bool all_set(const std::uint8_t* mask) {
     return (low & high) == 0x0101010101010101u;
 }
 
-// Soft cap and position bias of a row's scores; then lowest_score wherever the row does not see.
+// Applies soft cap and position bias to a row's scores, and sets scores of tokens that the row does not see to
+// lowest_score.
 KV1_LAZY inline void adjust_scores(const attention_job& job, std::size_t row, const row_view& seen,
                                    const block_tiles& block, float shift, float* scores) noexcept {
     const std::size_t token = (job.first_row + row) / job.group, head = (job.first_row + row) % job.group;
@@ -157,8 +159,8 @@ KV1_LAZY inline void adjust_scores(const attention_job& job, std::size_t row, co
     }
 }
 
-// Scores of keys with metadata by groups of channels: each group's scores, added up. q: of the first group, the
-// others behind it, [group][row]. own: room for the scores of one group.
+// Scores of keys with groups of channels: the sum of the scores of all groups. q: queries of the first group, those of
+// the others behind it, [group][row]. own: room for the scores of one group.
 template <class Kernels>
 KV1_NOINLINE void add_group_scores(const Kernels& kernels, std::size_t mode, const block_view& view,
                                    const query_rows& q, float* scores, float* own, float* tops) noexcept {
@@ -187,7 +189,7 @@ KV1_NOINLINE void add_group_scores(const Kernels& kernels, std::size_t mode, con
         tops[r] = maximum_of(scores + r * score_stride, slots, lowest_score);
 }
 
-// A channel's slope and base, zero past the channels, of the keys of a page that are quantized per channel.
+// The slope and base of each channel of a page of keys per channel; zero past the channels.
 KV1_LAZY KV1_NOINLINE inline void load_channels(const section_layout& s, const std::byte* page,
                                                 std::size_t padded, float* slopes, float* bases) noexcept {
     const auto* scales = reinterpret_cast<const std::uint16_t*>(page + s.scale_offset);
@@ -214,7 +216,7 @@ KV1_LAZY KV1_NOINLINE inline void load_channels(const section_layout& s, const s
         slopes[c] = bases[c] = 0.0f;
 }
 
-// The metadata of pages that come next.
+// Prefetches metadata of the next pages.
 KV1_LAZY KV1_INLINE void prefetch_channels(const section_layout& s, const block_tiles& block) {
     const std::byte* page = nullptr;
     for (std::size_t k = 0; k < block.count; ++k) {
@@ -228,9 +230,9 @@ KV1_LAZY KV1_INLINE void prefetch_channels(const section_layout& s, const block_
     }
 }
 
-// Scores of keys quantized per channel: of each page by a query times that page's scales, to which what the query
-// makes of its minima is added; those of a page that is not full, in fp16, by the query itself. round_row(x, r) makes
-// row r's codes, or tables, of the fast path, to which q refers.
+// Scores of keys per channel. For each page, the query is multiplied by the page's scales, and the sum of the query
+// times the page's minima is added to the scores. Keys of a page that is not full are fp16 and take the query itself.
+// round_row(x, r) makes the codes of row r for the fast path, to which q refers.
 template <class Rounding>
 KV1_NOINLINE void add_page_scores(const attention_job& job, const block_tiles& block, const block_view& view,
                                   const query_rows& q, const Rounding& round_row, float* scores,
@@ -296,8 +298,8 @@ KV1_NOINLINE void add_page_scores(const attention_job& job, const block_tiles& b
     }
 }
 
-// Sums of values with metadata by groups of channels, group by group. Each takes the exponentials anew, from `scores`,
-// a copy that a group uses up.
+// Sums of values with groups of channels, group by group. Each group takes the exponentials anew, from a copy of
+// `scores`, which it overwrites.
 template <class Kernels>
 KV1_NOINLINE void add_group_sums(const Kernels& kernels, std::size_t mode, const block_view& view,
                                  const softmax_rows& w, float* scores, float* sums,

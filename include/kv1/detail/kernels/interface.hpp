@@ -2,9 +2,9 @@
 //
 // What a target provides: tables of functions over raw pointers. No SIMD type crosses this boundary.
 //
-// Attention is decomposed into a driver per target (attend_rows: online softmax over blocks of tokens) and
-// two kernels per format and precision, key_scores and value_sums, so that K and V formats combine freely
-// without a kernel for every pair.
+// Attention consists of a driver per target (attend_rows, an online softmax over chunks of tokens) and two
+// kernels per format and precision, key_scores and value_sums. So formats of K and V combine freely, without
+// a kernel for each combination. A chunk is called a block in the names below.
 #pragma once
 
 #include <kv1/layout.hpp>
@@ -24,19 +24,19 @@ enum class precision : std::uint8_t { fast, exact };
 
 namespace detail {
 
-// Queries of one KV head are processed in blocks of at most max_rows rows (a row is one query token and
-// head), tokens in blocks of at most max_block_tokens. A block crosses pages, so that what is paid once a
-// block does not depend on the size of pages.
+// A task takes at most max_rows query rows of one KV head (a query row is one query token and query head). It
+// takes tokens by chunks of at most max_block_tokens. Chunks cross pages, so that the cost of a chunk does
+// not depend on the size of pages.
 inline constexpr std::size_t max_rows = 16;
 inline constexpr std::size_t max_block_tokens = 512;
 inline constexpr std::size_t max_head_dim = 4096;
-// rows * padded head_dim fits: at least one row, and max_rows where many heads share one latent of 576
-// channels
+// Query rows of a task times padded head_dim: at least one row, and max_rows with the 576 channels of a
+// latent that many heads share.
 inline constexpr std::size_t scratch_floats = 9216;
 inline constexpr std::size_t max_groups = max_head_dim / group_unit;       // of a vector
 inline constexpr std::size_t max_group_rows = scratch_floats / group_unit; // rows * groups fits
 
-// Tokens that share a line of V, at least a tile: blocks end between granules.
+// A granule: the tokens that share a line of V, at least a tile. Chunks end between granules.
 constexpr std::size_t granule_of(const page_layout& l) noexcept {
     const std::size_t fields = l.values().traits().fields_per_lane();
     return fields > tile_tokens ? fields : tile_tokens;
@@ -46,14 +46,15 @@ constexpr std::size_t granule_of(const page_layout& l) noexcept {
 // are signed bytes too, so weights may have all of an unsigned byte.
 constexpr int top_weight_code(int code_bits) noexcept { return code_bits == 8 ? 127 : 255; }
 
-// A granule that the end of a page cuts still takes a whole granule's slots in a block's scratch: where that
-// can happen a block has half as many tokens.
+// A granule that the end of a page cuts still takes the slots of a whole one in scratch. If that can happen,
+// chunks have half as many tokens.
 inline constexpr std::size_t max_block_slots = max_block_tokens;
 inline constexpr std::size_t max_block_tiles = max_block_slots / tile_tokens;
 inline constexpr std::size_t score_stride = max_block_slots + 16; // rows do not meet in one cache set
 
-// Where values lie in keys, a block's are turned into lines of V (kernels/latent.inl), which are to stay in
-// the second-level cache: so many bytes of them limit a block's length. 0: not even the shortest block fits.
+// Values in keys are transposed into lines of V, chunk by chunk (kernels/latent.inl). The lines should stay
+// in the second-level cache, so their bytes limit the tokens of a chunk. longest_block() gives that limit; 0:
+// not even the shortest chunk fits.
 inline constexpr std::size_t turned_block_bytes = 65536;
 constexpr std::size_t longest_block(const page_layout& l) noexcept {
     if (!l.values_in_keys())
@@ -67,8 +68,8 @@ constexpr std::size_t longest_block(const page_layout& l) noexcept {
     return fit < shortest ? 0 : fit < max_block_tokens ? fit : max_block_tokens;
 }
 
-// Those lines and their metadata: a section of V that holds a block's slots. A tile more keeps groups of
-// channels out of each other's cache sets.
+// The layout of these lines and their metadata: a section of V that holds a chunk's slots. It has one tile
+// more, which keeps runs of 16 channels out of each other's cache sets.
 constexpr section_layout turned_values(const page_layout& l) noexcept {
     const section_layout& v = l.values();
     const std::size_t slots = longest_block(l);
@@ -81,12 +82,12 @@ constexpr section_layout turned_values(const page_layout& l) noexcept {
 constexpr std::size_t turned_bytes(const section_layout& turned) noexcept {
     return round_up(turned.minimum_offset + turned.metadata_count() * sizeof(float16), line_bytes);
 }
-// Room for any of them: lines, a quarter more for the tile, and half as many metadata at 2 bits in the
-// smallest groups.
+// Room for any such section: the lines, a quarter more for the tile, and metadata, which take half as much at
+// 2 bits in the smallest groups.
 inline constexpr std::size_t turned_room = 2 * turned_block_bytes;
 
-// One past the last token of the block that begins at `first`, a multiple of the granule within its page.
-// Blocks are the unit that weights are rounded in, so every target forms the same ones.
+// One past the last token of the chunk that begins at `first`, which is a multiple of the granule within its
+// page. Weights are rounded chunk by chunk, so every target forms the same chunks.
 constexpr std::size_t block_end(const page_layout& layout, std::size_t first, std::size_t last) noexcept {
     const std::size_t page_tokens = layout.page_tokens(), granule = granule_of(layout);
     const bool whole = page_tokens % granule == 0;
@@ -105,13 +106,13 @@ constexpr std::size_t block_end(const page_layout& layout, std::size_t first, st
     }
 }
 
-// Rows of a block for a head_dim, padding included.
+// The query rows of a task for a head_dim.
 constexpr std::size_t rows_for(std::size_t head_dim) noexcept {
     const std::size_t fit = scratch_floats / round_up(head_dim, 32);
     return fit < 1 ? 1 : fit < max_rows ? fit : max_rows;
 }
 
-// What attend_rows needs while it runs: too much for a thread's stack.
+// The memory that attend_rows works in, too large for a thread's stack.
 struct attention_scratch {
     alignas(64) float query[scratch_floats];
     alignas(64) float sums[scratch_floats];
@@ -125,8 +126,9 @@ struct attention_scratch {
     alignas(64) std::byte turned[turned_room]; // a block's values, where they lie in keys
 };
 
-// Rows are taken in tiles of up to four, as even as can be: 5 = 3 + 2, 7 = 4 + 3. A tile's 8-bit numbers lie
-// together: [line][row of the tile][4 * planes], the run of each row being what meets one line.
+// Query rows are taken in row tiles of up to four, of nearly equal sizes: 5 = 3 + 2, 7 = 4 + 3. The 8-bit
+// numbers of a row tile lie together: [line][row of the tile][4 * (codes in a byte)]. A row's run is what one
+// line is multiplied by.
 inline constexpr std::size_t max_tile_rows = 4;
 constexpr std::size_t row_tiles(std::size_t rows) noexcept {
     return (rows + max_tile_rows - 1) / max_tile_rows;
@@ -136,27 +138,28 @@ constexpr std::size_t row_tile_size(std::size_t rows, std::size_t tile) noexcept
     return rows / tiles + (tile < rows % tiles ? 1 : 0);
 }
 
-// A tile of 16 tokens: its page's first byte, and its first token in the page.
+// A tile of 16 tokens: the first byte of its page, and its first token in the page.
 struct tile_ref {
     const std::byte* page;
     std::size_t token;
 };
 
-// The tiles of a block, in K's or V's section of their pages. Lanes past the stored tokens hold finite
-// garbage. A tile that only fills up a granule refers to the one before it and is seen by no row.
+// The tiles of a chunk, in K's or V's section of their pages. Lanes past the stored tokens hold finite
+// garbage. A tile that only completes a granule refers to the tile before it, and no row sees it.
 struct block_view {
     const section_layout* layout;
     const tile_ref* tiles;
     std::size_t count;
-    // the section walked next, fetched into the cache meanwhile
+    // the section that is walked next, and is prefetched meanwhile
     const section_layout* next_layout;
     const tile_ref* next_tiles;
     std::size_t next_count;
     std::size_t next_share; // bytes of that section that come with a tile
 };
 
-// Query rows prepared for one KV head: scaled by the softmax scale, padded with zeros to a multiple of 32.
-// Where keys have metadata by groups of channels, kernels see one group after the other as if it were all.
+// Query rows prepared for one KV head: multiplied by the softmax scale, and padded with zeros to a multiple
+// of 32. If keys have groups of channels, kernels get one group after the other, as if it were the whole
+// vector.
 struct query_rows {
     std::size_t rows;
     std::size_t stride;  // floats between rows: channels, padded
@@ -171,7 +174,8 @@ struct query_rows {
     const float* code_offsets;
 };
 
-// Keys whose 8-bit queries are tables over pairs of channels (kernels/pairs.inl), on the targets that can.
+// Whether keys are taken by channel pairs (kernels/pairs.inl): the format's part of the answer, and the
+// target's.
 constexpr bool takes_pairs(const format_traits& keys) noexcept { return keys.code_bits == 2; }
 constexpr bool takes_pairs(target t) noexcept {
 #if defined(__AVX512F__) && defined(__AVX512CD__) && defined(__AVX512VL__) && defined(__AVX512DQ__) &&       \
@@ -182,13 +186,14 @@ constexpr bool takes_pairs(target t) noexcept {
     return t == target::avx512_vbmi;
 }
 
-// The target that does the same without pairs, where there is one. Keys per channel meet another query in
-// every page, whose tables would cost more than they save.
+// The target that computes without channel pairs. Keys per channel need another query for every page, whose
+// tables would cost more than they save.
 constexpr target without_pairs(target t) noexcept {
     return t == target::avx512_vbmi ? target::avx512_vnni : t;
 }
 
-// Scores of a block, to become softmax weights: exp(score - maximum), zero where a row does not see a token.
+// The scores of a chunk, from which kernels make softmax weights: exp(score - maximum), or zero for a token
+// that the row does not see.
 struct softmax_rows {
     std::size_t rows;
     float* scores;        // [rows][score_stride], by slot; scratch of the kernel afterwards
@@ -197,8 +202,8 @@ struct softmax_rows {
     float* denominators;  // [rows]: updated by the block's weights
 };
 
-// Of groups of channels, each of which is walked as a section of its own: what group g of `count` is to fetch
-// of the section walked next, a share of it and one group's metadata.
+// Groups of channels are walked one by one, as sections. While group g of `count` is walked, a share of the
+// next section is prefetched, with the metadata of one of its groups. This gives that share as a section.
 inline section_layout fetched_with(const block_view& view, std::size_t g, std::size_t count) noexcept {
     const std::size_t its_groups = view.next_layout->groups();
     const section_layout its = view.next_layout->group(g < its_groups ? g : its_groups - 1);
@@ -211,7 +216,8 @@ inline section_layout fetched_with(const block_view& view, std::size_t g, std::s
 
 inline constexpr std::size_t no_channel = static_cast<std::size_t>(-1);
 
-// Outcome of encoding one vector; channel is the offending one, where one alone offends.
+// The outcome of encoding one vector. channel is the one that is refused, or no_channel if it is not a single
+// one.
 struct encode_result {
     errc code = errc::ok;
     const char* rule = "";
@@ -219,7 +225,7 @@ struct encode_result {
     row_metadata metadata{};
 };
 
-// How vectors become codes, where that is more than their format's own rule (detail/encode_reference.hpp).
+// An encoding as kernels take it (detail/encode_reference.hpp).
 struct encode_recipe {
     kv_format format; // affine or compact
     level_choice levels;
@@ -233,19 +239,19 @@ struct encode_recipe {
 struct encode_row {
     const float* x;
     const float* mean; // null: none
-    // null, or [channels][channels]; see encode_reference.hpp. Where there is one group alone
+    // [channels][channels], see encode_reference.hpp; null: no error weights, or several groups
     const float* feedback;
 };
 
-// Room for encode_rows: up to tile_tokens vectors of up to `channels` channels. Longer ones go one by one, by
-// the definition. errors and candidate_words may be null where no row has feedback.
+// Memory for encode_rows: up to tile_tokens vectors of up to `channels` channels. Longer vectors are encoded
+// one by one, by the definition. errors and candidate_words may be null if no vector has feedback.
 struct encode_scratch {
     std::size_t channels;
     float *x, *errors;                      // [channels][tile_tokens]
     std::uint32_t *words, *candidate_words; // [channels / 4][tile_tokens]
 };
 
-// A vector and where it goes.
+// A vector, and the slot that it goes to.
 struct append_row {
     const section_layout* section;
     std::byte* page;
@@ -253,7 +259,7 @@ struct append_row {
     const float* x;
 };
 
-// A description of one unit of attention work: some query rows of one KV head against a range of tokens.
+// One task of attention: some query rows of one KV head against a range of tokens.
 struct attention_job {
     const struct target_kernels* target;
     const struct format_kernels* key_kernels;
@@ -268,8 +274,8 @@ struct attention_job {
     const std::uint32_t* block_table; // block of page i of the sequence
     std::size_t first_token;          // range of tokens, first_token a multiple of page_tokens
     std::size_t last_token;
-    // Where keys are quantized per channel and the last page is not full: its keys in fp16, of tokens from
-    // open_from on. Null where there is no such page.
+    // With keys per channel, if the last page is not full: its fp16 keys, of the tokens from open_from on.
+    // Null: there is no such page.
     const std::byte* open_keys;
     const page_layout* open_layout;
     const struct format_kernels* open_kernels;
@@ -285,13 +291,13 @@ struct attention_job {
     std::size_t first_row, rows;                          // row = token * group + head in group
     float scale;
 
-    // A query token i sees tokens t < visible_base + i * visible_step; where mask is given, tokens from
-    // mask_first on only where mask[i * mask_stride + t - mask_first] is not 0.
+    // Query token i sees tokens t < visible_base + i * visible_step. With a mask, it sees a token t >=
+    // mask_first only if mask[i * mask_stride + t - mask_first] is not 0.
     std::size_t visible_base, visible_step;
     const std::uint8_t* mask;
     std::size_t mask_first, mask_stride;
 
-    // Query token i stands at position first_position + i; where window is not 0 it sees no token before
+    // Query token i has the position first_position + i. With a window that is not 0 it sees no token before
     // first_position + i + 1 - window.
     std::ptrdiff_t first_position;
     std::size_t window;
@@ -299,16 +305,17 @@ struct attention_job {
     const float* alibi_slopes; // [group] or null: score += slope * (t - position)
     const float* sinks;        // [group] or null: logits that the softmax sees and no value belongs to
 
-    // What was done to keys and values before they were stored, which attention undoes.
+    // What encodings did to keys and values, which attention undoes.
     std::size_t key_hadamard, value_hadamard; // channels of a block; 0: not rotated
     const float *key_means, *value_means;     // [channels] of this KV head, or null
 
-    // Either outputs [token][head][channel], or, where partials is set, per row: {max, sum, weighted sums},
-    // the maximum in units of log2 (softmax.hpp), sinks left out.
+    // The result goes to outputs [token][head][channel], or to partials if that is set. A partial result of a
+    // row is {maximum, sum, weighted sums}, with the maximum in units of log2 (softmax.hpp) and without sink
+    // logits.
     void* outputs;
     scalar_type output_type;
     std::ptrdiff_t output_token_stride, output_head_stride;
-    float* partials; // of values and scores as stored: what attention undoes is left to who merges
+    float* partials; // means and rotation are undone when partial results are merged
     std::size_t partial_stride;
     float* log_sum_exp; // may be null: [row] natural log of the softmax denominator
 };

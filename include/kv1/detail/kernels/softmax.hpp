@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The state of a row's online softmax between blocks, ranges and sinks. Exponentials are taken to base 2:
-// with L = log2(e) in fp32, the weight of a score s is 2^(s L - m), m = L * (largest score) in fp32. Whatever
-// m is rounded to, all weights of a row share it, so only s L - m is rounded, once, relative to its own size.
+// The state of a row's online softmax between chunks, ranges and sink logits. Exponentials are taken to base
+// 2: with L = log2(e) in fp32, the weight of a score s is 2^(s L - m), m = L * (largest score) in fp32.
+// Whatever m is rounded to, all weights of a row share it, so only s L - m is rounded, once, relative to its
+// own size.
 #pragma once
 
 #include <kv1/detail/config.hpp>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Softmax weights of a block's scores, and the sums of its values by them. Parsed once per target; follows
+// Softmax weights from the scores of a chunk, and sums of its values by these weights. Parsed once per target, after
 // scores.inl.
 //
 // A register holds 16 / pieces channels, one a lane; a lane's fields are tokens. With decoded value
@@ -13,8 +13,8 @@
 // Cost of the fast path per line (16 channels x 32/b tokens) and row: 8/b dot4; per tile and row the exponential
 // (7 multiplications, 4 others) and 12 operations around it.
 
-// 2^t for t <= 0, within 3 units of 2^-24: t = n + f, |f| <= 1/2, and a polynomial for 2^f that errs by 1.54
-// units at most (minimax of degree 5 with constant term 1; its rounding adds 1.2). Zero far below 2^-126.
+// 2^t for t <= 0, within 3 units of 2^-24. t = n + f with |f| <= 1/2. A polynomial for 2^f errs by 1.54 units at most
+// (minimax of degree 5 with constant term 1), and its rounding adds 1.2. The result is zero far below 2^-126.
 KV1_LAZY KV1_INLINE f32 exp2_nonpositive(f32 t) {
     const f32 clamped = xs::max(t, f32(exp2_zero_from));
     const f32 n = nearest(clamped);
@@ -26,13 +26,13 @@ KV1_LAZY KV1_INLINE f32 exp2_nonpositive(f32 t) {
     return times_power_of_2(xs::fma(p, f, f32(1.0f)), n);
 }
 
-// What is subtracted from a row's scores in units of log2. Where nothing was seen yet scores are all lowest_score,
-// and their weights zero.
+// The number that is subtracted from a row's scores, in units of log2. If the row has seen nothing yet, all scores are
+// lowest_score, and their weights become zero.
 KV1_LAZY KV1_INLINE f32 softmax_shift(float maximum) {
     return f32(maximum == lowest_score ? 0.0f : -maximum);
 }
 
-// A block's weights of R rows, rounded for the integer path: codes by part, in a row tile's order.
+// The weights of a chunk for R rows, rounded for the integer path. Codes lie by bit slice, in a row tile's order.
 template <std::size_t R>
 struct rounded_weights {
     alignas(64) std::int8_t codes[2][R * max_block_slots];
@@ -41,7 +41,7 @@ struct rounded_weights {
     float affine_sum[R];
 };
 
-// Sixteen codes of row r and tile k to their place among the runs of 32 / Bits slots.
+// Stores the sixteen codes of row r and tile k at their place among runs of 32 / Bits slots.
 template <int Bits, std::size_t R>
 KV1_INLINE void store_weight_codes(const std::uint8_t* codes, std::size_t k, std::size_t r,
                                    std::int8_t* out) {
@@ -115,7 +115,7 @@ KV1_INLINE void round_weights(const block_view& view, const block_metadata<Forma
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r) { out.code_sum[r] = xs::reduce_add(code_sum[r]); }
 }
 
-// The lines of a block in channel group 0, by part, and the lines of K to fetch while they are walked.
+// The lines of a chunk for channels 0 ... 15, by bit slice, and the lines of K to prefetch while they are walked.
 struct value_lines {
     const std::byte* at[2][max_block_slots / 4];
     const std::byte* next[max_block_slots / 4];
@@ -151,7 +151,7 @@ KV1_INLINE void list_lines(const block_view& view, value_lines& lines) {
     }
 }
 
-// Sums of R rows for N registers of channels from `channel` on.
+// Computes the sums of R rows for N registers of channels, from `channel` on.
 template <class Format, std::size_t R, std::size_t N>
 KV1_INLINE void fast_sum_step(const section_layout& s, const value_lines& lines,
                               const rounded_weights<R>& rounded, const float* rescale, std::size_t channel,
@@ -210,7 +210,7 @@ inline void fast_sums(const block_view& view, const block_metadata<Format>& meta
         fast_sum_step<Format, R, 1>(s, lines, rounded, w.rescale + row, channel, out, sum_stride);
 }
 
-// Scores to weights in place, for the exact path.
+// Turns scores into weights in place, for the exact path.
 template <std::size_t R>
 KV1_INLINE void exponentiate(std::size_t slots, const softmax_rows& w, std::size_t row) {
     const f32 log2e(log2_e);
