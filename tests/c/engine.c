@@ -3,33 +3,16 @@
  * An engine in C: what the library computes is compared with attention over the decoded tokens, and every
  * kind of misuse must come back as a code that says where.
  */
-#include <kv1/kv1.h>
+#include "check.h"
 
 #include <math.h>
-#include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
-
-#define CHECK(condition)                                                                                     \
-    do {                                                                                                     \
-        if (!(condition)) {                                                                                  \
-            printf("line %d: %s\n", __LINE__, #condition);                                                   \
-            failed = 1;                                                                                      \
-        }                                                                                                    \
-    } while (0)
 
 enum { tokens = 70, kv_heads = 2, heads = 4, dim = 48 };
 
-static int failed = 0;
 static float k[tokens * kv_heads * dim], v[tokens * kv_heads * dim], q[heads * dim];
 static float out[heads * dim], again[heads * dim], lse[heads];
 static float keys[tokens * dim], values[tokens * dim];
-
-static unsigned state = 1;
-static float next(void) {
-    state = state * 1664525u + 1013904223u;
-    return (float)(state >> 8) / 8388608.0f - 1.0f;
-}
 
 /* "Threads" of a kind: the last task first. */
 static void backwards(void* context, size_t count, kv1_task task, void* task_state) {
@@ -64,8 +47,21 @@ static void attend_over_decoded(const kv1_cache* cache, kv1_sequence s) {
     CHECK(worst_lse < 1e-4);
 }
 
+static kv1_code create(const kv1_layer* layers, size_t distinct_layers, size_t layer_count,
+                       size_t capacity_tokens, size_t page_tokens, kv1_cache** cache, kv1_error* error) {
+    kv1_cache_options options;
+    kv1_cache_options_init(&options);
+    options.layers = layers;
+    options.distinct_layers = distinct_layers;
+    options.layer_count = layer_count;
+    options.capacity_tokens = capacity_tokens;
+    options.page_tokens = page_tokens;
+    return kv1_cache_create(&options, cache, error);
+}
+
 int main(void) {
-    const kv1_layer layer = {.kv_heads = kv_heads,
+    const kv1_layer layer = {.struct_size = sizeof(kv1_layer),
+                             .kv_heads = kv_heads,
                              .key_dim = dim,
                              .value_dim = dim,
                              .key_format = KV1_AFFINE2,
@@ -80,17 +76,18 @@ int main(void) {
     size_t i, length = 0, tasks = 0;
     char text[200], cut[8];
 
+    kv1_statistics_init(&statistics);
     CHECK(kv1_version() >= 100);
     CHECK(strlen(kv1_target()) > 0);
     for (i = 0; i < tokens * kv_heads * dim; ++i) {
-        k[i] = next();
-        v[i] = next();
+        k[i] = uniform();
+        v[i] = uniform();
     }
     for (i = 0; i < heads * dim; ++i)
-        q[i] = next();
+        q[i] = uniform();
 
     /* two layers alike, four pages of 32 tokens */
-    CHECK(kv1_cache_create(&layer, 1, 2, 128, 32, &cache, &error) == KV1_OK);
+    CHECK(create(&layer, 1, 2, 128, 32, &cache, &error) == KV1_OK);
     if (cache == NULL)
         return 1;
     CHECK(kv1_sequence_create(cache, &s, NULL) == KV1_OK);
@@ -99,7 +96,7 @@ int main(void) {
     CHECK(kv1_length(cache, s, 0, &length, NULL) == KV1_OK && length == tokens);
     CHECK(kv1_length(cache, s, 1, &length, NULL) == KV1_OK && length == 0);
 
-    memset(&options, 0, sizeof options);
+    kv1_attention_init(&options);
     options.precision = KV1_EXACT;
     options.log_sum_exp = lse;
     CHECK(kv1_attend(cache, s, 0, kv1_contiguous(q, KV1_FP32, 1, heads, dim),
@@ -165,7 +162,7 @@ int main(void) {
         kv1_layer mixed = layer;
         mixed.key_format = (kv1_format)i;
         mixed.value_format = (kv1_format)(i == KV1_CODEBOOK2 ? 0 : i + 1);
-        CHECK(kv1_cache_create(&mixed, 1, 1, 128, 32, &cache, &error) == KV1_OK);
+        CHECK(create(&mixed, 1, 1, 128, 32, &cache, &error) == KV1_OK);
         CHECK(kv1_sequence_create(cache, &s, NULL) == KV1_OK);
         CHECK(kv1_append(cache, s, 0, kv1_contiguous(v, KV1_FP32, tokens, kv_heads, dim),
                          kv1_contiguous(v, KV1_FP32, tokens, kv_heads, dim), NULL, &error) == KV1_OK);
@@ -181,7 +178,7 @@ int main(void) {
     {
         kv1_layer unknown = layer;
         unknown.value_format = (kv1_format)(KV1_CODEBOOK2 + 1);
-        CHECK(kv1_cache_create(&unknown, 1, 1, 128, 32, &cache, &error) == KV1_UNSUPPORTED_FORMAT);
+        CHECK(create(&unknown, 1, 1, 128, 32, &cache, &error) == KV1_UNSUPPORTED_FORMAT);
     }
 
     /* metadata by groups of channels: each is stored as a vector of its own would be */
@@ -193,7 +190,7 @@ int main(void) {
         grouped.value_format = KV1_COMPACT3;
         grouped.key_group = 32;
         grouped.value_group = wide;
-        CHECK(kv1_cache_create(&grouped, 1, 1, 128, 32, &cache, &error) == KV1_OK);
+        CHECK(create(&grouped, 1, 1, 128, 32, &cache, &error) == KV1_OK);
         CHECK(kv1_sequence_create(cache, &s, NULL) == KV1_OK);
         CHECK(kv1_append(cache, s, 0, kv1_contiguous(v, KV1_FP32, few, kv_heads, wide),
                          kv1_contiguous(v, KV1_FP32, few, kv_heads, wide), NULL, &error) == KV1_OK);
@@ -203,7 +200,7 @@ int main(void) {
         kv1_cache_destroy(cache);
         apart.kv_heads = 3 * kv_heads;
         apart.key_dim = apart.value_dim = 32;
-        CHECK(kv1_cache_create(&apart, 1, 1, 128, 32, &cache, &error) == KV1_OK);
+        CHECK(create(&apart, 1, 1, 128, 32, &cache, &error) == KV1_OK);
         CHECK(kv1_sequence_create(cache, &s, NULL) == KV1_OK);
         CHECK(kv1_append(cache, s, 0, kv1_contiguous(v, KV1_FP32, few, 3 * kv_heads, 32),
                          kv1_contiguous(v, KV1_FP32, few, 3 * kv_heads, 32), NULL, &error) == KV1_OK);
@@ -214,7 +211,7 @@ int main(void) {
         }
         kv1_cache_destroy(cache);
         grouped.value_group = 64;
-        CHECK(kv1_cache_create(&grouped, 1, 1, 128, 32, &cache, &error) == KV1_INVALID_ARGUMENT);
+        CHECK(create(&grouped, 1, 1, 128, 32, &cache, &error) == KV1_INVALID_ARGUMENT);
         CHECK(error.layer == 0 && strstr(error.rule, "a group is a multiple of 32 channels") == error.rule);
     }
 
@@ -223,7 +220,7 @@ int main(void) {
         kv1_layer turned = layer;
         size_t t;
         turned.key_axis = KV1_PER_CHANNEL;
-        CHECK(kv1_cache_create(&turned, 1, 1, 128, 32, &cache, &error) == KV1_OK);
+        CHECK(create(&turned, 1, 1, 128, 32, &cache, &error) == KV1_OK);
         CHECK(kv1_sequence_create(cache, &s, NULL) == KV1_OK);
         CHECK(kv1_append(cache, s, 0, kv1_contiguous(v, KV1_FP32, 40, kv_heads, dim),
                          kv1_contiguous(v, KV1_FP32, 40, kv_heads, dim), NULL, &error) == KV1_OK);
@@ -235,7 +232,7 @@ int main(void) {
             CHECK(fabs((double)keys[t] - (double)v[(39 * kv_heads + 1) * dim + t]) < 0x1p-11);
         kv1_cache_destroy(cache);
         turned.key_axis = (kv1_axis)7;
-        CHECK(kv1_cache_create(&turned, 1, 1, 128, 32, &cache, &error) == KV1_INVALID_ARGUMENT);
+        CHECK(create(&turned, 1, 1, 128, 32, &cache, &error) == KV1_INVALID_ARGUMENT);
     }
 
     /* values in keys: stored once, appended as keys alone, attended as their first channels */
@@ -245,7 +242,7 @@ int main(void) {
         latent.kv_heads = 1;
         latent.value_dim = 32;
         latent.values_in_keys = 1;
-        CHECK(kv1_cache_create(&latent, 1, 1, 128, 32, &cache, &error) == KV1_OK);
+        CHECK(create(&latent, 1, 1, 128, 32, &cache, &error) == KV1_OK);
         CHECK(kv1_sequence_create(cache, &s, NULL) == KV1_OK);
         CHECK(kv1_append(cache, s, 0, kv1_contiguous(v, KV1_FP32, 40, 1, dim), kv1_no_values(), NULL,
                          &error) == KV1_OK);
@@ -262,7 +259,7 @@ int main(void) {
                          kv1_contiguous(k, KV1_FP32, 1, 1, 32), NULL, &error) == KV1_INVALID_ARGUMENT);
         kv1_cache_destroy(cache);
         latent.value_format = KV1_AFFINE4;
-        CHECK(kv1_cache_create(&latent, 1, 1, 128, 32, &cache, &error) == KV1_INVALID_ARGUMENT);
+        CHECK(create(&latent, 1, 1, 128, 32, &cache, &error) == KV1_INVALID_ARGUMENT);
     }
 
     /* steps, and a sliding window that keeps a few tokens for a cut behind the last of them */
@@ -271,7 +268,7 @@ int main(void) {
         kv1_layer sliding = layer;
         sliding.sliding_window = window;
         sliding.window_retention = kept;
-        CHECK(kv1_cache_create(&sliding, 1, 1, 128, 16, &cache, &error) == KV1_OK);
+        CHECK(create(&sliding, 1, 1, 128, 16, &cache, &error) == KV1_OK);
         CHECK(kv1_sequence_create(cache, &s, NULL) == KV1_OK);
         for (i = 0; i < tokens; ++i) {
             const float* row = v + i * kv_heads * dim;
@@ -290,9 +287,9 @@ int main(void) {
         CHECK(kv1_attend(cache, s, 0, kv1_contiguous(q, KV1_FP32, 1, heads, dim),
                          kv1_contiguous_output(out, KV1_FP32, 1, heads, dim), NULL, NULL, &error) == KV1_OK);
         CHECK(memcmp(out, again, sizeof out) == 0);
-        memset(&options, 0, sizeof options);
-        options.mask = KV1_MASK_CAUSAL_FROM;
-        options.first_position = 40;
+        kv1_attention_init(&options);
+        options.mask.kind = KV1_MASK_CAUSAL_FROM;
+        options.mask.first_position = 40;
         CHECK(kv1_attend(cache, s, 0, kv1_contiguous(q, KV1_FP32, 1, heads, dim),
                          kv1_contiguous_output(out, KV1_FP32, 1, heads, dim), &options, NULL,
                          &error) == KV1_DROPPED_TOKENS);
@@ -305,10 +302,9 @@ int main(void) {
     }
 
     /* page sizes are whole tiles; distinct layers divide the layers */
-    CHECK(kv1_cache_create(&layer, 1, 1, 128, 20, &cache, &error) == KV1_INVALID_ARGUMENT && cache == NULL);
-    CHECK(kv1_cache_create(&layer, 0, 1, 128, 32, &cache, &error) == KV1_INVALID_ARGUMENT);
-    CHECK(kv1_cache_create(NULL, 1, 1, 128, 32, &cache, &error) == KV1_INVALID_ARGUMENT);
+    CHECK(create(&layer, 1, 1, 128, 20, &cache, &error) == KV1_INVALID_ARGUMENT && cache == NULL);
+    CHECK(create(&layer, 0, 1, 128, 32, &cache, &error) == KV1_INVALID_ARGUMENT);
+    CHECK(create(NULL, 1, 1, 128, 32, &cache, &error) == KV1_INVALID_ARGUMENT);
 
-    puts(failed ? "FAILED" : "ok");
-    return failed;
+    return report();
 }

@@ -459,16 +459,29 @@ TEST_CASE("the C interface makes do with little stack", "[stack]") {
     kv1_test::generator g(6);
     const std::vector<float> x = normal_values(g, tokens * dim);
     std::vector<float> out(tokens * dim);
+    std::vector<unsigned char> memory(1 << 16);
     kv1_test::for_each_target([&](kv1::target) {
         small_calls call;
         for (const kv1_axis axis : {KV1_PER_TOKEN, KV1_PER_CHANNEL}) {
-            const kv1_layer layer{1, dim, dim, KV1_CODEBOOK2, KV1_AFFINE3, 0, 0, axis, 0};
+            kv1_layer layer;
+            kv1_layer_init(&layer);
+            layer.kv_heads = 1;
+            layer.key_dim = layer.value_dim = dim;
+            layer.key_format = KV1_CODEBOOK2;
+            layer.value_format = KV1_AFFINE3;
+            layer.key_axis = axis;
+            kv1_cache_options options;
+            kv1_cache_options_init(&options);
+            options.layers = &layer;
+            options.distinct_layers = options.layer_count = 1;
+            options.capacity_tokens = 64;
+            options.page_tokens = 16;
             kv1_cache* cache = nullptr;
             kv1_sequence id{};
             kv1_error error{};
             const kv1_tensor in = kv1_contiguous(x.data(), KV1_FP32, tokens, 1, dim);
             call("kv1_cache_create", [&] {
-                return kv1_cache_create(&layer, 1, 1, 64, 16, &cache, &error) == KV1_OK &&
+                return kv1_cache_create(&options, &cache, &error) == KV1_OK &&
                        kv1_sequence_create(cache, &id, &error) == KV1_OK;
             });
             call("kv1_append", [&] { return kv1_append(cache, id, 0, in, in, nullptr, &error) == KV1_OK; });
@@ -476,6 +489,16 @@ TEST_CASE("the C interface makes do with little stack", "[stack]") {
                 return kv1_attend(cache, id, 0, in,
                                   kv1_contiguous_output(out.data(), KV1_FP32, tokens, 1, dim), nullptr,
                                   nullptr, &error) == KV1_OK;
+            });
+            call("kv1_attend_batch", [&] {
+                const std::size_t indptr[] = {0, tokens};
+                return kv1_attend_batch(cache, &id, indptr, 1, 0, in,
+                                        kv1_contiguous_output(out.data(), KV1_FP32, tokens, 1, dim), nullptr,
+                                        nullptr, &error) == KV1_OK;
+            });
+            call("kv1_swap_out", [&] { // and back, under another handle
+                return kv1_swap_out(cache, id, memory.data(), memory.size(), &error) == KV1_OK &&
+                       kv1_swap_in(cache, memory.data(), memory.size(), &id, &error) == KV1_OK;
             });
             call("kv1_describe", [&] {
                 char text[200];
