@@ -52,6 +52,13 @@ TEST_CASE("the first chunks of WikiText-2 diverge as the reference says", "[kld]
     }
 }
 
+// Another BLAS rounds otherwise, and a value between two levels then gets the other one's code: a chunk's mean
+// moves though nothing is wrong. Over 16 chunks, with OpenBLAS's kernels for three processors
+// (OPENBLAS_CORETYPE=SkylakeX, Haswell, Sandybridge), its standard deviation was 0.90 % of the mean with the
+// shipped cache and 1.31 % with keys per channel, whose codes depend on all tokens of a page. Two runs differ by
+// sqrt(2) as much; four times that is allowed.
+constexpr double rounding_allows(double deviation) { return 4.0 * 1.4142136 * deviation; }
+
 TEST_CASE("the model that runs by default costs what it was measured to cost", "[kld]") {
     // of the run over the whole text that README reports
     const double measured[] = {0.0741512, 0.0882978};
@@ -68,7 +75,7 @@ TEST_CASE("the model that runs by default costs what it was measured to cost", "
     for (std::size_t i = 0; i < 2; ++i) {
         const double found = result.at("chunk_mean_kld").at(i);
         INFO("chunk " << i << ": " << found << ", not " << measured[i]);
-        CHECK(std::fabs(found - measured[i]) <= 0.02 * measured[i]);
+        CHECK(std::fabs(found - measured[i]) <= rounding_allows(0.0090) * measured[i]);
     }
 }
 
@@ -90,7 +97,7 @@ TEST_CASE("keys per channel cost the shipped model what they were measured to co
     for (std::size_t i = 0; i < 2; ++i) {
         const double found = result.at("chunk_mean_kld").at(i);
         INFO("chunk " << i << ": " << found << ", not " << measured[i]);
-        CHECK(std::fabs(found - measured[i]) <= 0.02 * measured[i]);
+        CHECK(std::fabs(found - measured[i]) <= rounding_allows(0.0131) * measured[i]);
     }
 }
 
