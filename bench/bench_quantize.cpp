@@ -92,8 +92,9 @@ void register_appends() {
                                    {"ls", level_choice::least_squares, false, false, false},
                                    {"ls+had+mean", level_choice::least_squares, true, true, false},
                                    {"ls+had+mean+ew", level_choice::least_squares, true, true, true}};
-    for (const kv_format format :
-         {kv_format::affine2, kv_format::compact2, kv_format::compact3, kv_format::codebook2})
+    for (const kv_format format : kv1::all_kv_formats) {
+        if (!kv1::info_of(format).fits_levels || kv1::info_of(format).code_bits > 3)
+            continue;
         for (const policy& p : policies)
             for (const kv1::target t : bench::supported_targets())
                 for (const std::size_t dim : {std::size_t{32}, std::size_t{128}}) {
@@ -102,6 +103,7 @@ void register_appends() {
                     bench::register_on(
                         t, name, [=](benchmark::State& state) { append(state, format, p, dim); }, true);
                 }
+    }
 }
 
 } // namespace

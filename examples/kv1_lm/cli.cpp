@@ -56,12 +56,11 @@ void add_common(CLI::App& command, std::filesystem::path& model) {
 }
 
 void add_cache(CLI::App& command, texts& t, std::size_t& threads) {
-    command.add_option(
-        "--kv", t.kv,
-        "Bits of the cache: 1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4 (compact), cb2, or K,V such as 4,2, or "
-        "what "
-        "sweep --policy takes, with the model's own means and error weights; not given: the cache that the "
-        "model was trained for, or 2");
+    command.add_option("--kv", t.kv,
+                       "Bits of the cache: " + kv_format_names() +
+                           " (c: compact, cb: codebook), or K,V such as 4,2, or what sweep --policy takes, "
+                           "with the model's own means and error weights; not given: the cache that the "
+                           "model was trained for, or 2");
     command
         .add_option("--attention", t.attention,
                     "exact: fp32 on decoded values; fast: integer arithmetic on the codes")

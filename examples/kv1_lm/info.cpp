@@ -32,13 +32,11 @@ void info(const std::filesystem::path& folder, std::ostream& out) {
         out << std::right << std::setw(12) << std::to_string(k) + "K";
     out << '\n';
     const std::size_t fp16 = c.layers * c.kv_heads * 4 * c.head_dim;
-    for (const std::string_view width : kv_widths) {
-        const kv_formats f = parse_kv(width, "--kv");
-        const std::size_t bytes =
-            c.layers * c.kv_heads * (kv1::row_bytes(f.key, c.head_dim) + kv1::row_bytes(f.value, c.head_dim));
-        out << std::left << std::setw(6) << width << std::right << std::setw(11) << bytes << std::setw(8)
-            << std::fixed << std::setprecision(2) << static_cast<double>(fp16) / static_cast<double>(bytes)
-            << 'x';
+    for (const kv1::kv_format format : kv_formats_by_size) {
+        const std::size_t bytes = c.layers * c.kv_heads * 2 * kv1::row_bytes(format, c.head_dim);
+        out << std::left << std::setw(6) << kv1::info_of(format).short_name << std::right << std::setw(11)
+            << bytes << std::setw(8) << std::fixed << std::setprecision(2)
+            << static_cast<double>(fp16) / static_cast<double>(bytes) << 'x';
         for (const std::size_t k : contexts)
             out << std::setw(12) << kv1::human_bytes(bytes * k * 1024);
         out << '\n';

@@ -41,9 +41,9 @@ std::size_t parse_count(std::string_view text, const named_text& whole) {
 side_policy parse_side(std::string_view text, const named_text& whole) {
     side_policy p;
     const std::string_view width = take_until(text, '+');
-    const auto format = format_of(width);
+    const auto format = kv1::format_from_short_name(width);
     if (!format)
-        whole.refuse(quote(width) + " is none of 1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4, cb2");
+        whole.refuse(quote(width) + " is none of " + kv_format_names());
     p.format = *format;
     while (!text.empty()) {
         const std::string_view option = take_until(text, '+');

@@ -5,7 +5,7 @@
 //   policy   SIDES[/LAYER:SIDES]...[@SINKS:WINDOW][#PAGE]
 //   SIDES    KEYS,VALUES, or one for both
 //   KEYS     FORMAT[+ls|+cs][+had][+mean][+ew][+gCHANNELS|+channel]
-//   FORMAT   1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4 (compact), cb2 (codebook)
+//   FORMAT   a short name of kv1/format.hpp: 1, 1.5, 2, c2 (compact), cb2 (codebook)
 //
 //   ls, cs      levels by least squares, by a clip search
 //   had         Hadamard rotation

@@ -5,7 +5,7 @@
 
 #include <kv1/format.hpp>
 
-#include <array>
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -18,12 +18,20 @@ struct kv_formats {
     friend bool operator==(const kv_formats&, const kv_formats&) = default;
 };
 
-/// Every width, narrowest first; then the compact formats.
-inline constexpr std::array<std::string_view, 12> kv_widths{"1",  "1.5", "2",  "3",  "4",  "8",
-                                                            "16", "32",  "c2", "c3", "c4", "cb2"};
+/// Every format, the smallest first; after them those whose short names begin with a letter.
+inline constexpr auto kv_formats_by_size = [] {
+    auto all = kv1::all_kv_formats;
+    std::ranges::sort(all, [](kv1::kv_format a, kv1::kv_format b) {
+        const bool a_letter = kv1::info_of(a).short_name[0] > '9',
+                   b_letter = kv1::info_of(b).short_name[0] > '9';
+        const std::size_t a_bytes = kv1::row_bytes(a, 128), b_bytes = kv1::row_bytes(b, 128);
+        return a_letter != b_letter ? b_letter : a_bytes != b_bytes ? a_bytes < b_bytes : a < b;
+    });
+    return all;
+}();
 
-/// The format of one of kv_widths, or none.
-[[nodiscard]] std::optional<kv1::kv_format> format_of(std::string_view width) noexcept;
+/// Their short names, for messages: "1, 1.5, 2".
+[[nodiscard]] std::string kv_format_names();
 
 /// One width for both, or a pair "K,V". `option` is named in the input_error for anything else.
 [[nodiscard]] kv_formats parse_kv(std::string_view text, std::string_view option);

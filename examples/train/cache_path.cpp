@@ -18,6 +18,7 @@
 
 #include <span>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 namespace kv1_train {
@@ -97,14 +98,16 @@ cuda::cache_path_job job_for(const Tensor& x, Tensor& y) {
 
 void set_format(cuda::cache_path_job& job, kv1::kv_format format, const kv_policy& policy) {
     using kv1::kv_format;
-    if (format == kv_format::codebook2)
-        throw std::invalid_argument("cb2 is trained for on processors alone");
     const kv1::format_info info = kv1::info_of(format);
+    if (info.codebook)
+        throw std::invalid_argument(std::string(info.short_name) + " is trained for on processors alone");
     job.format = is_plain(format)                     ? cuda::scheme::plain
                  : format == kv_format::binary        ? cuda::scheme::binary
                  : format == kv_format::scaled_binary ? cuda::scheme::scaled_binary
                  : info.compact                       ? cuda::scheme::compact
-                                                      : cuda::scheme::affine;
+                 : info.fits_levels                   ? cuda::scheme::affine
+                                    : throw std::invalid_argument(std::string(info.short_name) +
+                                                                  " is trained for on processors alone");
     job.max_code = (1 << info.code_bits) - 1;
     job.least_squares = policy.least_squares;
     job.hadamard = policy.hadamard;

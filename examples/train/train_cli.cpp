@@ -38,10 +38,10 @@ struct cache_texts {
 
 void add_cache(CLI::App& command, cache_texts& t) {
     command
-        .add_option(
-            "--kv", t.formats,
-            "Bits of the cache: 1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4 (compact), cb2, or K,V such as "
-            "c3,c2; /LAYER:K,V for a layer that differs, such as c3,c2/0:c2/3:c3")
+        .add_option("--kv", t.formats,
+                    "Bits of the cache: " + kv1_lm::kv_format_names() +
+                        " (c: compact, cb: codebook), or K,V such as c3,c2; /LAYER:K,V for a layer that "
+                        "differs, such as c3,c2/0:c2/3:c3")
         ->capture_default_str();
     command.add_option("--encoder", t.encoder, "How levels are chosen")
         ->check(CLI::IsMember({"min_max", "least_squares"}))

@@ -373,30 +373,13 @@ namespace detail {
 // Calls f with the quantizer of a coded format.
 template <class F>
 status with_quantizer(kv_format format, F&& f) noexcept {
-    switch (format) {
-    case kv_format::affine8:
-        return f.template operator()<affine<8>>();
-    case kv_format::affine4:
-        return f.template operator()<affine<4>>();
-    case kv_format::affine3:
-        return f.template operator()<affine<3>>();
-    case kv_format::affine2:
-        return f.template operator()<affine<2>>();
-    case kv_format::compact4:
-        return f.template operator()<compact<4>>();
-    case kv_format::compact3:
-        return f.template operator()<compact<3>>();
-    case kv_format::compact2:
-        return f.template operator()<compact<2>>();
-    case kv_format::codebook2:
-        return f.template operator()<codebook2>();
-    case kv_format::scaled_binary:
-        return f.template operator()<scaled_binary>();
-    case kv_format::binary:
-        return f.template operator()<binary>();
-    default:
-        return {errc::unsupported_format, "not a coded format"};
-    }
+    const status refusal{errc::unsupported_format, "not a coded format"};
+    return with_format(all_formats{}, format, refusal, [&]<class Format>() noexcept {
+        if constexpr (traits_of(kv_format_of<Format>).code_bits != 0)
+            return f.template operator()<Format>();
+        else
+            return refusal;
+    });
 }
 
 } // namespace detail

@@ -70,46 +70,12 @@ enum class kv_format : std::uint8_t {
     codebook2
 };
 
-/// Every format, in the enumeration's order.
-inline constexpr std::array all_kv_formats{
-    kv_format::fp32,     kv_format::fp16,     kv_format::affine8,       kv_format::affine4,
-    kv_format::affine3,  kv_format::affine2,  kv_format::scaled_binary, kv_format::binary,
-    kv_format::compact4, kv_format::compact3, kv_format::compact2,      kv_format::codebook2};
-
-/// The enumerator's name.
-[[nodiscard]] constexpr std::string_view to_string(kv_format f) noexcept {
-    switch (f) {
-    case kv_format::fp32:
-        return "fp32";
-    case kv_format::fp16:
-        return "fp16";
-    case kv_format::affine8:
-        return "affine8";
-    case kv_format::affine4:
-        return "affine4";
-    case kv_format::affine3:
-        return "affine3";
-    case kv_format::affine2:
-        return "affine2";
-    case kv_format::scaled_binary:
-        return "scaled_binary";
-    case kv_format::binary:
-        return "binary";
-    case kv_format::compact4:
-        return "compact4";
-    case kv_format::compact3:
-        return "compact3";
-    case kv_format::compact2:
-        return "compact2";
-    case kv_format::codebook2:
-        return "codebook2";
-    }
-    return "unknown";
-}
-
 namespace detail {
 
 enum class metadata_kind : std::uint8_t { none, scale, scale_and_minimum, compact };
+
+// Which levels codes stand for: themselves, or 0, 5, 9 and 14 for 0 ... 3.
+enum class code_levels : std::uint8_t { even, codebook };
 
 // A code is stored as one or two bit fields, each in lines of its own: a 3-bit code is its two low bits and
 // its high bit, so that every field divides a 32-bit lane.
@@ -118,18 +84,27 @@ struct code_part {
     int shift; // its place in the code
 };
 
-// code_bits is 0 for plain formats; parts[1].bits is 0 where one part is enough.
+// What a format is made of: a row of format_table. code_bits is 0 for plain formats; parts[1].bits is 0 where
+// one part is enough.
 struct format_traits {
-    kv_format id;
-    int code_bits;
-    int plain_bits;
-    metadata_kind metadata;
-    std::array<code_part, 2> parts;
-    bool codebook = false; // codes 0 ... 3 stand for levels 0, 5, 9, 14; else they are the levels
+    kv_format id{};
+    std::string_view name = "unknown"; // the enumerator's
+    std::string_view short_name;       // in options of programs
+    std::uint8_t saved = 0;            // number in saved caches: it never changes, nor is it used again
+    int code_bits = 0;
+    int plain_bits = 0;
+    metadata_kind metadata = metadata_kind::none;
+    code_levels levels = code_levels::even;
+    std::array<code_part, 2> parts{};
 
-    [[nodiscard]] constexpr int top_level() const noexcept { return codebook ? 14 : (1 << code_bits) - 1; }
+    [[nodiscard]] constexpr bool codebook() const noexcept { return levels == code_levels::codebook; }
+    // there is a choice of levels: level_choice, groups of channels, keys per channel
+    [[nodiscard]] constexpr bool fits_levels() const noexcept {
+        return metadata == metadata_kind::scale_and_minimum || metadata == metadata_kind::compact;
+    }
+    [[nodiscard]] constexpr int top_level() const noexcept { return codebook() ? 14 : (1 << code_bits) - 1; }
     [[nodiscard]] constexpr std::uint32_t level(std::uint32_t code) const noexcept {
-        return codebook ? 5 * code - (code >> 1) : code;
+        return codebook() ? 5 * code - (code >> 1) : code;
     }
     // width of a stored field of part p: codes, or whole plain values
     [[nodiscard]] constexpr int field_bits(int p) const noexcept {
@@ -146,125 +121,221 @@ struct format_traits {
     }
 };
 
-// Levels of codebook2's codes, a byte each.
-inline constexpr std::int32_t packed_codebook = 14 << 24 | 9 << 16 | 5 << 8;
+// A row with the type that it describes.
+template <class Format>
+struct format_row {
+    format_traits traits;
+};
 
-constexpr format_traits coded(kv_format id, int bits, metadata_kind metadata) noexcept {
-    return {id,
-            bits,
-            0,
-            metadata,
-            bits == 3 ? std::array<code_part, 2>{{{2, 0}, {1, 2}}}
-                      : std::array<code_part, 2>{{{bits, 0}, {0, 0}}},
-            false};
-}
-
-constexpr format_traits traits_of(kv_format f) noexcept {
-    switch (f) {
-    case kv_format::fp32:
-        return {f, 0, 32, metadata_kind::none, {}};
-    case kv_format::fp16:
-        return {f, 0, 16, metadata_kind::none, {}};
-    case kv_format::affine8:
-        return coded(f, 8, metadata_kind::scale_and_minimum);
-    case kv_format::affine4:
-        return coded(f, 4, metadata_kind::scale_and_minimum);
-    case kv_format::affine3:
-        return coded(f, 3, metadata_kind::scale_and_minimum);
-    case kv_format::affine2:
-        return coded(f, 2, metadata_kind::scale_and_minimum);
-    case kv_format::scaled_binary:
-        return coded(f, 1, metadata_kind::scale);
-    case kv_format::binary:
-        return coded(f, 1, metadata_kind::none);
-    case kv_format::compact4:
-        return coded(f, 4, metadata_kind::compact);
-    case kv_format::compact3:
-        return coded(f, 3, metadata_kind::compact);
-    case kv_format::compact2:
-        return coded(f, 2, metadata_kind::compact);
-    case kv_format::codebook2: {
-        format_traits t = coded(f, 2, metadata_kind::compact);
-        t.codebook = true;
-        return t;
-    }
-    }
-    return {};
+template <class T>
+constexpr format_row<plain<T>> plain_row(kv_format id, std::string_view name, std::string_view short_name,
+                                         std::uint8_t saved) noexcept {
+    return {{id, name, short_name, saved, 0, 8 * static_cast<int>(sizeof(T))}};
 }
 
 template <class Format>
-struct format_id;
-template <>
-struct format_id<plain<float>> : std::integral_constant<kv_format, kv_format::fp32> {};
-template <>
-struct format_id<plain<float16>> : std::integral_constant<kv_format, kv_format::fp16> {};
-template <>
-struct format_id<affine<8>> : std::integral_constant<kv_format, kv_format::affine8> {};
-template <>
-struct format_id<affine<4>> : std::integral_constant<kv_format, kv_format::affine4> {};
-template <>
-struct format_id<affine<3>> : std::integral_constant<kv_format, kv_format::affine3> {};
-template <>
-struct format_id<affine<2>> : std::integral_constant<kv_format, kv_format::affine2> {};
-template <>
-struct format_id<scaled_binary> : std::integral_constant<kv_format, kv_format::scaled_binary> {};
-template <>
-struct format_id<binary> : std::integral_constant<kv_format, kv_format::binary> {};
-template <>
-struct format_id<compact<4>> : std::integral_constant<kv_format, kv_format::compact4> {};
-template <>
-struct format_id<compact<3>> : std::integral_constant<kv_format, kv_format::compact3> {};
-template <>
-struct format_id<compact<2>> : std::integral_constant<kv_format, kv_format::compact2> {};
-template <>
-struct format_id<codebook2> : std::integral_constant<kv_format, kv_format::codebook2> {};
+constexpr format_row<Format> coded_row(kv_format id, std::string_view name, std::string_view short_name,
+                                       std::uint8_t saved, int bits, metadata_kind metadata,
+                                       code_levels levels = code_levels::even) noexcept {
+    return {{id, name, short_name, saved, bits, 0, metadata, levels,
+             bits == 3 ? std::array<code_part, 2>{{{2, 0}, {1, 2}}}
+                       : std::array<code_part, 2>{{{bits, 0}, {0, 0}}}}};
+}
 
-// The format whose attention kernels serve F: codes of one width lie alike, and kernels ask the layout what
-// the metadata beside them mean. One set of kernels a width is half the compile time.
-template <class F>
-struct kernel_format {
-    using type = F;
+// A list of types, and a row for each.
+template <class... Fs>
+struct format_rows {
+    std::array<format_traits, sizeof...(Fs)> rows;
+
+    // The place of a format's type in the list; rows.size() where it is not there.
+    template <class F>
+    [[nodiscard]] static constexpr std::size_t place_of() noexcept {
+        std::size_t place = 0;
+        static_cast<void>(((std::is_same_v<F, Fs> || (++place, false)) || ...));
+        return place;
+    }
 };
-template <int Bits>
-struct kernel_format<compact<Bits>> {
-    using type = affine<Bits>;
-};
-template <>
-struct kernel_format<binary> {
-    using type = scaled_binary;
-};
+
+template <class... Fs>
+constexpr format_rows<Fs...> table_of(format_row<Fs>... rows) noexcept {
+    return {{rows.traits...}};
+}
+
+// The one table of formats, in the enumeration's order. Names, numbers in saved caches, options of programs,
+// sizes, layouts, kernels and all lists of formats derive from it.
+// clang-format off
+inline constexpr auto format_table = table_of(
+    // type                 enumerator                 name           short saved bits, metadata, levels
+    plain_row<float>(         kv_format::fp32,          "fp32",          "32",  1),
+    plain_row<float16>(       kv_format::fp16,          "fp16",          "16",  2),
+    coded_row<affine<8>>(     kv_format::affine8,       "affine8",       "8",   3,  8, metadata_kind::scale_and_minimum),
+    coded_row<affine<4>>(     kv_format::affine4,       "affine4",       "4",   4,  4, metadata_kind::scale_and_minimum),
+    coded_row<affine<3>>(     kv_format::affine3,       "affine3",       "3",   5,  3, metadata_kind::scale_and_minimum),
+    coded_row<affine<2>>(     kv_format::affine2,       "affine2",       "2",   6,  2, metadata_kind::scale_and_minimum),
+    coded_row<scaled_binary>( kv_format::scaled_binary, "scaled_binary", "1.5", 7,  1, metadata_kind::scale),
+    coded_row<binary>(        kv_format::binary,        "binary",        "1",   8,  1, metadata_kind::none),
+    coded_row<compact<4>>(    kv_format::compact4,      "compact4",      "c4",  9,  4, metadata_kind::compact),
+    coded_row<compact<3>>(    kv_format::compact3,      "compact3",      "c3",  10, 3, metadata_kind::compact),
+    coded_row<compact<2>>(    kv_format::compact2,      "compact2",      "c2",  11, 2, metadata_kind::compact),
+    coded_row<codebook2>(     kv_format::codebook2,     "codebook2",     "cb2", 12, 2, metadata_kind::compact, code_levels::codebook));
+// clang-format on
+
+// What no format is made of: stands for numbers that are no enumerator.
+inline constexpr format_traits no_format{};
+
+constexpr const format_traits& traits_of(kv_format f) noexcept {
+    const auto place = static_cast<std::size_t>(f);
+    return place < format_table.rows.size() ? format_table.rows[place] : no_format;
+}
+
+// What kernels take for granted: widths of fields, and which metadata stand beside which codes.
+constexpr bool kernels_know(const format_traits& row) noexcept {
+    if (row.code_bits == 0)
+        return row.plain_bits == 16 || row.plain_bits == 32;
+    for (int p = 0; p < row.part_count(); ++p)
+        if (const int bits = row.field_bits(p); bits != 1 && bits != 2 && bits != 4 && bits != 8)
+            return false;
+    switch (row.metadata) {
+    case metadata_kind::none:
+    case metadata_kind::scale:
+        return row.code_bits == 1 && !row.codebook();
+    case metadata_kind::scale_and_minimum:
+        return row.code_bits >= 2 && !row.codebook();
+    case metadata_kind::compact:
+        return row.code_bits >= 2 && row.code_bits <= 4 && (!row.codebook() || row.code_bits == 2);
+    }
+    return false;
+}
+
+constexpr bool format_table_holds() noexcept {
+    for (std::size_t i = 0; i < format_table.rows.size(); ++i) {
+        const format_traits& row = format_table.rows[i];
+        if (static_cast<std::size_t>(row.id) != i || row.saved == 0 || !kernels_know(row))
+            return false;
+        for (std::size_t k = 0; k < i; ++k) {
+            const format_traits& other = format_table.rows[k];
+            if (row.saved == other.saved || row.name == other.name || row.short_name == other.short_name)
+                return false;
+            if (row.code_bits == other.code_bits && row.plain_bits == other.plain_bits &&
+                row.metadata == other.metadata && row.levels == other.levels)
+                return false; // what is stored would be the same
+        }
+    }
+    return true;
+}
+static_assert(format_table_holds(), "rows stand in the enumeration's order, names and saved numbers are used "
+                                    "once, and kernels know the codes and their metadata");
+
+// Levels of the codebook's codes, a byte each.
+inline constexpr std::int32_t packed_codebook = 14 << 24 | 9 << 16 | 5 << 8;
 
 } // namespace detail
 
 /// A type that a cache can store vectors in.
 template <class F>
-concept storage_format = requires {
-    detail::format_id<F>::value;
-};
+concept storage_format = detail::format_table.place_of<F>() < detail::format_table.rows.size();
 
 /// From the type to the run-time choice.
 template <storage_format F>
-inline constexpr kv_format kv_format_of = detail::format_id<F>::value;
+inline constexpr kv_format kv_format_of = static_cast<kv_format>(detail::format_table.place_of<F>());
+
+/// A compile-time list of storage formats: the ones a cache type carries kernels for.
+template <storage_format... Fs>
+struct formats {
+    /// Whether the list has the format.
+    [[nodiscard]] static constexpr bool contains(kv_format f) noexcept {
+        return ((kv_format_of<Fs> == f) || ...);
+    }
+};
+
+namespace detail {
+
+template <class... Fs>
+constexpr formats<Fs...> types_of(const format_rows<Fs...>&) noexcept {
+    return {};
+}
+
+template <class... Fs>
+constexpr std::array<kv_format, sizeof...(Fs)> ids_of(const format_rows<Fs...>&) noexcept {
+    return {kv_format_of<Fs>...};
+}
+
+} // namespace detail
+
+/// Every format there is.
+using all_formats = decltype(detail::types_of(detail::format_table));
+
+/// Every format, in the enumeration's order.
+inline constexpr std::array all_kv_formats = detail::ids_of(detail::format_table);
+
+/// The enumerator's name.
+[[nodiscard]] constexpr std::string_view to_string(kv_format f) noexcept { return detail::traits_of(f).name; }
+
+namespace detail {
+
+// The format whose attention kernels serve F: the first whose codes are as wide and stand for the same levels.
+// Such codes lie alike, and kernels ask the layout what the metadata beside them mean. One set of kernels for
+// them is half the compile time.
+constexpr std::size_t kernel_place(kv_format f) noexcept {
+    const format_traits& own = traits_of(f);
+    std::size_t place = 0;
+    while (format_table.rows[place].code_bits != own.code_bits ||
+           format_table.rows[place].plain_bits != own.plain_bits ||
+           format_table.rows[place].levels != own.levels)
+        ++place;
+    return place;
+}
+
+template <std::size_t Place, class Formats>
+struct format_at;
+template <class F, class... Fs>
+struct format_at<0, formats<F, Fs...>> {
+    using type = F;
+};
+template <std::size_t Place, class F, class... Fs>
+struct format_at<Place, formats<F, Fs...>> : format_at<Place - 1, formats<Fs...>> {};
+
+template <storage_format F>
+struct kernel_format : format_at<kernel_place(kv_format_of<F>), all_formats> {};
+
+// What f.template operator()<F>() gives for the format of that number; otherwise where no such format is in
+// the list.
+template <class Result, class... Fs, class F>
+constexpr Result with_format(formats<Fs...>, kv_format id, Result otherwise, F&& f) {
+    static_cast<void>(((kv_format_of<Fs> == id && (otherwise = f.template operator()<Fs>(), true)) || ...));
+    return otherwise;
+}
+
+} // namespace detail
 
 /// What a format keeps of a vector, for programs that treat formats by their properties.
 struct format_info {
     int code_bits = 0;              ///< of a channel's code; 0: the format keeps values plain
     std::size_t metadata_bytes = 0; ///< beside the codes of a vector, or of a group of its channels
-    bool fits_levels = false;       ///< takes a level_choice besides min_max: affine, compact, codebook2
-    bool compact = false;           ///< scale and offset share 16 bits: compact, codebook2
+    bool fits_levels = false;       ///< takes a level_choice besides min_max
+    bool compact = false;           ///< scale and offset share 16 bits
+    bool codebook = false;          ///< codes stand for uneven levels
+    std::string_view short_name;    ///< for options of programs: "8", "1.5", "c3"
 };
 
 /// The properties of a format. O(1).
 [[nodiscard]] constexpr format_info info_of(kv_format f) noexcept {
-    const detail::format_traits t = detail::traits_of(f);
-    const bool compact = t.metadata == detail::metadata_kind::compact;
-    return {t.code_bits, t.metadata_bytes(),
-            compact || t.metadata == detail::metadata_kind::scale_and_minimum, compact};
+    const detail::format_traits& t = detail::traits_of(f);
+    return {t.code_bits,  t.metadata_bytes(), t.fits_levels(), t.metadata == detail::metadata_kind::compact,
+            t.codebook(), t.short_name};
+}
+
+/// The format of that short name, if there is one. O(formats).
+[[nodiscard]] constexpr std::optional<kv_format> format_from_short_name(std::string_view name) noexcept {
+    for (const kv_format f : all_kv_formats)
+        if (detail::traits_of(f).short_name == name)
+            return f;
+    return std::nullopt;
 }
 
 /// Bytes of the packed values of one row-format vector, metadata not counted.
 [[nodiscard]] constexpr std::size_t packed_bytes(kv_format f, std::size_t head_dim) noexcept {
-    const detail::format_traits t = detail::traits_of(f);
+    const detail::format_traits& t = detail::traits_of(f);
     return (head_dim * static_cast<std::size_t>(t.code_bits != 0 ? t.code_bits : t.plain_bits) + 7) / 8;
 }
 
@@ -281,18 +352,5 @@ struct format_info {
                                                        std::size_t page_tokens) noexcept {
     return page_tokens * packed_bytes(f, head_dim) + head_dim * detail::traits_of(f).metadata_bytes();
 }
-
-/// A compile-time list of storage formats: the ones a cache type carries kernels for.
-template <storage_format... Fs>
-struct formats {
-    /// Whether the list has the format.
-    [[nodiscard]] static constexpr bool contains(kv_format f) noexcept {
-        return ((kv_format_of<Fs> == f) || ...);
-    }
-};
-
-/// Every format there is.
-using all_formats = formats<plain<float>, plain<float16>, affine<8>, affine<4>, affine<3>, affine<2>,
-                            scaled_binary, binary, compact<4>, compact<3>, compact<2>, codebook2>;
 
 } // namespace kv1::inline KV1_ABI

@@ -141,7 +141,7 @@ struct section_layout {
     }
 
     /// What the format is made of.
-    [[nodiscard]] constexpr detail::format_traits traits() const noexcept {
+    [[nodiscard]] constexpr const detail::format_traits& traits() const noexcept {
         return detail::traits_of(format);
     }
 

@@ -37,22 +37,27 @@ inline status as_status(const encode_result& r) noexcept {
     return {r.code, r.rule, {.channel = r.channel != no_channel ? static_cast<std::int64_t>(r.channel) : -1}};
 }
 
+// How a quantizer's codes are chosen, where a recipe can say it; else its format is the first, which has none.
 template <class Q>
 inline constexpr encode_recipe recipe_of{};
-template <int Bits>
-inline constexpr encode_recipe recipe_of<compact<Bits>>{kv_format_of<compact<Bits>>, level_choice::min_max, 0,
-                                                        0, 0};
-template <>
-inline constexpr encode_recipe recipe_of<codebook2>{kv_format::codebook2, level_choice::min_max, 0, 0, 0};
+template <storage_format Q>
+requires(traits_of(kv_format_of<Q>).metadata ==
+         metadata_kind::compact) inline constexpr encode_recipe recipe_of<Q>{kv_format_of<Q>,
+                                                                             level_choice::min_max, 0, 0, 0};
 template <storage_format Q>
 inline constexpr encode_recipe recipe_of<least_squares<Q>>{kv_format_of<Q>, level_choice::least_squares, 0, 0,
                                                            0};
 template <storage_format Q>
 inline constexpr encode_recipe recipe_of<clip_search<Q>>{kv_format_of<Q>, level_choice::clip_search, 0, 0, 0};
 
+template <quantizer Q>
+inline constexpr bool library_quantizer = recipe_of<Q>.format != kv_format{} || affine_bits<Q> != 0 ||
+                                          std::same_as<Q, scaled_binary> || std::same_as<Q, binary>;
+
 // Codes of a vector on the current target; `codes` holds round_up(n, 32) bytes.
 template <quantizer Q>
-encode_result encode_codes(const float* x, std::size_t n, std::uint8_t* codes) noexcept {
+requires library_quantizer<Q> encode_result encode_codes(const float* x, std::size_t n, std::uint8_t* codes)
+noexcept {
     if constexpr (recipe_of<Q>.format != kv_format{}) {
         encode_recipe recipe = recipe_of<Q>;
         recipe.channels = recipe.group = n;
@@ -73,10 +78,6 @@ encode_result encode_codes(const float* x, std::size_t n, std::uint8_t* codes) n
     else
         return common_kernels().encode_binary(x, n, codes);
 }
-
-template <quantizer Q>
-inline constexpr bool library_quantizer = recipe_of<Q>.format != kv_format{} || affine_bits<Q> != 0 ||
-                                          std::same_as<Q, scaled_binary> || std::same_as<Q, binary>;
 
 } // namespace detail
 

@@ -84,7 +84,7 @@ struct cached_side {
             stored_minima(metadata == 4 ? n * groups : 0);
         cache.export_rows(id, layer, side, head, 0, n, {packed, stored_scales, stored_minima});
         const auto bits = static_cast<std::size_t>(kv1::detail::traits_of(f).code_bits);
-        codebook = f == kv1::kv_format::codebook2; // codes 0 ... 3 are levels 0, 5, 9, 14
+        codebook = kv1::info_of(f).codebook; // codes 0 ... 3 are levels 0, 5, 9, 14
         two_bits = bits == 2;
         const double z = codebook ? 7.0 : 0.5 * static_cast<double>((1 << bits) - 1);
         half_level = z;
@@ -131,7 +131,7 @@ private:
         page_tokens = section.tokens;
         sealed = cache.length(id, layer) / page_tokens * page_tokens;
         two_bits = traits.code_bits == 2;
-        codebook = traits.codebook;
+        codebook = traits.codebook();
         half_level = 0.5 * traits.top_level();
         std::vector<std::int32_t> indptr(2), indices(cache.count_blocks({&id, 1}, layer)), last(1);
         cache.export_block_tables({&id, 1}, layer, {indptr, indices, last});

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "attention_oracle.hpp"
+#include "formats.hpp"
 #include "random.hpp"
 
 #include <kv1/hadamard.hpp>
@@ -41,38 +42,17 @@ inline std::vector<float> through_format(kv1::kv_format f, const std::vector<flo
             y[i] = Q::dequantize(codes[i], m);
         return y;
     };
-    const auto leveled = [&]<class Q>(Q) {
-        return levels == kv1::level_choice::min_max ? quantized(Q{}) : quantized(kv1::least_squares<Q>{});
-    };
-    switch (f) {
-    case kv1::kv_format::fp32:
-        return x;
-    case kv1::kv_format::fp16:
-        for (std::size_t i = 0; i < x.size(); ++i)
-            y[i] = kv1::float16(x[i]);
+    return with_type_of(f, [&]<class F>() {
+        constexpr kv1::format_info format = kv1::info_of(kv1::kv_format_of<F>);
+        if constexpr (format.code_bits == 0)
+            std::transform(x.begin(), x.end(), y.begin(),
+                           [](float v) { return static_cast<float>(typename F::value_type(v)); });
+        else if constexpr (format.fits_levels)
+            return levels == kv1::level_choice::min_max ? quantized(F{}) : quantized(kv1::least_squares<F>{});
+        else
+            return quantized(F{});
         return y;
-    case kv1::kv_format::affine8:
-        return leveled(kv1::affine<8>{});
-    case kv1::kv_format::affine4:
-        return leveled(kv1::affine<4>{});
-    case kv1::kv_format::affine3:
-        return leveled(kv1::affine<3>{});
-    case kv1::kv_format::affine2:
-        return leveled(kv1::affine<2>{});
-    case kv1::kv_format::scaled_binary:
-        return quantized(kv1::scaled_binary{});
-    case kv1::kv_format::binary:
-        return quantized(kv1::binary{});
-    case kv1::kv_format::compact4:
-        return leveled(kv1::compact<4>{});
-    case kv1::kv_format::compact3:
-        return leveled(kv1::compact<3>{});
-    case kv1::kv_format::compact2:
-        return leveled(kv1::compact<2>{});
-    case kv1::kv_format::codebook2:
-        return leveled(kv1::codebook2{});
-    }
-    return y;
+    });
 }
 
 /// A vector of this head with its mean taken off and rotated, as it is stored.

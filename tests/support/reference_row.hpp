@@ -4,6 +4,7 @@
 // bit-by-bit packing.
 #pragma once
 
+#include "formats.hpp"
 #include "packed_model.hpp"
 
 #include <kv1/format.hpp>
@@ -59,33 +60,12 @@ reference_row plain_row(std::span<const float> x) {
 }
 
 inline reference_row make_reference_row(kv1::kv_format f, std::span<const float> x) {
-    switch (f) {
-    case kv1::kv_format::fp32:
-        return plain_row<float>(x);
-    case kv1::kv_format::fp16:
-        return plain_row<kv1::float16>(x);
-    case kv1::kv_format::affine8:
-        return quantized_row<kv1::affine<8>>(x);
-    case kv1::kv_format::affine4:
-        return quantized_row<kv1::affine<4>>(x);
-    case kv1::kv_format::affine3:
-        return quantized_row<kv1::affine<3>>(x);
-    case kv1::kv_format::affine2:
-        return quantized_row<kv1::affine<2>>(x);
-    case kv1::kv_format::scaled_binary:
-        return quantized_row<kv1::scaled_binary>(x);
-    case kv1::kv_format::binary:
-        return quantized_row<kv1::binary>(x);
-    case kv1::kv_format::compact4:
-        return quantized_row<kv1::compact<4>>(x);
-    case kv1::kv_format::compact3:
-        return quantized_row<kv1::compact<3>>(x);
-    case kv1::kv_format::compact2:
-        return quantized_row<kv1::compact<2>>(x);
-    case kv1::kv_format::codebook2:
-        return quantized_row<kv1::codebook2>(x);
-    }
-    throw std::runtime_error("unknown format");
+    return with_type_of(f, [&]<class F>() {
+        if constexpr (kv1::info_of(kv1::kv_format_of<F>).code_bits == 0)
+            return plain_row<typename F::value_type>(x);
+        else
+            return quantized_row<F>(x);
+    });
 }
 
 } // namespace kv1_test

@@ -3,6 +3,7 @@
 // Attention on every target against an oracle in double, within derived bounds
 // (support/attention_problem.hpp). Shapes: formats, head dims, heads, groups, tokens and pages.
 #include "attention_problem.hpp"
+#include "formats.hpp"
 
 #include <catch2/catch_test_macros.hpp>
 
@@ -41,7 +42,7 @@ TEST_CASE("metadata by groups of channels are attended within bounds", "[attenti
     using enum kv_format;
     tally t;
     std::uint64_t seed = 150;
-    for (const kv_format f : {affine2, affine3, affine4, affine8, compact2, compact3, compact4, codebook2})
+    for (const kv_format f : kv1_test::fitted_formats())
         for (const std::size_t rows : {1u, 4u, 5u, 7u}) // one tile, two that differ
             check(in_format(f, {.key_dim = 96,
                                 .value_dim = 128,
@@ -84,7 +85,7 @@ TEST_CASE("keys per channel are attended within bounds, with an open page and wi
     constexpr auto per_channel = kv1::quantization_axis::per_channel;
     tally t;
     std::uint64_t seed = 700;
-    for (const kv_format f : {affine2, affine3, affine4, compact2, compact3, compact4, codebook2})
+    for (const kv_format f : kv1_test::fitted_formats(4))
         for (const std::size_t rows : {1u, 4u, 5u, 7u}) // one tile, two that differ
             for (const std::size_t tokens : {32u, 96u, 85u, 20u})
                 check(in_format(f, {.key_dim = 72,

@@ -4,6 +4,7 @@
 // makes of them as one vector, rounded to fp16 before; those of the open page are that fp16.
 #include "cache_model.hpp"
 #include "compare.hpp"
+#include "formats.hpp"
 #include "random.hpp"
 #include "targets.hpp"
 #include "thread_executor.hpp"
@@ -109,7 +110,7 @@ TEST_CASE("keys per channel are their channels' quantized vectors, on every targ
     using enum kv_format;
     kv1_test::for_each_target([&](kv1::target) {
         kv1_test::tally t;
-        for (const kv_format f : {affine2, affine3, affine4, compact2, compact3, compact4, codebook2})
+        for (const kv_format f : kv1_test::fitted_formats(4))
             for (const level_choice levels : {level_choice::min_max, level_choice::least_squares})
                 for (const bool turns : {false, true})
                     for (const std::size_t page : {std::size_t{16}, std::size_t{48}, std::size_t{64}}) {

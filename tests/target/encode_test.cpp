@@ -2,6 +2,7 @@
 //
 // Fitted levels, rotations, means and error weights: what they promise of single vectors, on every target.
 #include "compare.hpp"
+#include "formats.hpp"
 #include "random.hpp"
 #include "targets.hpp"
 
@@ -130,10 +131,18 @@ outcome outcome_of(const kv1::status& s, const Metadata& m, std::vector<std::uin
 
 } // namespace
 
-#define KV1_FITTED affine<2>, affine<3>, affine<4>, affine<8>, compact<2>, compact<3>, compact<4>, codebook2
+template <class F>
+using itself = F;
+using fitted_types = kv1_test::fitted_types<itself>;
+using fitted_types_to_4_bits = kv1_test::fitted_types<itself, 4>;
+template <class... Types>
+using joined = decltype(std::tuple_cat(Types{}...));
+// and compact formats as they are, whose ranges recipes take, too
+using chosen_levels = joined<kv1_test::fitted_types<least_squares>, kv1_test::fitted_types<clip_search>,
+                             std::tuple<compact<2>, compact<3>, compact<4>, codebook2>>;
 
-TEMPLATE_TEST_CASE("least squares and clip search are no worse than min/max on any vector", "[encode]",
-                   KV1_FITTED) {
+TEMPLATE_LIST_TEST_CASE("least squares and clip search are no worse than min/max on any vector", "[encode]",
+                        fitted_types) {
     tally t;
     for (const auto& x : vectors_of_every_kind(31, 200)) {
         const measured plain = measure<TestType>(x);
@@ -199,8 +208,8 @@ TEST_CASE(
     REQUIRE(fitted_outliers < 0.3333 * plain_outliers);
 }
 
-TEMPLATE_TEST_CASE("what was decoded is encoded to itself where the outer levels are in use", "[encode]",
-                   affine<2>, affine<3>, affine<4>, compact<2>, compact<3>, compact<4>, codebook2) {
+TEMPLATE_LIST_TEST_CASE("what was decoded is encoded to itself where the outer levels are in use", "[encode]",
+                        fitted_types_to_4_bits) {
     generator g(33);
     tally t;
     std::size_t seen = 0;
@@ -286,12 +295,8 @@ TEST_CASE("decoding a compact code rounds nothing", "[encode]") {
     KV1_REQUIRE_CLEAN(t);
 }
 
-TEMPLATE_TEST_CASE("every target fits the same levels and codes, bit for bit", "[encode]",
-                   least_squares<affine<2>>, least_squares<affine<3>>, least_squares<affine<4>>,
-                   least_squares<affine<8>>, compact<2>, compact<3>, compact<4>, least_squares<compact<2>>,
-                   least_squares<compact<3>>, least_squares<compact<4>>, clip_search<affine<2>>,
-                   clip_search<affine<4>>, clip_search<compact<2>>, clip_search<compact<3>>, codebook2,
-                   least_squares<codebook2>, clip_search<codebook2>) {
+TEMPLATE_LIST_TEST_CASE("every target fits the same levels and codes, bit for bit", "[encode]",
+                        chosen_levels) {
     auto vectors = vectors_of_every_kind(34, 90);
     generator g(35);
     for (int i = 0; i < 60; ++i) { // what is refused
@@ -324,8 +329,7 @@ TEST_CASE("every target follows recipes with means, rotations and error weights,
     using kv1::kv_format;
     generator g(36);
     const auto scratch = std::make_unique<kv1::detail::append_scratch>();
-    for (const kv_format f : {kv_format::affine2, kv_format::affine4, kv_format::compact2,
-                              kv_format::compact3, kv_format::codebook2})
+    for (const kv_format f : kv1_test::fitted_formats(4))
         for (const std::size_t n :
              {std::size_t{1}, std::size_t{24}, std::size_t{32}, std::size_t{96}, std::size_t{128}}) {
             const std::vector<float> mean = kv1_test::normal_values(g, n);
@@ -386,8 +390,7 @@ TEST_CASE("a group of channels is encoded as a vector of its own, on every targe
     using kv1::kv_format;
     generator g(39);
     const auto scratch = std::make_unique<kv1::detail::append_scratch>();
-    for (const kv_format f : {kv_format::affine2, kv_format::affine3, kv_format::affine8, kv_format::compact2,
-                              kv_format::compact4, kv_format::codebook2})
+    for (const kv_format f : kv1_test::fitted_formats())
         for (const auto& size : {std::pair{64u, 32u}, {128u, 64u}, {96u, 32u}, {2048u, 512u}})
             for (const kv1::level_choice levels :
                  {kv1::level_choice::min_max, kv1::level_choice::least_squares,

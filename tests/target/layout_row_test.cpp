@@ -2,6 +2,7 @@
 //
 // Row format in and out of the tile layout, exact on every target.
 #include "compare.hpp"
+#include "formats.hpp"
 #include "random.hpp"
 #include "reference_row.hpp"
 #include "targets.hpp"
@@ -137,8 +138,7 @@ TEST_CASE("a group of channels is stored as a vector of its own, and goes out an
     using enum kv_format;
     kv1_test::for_each_target([&](kv1::target) {
         tally t;
-        for (const kv_format f :
-             {affine2, affine3, affine4, affine8, compact2, compact3, compact4, codebook2}) {
+        for (const kv_format f : kv1_test::fitted_formats()) {
             kv1::layer_description l{heads, dim, dim, f, f};
             l.key_group = l.value_group = group;
             kv1::kv_cache cache(kv1::uniform_cache(1, l, 256, 16));

@@ -4,6 +4,7 @@
 // that has no more. Calls that split their work do all of it there, so that the same holds of executors'
 // threads. Unoptimized, compilers give each value of each inlined function a place of its own: 256 KiB.
 #if defined(__unix__)
+#include "formats.hpp"
 #include "random.hpp"
 #include "small_stack.hpp"
 #include "targets.hpp"
@@ -389,16 +390,15 @@ TEST_CASE("calls on vectors make do with little stack", "[stack]") {
     std::vector<kv1::float16> halves(x.size());
     kv1_test::for_each_target([&](kv1::target) {
         small_calls call;
-        use_quantizers<kv1::affine<8>>(call, "affine8");
-        use_quantizers<kv1::affine<4>>(call, "affine4");
-        use_quantizers<kv1::affine<3>>(call, "affine3");
-        use_quantizers<kv1::affine<2>>(call, "affine2");
-        use_quantizers<kv1::compact<4>>(call, "compact4");
-        use_quantizers<kv1::compact<3>>(call, "compact3");
-        use_quantizers<kv1::compact<2>>(call, "compact2");
-        use_quantizers<kv1::codebook2>(call, "codebook2");
-        use_quantizer<kv1::scaled_binary>(call, "scaled binary");
-        use_quantizer<kv1::binary>(call, "binary");
+        for (const kv_format f : kv1_test::coded_formats())
+            kv1_test::with_type_of(f, [&]<class F>() {
+                constexpr kv1::format_info format = kv1::info_of(kv1::kv_format_of<F>);
+                if constexpr (format.fits_levels)
+                    use_quantizers<F>(call, std::string(to_string(f)));
+                else if constexpr (format.code_bits != 0)
+                    use_quantizer<F>(call, std::string(to_string(f)));
+                return true;
+            });
         call("convert", [&] {
             return kv1::try_convert(std::span(x), std::span(halves)) &&
                    kv1::try_convert(std::span<const kv1::float16>(halves), std::span(y));

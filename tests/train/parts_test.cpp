@@ -77,7 +77,7 @@ TEST_CASE("Formats are named for all layers and for one", "[train]") {
           {"c3,c2/-1:c2", "--kv: \"-1:c2\" is no LAYER:FORMATS"},
           {"c3,c2/1:c2/1:c3", "--kv: \"1:c3\" names a layer again"},
           {"c3/", "--kv: \"c3/\" ends with a slash"},
-          {"2/1:5", "--kv: '5' is none of 1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4, cb2, nor a pair of them "
+          {"2/1:5", "--kv: '5' is none of 1, 1.5, 2, 3, 4, 8, 16, 32, c2, cb2, c3, c4, nor a pair of them "
                     "such as 4,2"}})
         REQUIRE_THROWS_WITH(kv1_train::parse_formats(text, "--kv"), why);
 }

@@ -3,6 +3,7 @@
 // Fake quantization against what it stands for: the packed path and the cache bit for bit, the formulas
 // without rounding, the best possible grid, and finite differences.
 #include "compare.hpp"
+#include "formats.hpp"
 #include "random.hpp"
 
 #include <catch2/catch_template_test_macros.hpp>
@@ -26,14 +27,6 @@ using options = kv1::fake_quantize_options;
 using kv1_test::tally;
 
 namespace {
-
-constexpr std::array evenly_spaced{kv_format::affine8,  kv_format::affine4,  kv_format::affine3,
-                                   kv_format::affine2,  kv_format::compact4, kv_format::compact3,
-                                   kv_format::compact2, kv_format::codebook2};
-constexpr std::array coded{kv_format::affine8,  kv_format::affine4,   kv_format::affine3,
-                           kv_format::affine2,  kv_format::compact4,  kv_format::compact3,
-                           kv_format::compact2, kv_format::codebook2, kv_format::scaled_binary,
-                           kv_format::binary};
 
 // Ordinary, shifted, with outliers, constant, tiny, with zeros of both signs.
 std::vector<float> awkward_vector(kv1_test::generator& g, std::size_t n, std::size_t kind) {
@@ -181,7 +174,7 @@ TEST_CASE("With rounded metadata training sees what a cache gives back, whatever
           "[fake_quantize]") {
     kv1_test::generator g(20);
     tally t;
-    for (const kv_format f : evenly_spaced)
+    for (const kv_format f : kv1_test::fitted_formats())
         for (const bool fitted : {false, true})
             for (const bool hadamard : {false, true})
                 for (const bool centred : {false, true})
@@ -227,7 +220,7 @@ TEST_CASE("Without rounding scale and minimum stay in fp32, as the reference tra
 TEST_CASE("Rows are vectors of their own, and the output may be the input", "[fake_quantize]") {
     kv1_test::generator g(13);
     std::vector<float> x = kv1_test::normal_values(g, 5 * 24), rows(x.size());
-    for (const kv_format f : coded) {
+    for (const kv_format f : kv1_test::coded_formats()) {
         kv1::fake_quantize(f, 24, x, rows);
         for (std::size_t r = 0; r < 5; ++r) {
             const auto row = std::span<const float>(x).subspan(24 * r, 24);
@@ -242,7 +235,7 @@ TEST_CASE("Rows are vectors of their own, and the output may be the input", "[fa
 TEST_CASE("Least squares is never worse than the ends of the range", "[fake_quantize]") {
     kv1_test::generator g(14);
     tally t;
-    for (const kv_format f : evenly_spaced)
+    for (const kv_format f : kv1_test::fitted_formats())
         for (const bool rounded : {true, false})
             for (std::size_t n = 1; n <= 256; n += n < 40 ? 1 : 27)
                 for (std::size_t kind = 0; kind < 6; ++kind) {
@@ -338,7 +331,7 @@ TEST_CASE("With fixed codes the gradient is the forward pass's, by finite differ
     kv1_test::generator g(19);
     tally t;
     std::size_t skipped = 0;
-    for (const kv_format f : coded)
+    for (const kv_format f : kv1_test::coded_formats())
         for (const policy encoder : {policy::min_max, policy::least_squares})
             for (const bool hadamard : {false, true})
                 for (int repeat = 0; repeat < 40; ++repeat) {

@@ -30,33 +30,8 @@ std::vector<std::size_t> dims() {
     return list;
 }
 
-// Width of a stored field, from the format table alone.
-std::size_t bits_of_value(kv_format f) {
-    switch (f) {
-    case kv_format::fp32:
-        return 32;
-    case kv_format::fp16:
-        return 16;
-    case kv_format::affine8:
-        return 8;
-    case kv_format::affine4:
-    case kv_format::compact4:
-        return 4;
-    case kv_format::affine3:
-    case kv_format::compact3:
-        return 3;
-    case kv_format::affine2:
-    case kv_format::compact2:
-    case kv_format::codebook2:
-        return 2;
-    case kv_format::scaled_binary:
-    case kv_format::binary:
-        return 1;
-    }
-    return 0;
-}
-
-bool is_coded(kv_format f) { return f != kv_format::fp32 && f != kv_format::fp16; }
+// Width of a stored code or value.
+std::size_t bits_of_value(kv_format f) { return 8 * kv1::packed_bytes(f, 8) / 8; }
 
 // body(section, page bytes): both sides of a page, for every format, dim and page size.
 template <class F>
@@ -144,8 +119,7 @@ TEST_CASE("a page takes the row format's bytes where dims and tokens fill lines"
         const std::size_t row = kv1::packed_bytes(s.format, s.channels);
         t.expect(s.bytes() >= s.tokens * row, describe(s), "too few");
         // channels of a K lane and tokens of a V lane: of the narrowest field that the format has
-        const std::size_t bits =
-            s.format == kv_format::affine3 || s.format == kv_format::compact3 ? 1 : bits_of_value(s.format);
+        const std::size_t bits = bits_of_value(s.format) == 3 ? 1 : bits_of_value(s.format);
         const std::size_t along = s.keys ? s.channels : s.tokens, across = s.keys ? s.tokens : s.channels;
         if (along % (32 / bits) == 0 && across % 16 == 0) {
             ++full;
@@ -379,11 +353,8 @@ TEST_CASE("a 3-bit section is a 2-bit and a 1-bit part in lines of their own", "
 TEST_CASE("row sizes are those of the format table", "[layout]") {
     for (const kv_format f : kv1::all_kv_formats)
         for (const std::size_t d : dims()) {
-            const std::size_t metadata = !is_coded(f) || f == kv_format::binary                      ? 0u
-                                         : f == kv_format::scaled_binary || f >= kv_format::compact4 ? 2u
-                                                                                                     : 4u;
             REQUIRE(kv1::packed_bytes(f, d) == (d * bits_of_value(f) + 7) / 8);
-            REQUIRE(kv1::row_bytes(f, d) == (d * bits_of_value(f) + 7) / 8 + metadata);
+            REQUIRE(kv1::row_bytes(f, d) == (d * bits_of_value(f) + 7) / 8 + kv1::info_of(f).metadata_bytes);
         }
     STATIC_REQUIRE(kv1::row_bytes(kv_format::affine2, 32) == 12);
     STATIC_REQUIRE(kv1::row_bytes(kv_format::affine2, 128) == 36);

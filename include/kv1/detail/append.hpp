@@ -119,7 +119,8 @@ inline encode_result insert_vector(const target_kernels& kernels, const section_
     case metadata_kind::scale:
         encoded = kernels.encode_scaled_binary(x, s.channels, codes);
         break;
-    case metadata_kind::compact: // by recipe, never here
+    case metadata_kind::compact:
+        return {errc::unsupported_format, "compact formats are encoded by recipe", no_channel, {}};
     case metadata_kind::none:
         encoded = kernels.encode_binary(x, s.channels, codes);
         break;

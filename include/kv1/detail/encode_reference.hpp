@@ -152,27 +152,16 @@ encode_result encode_reference(const encode_recipe& recipe, const encode_row& ro
 #include <kv1/detail/precise_math_end.inl>
 
 // Encodes a vector in the format of the recipe. codes is [channels], metadata [groups]; the result's metadata
-// are the first group's. Precondition: an affine or compact format, or codebook2.
+// are the first group's. A format whose levels recipes can not choose is refused.
 inline encode_result encode_reference(const encode_recipe& recipe, const encode_row& row, std::uint8_t* codes,
                                       row_metadata* metadata) noexcept {
-    switch (recipe.format) {
-    case kv_format::affine8:
-        return encode_reference<affine<8>>(recipe, row, codes, metadata);
-    case kv_format::affine4:
-        return encode_reference<affine<4>>(recipe, row, codes, metadata);
-    case kv_format::affine3:
-        return encode_reference<affine<3>>(recipe, row, codes, metadata);
-    case kv_format::affine2:
-        return encode_reference<affine<2>>(recipe, row, codes, metadata);
-    case kv_format::compact4:
-        return encode_reference<compact<4>>(recipe, row, codes, metadata);
-    case kv_format::compact3:
-        return encode_reference<compact<3>>(recipe, row, codes, metadata);
-    case kv_format::codebook2:
-        return encode_reference<codebook2>(recipe, row, codes, metadata);
-    default:
-        return encode_reference<compact<2>>(recipe, row, codes, metadata);
-    }
+    encode_result result{errc::unsupported_format, "the format's levels can not be chosen", no_channel, {}};
+    return with_format(all_formats{}, recipe.format, result, [&]<class Format>() noexcept {
+        if constexpr (traits_of(kv_format_of<Format>).fits_levels())
+            return encode_reference<Format>(recipe, row, codes, metadata);
+        else
+            return result;
+    });
 }
 
 } // namespace kv1::inline KV1_ABI::detail

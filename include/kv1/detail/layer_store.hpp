@@ -120,17 +120,14 @@ struct layer_codecs {
 
 private:
     static bool groups_fit(kv_format f, std::size_t head_dim, std::size_t group) noexcept {
-        const metadata_kind kind = traits_of(f).metadata;
-        return group == 0 || (group % group_unit == 0 && head_dim % group == 0 &&
-                              (kind == metadata_kind::scale_and_minimum || kind == metadata_kind::compact));
+        return group == 0 || (group % group_unit == 0 && head_dim % group == 0 && traits_of(f).fits_levels());
     }
 
     // The rule for keys per channel that the layer breaks; null: none.
     [[nodiscard]] static const char* broken_axis_rule(const layer_description& l,
                                                       std::size_t page_tokens) noexcept {
-        const format_traits t = traits_of(l.key_format);
-        if ((t.metadata != metadata_kind::scale_and_minimum && t.metadata != metadata_kind::compact) ||
-            t.code_bits > 4)
+        const format_traits& t = traits_of(l.key_format);
+        if (!t.fits_levels() || t.code_bits > 4)
             return "keys per channel need an affine or compact format of at most 4 bits";
         if (l.key_group != 0)
             return "keys per channel have no groups of channels";

@@ -36,35 +36,7 @@ inline constexpr std::uint32_t saved_none = (std::numeric_limits<std::uint32_t>:
 // stands for "never committed"
 inline constexpr std::uint64_t saved_never = (std::numeric_limits<std::uint64_t>::max)();
 // the form's own numbers of formats and the like do not move when an enumeration does
-constexpr std::uint8_t saved_format(kv_format f) noexcept {
-    switch (f) {
-    case kv_format::fp32:
-        return 1;
-    case kv_format::fp16:
-        return 2;
-    case kv_format::affine8:
-        return 3;
-    case kv_format::affine4:
-        return 4;
-    case kv_format::affine3:
-        return 5;
-    case kv_format::affine2:
-        return 6;
-    case kv_format::scaled_binary:
-        return 7;
-    case kv_format::binary:
-        return 8;
-    case kv_format::compact4:
-        return 9;
-    case kv_format::compact3:
-        return 10;
-    case kv_format::compact2:
-        return 11;
-    case kv_format::codebook2:
-        return 12;
-    }
-    return 0;
-}
+constexpr std::uint8_t saved_format(kv_format f) noexcept { return traits_of(f).saved; }
 
 constexpr std::uint8_t saved_axis(quantization_axis a) noexcept {
     return a == quantization_axis::per_channel ? 1 : 0;

@@ -121,14 +121,12 @@ inline status factor_weights(std::span<const float> weights, std::size_t n, std:
 // metadata, 0: all. Errors: invalid_argument, shape_mismatch, non_finite, out_of_memory.
 inline status make_codec(kv_format format, const vector_encoding& e, std::size_t heads, std::size_t channels,
                          std::size_t group, vector_codec& out) noexcept {
-    const format_traits t = traits_of(format);
-    const bool levels_differ =
-        t.metadata == metadata_kind::scale_and_minimum || t.metadata == metadata_kind::compact;
+    const format_traits& t = traits_of(format);
     if (e == vector_encoding{} && t.metadata != metadata_kind::compact)
         return {};
     if (t.code_bits == 0)
         return {errc::invalid_argument, "plain formats take no encoding"};
-    if (e.levels != level_choice::min_max && !levels_differ)
+    if (e.levels != level_choice::min_max && !t.fits_levels())
         return {errc::invalid_argument, "levels can be chosen for affine and compact formats"};
     if (e.hadamard != 0 && (!std::has_single_bit(e.hadamard) || channels % e.hadamard != 0))
         return {errc::invalid_argument, "a Hadamard block is a power of two that divides the head dim"};

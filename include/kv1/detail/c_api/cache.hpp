@@ -18,11 +18,10 @@
 
 namespace kv1::inline KV1_ABI::detail {
 
+// Formats have equal numbers on both sides; a test compares all their names with those in C.
 static_assert(static_cast<int>(kv_format::fp32) == KV1_PLAIN_FP32 &&
-              static_cast<int>(kv_format::affine2) == KV1_AFFINE2 &&
-              static_cast<int>(kv_format::binary) == KV1_BINARY &&
-              static_cast<int>(kv_format::compact4) == KV1_COMPACT4 &&
-              static_cast<int>(kv1::all_kv_formats.back()) == KV1_CODEBOOK2);
+              static_cast<int>(kv_format::affine2) == KV1_AFFINE2);
+inline constexpr int c_last_format = static_cast<int>(all_kv_formats.back());
 static_assert(static_cast<int>(level_choice::min_max) == KV1_LEVELS_MIN_MAX &&
               static_cast<int>(level_choice::least_squares) == KV1_LEVELS_LEAST_SQUARES &&
               static_cast<int>(level_choice::clip_search) == KV1_LEVELS_CLIP_SEARCH);
@@ -102,7 +101,7 @@ inline status c_take_layer(const kv1_layer& given, layer_description& out) {
     kv1_layer l;
     if (const status s = c_take(given, l); !s)
         return s;
-    if (!c_within(l.key_format, KV1_CODEBOOK2) || !c_within(l.value_format, KV1_CODEBOOK2))
+    if (!c_within(l.key_format, c_last_format) || !c_within(l.value_format, c_last_format))
         return {errc::unsupported_format, "a format is an enumerator"};
     if (!c_within(l.key_axis, KV1_PER_CHANNEL))
         return {errc::invalid_argument, "an axis is an enumerator"};
@@ -209,19 +208,19 @@ struct kv1_cache {
 extern "C" {
 
 const char* kv1_format_name(kv1_format format) {
-    return kv1::detail::c_within(format, KV1_CODEBOOK2)
+    return kv1::detail::c_within(format, kv1::detail::c_last_format)
                ? to_string(static_cast<kv1::kv_format>(format)).data() // of literals, which end with a zero
                : "unknown";
 }
 
 size_t kv1_packed_bytes(kv1_format format, size_t channels) {
-    return kv1::detail::c_within(format, KV1_CODEBOOK2)
+    return kv1::detail::c_within(format, kv1::detail::c_last_format)
                ? kv1::packed_bytes(static_cast<kv1::kv_format>(format), channels)
                : 0;
 }
 
 size_t kv1_row_bytes(kv1_format format, size_t channels, size_t group) {
-    return kv1::detail::c_within(format, KV1_CODEBOOK2) && (group == 0 || channels % group == 0)
+    return kv1::detail::c_within(format, kv1::detail::c_last_format) && (group == 0 || channels % group == 0)
                ? kv1::row_bytes(static_cast<kv1::kv_format>(format), channels, group)
                : 0;
 }

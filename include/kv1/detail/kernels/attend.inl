@@ -52,7 +52,7 @@ KV1_LAZY inline void round_query(const float* query, std::size_t padded, const f
         case 4:
             scatter_query<2>(plain, padded, codes[p] + r * 8, rows);
             break;
-        default:
+        case 8:
             scatter_query<1>(plain, padded, codes[p] + r * 4, rows);
             break;
         }

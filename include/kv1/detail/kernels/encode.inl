@@ -49,7 +49,7 @@ struct lane_levels {
     lane_mask fits;
 };
 
-// How a format stores levels: level_format<affine>, <compact> or <codebook2> at run time.
+// How a format stores levels: its level_format at run time.
 template <bool Codebook>
 struct lane_format {
     f32 max_code;
@@ -502,7 +502,7 @@ KV1_LAZY inline bool encode_lanes(const encode_recipe& recipe, const encode_row*
         const std::size_t first = g * recipe.group;
         const float* x = scratch.x + first * lanes;
         std::uint32_t* words = scratch.words + first / 4 * lanes;
-        if (!(recipe.format == kv_format::codebook2
+        if (!(traits_of(recipe.format).codebook()
                   ? encode_group<true>(recipe, rows, count, x, words, scratch, metadata + g)
                   : encode_group<false>(recipe, rows, count, x, words, scratch, metadata + g)))
             return false;

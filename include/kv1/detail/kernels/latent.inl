@@ -173,7 +173,7 @@ KV1_LAZY inline void turn_values(const section_layout& keys, const tile_ref* til
         case 16:
             turn_plain<16>(from, count, lines, to, unit, units);
             break;
-        default:
+        case 32:
             turn_plain<32>(from, count, lines, to, unit, units);
             break;
         }

@@ -74,7 +74,7 @@ KV1_LAZY inline void pack(int bits, const std::uint8_t* codes, std::size_t n, st
         return pack_fields<2>(codes, n, bytes);
     case 4:
         return pack_fields<4>(codes, n, bytes);
-    default:
+    case 8:
         std::memcpy(bytes, codes, n);
         return;
     }
@@ -89,7 +89,7 @@ KV1_LAZY inline void unpack(int bits, const std::uint8_t* bytes, std::size_t n,
         return unpack_fields<2>(bytes, n, codes);
     case 4:
         return unpack_fields<4>(bytes, n, codes);
-    default:
+    case 8:
         std::memcpy(codes, bytes, n);
         return;
     }

@@ -97,9 +97,10 @@ inline encode_result encode_affine(const float* x, std::size_t n, int bits, std:
         return encode<affine<6>>(x, n, codes);
     case 7:
         return encode<affine<7>>(x, n, codes);
-    default:
+    case 8:
         return encode<affine<8>>(x, n, codes);
     }
+    return {errc::unsupported_format, "affine codes have 1 to 8 bits", no_channel, {}};
 }
 
 inline void pack(int bits, const std::uint8_t* codes, std::size_t n, std::uint8_t* bytes) noexcept {

@@ -118,7 +118,7 @@ struct single_dots {
     template <class Format, std::size_t R, std::size_t N>
     KV1_INLINE void add(key_walk<N>& walk, const section_layout& s, i32 (&total)[R][N]) const {
         constexpr format_traits t = traits_of(kv_format_of<Format>);
-        if constexpr (t.codebook)
+        if constexpr (t.codebook())
             add_dots<2, 0, false, t.top_level()>(walk, s.part_lines(0), codes[0], total);
         else
             add_dots<t.parts[0].bits, t.parts[0].shift, false>(walk, s.part_lines(0), codes[0], total);
@@ -241,7 +241,7 @@ struct field_reader {
 
     // code * slope is exact (at most 8 + 11 significant bits), so an fma gives what the format defines
     KV1_INLINE static f32 decode(u32 code, f32 slope, f32 base) {
-        if constexpr (t.codebook)
+        if constexpr (t.codebook())
             code = levels_of(code);
         return xs::fma(xs::to_float(xs::bitwise_cast<std::int32_t>(code)), slope, base);
     }

@@ -170,7 +170,7 @@ KV1_INLINE void fast_sum_step(const section_layout& s, const value_lines& lines,
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n) { total[r][n] = i32(0); }
     }
-    if constexpr (t.codebook)
+    if constexpr (t.codebook())
         add_dots<2, 0, true, top_level>(walk, lines.count[0], rounded.codes[0], total);
     else
         add_dots<t.parts[0].bits, t.parts[0].shift, top_weight == 255>(walk, lines.count[0], rounded.codes[0],
