@@ -43,8 +43,8 @@ struct layer_description {
     /// @}
     /// per_channel: a channel's keys share a scale and minimum over all tokens of a page, which suits keys
     /// some of whose channels are large in every token. A page's keys are kept in fp16 until it is full
-    /// (kv_cache.hpp says what follows from that). In affine and compact formats of up to 4 bits and
-    /// codebook2, without key_group, on pages of at most 4096 tokens, in caches that carry fp16.
+    /// (kv_cache.hpp says what follows from that). In formats of up to 4 bits whose levels can be
+    /// chosen, without key_group, on pages of at most 4096 tokens, in caches that carry fp16.
     quantization_axis key_axis = quantization_axis::per_token;
     /// The values are the first value_dim channels of the keys, and are stored as part of them: the shared
     /// latent of multi-head latent attention (MLA; DeepSeek-V2, 2024). Outputs are sums of keys as they are

@@ -12,10 +12,12 @@
 #pragma once
 
 #include <kv1/detail/config.hpp>
+#include <kv1/detail/target_features.hpp>
 #include <kv1/status.hpp>
 
 #include <array>
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <optional>
@@ -44,32 +46,110 @@ enum class target : std::uint8_t {
     avx512_vbmi, ///< the same with AVX-512 VBMI
 };
 
+namespace detail {
+
+// Where the answers of CPUID lie: leaf 1 in ecx, leaf 7 in ebx and ecx, its subleaf 1 in eax.
+enum class cpuid_word : std::uint8_t { leaf_1_ecx, leaf_7_ebx, leaf_7_ecx, leaf_7_1_eax };
+
+// Registers that the operating system must save for a feature, as bits of XCR0.
+enum class register_state : std::uint8_t { any = 0, ymm = 0x6, zmm = 0xe6 };
+
+struct cpu_feature {
+    std::string_view name; // the compilers'
+    cpuid_word word;
+    int bit;
+    register_state state = register_state::any;
+};
+
+// All that the lists in target_features.hpp name.
+inline constexpr std::array cpu_features{
+    cpu_feature{"sse3", cpuid_word::leaf_1_ecx, 0},
+    cpu_feature{"ssse3", cpuid_word::leaf_1_ecx, 9},
+    cpu_feature{"sse4.1", cpuid_word::leaf_1_ecx, 19},
+    cpu_feature{"sse4.2", cpuid_word::leaf_1_ecx, 20},
+    cpu_feature{"popcnt", cpuid_word::leaf_1_ecx, 23},
+    cpu_feature{"avx", cpuid_word::leaf_1_ecx, 28, register_state::ymm},
+    cpu_feature{"fma", cpuid_word::leaf_1_ecx, 12, register_state::ymm},
+    cpu_feature{"f16c", cpuid_word::leaf_1_ecx, 29, register_state::ymm},
+    cpu_feature{"bmi", cpuid_word::leaf_7_ebx, 3},
+    cpu_feature{"avx2", cpuid_word::leaf_7_ebx, 5, register_state::ymm},
+    cpu_feature{"bmi2", cpuid_word::leaf_7_ebx, 8},
+    cpu_feature{"avxvnni", cpuid_word::leaf_7_1_eax, 4, register_state::ymm},
+    cpu_feature{"avx512f", cpuid_word::leaf_7_ebx, 16, register_state::zmm},
+    cpu_feature{"avx512dq", cpuid_word::leaf_7_ebx, 17, register_state::zmm},
+    cpu_feature{"avx512cd", cpuid_word::leaf_7_ebx, 28, register_state::zmm},
+    cpu_feature{"avx512bw", cpuid_word::leaf_7_ebx, 30, register_state::zmm},
+    cpu_feature{"avx512vl", cpuid_word::leaf_7_ebx, 31, register_state::zmm},
+    cpu_feature{"avx512vbmi", cpuid_word::leaf_7_ecx, 1, register_state::zmm},
+    cpu_feature{"avx512vnni", cpuid_word::leaf_7_ecx, 11, register_state::zmm},
+};
+
+// A bit for each of cpu_features.
+using feature_set = std::uint32_t;
+static_assert(cpu_features.size() <= 32);
+
+void list_names_a_feature_that_cpu_features_lacks(); // never defined: calling it is no constant
+
+consteval feature_set features_in(std::string_view list) {
+    feature_set found = 0;
+    while (!list.empty()) {
+        const std::string_view name = list.substr(0, list.find(','));
+        list.remove_prefix(name.size() < list.size() ? name.size() + 1 : name.size());
+        std::size_t place = 0;
+        while (place < cpu_features.size() && cpu_features[place].name != name)
+            ++place;
+        if (place == cpu_features.size())
+            list_names_a_feature_that_cpu_features_lacks();
+        found |= feature_set{1} << place;
+    }
+    return found;
+}
+
+struct target_traits {
+    target id;
+    std::string_view name; // the enumerator's
+    feature_set needs;     // none: the target is compiled in everywhere
+};
+
+// The one table of targets, in the enumeration's order.
+inline constexpr std::array target_table{
+    target_traits{target::scalar, "scalar", 0},
+    target_traits{target::baseline, "baseline", 0},
+    target_traits{target::sse41, "sse41", features_in(KV1_FEATURES_SSE41)},
+    target_traits{target::avx2, "avx2", features_in(KV1_FEATURES_AVX2)},
+    target_traits{target::avx_vnni, "avx_vnni", features_in(KV1_FEATURES_AVX_VNNI)},
+    target_traits{target::avx512, "avx512", features_in(KV1_FEATURES_AVX512)},
+    target_traits{target::avx512_vnni, "avx512_vnni", features_in(KV1_FEATURES_AVX512_VNNI)},
+    target_traits{target::avx512_vbmi, "avx512_vbmi", features_in(KV1_FEATURES_AVX512_VBMI)},
+};
+
+void rows_are_not_in_the_order_of_enumerators(); // never defined, like the other
+
+consteval auto targets_of_table() {
+    std::array<target, target_table.size()> ids{};
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+        ids[i] = target_table[i].id;
+        if (static_cast<std::size_t>(ids[i]) != i)
+            rows_are_not_in_the_order_of_enumerators();
+    }
+    return ids;
+}
+
+// Null for a number that is no enumerator.
+constexpr const target_traits* traits_of(target t) noexcept {
+    const auto place = static_cast<std::size_t>(t);
+    return place < target_table.size() ? &target_table[place] : nullptr;
+}
+
+} // namespace detail
+
 /// Every target, slowest first.
-inline constexpr std::array all_targets{target::scalar,      target::baseline,   target::sse41,
-                                        target::avx2,        target::avx_vnni,   target::avx512,
-                                        target::avx512_vnni, target::avx512_vbmi};
+inline constexpr std::array all_targets = detail::targets_of_table();
 
 /// The enumerator's name.
 [[nodiscard]] constexpr std::string_view to_string(target t) noexcept {
-    switch (t) {
-    case target::scalar:
-        return "scalar";
-    case target::baseline:
-        return "baseline";
-    case target::sse41:
-        return "sse41";
-    case target::avx2:
-        return "avx2";
-    case target::avx_vnni:
-        return "avx_vnni";
-    case target::avx512:
-        return "avx512";
-    case target::avx512_vnni:
-        return "avx512_vnni";
-    case target::avx512_vbmi:
-        return "avx512_vbmi";
-    }
-    return "unknown";
+    const detail::target_traits* traits = detail::traits_of(t);
+    return traits != nullptr ? traits->name : "unknown";
 }
 
 /// The target of that name, if there is one.
@@ -82,45 +162,37 @@ inline constexpr std::array all_targets{target::scalar,      target::baseline,  
 
 namespace detail {
 
-// What the processor and the operating system support. Every feature a target's code may use is tested by
-// itself: no level is inferred from a higher one, since hypervisors mask features one by one.
-struct cpu_features {
-    bool sse41 = false;
-    bool avx2 = false;
-    bool avx_vnni = false;
-    bool avx512 = false;
-    bool avx512_vnni = false;
-    bool avx512_vbmi = false;
-};
-
-inline cpu_features detect_cpu() noexcept {
-    cpu_features found;
+// What the processor and the operating system support, if the kernels for it are compiled in. Every feature is
+// tested by itself: none is inferred from another, since hypervisors mask features one by one.
+inline feature_set detect_features() noexcept {
+    feature_set found = 0;
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(KV1_STATIC_DISPATCH)
-    constexpr auto has = [](unsigned word, int bit) { return ((word >> bit) & 1u) != 0u; };
-    unsigned a = 0, b = 0, c = 0, d = 0;
+    std::array<unsigned, 4> words{}; // by cpuid_word
+    unsigned a = 0, b = 0, c = 0, d = 0, subleaves = 0;
     if (__get_cpuid(1, &a, &b, &c, &d) == 0)
         return found;
-    found.sse41 = has(c, 0) && has(c, 9) && has(c, 19); // SSE3 SSSE3 SSE4.1
-    if (!has(c, 27))                                    // OSXSAVE: xgetbv may be executed
-        return found;
-    const bool level1 = has(c, 0) && has(c, 9) && has(c, 12) && has(c, 19) && has(c, 20) && has(c, 23) &&
-                        has(c, 28) && has(c, 29); // SSE3 SSSE3 FMA SSE4.1 SSE4.2 POPCNT AVX F16C
-    unsigned xcr0 = 0, xcr0_high = 0;
-    __asm__ volatile("xgetbv" : "=a"(xcr0), "=d"(xcr0_high) : "c"(0));
-    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0)
-        return found;
-    found.avx2 = level1 && (xcr0 & 0x6u) == 0x6u && has(b, 3) && has(b, 5) && has(b, 8); // BMI AVX2 BMI2
-    found.avx512 = found.avx2 && (xcr0 & 0xe6u) == 0xe6u && has(b, 16) && has(b, 17) && has(b, 28) &&
-                   has(b, 30) && has(b, 31); // F DQ CD BW VL
-    found.avx512_vnni = found.avx512 && has(c, 11);
-    found.avx512_vbmi = found.avx512_vnni && has(c, 1);
-    found.avx_vnni = found.avx2 && a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && has(a, 4);
+    words[static_cast<std::size_t>(cpuid_word::leaf_1_ecx)] = c;
+    unsigned saved = 0, saved_high = 0;
+    if ((c >> 27 & 1u) != 0) // OSXSAVE: xgetbv may be executed
+        __asm__ volatile("xgetbv" : "=a"(saved), "=d"(saved_high) : "c"(0));
+    if (__get_cpuid_count(7, 0, &subleaves, &b, &c, &d) != 0) {
+        words[static_cast<std::size_t>(cpuid_word::leaf_7_ebx)] = b;
+        words[static_cast<std::size_t>(cpuid_word::leaf_7_ecx)] = c;
+        if (subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0)
+            words[static_cast<std::size_t>(cpuid_word::leaf_7_1_eax)] = a;
+    }
+    for (std::size_t i = 0; i < cpu_features.size(); ++i) {
+        const cpu_feature& f = cpu_features[i];
+        const auto state = static_cast<unsigned>(f.state);
+        if ((words[static_cast<std::size_t>(f.word)] >> f.bit & 1u) != 0 && (saved & state) == state)
+            found |= feature_set{1} << i;
+    }
 #endif
     return found;
 }
 
-inline const cpu_features& cpu() noexcept {
-    static const cpu_features features = detect_cpu();
+inline feature_set features_here() noexcept {
+    static const feature_set features = detect_features();
     return features;
 }
 
@@ -133,24 +205,8 @@ struct environment_choice {
 
 /// Whether the target is compiled in and this processor can run it.
 [[nodiscard]] inline bool is_supported(target t) noexcept {
-    switch (t) {
-    case target::scalar:
-    case target::baseline:
-        return true;
-    case target::sse41:
-        return detail::cpu().sse41;
-    case target::avx2:
-        return detail::cpu().avx2;
-    case target::avx_vnni:
-        return detail::cpu().avx_vnni;
-    case target::avx512:
-        return detail::cpu().avx512;
-    case target::avx512_vnni:
-        return detail::cpu().avx512_vnni;
-    case target::avx512_vbmi:
-        return detail::cpu().avx512_vbmi;
-    }
-    return false;
+    const detail::target_traits* traits = detail::traits_of(t);
+    return traits != nullptr && (traits->needs & ~detail::features_here()) == 0;
 }
 
 /// The fastest supported target.

@@ -2,18 +2,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks that every function of an object file uses the instructions of its target, and no others.
 
-usage: check_codegen.py OBJDUMP OBJECT...
+usage: check_codegen.py FEATURES OBJDUMP OBJECT...
 
-The target of a function is the namespace it lies in: kv1's detail::{sse41,avx2,avx_vnni,avx512,avx512_vnni}, or the xsimd
-that was parsed for it, kv1_xsimd_{avx2,avx512}. Everything else is the baseline, which knows no VEX. Target avx512_vbmi
-is those functions of avx512_vnni that take keys in pairs.
+FEATURES is detail/target_features.hpp, whose lists say what each target may use. The target of a function is the
+namespace it lies in: kv1's detail::<target>, or the xsimd that was parsed for it, kv1_xsimd_{avx2,avx512}. Everything
+else is the baseline, which knows no VEX. Target avx512_vbmi is those functions of avx512_vnni that take keys in pairs.
 """
 import collections
 import re
 import subprocess
 import sys
 
-TARGET = re.compile(r"\bkv1::v\w+::detail::(avx512_vnni|avx512|avx_vnni|avx2|sse41)::|\bkv1_xsimd_(avx512|avx2)::")
+# Classes of instructions that come with a feature.
+BROUGHT = {"avx": {"vex"}, "avx512f": {"evex", "zmm"}, "avxvnni": {"vnni"}, "avx512vnni": {"vnni"}, "avx512vbmi": {"vbmi"}}
+
+
+def read_features(path):
+    """The features of each target, by its name."""
+    lists = {}
+    with open(path, encoding="utf-8") as header:
+        for name, base, own in re.findall(r'#define KV1_FEATURES_(\w+) (?:KV1_FEATURES_(\w+) )?"([^"]+)"', header.read()):
+            lists[name] = (lists[base] if base else []) + own.strip(",").split(",")
+    return {name.lower(): found for name, found in lists.items()}
+
+
+def classes_in(features):
+    """What the functions of a target may use and, between them, do."""
+    brought = set().union(*(BROUGHT.get(f, set()) for f in features))
+    return brought or {"sse41"}  # with VEX no instruction has its old encoding
+
+
 FUNCTION = re.compile(r"^[0-9a-f]+ <(.*)>:$")
 INSTRUCTION = re.compile(r"^\s*[0-9a-f]+:\s+(?:(?:lock|rep|repz|repnz|bnd|notrack|data16|cs|\{\w+\})\s+)*(\S+)(.*)$")
 # every VEX or EVEX instruction begins with v, but for the opmask moves and the BMI ones
@@ -25,9 +43,9 @@ SSE41 = {"pmaddubsw", "pshufb", "pabsd", "pmulld", "pminsd", "pmaxsd", "pminud",
          "roundps", "roundss", "ptest", "pmovzxbd", "pmovzxwd", "pmovsxbd", "pextrd", "pinsrd", "packusdw", "palignr"}
 
 
-def target_of(name):
+def target_of(name, namespaces):
     # the function's own name decides, not its arguments' types; an inlined lambda or a thunk keeps its scope
-    found = TARGET.search(name)
+    found = namespaces.search(name)
     target = (found.group(1) or found.group(2)) if found else "baseline"
     return "avx512_vbmi" if target == "avx512_vnni" and "pair_dots" in name else target
 
@@ -51,26 +69,11 @@ def classes_of(mnemonic, operands):
     return found
 
 
-ALLOWED = {
-    "baseline": set(),
-    "sse41": {"sse41"},
-    "avx2": {"vex"},
-    "avx_vnni": {"vex", "vnni"},
-    "avx512": {"vex", "evex", "zmm"},
-    "avx512_vnni": {"vex", "evex", "zmm", "vnni"},
-    "avx512_vbmi": {"vex", "evex", "zmm", "vnni", "vbmi"},
-}
-REQUIRED = {
-    "sse41": {"sse41"},
-    "avx2": {"vex"},
-    "avx_vnni": {"vex", "vnni"},
-    "avx512": {"zmm"},
-    "avx512_vnni": {"zmm", "vnni"},
-    "avx512_vbmi": {"zmm", "vnni", "vbmi"},
-}
-
-
-def check(objdump, path):
+def check(features, objdump, path):
+    used_by = {name: classes_in(found) for name, found in features.items()}
+    # longer names first
+    names = "|".join(sorted(features, key=len, reverse=True))
+    namespaces = re.compile(rf"\bkv1::v\w+::detail::({names})::|\bkv1_xsimd_({names})::")
     text = subprocess.run([objdump, "-dC", "--no-show-raw-insn", path], capture_output=True, text=True, check=True).stdout
     used = collections.defaultdict(lambda: collections.defaultdict(collections.Counter))
     target = function = None
@@ -78,20 +81,20 @@ def check(objdump, path):
     for line in text.splitlines():
         if header := FUNCTION.match(line):
             function = header.group(1)
-            target = target_of(function)
+            target = target_of(function, namespaces)
             used[target]  # seen, even if it uses nothing
             continue
         if target is None or not (instruction := INSTRUCTION.match(line)):
             continue
         mnemonic, operands = instruction.groups()
         for kind in classes_of(mnemonic, operands):
-            if kind not in ALLOWED[target] and not used[target][kind][function]:
+            if kind not in used_by.get(target, ()) and not used[target][kind][function]:
                 errors.append(f"{kind} in a function of target {target}: {function[:200]}: {line.strip()}")
             used[target][kind][function] += 1
-    for name, kinds in REQUIRED.items():
+    for name, kinds in used_by.items():
         for kind in kinds - set(used[name]):
             errors.append(f"no {kind} in any function of target {name}")
-    for name in ALLOWED:
+    for name in ["baseline", *used_by]:
         counts = ", ".join(f"{kind}: {sum(c.values())} in {len(c)} functions" for kind, c in sorted(used[name].items()))
         print(f"{path}: {name}: {counts or 'nothing but the baseline'}")
     for error in errors[:20]:
@@ -100,6 +103,9 @@ def check(objdump, path):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
+    if len(sys.argv) < 4:
         sys.exit(__doc__)
-    sys.exit(0 if all([check(sys.argv[1], path) for path in sys.argv[2:]]) else 1)
+    listed = read_features(sys.argv[1])
+    if not listed:
+        sys.exit(f"{sys.argv[1]}: no list of features found")
+    sys.exit(0 if all([check(listed, sys.argv[2], path) for path in sys.argv[3:]]) else 1)

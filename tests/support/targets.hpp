@@ -28,14 +28,19 @@ private:
 /// The first of the targets that share the kernels without dot products (simd/passes.hpp).
 inline kv1::target storing_target(kv1::target t) {
     switch (t) {
+    case kv1::target::scalar:
+    case kv1::target::baseline:
+    case kv1::target::sse41:
+    case kv1::target::avx2:
+    case kv1::target::avx512:
+        break;
     case kv1::target::avx_vnni:
         return kv1::target::avx2;
     case kv1::target::avx512_vnni:
     case kv1::target::avx512_vbmi:
         return kv1::target::avx512;
-    default:
-        return t;
     }
+    return t;
 }
 
 /// Switches to a supported target; fails the test where calls would still reach another target's kernels.

@@ -34,6 +34,23 @@ TEST_CASE("scalar and baseline run everywhere, and a higher target implies the l
     REQUIRE_FALSE(kv1::is_supported(static_cast<target>(99)));
 }
 
+TEST_CASE("a target is supported where each feature of its list is", "[target]") {
+    using kv1::detail::features_in;
+    STATIC_REQUIRE(features_in("") == 0);
+    STATIC_REQUIRE(features_in("sse3") != 0);
+    STATIC_REQUIRE(features_in("avx2,fma") == (features_in("avx2") | features_in("fma")));
+    for (const target t : kv1::all_targets) {
+        const kv1::detail::feature_set needs = kv1::detail::traits_of(t)->needs;
+        REQUIRE((needs == 0) == (t <= target::baseline));
+        REQUIRE(kv1::is_supported(t) == ((needs & kv1::detail::features_here()) == needs));
+    }
+    for (std::size_t i = 0; i < kv1::detail::cpu_features.size(); ++i) // each is asked for by some target
+        REQUIRE((kv1::detail::features_in(KV1_FEATURES_AVX512_VBMI ","
+                                                                   "avxvnni") >>
+                     i &
+                 1u) != 0);
+}
+
 TEST_CASE("the best target is supported and none above it is", "[target]") {
     REQUIRE(kv1::is_supported(kv1::best_target()));
     for (const target t : kv1::all_targets)

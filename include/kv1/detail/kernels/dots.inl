@@ -80,7 +80,7 @@ KV1_INLINE void run_dots(const Walk& walk, std::size_t first, std::size_t last, 
     }
 }
 
-// Top: the largest level, which is the largest code but for codebook2.
+// Top: the largest level, which is the largest code but for the codebook.
 template <int Bits, int Shift, bool Unsigned, int Top = (1 << Bits) - 1, std::size_t R, std::size_t N,
           class Walk>
 KV1_INLINE void add_dots(const Walk& walk, std::size_t line_count, const std::int8_t* rows,

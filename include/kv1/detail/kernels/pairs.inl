@@ -14,7 +14,7 @@
 // A rounding is at most m max R / (127 * 255), which depends on the pair's own size; that of single 8-bit queries
 // depends on the largest channel.
 //
-// For codebook2, the level less 7 takes the place of c - 3/2, and 7 that of 3/2 in R.
+// For the codebook, the level less 7 takes the place of c - 3/2, and 7 that of 3/2 in R.
 //
 //   line of K      lane = token, byte j of it = channels 4 j ... 4 j + 3: pairs (0, 1) in its low half, (2, 3) above
 //   tables         [line][half][row of the tile][64]: entry 16 j + c_a + 4 c_b

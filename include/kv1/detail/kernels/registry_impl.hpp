@@ -9,69 +9,54 @@
 
 namespace kv1::inline KV1_ABI::detail {
 
-// A template: who never calls it compiles no kernel.
-template <class = void>
-const target_kernels& compiled_kernels(target t) noexcept {
+#if KV1_HAS_BASELINE_SIMD
+using baseline_tables = baseline::best_tables;
+#else
+using baseline_tables = scalar::tables;
+#endif
+
+// f of a target's tables. A target that is not compiled in is refused long before (is_supported): the scalar
+// tables stand for it.
+template <class F>
+decltype(auto) with_tables(target t, F&& f) noexcept {
+#if defined(KV1_STATIC_DISPATCH)
+    if (t == target::baseline)
+        return f(baseline_tables{});
+#else
     switch (t) {
     case target::scalar:
         break;
     case target::baseline:
-#if KV1_HAS_BASELINE_SIMD
-        return baseline::best_kernels();
-#else
-        break;
-#endif
-#if !defined(KV1_STATIC_DISPATCH)
+        return f(baseline_tables{});
     case target::sse41:
-        return sse41::kernels();
+        return f(sse41::tables{});
     case target::avx2:
-        return avx2::kernels();
+        return f(avx2::tables{});
     case target::avx_vnni:
-        return avx_vnni::kernels();
+        return f(avx_vnni::tables{});
     case target::avx512:
-        return avx512::kernels();
+        return f(avx512::tables{});
     case target::avx512_vnni:
-        return avx512_vnni::kernels();
+        return f(avx512_vnni::tables{});
     case target::avx512_vbmi:
-        return avx512_vnni::best_kernels();
-#else
-    default:
-        break;
-#endif
+        return f(avx512_vnni::best_tables{});
     }
-    return scalar::kernels();
+#endif
+    return f(scalar::tables{});
+}
+
+// A template: who never calls it compiles no kernel.
+template <class = void>
+const target_kernels& compiled_kernels(target t) noexcept {
+    return with_tables(
+        t, []<class Tables>(Tables) noexcept -> const target_kernels& { return Tables::common(); });
 }
 
 template <storage_format F>
 const format_kernels& format_kernels_at(target t) noexcept {
-    switch (t) {
-    case target::scalar:
-        break;
-    case target::baseline:
-#if KV1_HAS_BASELINE_SIMD
-        return baseline::best_kernels_for<F>();
-#else
-        break;
-#endif
-#if !defined(KV1_STATIC_DISPATCH)
-    case target::sse41:
-        return sse41::kernels_for<F>();
-    case target::avx2:
-        return avx2::kernels_for<F>();
-    case target::avx_vnni:
-        return avx_vnni::kernels_for<F>();
-    case target::avx512:
-        return avx512::kernels_for<F>();
-    case target::avx512_vnni:
-        return avx512_vnni::kernels_for<F>();
-    case target::avx512_vbmi:
-        return avx512_vnni::best_kernels_for<F>();
-#else
-    default:
-        break;
-#endif
-    }
-    return scalar::kernels_for<F>();
+    return with_tables(t, []<class Tables>(Tables) noexcept -> const format_kernels& {
+        return Tables::template of_format<F>();
+    });
 }
 
 // Null where the list does not contain the format.

@@ -488,4 +488,16 @@ const format_kernels& kernels_for() noexcept {
     }
 }
 
+// All that the registry asks of a target.
+struct tables {
+    template <class = void>
+    static const target_kernels& common() noexcept {
+        return kernels();
+    }
+    template <storage_format Format>
+    static const format_kernels& of_format() noexcept {
+        return kernels_for<Format>();
+    }
+};
+
 } // namespace kv1::inline KV1_ABI::detail::scalar

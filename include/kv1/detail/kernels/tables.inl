@@ -58,3 +58,19 @@ inline const format_kernels& best_kernels_for() noexcept {
     return kernels_for<Format>();
 }
 #endif
+
+// All that the registry asks of a target.
+struct tables {
+    KV1_LAZY static const target_kernels& common() noexcept { return kernels(); }
+    template <class Format>
+    static const format_kernels& of_format() noexcept {
+        return kernels_for<Format>();
+    }
+};
+struct best_tables {
+    KV1_LAZY static const target_kernels& common() noexcept { return best_kernels(); }
+    template <class Format>
+    static const format_kernels& of_format() noexcept {
+        return best_kernels_for<Format>();
+    }
+};

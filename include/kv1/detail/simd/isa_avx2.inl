@@ -66,7 +66,7 @@ KV1_LAZY KV1_INLINE u32 first_in_turns(u32 a, u32 b) {
 KV1_LAZY KV1_INLINE u32 last_in_turns(u32 a, u32 b) {
     return u32(_mm256_unpackhi_epi32(__m256i(a), __m256i(b)));
 }
-// Levels of codebook2 for bytes 0 ... 3.
+// Levels of the codebook for bytes 0 ... 3.
 KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
     return u32(_mm256_shuffle_epi8(_mm256_set1_epi32(packed_codebook), __m256i(codes)));
 }

@@ -132,7 +132,7 @@ KV1_LAZY KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes
 // Rounds to the nearest integer, ties to even.
 KV1_LAZY KV1_INLINE f32 nearest(f32 x) { return xs::nearbyint(x); }
 KV1_LAZY KV1_INLINE i32 round_to_int(f32 x) { return xs::to_int(xs::nearbyint(x)); }
-// Levels of codebook2 for bytes 0 ... 3: 5 c - c / 2, which borrows nothing from the next byte.
+// Levels of the codebook for bytes 0 ... 3: 5 c - c / 2, which borrows nothing from the next byte.
 KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
     return ((codes << 2) + codes) - ((codes >> 1) & u32(0x01010101u));
 }

@@ -100,7 +100,7 @@ KV1_LAZY KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) 
     };
     vst1q_u8(p, vcombine_u8(vmovn_u16(words(x[0], x[1])), vmovn_u16(words(x[2], x[3]))));
 }
-// Levels of codebook2 for bytes 0 ... 3.
+// Levels of the codebook for bytes 0 ... 3.
 KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
     const uint8x16_t table = vreinterpretq_u8_s32(vdupq_n_s32(packed_codebook));
     return u32(vreinterpretq_u32_u8(vqtbl1q_u8(table, vreinterpretq_u8_u32(uint32x4_t(codes)))));

@@ -46,7 +46,7 @@ KV1_INLINE i32 dot_finish(dot_sum sum) {
 KV1_LAZY KV1_INLINE f32 nearest(f32 x) {
     return f32(_mm_round_ps(__m128(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-// Levels of codebook2 for bytes 0 ... 3.
+// Levels of the codebook for bytes 0 ... 3.
 KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
     return u32(_mm_shuffle_epi8(_mm_set1_epi32(packed_codebook), __m128i(codes)));
 }
@@ -80,7 +80,7 @@ KV1_INLINE i32 dot_finish(dot_sum sum) {
 }
 // For numbers that fit 32 bits.
 KV1_LAZY KV1_INLINE f32 nearest(f32 x) { return f32(_mm_cvtepi32_ps(_mm_cvtps_epi32(__m128(x)))); }
-// Levels of codebook2 for bytes 0 ... 3: 5 c - c / 2, which borrows nothing from the next byte.
+// Levels of the codebook for bytes 0 ... 3: 5 c - c / 2, which borrows nothing from the next byte.
 KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
     return ((codes << 2) + codes) - ((codes >> 1) & u32(0x01010101u));
 }

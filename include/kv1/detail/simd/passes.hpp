@@ -17,6 +17,7 @@
 
 #include <kv1/detail/kernels/interface.hpp>
 #include <kv1/detail/kernels/softmax.hpp>
+#include <kv1/detail/target_features.hpp>
 #include <kv1/float16.hpp>
 #include <kv1/format.hpp>
 #include <kv1/layout.hpp>
@@ -63,6 +64,17 @@
 #else
 #define KV1_INLINE inline
 #define KV1_NOINLINE
+#endif
+
+// Code between the two may use the features of a list in target_features.hpp.
+#define KV1_PRAGMA(...) _Pragma(#__VA_ARGS__)
+#if defined(__clang__)
+#define KV1_BEGIN_REGION(features)                                                                           \
+    KV1_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define KV1_END_REGION KV1_PRAGMA(clang attribute pop)
+#else
+#define KV1_BEGIN_REGION(features) KV1_PRAGMA(GCC push_options) KV1_PRAGMA(GCC target(features))
+#define KV1_END_REGION KV1_PRAGMA(GCC pop_options)
 #endif
 
 // Makes a function of a region a template: its body, and all that it needs of xsimd, is compiled where it is
@@ -178,12 +190,7 @@ using arch = xs::best_arch;
 #if !defined(KV1_STATIC_DISPATCH)
 
 // ---- SSSE3 and SSE4.1, on the baseline's xsimd and its SSE2 batches
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("sse3,ssse3,sse4.1"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("sse3,ssse3,sse4.1")
-#endif
+KV1_BEGIN_REGION(KV1_FEATURES_SSE41)
 namespace kv1::inline KV1_ABI::detail::sse41 {
 namespace xs = ::xsimd;
 using arch = xs::sse2;
@@ -197,11 +204,7 @@ using arch = xs::sse2;
 #undef KV1_ISA_GENERIC
 #undef KV1_ISA_SSE41
 } // namespace kv1::inline KV1_ABI::detail::sse41
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+KV1_END_REGION
 
 // every target from here on has BMI2
 #define KV1_ISA_PDEP 1
@@ -212,14 +215,7 @@ using arch = xs::sse2;
 #include <xsimd/config/xsimd_config.hpp>
 #include <kv1/detail/simd/xsimd_enable_avx2.inl>
 #define xsimd kv1_xsimd_avx2
-#if defined(__clang__)
-#pragma clang attribute push(                                                                                \
-    __attribute__((target("sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,fma,f16c,bmi,bmi2"))),                   \
-    apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,fma,f16c,bmi,bmi2")
-#endif
+KV1_BEGIN_REGION(KV1_FEATURES_AVX2)
 #include <xsimd/xsimd.hpp>
 namespace kv1::inline KV1_ABI::detail::avx2 {
 namespace xs = ::kv1_xsimd_avx2;
@@ -231,21 +227,10 @@ using arch = xs::fma3<xs::avx2>;
 #include <kv1/detail/kernels/storing.inl>
 #include <kv1/detail/kernels/attending.inl>
 } // namespace kv1::inline KV1_ABI::detail::avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+KV1_END_REGION
 
 // ---- AVX2 with AVX-VNNI, on the same xsimd
-#if defined(__clang__)
-#pragma clang attribute push(                                                                                \
-    __attribute__((target("sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,fma,f16c,bmi,bmi2,avxvnni"))),           \
-    apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,fma,f16c,bmi,bmi2,avxvnni")
-#endif
+KV1_BEGIN_REGION(KV1_FEATURES_AVX_VNNI)
 namespace kv1::inline KV1_ABI::detail::avx_vnni {
 using namespace avx2;
 #define KV1_ISA_VNNI 1
@@ -253,11 +238,7 @@ using namespace avx2;
 #undef KV1_ISA_VNNI
 #include <kv1/detail/kernels/attending.inl>
 } // namespace kv1::inline KV1_ABI::detail::avx_vnni
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+KV1_END_REGION
 #undef xsimd
 
 // ---- AVX-512 F, CD, VL, DQ, BW
@@ -267,16 +248,7 @@ using namespace avx2;
 #include <kv1/detail/simd/xsimd_enable_avx2.inl>
 #include <kv1/detail/simd/xsimd_enable_avx512.inl>
 #define xsimd kv1_xsimd_avx512
-#if defined(__clang__)
-#pragma clang attribute push(                                                                                        \
-    __attribute__((target(                                                                                           \
-        "sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,fma,f16c,bmi,bmi2,avx512f,avx512cd,avx512vl,avx512dq,avx512bw"))), \
-    apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target(                                                                                          \
-    "sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,fma,f16c,bmi,bmi2,avx512f,avx512cd,avx512vl,avx512dq,avx512bw")
-#endif
+KV1_BEGIN_REGION(KV1_FEATURES_AVX512)
 #include <xsimd/xsimd.hpp>
 namespace kv1::inline KV1_ABI::detail::avx512 {
 namespace xs = ::kv1_xsimd_avx512;
@@ -288,26 +260,11 @@ using arch = xs::avx512bw;
 #include <kv1/detail/kernels/storing.inl>
 #include <kv1/detail/kernels/attending.inl>
 } // namespace kv1::inline KV1_ABI::detail::avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+KV1_END_REGION
 #undef xsimd
 
 // ---- AVX-512 with VNNI, on the same xsimd
-#if defined(__clang__)
-#pragma clang attribute push(                                                                                \
-    __attribute__((                                                                                          \
-        target("sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,fma,f16c,bmi,bmi2,avx512f,avx512cd,avx512vl,"       \
-               "avx512dq,avx512bw,avx512vnni"))),                                                            \
-    apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target(                                                                                          \
-    "sse3,ssse3,sse4.1,sse4.2,popcnt,avx,avx2,fma,f16c,bmi,bmi2,avx512f,avx512cd,avx512vl,avx512dq,"         \
-    "avx512bw,avx512vnni")
-#endif
+KV1_BEGIN_REGION(KV1_FEATURES_AVX512_VNNI)
 namespace kv1::inline KV1_ABI::detail::avx512_vnni {
 using namespace avx512;
 #define KV1_ISA_VNNI 1
@@ -317,11 +274,7 @@ using namespace avx512;
 #include <kv1/detail/kernels/attending.inl>
 #undef KV1_ISA_PAIRS
 } // namespace kv1::inline KV1_ABI::detail::avx512_vnni
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+KV1_END_REGION
 
 #undef KV1_ISA_PDEP
 
@@ -338,6 +291,9 @@ using namespace avx512;
 #endif
 #pragma pop_macro("max")
 #pragma pop_macro("min")
+#undef KV1_PRAGMA
+#undef KV1_BEGIN_REGION
+#undef KV1_END_REGION
 #undef KV1_INLINE
 #undef KV1_NOINLINE
 #undef KV1_UNROLL
