@@ -14,7 +14,7 @@
 #pragma once
 
 #include <kv1/detail/buffer.hpp>
-#include <kv1/detail/kernels/interface.hpp>
+#include <kv1/precision.hpp>
 #include <kv1/status.hpp>
 
 #include <algorithm>

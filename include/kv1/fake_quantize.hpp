@@ -28,12 +28,7 @@
 #include <kv1/format.hpp>
 #include <kv1/hadamard.hpp>
 #include <kv1/quantizer.hpp>
-#include <kv1/quantizers/affine.hpp>
-#include <kv1/quantizers/binary.hpp>
-#include <kv1/quantizers/codebook.hpp>
-#include <kv1/quantizers/compact.hpp>
-#include <kv1/quantizers/least_squares.hpp>
-#include <kv1/quantizers/scaled_binary.hpp>
+#include <kv1/quantizers/all.hpp>
 
 #include <algorithm>
 #include <array>

@@ -88,13 +88,7 @@
 #include <kv1/layout.hpp>
 #include <kv1/page_pool.hpp>
 #include <kv1/prefix_index.hpp>
-#include <kv1/quantizers/affine.hpp>
-#include <kv1/quantizers/binary.hpp>
-#include <kv1/quantizers/codebook.hpp>
-#include <kv1/quantizers/compact.hpp>
-#include <kv1/quantizers/clip_search.hpp>
-#include <kv1/quantizers/least_squares.hpp>
-#include <kv1/quantizers/scaled_binary.hpp>
+#include <kv1/quantizers/all.hpp>
 #include <kv1/sequence_id.hpp>
 #include <kv1/status.hpp>
 #include <kv1/tensor.hpp>

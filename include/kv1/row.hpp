@@ -8,13 +8,7 @@
 
 #include <kv1/packed_span.hpp>
 #include <kv1/quantizer.hpp>
-#include <kv1/quantizers/affine.hpp>
-#include <kv1/quantizers/binary.hpp>
-#include <kv1/quantizers/clip_search.hpp>
-#include <kv1/quantizers/codebook.hpp>
-#include <kv1/quantizers/compact.hpp>
-#include <kv1/quantizers/least_squares.hpp>
-#include <kv1/quantizers/scaled_binary.hpp>
+#include <kv1/quantizers/all.hpp>
 
 #include <array>
 #include <cstring>

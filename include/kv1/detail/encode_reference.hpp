@@ -23,11 +23,7 @@
 
 #include <kv1/detail/kernels/interface.hpp>
 #include <kv1/hadamard.hpp>
-#include <kv1/quantizers/affine.hpp>
-#include <kv1/quantizers/clip_search.hpp>
-#include <kv1/quantizers/codebook.hpp>
-#include <kv1/quantizers/compact.hpp>
-#include <kv1/quantizers/least_squares.hpp>
+#include <kv1/quantizers/all.hpp>
 
 #include <algorithm>
 #include <cmath>

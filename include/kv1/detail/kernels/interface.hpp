@@ -8,6 +8,7 @@
 #pragma once
 
 #include <kv1/layout.hpp>
+#include <kv1/precision.hpp>
 #include <kv1/quantizer.hpp>
 #include <kv1/status.hpp>
 #include <kv1/target.hpp>
@@ -16,13 +17,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace kv1::inline KV1_ABI {
-
-/// How attention computes. fast: dot products of codes with 8-bit queries and weights in the integer domain;
-/// exact: fp32 arithmetic on the decoded values. Plain formats always use fp32 arithmetic.
-enum class precision : std::uint8_t { fast, exact };
-
-namespace detail {
+namespace kv1::inline KV1_ABI::detail {
 
 // A task takes at most max_rows query rows of one KV head (a query row is one query token and query head). It
 // takes tokens by chunks of at most max_block_tokens. Chunks cross pages, so that the cost of a chunk does
@@ -368,6 +363,4 @@ struct format_kernels {
                           std::size_t sum_stride) noexcept;
 };
 
-} // namespace detail
-
-} // namespace kv1::inline KV1_ABI
+} // namespace kv1::inline KV1_ABI::detail

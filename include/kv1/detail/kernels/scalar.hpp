@@ -8,9 +8,7 @@
 #include <kv1/detail/kernels/interface.hpp>
 #include <kv1/detail/kernels/restore.hpp>
 #include <kv1/detail/kernels/softmax.hpp>
-#include <kv1/quantizers/affine.hpp>
-#include <kv1/quantizers/binary.hpp>
-#include <kv1/quantizers/scaled_binary.hpp>
+#include <kv1/quantizers/all.hpp>
 
 #include <algorithm>
 #include <cmath>

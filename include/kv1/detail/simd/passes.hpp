@@ -22,9 +22,7 @@
 #include <kv1/format.hpp>
 #include <kv1/layout.hpp>
 #include <kv1/quantizer.hpp>
-#include <kv1/quantizers/affine.hpp>
-#include <kv1/quantizers/binary.hpp>
-#include <kv1/quantizers/scaled_binary.hpp>
+#include <kv1/quantizers/all.hpp>
 
 // what xsimd and the kernels include, before any region
 #include <algorithm>
