@@ -80,13 +80,12 @@
 #pragma once
 
 #include <kv1/attention.hpp>
-#include <kv1/block_table.hpp>
+#include <kv1/cache_statistics.hpp>
 #include <kv1/cache_description.hpp>
 #include <kv1/cache_views.hpp>
 #include <kv1/encoding.hpp>
 #include <kv1/executor.hpp>
 #include <kv1/layout.hpp>
-#include <kv1/page_pool.hpp>
 #include <kv1/prefix_index.hpp>
 #include <kv1/quantizers/all.hpp>
 #include <kv1/sequence_id.hpp>

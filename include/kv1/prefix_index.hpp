@@ -19,7 +19,7 @@
 #pragma once
 
 #include <kv1/detail/buffer.hpp>
-#include <kv1/page_pool.hpp>
+#include <kv1/detail/page_pool.hpp>
 #include <kv1/status.hpp>
 
 #include <algorithm>
@@ -106,7 +106,7 @@ public:
 
     /// Prepares the index; call it before anything else. block_tokens: tokens of a page. pools: of the block
     /// groups; they outlive the index. events: how many are kept until taken. Errors: out_of_memory.
-    status initialize(std::size_t block_tokens, std::span<page_pool* const> pools,
+    status initialize(std::size_t block_tokens, std::span<detail::page_pool* const> pools,
                       std::size_t events = 0) noexcept {
         block_tokens_ = block_tokens;
         if (!pools_.assign(pools) || !events_.reserve(events))
@@ -582,7 +582,7 @@ private:
     mutable std::mutex mutex_;
     std::size_t block_tokens_ = 1;
     token_hash hash_ = hash_tokens;
-    detail::buffer<page_pool*> pools_;
+    detail::buffer<detail::page_pool*> pools_;
     detail::buffer<node> nodes_;
     detail::buffer<token_id> tokens_;       // [node][block_tokens]
     detail::buffer<std::uint32_t> blocks_;  // [node][group]

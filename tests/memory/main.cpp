@@ -112,7 +112,8 @@ void create_and_grow() {
             return outcome;
         });
     fails_cleanly(
-        "make a pool", [] { return 7u; }, [](unsigned n) { return kv1::page_pool::create(n).code(); });
+        "make a pool", [] { return 7u; },
+        [](unsigned n) { return kv1::detail::page_pool::create(n).code(); });
     fails_cleanly(
         "tree mask",
         [] {

@@ -6,7 +6,7 @@
 
 #include <catch2/catch_test_macros.hpp>
 
-#include <kv1/block_table.hpp>
+#include <kv1/detail/block_table.hpp>
 #include <kv1/detail/slot_table.hpp>
 
 #include <algorithm>
@@ -14,8 +14,8 @@
 #include <optional>
 #include <vector>
 
-using kv1::block_table;
-using kv1::page_hole;
+using kv1::detail::block_table;
+using kv1::detail::page_hole;
 
 namespace {
 

@@ -5,6 +5,7 @@
 #include "packed_model.hpp"
 #include "random.hpp"
 
+#include <kv1/detail/page_fields.hpp>
 #include <kv1/layout.hpp>
 
 #include <array>

@@ -6,7 +6,7 @@
 
 #include <catch2/catch_test_macros.hpp>
 
-#include <kv1/page_pool.hpp>
+#include <kv1/detail/page_pool.hpp>
 
 #include <array>
 #include <atomic>
@@ -15,7 +15,7 @@
 #include <vector>
 
 using kv1::errc;
-using kv1::page_pool;
+using kv1::detail::page_pool;
 
 TEST_CASE("the page pool hands out each block once, last freed first", "[pool]") {
     page_pool pool(3);

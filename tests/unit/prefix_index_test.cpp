@@ -15,12 +15,12 @@
 #include <set>
 #include <vector>
 
-using kv1::page_pool;
 using kv1::prefix_event;
 using kv1::prefix_event_kind;
 using kv1::prefix_index;
 using kv1::prefix_salt;
 using kv1::token_id;
+using kv1::detail::page_pool;
 
 namespace {
 

@@ -9,6 +9,7 @@
 
 #include <kv1/attention.hpp>
 #include <kv1/cache_description.hpp>
+#include <kv1/cache_statistics.hpp>
 #include <kv1/cache_views.hpp>
 #include <kv1/detail/kernels/registry.hpp>
 #include <kv1/detail/memory_source.hpp>

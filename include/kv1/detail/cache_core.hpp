@@ -6,7 +6,8 @@
 #pragma once
 
 #include <kv1/attention.hpp>
-#include <kv1/block_table.hpp>
+#include <kv1/cache_statistics.hpp>
+#include <kv1/detail/block_table.hpp>
 #include <kv1/cache_description.hpp>
 #include <kv1/cache_views.hpp>
 #include <kv1/detail/cache_append.hpp>

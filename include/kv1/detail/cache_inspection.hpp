@@ -4,6 +4,7 @@
 #pragma once
 
 #include <kv1/cache_description.hpp>
+#include <kv1/cache_statistics.hpp>
 #include <kv1/detail/buffer.hpp>
 #include <kv1/detail/cache_state.hpp>
 #include <kv1/status.hpp>

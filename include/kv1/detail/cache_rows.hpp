@@ -4,6 +4,7 @@
 #pragma once
 
 #include <kv1/cache_views.hpp>
+#include <kv1/detail/page_fields.hpp>
 #include <kv1/float16.hpp>
 #include <kv1/layout.hpp>
 #include <kv1/quantizer.hpp>

@@ -20,7 +20,7 @@
 #include <kv1/detail/scratch_pool.hpp>
 #include <kv1/detail/sequence_state.hpp>
 #include <kv1/detail/slot_table.hpp>
-#include <kv1/page_pool.hpp>
+#include <kv1/detail/page_pool.hpp>
 #include <kv1/prefix_index.hpp>
 #include <kv1/sequence_id.hpp>
 #include <kv1/status.hpp>

@@ -23,7 +23,7 @@
 #include <kv1/detail/kernels/registry.hpp>
 #include <kv1/detail/layer_store.hpp>
 #include <kv1/detail/vector_codec.hpp>
-#include <kv1/page_pool.hpp>
+#include <kv1/detail/page_pool.hpp>
 #include <kv1/quantizer.hpp>
 #include <kv1/status.hpp>
 

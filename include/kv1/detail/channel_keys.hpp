@@ -6,6 +6,7 @@
 #pragma once
 
 #include <kv1/detail/kernels/interface.hpp>
+#include <kv1/detail/page_fields.hpp>
 #include <kv1/detail/scratch_pool.hpp>
 #include <kv1/detail/vector_codec.hpp>
 #include <kv1/float16.hpp>

@@ -4,7 +4,7 @@
 // while another thread appends. All else belongs to the thread that works on the sequence.
 #pragma once
 
-#include <kv1/block_table.hpp>
+#include <kv1/detail/block_table.hpp>
 #include <kv1/detail/buffer.hpp>
 
 #include <algorithm>

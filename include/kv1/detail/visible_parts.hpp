@@ -14,7 +14,7 @@
 #pragma once
 
 #include <kv1/attention.hpp>
-#include <kv1/block_table.hpp>
+#include <kv1/detail/block_table.hpp>
 #include <kv1/status.hpp>
 
 #include <kv1/detail/buffer.hpp>

@@ -16,7 +16,7 @@
 // least_squares<compact<Bits>> fits them better. O(n), no allocation.
 #pragma once
 
-#include <kv1/layout.hpp>
+#include <kv1/detail/page_fields.hpp>
 #include <kv1/quantizer.hpp>
 
 #include <algorithm>

@@ -7,6 +7,7 @@
 // a kernel for each combination. A chunk is called a block in the names below.
 #pragma once
 
+#include <kv1/detail/page_fields.hpp>
 #include <kv1/layout.hpp>
 #include <kv1/precision.hpp>
 #include <kv1/quantizer.hpp>

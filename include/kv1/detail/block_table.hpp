@@ -19,7 +19,7 @@
 #include <optional>
 #include <span>
 
-namespace kv1::inline KV1_ABI {
+namespace kv1::inline KV1_ABI::detail {
 
 /// Pages first ... last - 1 are dropped.
 struct page_hole {
@@ -200,9 +200,9 @@ private:
     }
     [[nodiscard]] std::size_t live_before(std::size_t page) const noexcept { return kept_before(page, 1); }
 
-    detail::buffer<std::uint32_t> blocks_;
-    detail::buffer<page_hole> holes_;
+    buffer<std::uint32_t> blocks_;
+    buffer<page_hole> holes_;
     std::size_t dropped_ = 0; // pages in holes
 };
 
-} // namespace kv1::inline KV1_ABI
+} // namespace kv1::inline KV1_ABI::detail

@@ -24,7 +24,7 @@
 #include <span>
 #include <utility>
 
-namespace kv1::inline KV1_ABI {
+namespace kv1::inline KV1_ABI::detail {
 
 /// Block numbers, free or in use.
 class page_pool {
@@ -39,7 +39,7 @@ public:
         return pool;
     }
     /// The same; throws kv1::error (without exceptions: aborts).
-    explicit page_pool(std::uint32_t capacity) { detail::throw_if_error(try_grow(capacity)); }
+    explicit page_pool(std::uint32_t capacity) { throw_if_error(try_grow(capacity)); }
 
     /// Moving needs both pools for itself; the source is left without blocks.
     /// @{
@@ -172,10 +172,10 @@ private:
 
     mutable std::mutex mutex_; // of free_ and unused_
     std::unique_ptr<counter[]> counts_;
-    detail::buffer<std::uint32_t> free_;
+    buffer<std::uint32_t> free_;
     std::uint32_t capacity_ = 0;
     std::uint32_t unused_ = 0; // blocks from here on were never handed out
     std::atomic<std::size_t> in_use_{0};
 };
 
-} // namespace kv1::inline KV1_ABI
+} // namespace kv1::inline KV1_ABI::detail

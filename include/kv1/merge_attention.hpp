@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Results of attention over disjoint sets of tokens, joined to the result over all of them.
+#pragma once
+
+#include <kv1/status.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <limits>
+#include <span>
+
+namespace kv1::inline KV1_ABI {
+
+/// Attention of the same query rows over one of several disjoint sets of tokens: what attend() gives with
+/// log_sum_exp asked for, or what an engine's own kernel gives for tokens that it keeps elsewhere (an fp16
+/// tail, a prefix that sequences share).
+struct attention_part {
+    std::span<const float> outputs;     ///< [rows][channels], each row divided by its denominator
+    std::span<const float> log_sum_exp; ///< [rows]; -infinity where a row saw no token
+};
+
+/// Joins the parts to attention over all of their tokens: out = sum_i e^(l_i - l) out_i, l = log sum_i e^l_i.
+/// outputs is [rows][channels] and may be one of the parts; so may log_sum_exp, which may also be empty. A
+/// row that no part saw becomes zeros and -infinity. The result depends on the order of the parts by rounding
+/// only. O(parts * rows * channels), no allocation. Errors: invalid_argument, shape_mismatch.
+inline status try_merge_attention(std::span<const attention_part> parts, std::size_t channels,
+                                  std::span<float> outputs, std::span<float> log_sum_exp = {}) noexcept {
+    if (channels == 0)
+        return {errc::invalid_argument, "rows have channels"};
+    const std::size_t rows = outputs.size() / channels;
+    if (rows * channels != outputs.size() || (!log_sum_exp.empty() && log_sum_exp.size() != rows))
+        return {errc::shape_mismatch, "outputs are whole rows, with one log-sum-exp each"};
+    for (const attention_part& p : parts)
+        if (p.outputs.size() != outputs.size() || p.log_sum_exp.size() != rows)
+            return {errc::shape_mismatch, "every part has the same rows"};
+    constexpr float nothing = -std::numeric_limits<float>::infinity();
+    for (std::size_t r = 0; r < rows; ++r) {
+        float maximum = nothing;
+        for (const attention_part& p : parts)
+            maximum = p.log_sum_exp[r] > maximum ? p.log_sum_exp[r] : maximum;
+        const auto weight = [&](const attention_part& p) {
+            return p.log_sum_exp[r] == nothing ? 0.0f : std::exp(p.log_sum_exp[r] - maximum);
+        };
+        float sum = 0.0f;
+        for (const attention_part& p : parts)
+            sum += weight(p);
+        const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+        // a few channels at a time, so that what is overwritten has been read and each weight is computed
+        // seldom
+        constexpr std::size_t step = 256;
+        for (std::size_t first = r * channels; first < (r + 1) * channels; first += step) {
+            const std::size_t n = (std::min)(step, (r + 1) * channels - first);
+            float joined[step] = {};
+            for (const attention_part& p : parts) {
+                const float w = weight(p) * inverse;
+                if (w != 0.0f)
+                    for (std::size_t c = 0; c < n; ++c)
+                        joined[c] += w * p.outputs[first + c];
+            }
+            std::copy_n(joined, n, outputs.begin() + static_cast<std::ptrdiff_t>(first));
+        }
+        if (!log_sum_exp.empty())
+            log_sum_exp[r] = sum > 0.0f ? maximum + std::log(sum) : nothing;
+    }
+    return {};
+}
+#if KV1_EXCEPTIONS
+/// As try_merge_attention; throws kv1::error.
+inline void merge_attention(std::span<const attention_part> parts, std::size_t channels,
+                            std::span<float> outputs, std::span<float> log_sum_exp = {}) {
+    detail::throw_if_error(try_merge_attention(parts, channels, outputs, log_sum_exp));
+}
+#endif
+
+} // namespace kv1::inline KV1_ABI
