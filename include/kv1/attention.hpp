@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the caller can say about attention: scale, mask, precision, the optional arguments of particular
-// models; basic_kv_cache::attend() takes it. Masks are in attention_mask.hpp; merge_attention.hpp joins
-// results over disjoint sets of tokens.
+// The options of basic_kv_cache::attend(): scale, mask, precision, and optional arguments of particular
+// models. attention_mask.hpp has masks; merge_attention.hpp joins results over disjoint sets of tokens.
 //
 // A query token i stands at a position p: n - m + i, or first_position + i where the mask gives one (n tokens
 // cached, m queries). With all options, and natural logarithms:
@@ -24,7 +23,7 @@
 
 namespace kv1::inline KV1_ABI {
 
-/// Tokens first ... last - 1 of a sequence, clipped to those that are cached.
+/// The positions first ... last - 1 of a sequence, as far as they are cached.
 struct token_range {
     std::size_t first = 0; ///< the first position
     /// One past the last position.
@@ -37,24 +36,25 @@ struct attention_options {
     std::optional<float> scale = std::nullopt;
     /// Which tokens each query sees. In a batch it holds for each sequence by itself.
     attention_mask mask = attention_mask::causal();
-    /// In a batch, where not empty, instead of mask: one a sequence (speculative trees, images, chunks of
-    /// prompts at positions of their own). Explicit masks may cover different numbers of keys.
+    /// In a batch: one mask for each sequence, in place of `mask` (speculative trees, images, parts of
+    /// prompts at positions of their own). Explicit masks may cover different numbers of keys. Empty: `mask`
+    /// holds for all.
     std::span<const attention_mask> masks = {};
     /// Arithmetic; plain formats use fp32 in any case.
     precision mode = precision::fast;
-    /// Where not empty: receives the natural logarithm of each softmax denominator, [tokens][query heads].
+    /// Receives the natural logarithm of each softmax denominator, [tokens][query heads]; empty: not wanted.
     std::span<float> log_sum_exp = {};
-    /// Only tokens in here are attended to, beside what the mask says. Results over disjoint ranges join by
-    /// merge_attention().
+    /// Queries see only tokens of this range, of those that the mask shows. merge_attention() joins results
+    /// over disjoint ranges.
     token_range range = {};
-    /// Sliding window: no token before p + 1 - window is seen; 0: all are.
+    /// Sliding window: a query at position p sees no token before p + 1 - window; 0: no window.
     std::size_t window = 0;
     /// Logit soft cap (Gemma 2); 0: none.
     float soft_cap = 0.0f;
-    /// Where not empty, one a query head: ALiBi's slopes.
+    /// ALiBi's slopes, [query heads]; empty: none.
     std::span<const float> alibi_slopes = {};
-    /// Where not empty, one a query head: logits that take part in the softmax without a value (gpt-oss).
-    /// Where ranges are joined, give them to one of the calls only.
+    /// Sink logits, [query heads]: logits that join the softmax without a value (gpt-oss); empty: none. If
+    /// results over several ranges are joined, give them to one of the calls only.
     std::span<const float> sinks = {};
 };
 

@@ -16,12 +16,13 @@
 
 namespace kv1::inline KV1_ABI {
 
-/// Which cached tokens a query sees. The number of cached tokens is n, the number of queries m.
+/// Which cached tokens each query sees. Below, n is the number of cached tokens and m the number of queries.
 class attention_mask {
 public:
-    /// The queries are the last m cached tokens: query i sees tokens 0 ... n - m + i.
+    /// The queries are the last m cached tokens. Query i sees tokens 0 ... n - m + i: with 10 tokens and 2
+    /// queries, the first sees tokens 0-8, the second 0-9.
     [[nodiscard]] static constexpr attention_mask causal() noexcept { return {}; }
-    /// The queries stand at positions first_position + i: query i sees tokens 0 ... first_position + i.
+    /// Query i has the position first_position + i, and sees tokens 0 ... first_position + i.
     [[nodiscard]] static constexpr attention_mask causal_from(std::size_t first_position) noexcept {
         attention_mask mask;
         mask.first_position_ = first_position;
@@ -33,10 +34,9 @@ public:
         mask.causal_ = false;
         return mask;
     }
-    /// Token trees, bidirectional blocks and other shapes: the queries are the last m cached tokens;
-    /// visible[i * keys + j] != 0 says that query i sees token n - keys + j; every query sees all tokens
-    /// before n - keys. Sliding windows and the like take off from what it shows. The span is read during
-    /// attend() only.
+    /// Token trees, bidirectional blocks and other shapes. The queries are the last m cached tokens. Every
+    /// query sees all tokens before n - keys. Query i sees token n - keys + j if visible[i * keys + j] is not
+    /// 0. Sliding windows and ranges hide tokens that the mask shows. The span is read during attend() only.
     [[nodiscard]] static constexpr attention_mask
     explicit_for_last(std::size_t keys, std::span<const std::uint8_t> visible) noexcept {
         attention_mask mask;
@@ -46,7 +46,8 @@ public:
         return mask;
     }
 
-    /// What was asked for: explicit_keys() is 0 and visible() empty but for explicit_for_last.
+    /// What the mask was made with. explicit_keys() is 0 and visible() is empty unless it came from
+    /// explicit_for_last().
     /// @{
     [[nodiscard]] constexpr bool is_causal() const noexcept { return causal_; }
     [[nodiscard]] constexpr std::optional<std::size_t> first_position() const noexcept {
@@ -63,8 +64,8 @@ private:
     std::span<const std::uint8_t> visible_;
 };
 
-/// Which of the m newest tokens see which, [m][m], 1 where they do; for attention_mask::explicit_for_last. A
-/// contiguous range that owns its bytes.
+/// A mask of the m newest tokens for attention_mask::explicit_for_last: bytes [m][m], 1 where token i sees
+/// token j. It is a contiguous range and owns its bytes.
 class token_visibility {
 public:
     /// No token at all.
@@ -86,7 +87,7 @@ private:
     friend result<token_visibility> try_tree_mask(std::span<const std::int32_t> parents) noexcept;
     friend result<token_visibility> try_block_mask(std::span<const std::int32_t> blocks) noexcept;
 
-    // One byte for each pair of tokens, none of which sees the other. False: no memory.
+    // Makes [m][m] bytes, all 0. False: no memory.
     [[nodiscard]] bool resize(std::size_t m) noexcept {
         return (m == 0 || m <= (std::numeric_limits<std::size_t>::max)() / m) && bytes_.resize(m * m);
     }
@@ -94,8 +95,9 @@ private:
     detail::buffer<std::uint8_t> bytes_;
 };
 
-/// Visibility of a token tree: token i of the m newest tokens sees itself and its ancestors. parents[i] is -1
-/// for a child of the cached prefix, else less than i. O(m^2). Errors: invalid_argument, out_of_memory.
+/// The mask of a token tree. Token i of the m newest tokens sees itself and its ancestors. parents[i] is the
+/// index of its parent, less than i, or -1 if its parent is the last token before them. Example: parents {-1,
+/// 0, 0} has two branches, and token 2 sees tokens 0 and 2. O(m^2). Errors: invalid_argument, out_of_memory.
 [[nodiscard]] inline result<token_visibility> try_tree_mask(std::span<const std::int32_t> parents) noexcept {
     const std::size_t m = parents.size();
     token_visibility visible;
@@ -114,15 +116,16 @@ private:
     return visible;
 }
 #if KV1_EXCEPTIONS
-/// As try_tree_mask; throws kv1::error.
+/// The mask of a token tree: token i of the m newest tokens sees itself and its ancestors. parents[i] is less
+/// than i, or -1. Throws kv1::error: invalid_argument for another parent; out_of_memory.
 [[nodiscard]] inline token_visibility tree_mask(std::span<const std::int32_t> parents) {
     return try_tree_mask(parents).value();
 }
 #endif
 
-/// Visibility of bidirectional blocks, for attention_mask::explicit_for_last: of the m newest tokens token i
-/// sees those up to itself and, where blocks[i] is not negative, all that have the same number (Gemma 3's
-/// images). O(m^2). Errors: out_of_memory.
+/// The mask of bidirectional blocks. Token i of the m newest tokens sees those up to itself. If blocks[i] is
+/// not negative, it also sees all tokens with the same number (Gemma 3's images). Example: blocks {-1, 0, 0}
+/// lets tokens 1 and 2 see each other. O(m^2). Errors: out_of_memory.
 [[nodiscard]] inline result<token_visibility> try_block_mask(std::span<const std::int32_t> blocks) noexcept {
     const std::size_t m = blocks.size();
     token_visibility visible;
@@ -135,7 +138,8 @@ private:
     return visible;
 }
 #if KV1_EXCEPTIONS
-/// As try_block_mask; throws kv1::error.
+/// The mask of bidirectional blocks: token i of the m newest tokens sees those up to itself and, if blocks[i]
+/// is not negative, all tokens with the same number. Throws kv1::error: out_of_memory.
 [[nodiscard]] inline token_visibility block_mask(std::span<const std::int32_t> blocks) {
     return try_block_mask(blocks).value();
 }

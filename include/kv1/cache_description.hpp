@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The shape of a cache, and what it costs. Plain data; checked when a cache is made from it.
+// The shape of a cache, and its cost. Plain data, which is checked when a cache is made from it.
 #pragma once
 
 #include <kv1/encoding.hpp>
@@ -12,38 +12,38 @@
 
 namespace kv1::inline KV1_ABI {
 
-/// One layer: how many KV heads, how wide, how stored. K and V are independent of each other. Numbers are
-/// std::size_t, as in a shape that is written once; an int variable between braces is narrowed, and wants a
-/// cast.
+/// One layer: its number of KV heads, their widths, and how K and V are stored, independently of each other.
+/// Numbers are std::size_t. An int variable between braces would be narrowed, so it needs a cast.
 struct layer_description {
-    std::size_t kv_heads = 0;                    ///< of K and of V
+    std::size_t kv_heads = 0;                    ///< number of heads of K and V
     std::size_t key_dim = 0;                     ///< head_dim of keys and queries
     std::size_t value_dim = 0;                   ///< head_dim of values and outputs
     kv_format key_format = kv_format::affine2;   ///< how K is stored
     kv_format value_format = kv_format::affine2; ///< how V is stored
-    /// A query sees this many tokens, itself included; 0: all. Pages that no later query can see are freed
-    /// when the sequence is committed.
+    /// A query sees this many tokens, its own included; 0: all. A commit frees pages that no later query can
+    /// see.
     std::size_t sliding_window = 0;
-    /// Tokens behind the sliding window that a commit keeps all the same: truncate() goes back that far, to
-    /// where a query would see them again, and attend() serves queries at those positions. They cost whole
-    /// pages (cache_statistics::bytes_retained); 0: a commit frees all that no later query can see.
+    /// Tokens behind the sliding window that a commit keeps nevertheless; 0: none. truncate() can go back by
+    /// that many tokens behind a commit, and attend() serves queries at those positions. They cost whole
+    /// pages (cache_statistics::bytes_retained).
     std::size_t window_retention = 0;
-    /// What happens to vectors before they are stored, and how their levels are chosen; encoding.hpp.
+    /// What is done to vectors before they are stored, and how their levels are chosen (encoding.hpp).
     /// @{
     vector_encoding key_encoding = {};
     vector_encoding value_encoding = {};
     /// @}
-    /// Channels that share a scale and minimum; 0: all of a vector. In affine and compact formats, without
-    /// error weights; a multiple of group_unit that divides the head dim. Every group is stored as a vector
-    /// of its own would be, after means and rotation, for 4 bytes of metadata (compact: 2) each.
+    /// Channels that share a scale and minimum; 0: all of a vector. A multiple of group_unit that divides the
+    /// head dim: 128 channels in groups of 32 have four scales and minima. For affine and compact formats,
+    /// without error weights. Means and rotation come first. Each group takes 4 bytes of metadata (compact:
+    /// 2).
     /// @{
     std::size_t key_group = 0;
     std::size_t value_group = 0;
     /// @}
-    /// per_channel: a channel's keys share a scale and minimum over all tokens of a page, which suits keys
-    /// some of whose channels are large in every token. A page's keys are kept in fp16 until it is full
-    /// (kv_cache.hpp says what follows from that). In formats of up to 4 bits whose levels can be
-    /// chosen, without key_group, on pages of at most 4096 tokens, in caches that carry fp16.
+    /// per_channel: the keys of a channel share a scale and minimum over all tokens of a page. This suits
+    /// keys in which some channels are large in every token. The keys of a page stay in fp16 until it is full
+    /// (kv_cache.hpp says what follows from that). For formats of up to 4 bits whose levels can be chosen,
+    /// without key_group, with pages of at most 4096 tokens, in caches that carry fp16.
     quantization_axis key_axis = quantization_axis::per_token;
     /// The values are the first value_dim channels of the keys, and are stored as part of them: the shared
     /// latent of multi-head latent attention (MLA; DeepSeek-V2, 2024). Outputs are sums of keys as they are
@@ -67,35 +67,35 @@ struct layer_description {
     return l;
 }
 
-/// A whole cache: its layers, and room for how many tokens.
+/// A whole cache: its layers and its capacity.
 struct cache_description {
     std::vector<layer_description> layers; ///< in the model's order
-    std::size_t capacity_tokens = 0;       ///< in whole pages, over all sequences
+    std::size_t capacity_tokens = 0;       ///< of all sequences together, rounded up to pages
     std::size_t page_tokens = 64;          ///< a multiple of tile_tokens
 
-    /// The first fp16_sinks tokens of a sequence and a query's last fp16_window tokens, itself included, are
-    /// attended to in fp16 and the tokens between them in the layer's formats: kv_cache.hpp says how. Layers
-    /// with a sliding window, and those that store K and V plain, are left as they are.
+    /// A query sees the first fp16_sinks tokens of its sequence and its last fp16_window tokens, its own
+    /// included, in fp16, and the tokens between them in the layer's formats (kv_cache.hpp). This does not
+    /// concern layers with a sliding window, and layers that store K and V plain.
     /// @{
     std::size_t fp16_sinks = 0;
     std::size_t fp16_window = 0;
     /// @}
 
-    /// Capacity of the layers with a sliding window, and of the fp16 copies and open pages (two of which do
-    /// for a sequence); 0: capacity_tokens. Memory that is never used is reserved only, so smaller numbers
-    /// matter where address space or overcommitment does.
+    /// Capacity of layers with a sliding window; capacity of fp16 copies and of fp16 keys of open pages (two
+    /// pages are enough for the open pages of a sequence). 0: capacity_tokens. Memory that is never used is
+    /// reserved only, so smaller numbers matter if address space is short or the system does not overcommit.
     /// @{
     std::size_t window_capacity_tokens = 0;
     std::size_t fp16_capacity_tokens = 0;
     /// @}
 
-    /// Asks the system to back the arenas with large pages (Linux; elsewhere nothing).
+    /// Asks the system to back the arenas with large pages (Linux only).
     bool huge_pages = false;
-    /// Events of the prefix index that are kept until they are taken; 0: none are recorded.
+    /// The number of events of the prefix index that are kept until they are taken; 0: none are recorded.
     std::size_t prefix_events = 0;
 };
 
-/// How a page of one layer and KV head lies.
+/// The layout of a page of one layer and KV head.
 [[nodiscard]] constexpr page_layout layout_of(const layer_description& l, std::size_t page_tokens) noexcept {
     if (l.values_in_keys)
         return page_layout::with_values_in_keys(l.key_format, l.key_dim, l.value_dim, page_tokens,
@@ -104,7 +104,7 @@ struct cache_description {
             page_tokens,  l.key_group, l.value_group,  l.key_axis};
 }
 
-/// Bytes of one page of every layer, all KV heads, fp16 copies and fp16 keys of open pages left out.
+/// The bytes of one page in all layers and KV heads, without fp16 copies and fp16 keys of open pages.
 [[nodiscard]] inline std::size_t bytes_per_page(const cache_description& d) noexcept {
     std::size_t bytes = 0;
     for (const layer_description& l : d.layers)
@@ -112,13 +112,13 @@ struct cache_description {
     return bytes;
 }
 
-/// capacity_tokens for a pool of so many bytes: whole pages that fit.
+/// The capacity_tokens whose pages fit into so many bytes.
 [[nodiscard]] inline std::size_t capacity_for_bytes(const cache_description& d, std::size_t bytes) noexcept {
     const std::size_t page = bytes_per_page(d);
     return page == 0 ? 0 : bytes / page * d.page_tokens;
 }
 
-/// The usual case: every layer alike.
+/// The description of a cache whose layers are alike.
 [[nodiscard]] inline cache_description uniform_cache(std::size_t layers, const layer_description& layer,
                                                      std::size_t capacity_tokens,
                                                      std::size_t page_tokens = 64) {

@@ -10,10 +10,10 @@
 
 namespace kv1::inline KV1_ABI {
 
-/// Sizes in bytes unless said otherwise. Tokens and what follows from them count each sequence as if it were
-/// alone; pages and bytes in use count a page that sequences share once.
+/// What a cache or a sequence holds. Tokens, and bytes that follow from them, count each sequence as if it
+/// were alone. Pages and bytes in use count a page that sequences share once.
 struct cache_statistics {
-    std::size_t sequences = 0; ///< how many
+    std::size_t sequences = 0; ///< number of sequences
     std::size_t tokens = 0; ///< length (of the layer that holds most, per sequence), dropped tokens included
     std::size_t layers = 0; ///< of the cache
     std::size_t pages_in_use = 0;   ///< each page_tokens tokens of every layer of its group
@@ -40,7 +40,7 @@ struct cache_statistics {
     }
 };
 
-/// Such as "12.50 MiB". Allocates.
+/// A number of bytes as text, such as "12.50 MiB". Allocates.
 [[nodiscard]] inline std::string human_bytes(std::size_t bytes) {
     constexpr const char* units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
     auto size = static_cast<double>(bytes);

@@ -2,15 +2,16 @@
 //
 // Storage formats: how one K or V vector (one token, one KV head) is kept.
 //
-// A format is a type that describes itself at compile time; `kv_format` names the same choice at run time.
-// Coded formats store unsigned codes and metadata for each vector, or for each group of its channels
-// (layer_description; there, too, the choice of one pair a channel and page for keys), value = scale * code +
-// minimum:
+// A format is a type at compile time, and an enumerator of kv_format at run time. Coded formats store
+// unsigned codes, and metadata for each vector or for each group of its channels: value = scale * code +
+// minimum. (Keys may instead have metadata for each channel of a page: layer_description::key_axis.) A
+// compact word is 16 bits with scale and offset.
+//
 //
 //   format          code bits  metadata (fp16)  bytes per vector of D channels  value
 //   affine<b>       b          scale, minimum   ceil(D*b/8) + 4                 scale*code + minimum
-//   compact<b>      b          16-bit pair      ceil(D*b/8) + 2                 scale*(code + offset)
-//   codebook2       2          16-bit pair      ceil(D/4) + 2                   scale*(0, 5, 9, 14 + offset)
+//   compact<b>      b          compact word     ceil(D*b/8) + 2                 scale*(code + offset)
+//   codebook2       2          compact word     ceil(D/4) + 2                   scale*(0, 5, 9, 14 + offset)
 //   scaled_binary   1          scale            ceil(D/8) + 2                   +-scale
 //   binary          1          none             ceil(D/8)                       0 or 1
 //   plain<float16>  -          none             2 D                             the value
@@ -35,11 +36,11 @@ namespace kv1::inline KV1_ABI {
 /// 2^Bits levels from the minimum to the maximum of a vector; see kv1/quantizers/affine.hpp.
 template <int Bits>
 struct affine;
-/// The same with scale and offset in 16 bits, for centred vectors; see kv1/quantizers/compact.hpp. Bits is 2
-/// to 4.
+/// 2^Bits levels with scale and offset in 16 bits, for vectors about zero; see kv1/quantizers/compact.hpp.
+/// Bits is 2 to 4.
 template <int Bits>
 struct compact;
-/// Four levels that lie as those of a normal distribution should; see kv1/quantizers/codebook.hpp.
+/// Four uneven levels that suit a normal distribution; see kv1/quantizers/codebook.hpp.
 struct codebook2;
 /// Signs alone; see kv1/quantizers/binary.hpp.
 struct binary;
@@ -77,8 +78,8 @@ enum class metadata_kind : std::uint8_t { none, scale, scale_and_minimum, compac
 // Which levels codes stand for: themselves, or 0, 5, 9 and 14 for 0 ... 3.
 enum class code_levels : std::uint8_t { even, codebook };
 
-// A code is stored as one or two bit fields, each in lines of its own: a 3-bit code is its two low bits and
-// its high bit, so that every field divides a 32-bit lane.
+// A bit slice: bits of a code that lie in lines of their own. A 3-bit code has two, its two low bits and its
+// high bit; other codes have one. So the fields of a slice divide a 32-bit lane.
 struct code_part {
     int bits;  // width of the field
     int shift; // its place in the code
@@ -273,9 +274,9 @@ inline constexpr std::array all_kv_formats = detail::ids_of(detail::format_table
 
 namespace detail {
 
-// The format whose attention kernels serve F: the first whose codes are as wide and stand for the same levels.
-// Such codes lie alike, and kernels ask the layout what the metadata beside them mean. One set of kernels for
-// them is half the compile time.
+// The format whose attention kernels serve F: the first whose codes are as wide and stand for the same
+// levels. Such codes lie alike, and kernels ask the layout what the metadata beside them mean. One set of
+// kernels for them is half the compile time.
 constexpr std::size_t kernel_place(kv_format f) noexcept {
     const format_traits& own = traits_of(f);
     std::size_t place = 0;

@@ -10,24 +10,27 @@
 //   V line  lane = channel (16 channels), the lane's bits = 32/b consecutive tokens: byte i, field f = token
 //           4f + i, so that four consecutive tokens' weights make one broadcast dword
 //
-// with b the field width: the code bits; 16 or 32 for plain formats (a plain V lane holds tokens in order);
-// 3-bit codes are a 2-bit part and a 1-bit part in lines of their own. A page is
+// b is the field width: the code bits, or 16 or 32 for plain formats (a plain V lane holds tokens in order).
+// 3-bit codes are a 2-bit slice and a 1-bit slice, in lines of their own. Example at 2 bits: the code of
+// token 5, channel 17 lies in K line 1, lane 5, bits 2-3, and in V line 1, lane 1, bits 10-11
+// (ARCHITECTURE.md has a drawing). A page is
 //
-//   [K lines: by tile of 16 tokens, part, channel group] [V lines: by group of 16 channels, part, token line]
-//   [k_scale] [k_minimum] [v_scale] [v_minimum]   fp16 arrays of page_tokens, where the format has them; the
-//                                                 16-bit pairs of compact formats lie in place of scales
+//   [K lines: by tile of 16 tokens, slice, channels] [V lines: by run of 16 channels, slice, tokens]
+//   [k_scale] [k_minimum] [v_scale] [v_minimum]   fp16 arrays [page_tokens], if the format has them; compact words lie
+//                                                 in the place of scales
 //
-// Where channels have their metadata by groups, such an array is [group][page_tokens]; the lines stay as they
-// are. A group is a multiple of 32 channels, so that its codes are whole lanes of K and whole lines of V:
-// what walks a section walks one group's share of it just as well (section_layout::group). Where keys are
-// quantized per channel, the arrays are [channels], and the lines stay as they are again.
+// and is padded to whole lines. K channels are padded to whole lanes, V channels to 16; page_layout::bytes()
+// counts the padding. Bytes past the stored tokens of an open page are any finite numbers and have no
+// meaning.
 //
-// Where the values are the first channels of the keys, a page is [K lines][k_scale][k_minimum]: its values
+// With groups of channels, arrays are [group][page_tokens]; lines do not change. A group is a multiple of 32
+// channels, so its codes are whole lanes of K and whole lines of V, and its share of a section is a section
+// (section_layout::group). With keys per channel, the keys' arrays are [channels]; lines do not change.
+//
+// If the values are the first channels of the keys, a page is [K lines][k_scale][k_minimum], and its values
 // are a view of these (section_layout::first).
 //
-// padded to whole lines. K channels are padded to whole lanes, V channels to 16; padding is counted in
-// page_layout::bytes(). Bytes past the stored tokens of an open page hold finite garbage or zero and carry no
-// meaning. Pure arithmetic: constexpr, no allocation.
+// All of this is arithmetic: constexpr, no allocation.
 #pragma once
 
 #include <kv1/format.hpp>
@@ -48,8 +51,8 @@ inline constexpr std::size_t tile_tokens = 16;
 /// Channels that share metadata are all of a vector's, or a multiple of this many.
 inline constexpr std::size_t group_unit = 32;
 
-/// Which values share a scale and minimum: the channels of one token, or a channel's values in all tokens of
-/// a page, once it is full (KIVI, Liu et al. 2024).
+/// Which values share a scale and minimum. per_token: the channels of one token. per_channel: the values of
+/// one channel in all tokens of a page, when it is full (KIVI, Liu et al. 2024).
 enum class quantization_axis : std::uint8_t { per_token, per_channel };
 
 static_assert(std::endian::native == std::endian::little, "kv1 stores little-endian lanes");
@@ -105,15 +108,15 @@ struct section_layout {
         unit_lines_ = lines_[0] + lines_[1];
     }
 
-    /// How many there are.
+    /// The number of groups of channels.
     [[nodiscard]] constexpr std::size_t groups() const noexcept {
         return channels == 0 ? 1 : channels / group_channels;
     }
-    /// Elements of an array of metadata.
+    /// The number of elements of an array of metadata.
     [[nodiscard]] constexpr std::size_t metadata_count() const noexcept {
         return axis == quantization_axis::per_channel ? channels : groups() * tokens;
     }
-    /// The share of group g, as a section with one group: its channels, and the metadata that go with them.
+    /// The share of group g, as a section with one group: its channels and their metadata.
     [[nodiscard]] constexpr section_layout group(std::size_t g) const noexcept {
         section_layout s = *this;
         s.channels = group_channels;
@@ -130,8 +133,8 @@ struct section_layout {
         return s;
     }
 
-    /// The first n channels of keys, whole groups of them where metadata go by groups, in the same lines and
-    /// with the same metadata.
+    /// The first n channels of keys, in the same lines and with the same metadata. n channels are whole
+    /// groups if there are several.
     [[nodiscard]] constexpr section_layout first(std::size_t n) const noexcept {
         section_layout s = *this;
         s.channels = n;
@@ -139,27 +142,28 @@ struct section_layout {
         return s;
     }
 
-    /// What the format is made of.
+    /// Properties of the format.
     [[nodiscard]] constexpr const detail::format_traits& traits() const noexcept {
         return detail::traits_of(format);
     }
 
-    /// Lines of part p in one unit: a tile of a K section, a channel group of a V section.
+    /// Lines of bit slice p in one unit. A unit is a tile of a K section, or a run of 16 channels of a V
+    /// section.
     [[nodiscard]] constexpr std::size_t part_lines(int p) const noexcept {
         return lines_[static_cast<std::size_t>(p)];
     }
-    /// Lines from the first of part 0 to the first of part 1.
+    /// Lines from the first of slice 0 to the first of slice 1.
     [[nodiscard]] constexpr std::size_t second_part() const noexcept { return second_part_; }
-    /// Lines of one unit, all parts and groups.
+    /// Lines of one unit, with all slices and groups.
     [[nodiscard]] constexpr std::size_t unit_lines() const noexcept { return unit_lines_; }
-    /// Tiles of a K section, channel groups of a V section.
+    /// The number of units: tiles of a K section, runs of 16 channels of a V section.
     [[nodiscard]] constexpr std::size_t units() const noexcept {
         return detail::round_up(keys ? tokens : channels, line_lanes) / line_lanes;
     }
     /// Bytes of the lines, padding included.
     [[nodiscard]] constexpr std::size_t bytes() const noexcept { return units() * unit_lines() * line_bytes; }
 
-    /// Place of part p of (token, channel), counted in lanes from the section's first line.
+    /// Where bit slice p of (token, channel) lies, counted in lanes from the section's first line.
     [[nodiscard]] constexpr detail::field_place place(int p, std::size_t token,
                                                       std::size_t channel) const noexcept {
         const int b = traits().field_bits(p);
@@ -174,7 +178,7 @@ struct section_layout {
     }
 
 private:
-    // That so many fields of part p take, whole lanes of them.
+    // The lines that so many fields of slice p take. Precondition: whole lanes.
     [[nodiscard]] constexpr std::size_t lines_of(int p, std::size_t fields) const noexcept {
         return fields * static_cast<std::size_t>(traits().field_bits(p)) / 32;
     }
@@ -239,7 +243,7 @@ private:
     std::size_t bytes_ = 0;
 };
 
-// The row format's byte count, regrouped: nothing is lost to the layout where dims and pages fill lines.
+// If dims and pages fill lines, a page takes exactly the bytes of its rows.
 static_assert(page_layout(kv_format::affine2, 32, kv_format::affine2, 32, 16).bytes() == 16 * 2 * 12);
 static_assert(page_layout(kv_format::affine2, 128, kv_format::affine2, 128, 64).bytes() == 64 * 2 * 36);
 static_assert(page_layout(kv_format::affine2, 128, kv_format::compact2, 128, 64, 32, 64).bytes() ==

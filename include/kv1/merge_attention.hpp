@@ -13,18 +13,18 @@
 
 namespace kv1::inline KV1_ABI {
 
-/// Attention of the same query rows over one of several disjoint sets of tokens: what attend() gives with
-/// log_sum_exp asked for, or what an engine's own kernel gives for tokens that it keeps elsewhere (an fp16
+/// Attention over one of several disjoint sets of tokens, for the same query rows: what attend() gives if
+/// log_sum_exp is asked for, or what an engine's own kernel gives for tokens that it keeps elsewhere (an fp16
 /// tail, a prefix that sequences share).
 struct attention_part {
     std::span<const float> outputs;     ///< [rows][channels], each row divided by its denominator
-    std::span<const float> log_sum_exp; ///< [rows]; -infinity where a row saw no token
+    std::span<const float> log_sum_exp; ///< [rows]; -infinity: the row saw no token
 };
 
-/// Joins the parts to attention over all of their tokens: out = sum_i e^(l_i - l) out_i, l = log sum_i e^l_i.
-/// outputs is [rows][channels] and may be one of the parts; so may log_sum_exp, which may also be empty. A
-/// row that no part saw becomes zeros and -infinity. The result depends on the order of the parts by rounding
-/// only. O(parts * rows * channels), no allocation. Errors: invalid_argument, shape_mismatch.
+/// Joins parts to attention over all of their tokens: out = sum_i e^(l_i - l) out_i, with l = log sum_i
+/// e^l_i. outputs is [rows][channels], log_sum_exp [rows] or empty; both may be those of a part. A row that
+/// saw no token in any part becomes zeros and -infinity. The order of the parts changes the rounding only.
+/// O(parts * rows * channels), no allocation. Errors: invalid_argument for no channels; shape_mismatch.
 inline status try_merge_attention(std::span<const attention_part> parts, std::size_t channels,
                                   std::span<float> outputs, std::span<float> log_sum_exp = {}) noexcept {
     if (channels == 0)
@@ -47,8 +47,8 @@ inline status try_merge_attention(std::span<const attention_part> parts, std::si
         for (const attention_part& p : parts)
             sum += weight(p);
         const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
-        // a few channels at a time, so that what is overwritten has been read and each weight is computed
-        // seldom
+        // 256 channels at a time: they are read before they are overwritten, and weights are computed once
+        // for all
         constexpr std::size_t step = 256;
         for (std::size_t first = r * channels; first < (r + 1) * channels; first += step) {
             const std::size_t n = (std::min)(step, (r + 1) * channels - first);
@@ -67,7 +67,8 @@ inline status try_merge_attention(std::span<const attention_part> parts, std::si
     return {};
 }
 #if KV1_EXCEPTIONS
-/// As try_merge_attention; throws kv1::error.
+/// Joins parts to attention over all of their tokens. outputs is [rows][channels], log_sum_exp [rows] or
+/// empty; both may be those of a part. Throws kv1::error: invalid_argument for no channels; shape_mismatch.
 inline void merge_attention(std::span<const attention_part> parts, std::size_t channels,
                             std::span<float> outputs, std::span<float> log_sum_exp = {}) {
     detail::throw_if_error(try_merge_attention(parts, channels, outputs, log_sum_exp));

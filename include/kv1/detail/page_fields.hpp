@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Codes, plain values and metadata in the bytes of a page, one by one, and what they stand for. The definition
-// that kernels are held to.
+// Codes, plain values and metadata in the bytes of a page, one by one, and what they stand for. The
+// definition that kernels are held to.
 #pragma once
 
 #include <kv1/float16.hpp>
@@ -81,15 +81,15 @@ inline void store_metadata(const section_layout& s, std::byte* page, std::size_t
         std::memcpy(page + s.minimum_offset + at, &m.minimum, 2);
 }
 
-// Metadata of compact formats: an fp16 number whose sign and six lowest bits are lent to the offset.
+// A compact word, the metadata of compact formats: an fp16 number whose sign and six lowest bits hold the
+// offset.
 //
 //   bit 15  14..10    9..6          5..0
 //   sign of exponent  mantissa of   magnitude of
 //   offset  of scale  scale         offset
 //
-// With L the largest level and w the offset, -63 ... 63: value = scale * (level + L * (w - 64) / 128), so
-// that the levels of w = 0 lie about zero. Nothing in it is rounded: codes, offset and scale have 16 bits
-// together.
+// With L the largest level and w the offset, -63 ... 63, value = scale * (level + L * (w - 64) / 128). With w
+// = 0 the levels lie about zero. The product is exact in fp32: code, offset and scale have 16 bits together.
 struct compact_pair {
     static constexpr std::uint16_t scale_mask = 0x7fc0u, smallest_scale = 0x0040u;
     static constexpr int largest_offset = 63;
@@ -125,7 +125,7 @@ inline void store_channel_metadata(const section_layout& s, std::byte* page, std
         std::memcpy(page + s.minimum_offset + 2 * channel, &m.minimum, 2);
 }
 
-// Every coded format's value is slope * level + base; this is the pair, in fp32.
+// The value of every coded format is slope * level + base, in fp32.
 struct affine_pair {
     float slope;
     float base;
