@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The caches that random operations run on: small, and between them with all that a layer can have.
+// The caches that random operations run on. They are small, and together they have every option of a layer.
 #pragma once
 
 #include "random.hpp"
@@ -12,7 +12,7 @@
 
 namespace kv1_test {
 
-/// Means, rotations and fitted levels, no two sides alike.
+/// Gives layers means, rotations and fitted levels, differently for each K and V.
 inline void add_encodings(kv1::cache_description& d) {
     using kv1::level_choice;
     generator g(5);

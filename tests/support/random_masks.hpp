@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Explicit masks of every kind, and what the queries under one see.
+// Random explicit masks of every kind, and the tokens that queries see under them.
 #pragma once
 
 #include "cache_model.hpp"
@@ -16,7 +16,7 @@
 
 namespace kv1_test {
 
-/// A token tree, blocks that see all of themselves, or anything: [queries][keys].
+/// A random mask [queries][keys]: a token tree, bidirectional blocks, or any bytes.
 inline std::vector<std::uint8_t> random_visibility(generator& g, std::size_t queries, std::size_t keys) {
     const std::size_t kind = queries == keys ? g.below(3) : 2;
     if (kind == 0) { // whose branches part early and late
