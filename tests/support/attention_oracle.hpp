@@ -13,16 +13,20 @@
 //              score); each exp and each product adds its own rounding. Together: weight = true weight * e^h,
 //              |h| <= H_t. Sums of N terms add gamma(N + blocks), the division 2 u. With normalized weights
 //              w, sum w e^h (v - out) / sum w e^h bounds the output's error.
-// fast path    codes i of the query satisfy |q_d - step i_d| <= step / 2, so a score moves by at most
-//              slope * step / 2 * sum |c_d - z|; codes j of a block's weights satisfy |p slope - step j| <=
-//              step / 2, so a weighted sum moves by at most step / 2 * sum_t |c_t - z|.
-//              In pairs (detail/kernels/pairs.inl) a pair's share moves by slope * R' / 255, R' = m max R /
-//              127. The path is also followed step by step in double, with the very codes that its definition
-//              gives; a kernel then has to agree with that up to fp32 rounding. A weight whose quotient lies
-//              so near to a tie that fp32 rounding may decide it is allowed either code.
+// fast path    codes i of the query satisfy |q_d - step i_d| <= step / 2, and meet bases as well as codes, so
+// a
+//              score moves by at most step / 2 * sum |k_d|. What scores of a range are off by on the whole is
+//              then taken off the log-sum-exp (detail/kernels/softmax.hpp): no error there is more than twice
+//              the largest of a score. Codes j of a block's weights carry what they leave: |p slope - step j|
+//              <= step, and the block's step changes by what is left at its end. In pairs
+//              (detail/kernels/pairs.inl) a pair's share moves by slope * R' / 255, R' = m max R / 127. The
+//              path is also followed step by step in double, with the very codes that its definition gives; a
+//              kernel then has to agree with that up to fp32 rounding. A weight whose quotient lies so near
+//              to a tie that fp32 rounding may decide it is allowed either code.
 #pragma once
 
 #include "compare.hpp"
+#include "integer_path.hpp"
 
 #include <kv1/kv_cache.hpp>
 
@@ -45,15 +49,14 @@ inline constexpr double exp_error = 4 * unit_roundoff;
 struct cached_side {
     bool coded = false;
     std::size_t dim = 0;
-    std::size_t groups = 1;    // of channels, each with metadata of its own
-    std::vector<float> values; // [token][channel]
-    std::vector<double> slope, centre,
-        deviation;                 // [token][group]: centre = base + z slope, deviation = slope * sum |l - z|
-    std::vector<float> off_centre; // [token][channel]: l - z, exact
-    double half_level = 0.0;       // z
+    std::size_t groups = 1;            // of channels, each with metadata of its own
+    std::vector<float> values;         // [token][channel]
+    std::vector<double> slope, centre; // [token][group]: centre = base + z slope
+    std::vector<float> off_centre;     // [token][channel]: l - z, exact
+    double half_level = 0.0;           // z
     bool two_bits = false, codebook = false;
-    // keys quantized per channel: of full pages scales and minima [page][channel], in place of slope, centre
-    // and deviation; tokens from `sealed` on are fp16
+    // keys quantized per channel: of full pages scales and minima [page][channel], in place of slope and
+    // centre; tokens from `sealed` on are fp16
     bool per_channel = false;
     std::size_t page_tokens = 0, sealed = 0;
     std::vector<float> scales, minima;
@@ -105,7 +108,6 @@ struct cached_side {
             }
             slope.push_back(s);
             centre.push_back(base + z * s);
-            double sum = 0.0;
             for (std::size_t c = 0; c < group_dim; ++c) {
                 unsigned code = 0;
                 for (std::size_t b = 0; b < bits; ++b) {
@@ -115,9 +117,7 @@ struct cached_side {
                 }
                 const unsigned level = codebook ? std::array{0u, 5u, 9u, 14u}[code] : code;
                 off_centre[t * group_dim + c] = static_cast<float>(level - z);
-                sum += std::fabs(level - z);
             }
-            deviation.push_back(s * sum);
         }
     }
 
@@ -170,6 +170,10 @@ struct row_options {
     float alibi_slope = 0.0f;
     double position = 0.0; // of the query, for the slope
     std::optional<float> sink;
+    // where ranges of tokens begin that are attended to apart, ascending, and what tokens a row might see,
+    // those that an explicit mask hides included; last == 0: those that it sees
+    std::span<const std::size_t> range_starts = {};
+    std::size_t first_token = 0, last_token = 0;
 };
 
 namespace oracle {
@@ -413,6 +417,8 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
         }
         if (paired)
             part.pairs = oracle::paired_query(own, keys.codebook);
+        else if (fast_keys)
+            part.sum = static_cast<float>(part.step) * static_cast<float>(part.code_sum);
     }
     std::optional<oracle::channel_queries> channels_of_keys;
     if (keys.per_channel)
@@ -473,16 +479,54 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
                                 gamma(3 + additions) * std::fabs(second);
             // |q - step i| <= step / 2, and what rounding of step and inverse adds at 127 steps; a key's
             // value is itself a rounded slope * c + base
-            query_error[k] += paired ? keys.slope[at] * part.pairs.half_steps
-                                     : part.step * (0.5 + 127 * gamma(4)) * keys.deviation[at];
+            double length = 0.0;
+            for (std::size_t c = p * part_dim; c < (p + 1) * part_dim; ++c)
+                length += std::fabs(keys.values[t * d + c]);
+            query_error[k] +=
+                paired ? keys.slope[at] * part.pairs.half_steps : part.step * (0.5 + 127 * gamma(4)) * length;
         }
         query_error[k] += path_rounding[k];
     }
     std::vector<double>& truth_rounding = fast_keys ? query_error : rounding;
+    std::vector<double> exact_scores = scores;
     for (std::size_t k = 0; k < n; ++k) {
         const auto token = static_cast<double>(tokens[k]);
+        if (fast_keys)
+            oracle::apply(options, token, exact_scores[k], rounding[k]);
         oracle::apply(options, token, scores[k], truth_rounding[k]);
         oracle::apply(options, token, path_scores[k], path_rounding[k]);
+    }
+    // the correction of each range's sum; how far off it may be is no error of the weights within the range
+    std::vector<double> shift_bound(n);
+    for (std::size_t first = 0; fast_keys && first < n;) {
+        const auto range_of = [&](std::size_t t) {
+            return std::upper_bound(options.range_starts.begin(), options.range_starts.end(), t);
+        };
+        std::size_t last = first;
+        while (last < n && range_of(tokens[last]) == range_of(tokens[first]))
+            ++last;
+        const auto next = range_of(tokens[first]);
+        const std::size_t begin = next == options.range_starts.begin() ? 0 : *(next - 1);
+        const std::size_t end =
+            next == options.range_starts.end() ? std::numeric_limits<std::size_t>::max() : *next;
+        const double counted = options.last_token == 0
+                                   ? static_cast<double>(last - first)
+                                   : static_cast<double>(std::min(end, options.last_token) -
+                                                         std::max(begin, options.first_token));
+        const auto part = [&](const std::vector<double>& x) {
+            return std::span(x).subspan(first, last - first);
+        };
+        const oracle::range_correction c =
+            oracle::correct_range(tokens.subspan(first, last - first), part(exact_scores), part(rounding),
+                                  part(path_scores), part(path_rounding), counted);
+        const double largest = *std::max_element(query_error.begin() + static_cast<std::ptrdiff_t>(first),
+                                                 query_error.begin() + static_cast<std::ptrdiff_t>(last));
+        for (std::size_t k = first; k < last; ++k) {
+            path_scores[k] += c.value;
+            path_rounding[k] += shift_bound[k] = c.bound;
+            query_error[k] += largest + c.bound;
+        }
+        first = last;
     }
     oracle::weights truth = oracle::softmax(scores, truth_rounding, blocks);
     oracle::weights path = oracle::softmax(path_scores, path_rounding, blocks);
@@ -545,19 +589,25 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
             double largest = 0.0, h = 0.0;
             for (std::size_t k = first; k < last; ++k) {
                 largest = std::max(largest, path.w[k] * values.slope[tokens[k] * values.groups + p]);
-                h = std::max(h, path.h[k]);
+                h = std::max(h, path.h[k] - shift_bound[k]);
             }
-            const double top_code = values.half_level > 127.0 ? 127.0 : 255.0;
+            // the largest weight, to which a carry may add one
+            const double top_code = values.half_level > 127.0 ? 126.0 : 254.0;
             const double weight_step = largest / top_code;
             const std::size_t first_channel = p * group_dim, end_channel = first_channel + group_dim;
-            std::vector<double> sum(channels, 0.0);
+            std::vector<double> sum(channels, 0.0), other(channels, 0.0), codes;
+            double total = 0.0;
+            for (std::size_t k = first; k < last && largest > 0.0; ++k)
+                total += path.w[k] * values.slope[tokens[k] * values.groups + p] / weight_step;
+            oracle::weight_rounding rounded(total, 2 * std::expm1(h) + gamma(additions));
             for (std::size_t k = first; k < last; ++k) {
                 const std::size_t t = tokens[k] * values.groups + p;
                 const double quotient = largest > 0.0 ? path.w[k] * values.slope[t] / weight_step : 0.0;
-                const double code = std::nearbyint(quotient);
                 // fp32 may see a quotient this far off, and take the other code
-                const double unsure = quotient * (std::expm1(path.h[k] + h) + gamma(6)) + 0x1p-100;
-                const bool either = std::fabs(quotient - std::floor(quotient) - 0.5) <= unsure;
+                const double unsure =
+                    quotient * (std::expm1(path.h[k] - shift_bound[k] + h) + gamma(6)) + 0x1p-100;
+                const auto [code, either] = rounded.next(tokens[k], quotient, unsure);
+                codes.push_back(code);
                 const float* off = &values.off_centre[tokens[k] * channels];
                 const double affine = path.w[k] * values.centre[t];
                 const double affine_error = std::fabs(affine) * (std::expm1(path.h[k]) + gamma(4)) +
@@ -565,15 +615,22 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
                 for (std::size_t c = first_channel; c < end_channel; ++c) {
                     sum[c] += code * off[c];
                     numerator[c] += affine;
-                    error[c] += affine_error + (either ? weight_step * std::fabs(off[c]) : 0.0);
+                    error[c] += affine_error;
+                    other[c] += either ? std::fabs(off[c]) + values.half_level : 0.0;
                     magnitude[c] += std::fabs(affine);
-                    coarse[c] += (weight_step * (0.5 + top_code * gamma(6))) * std::fabs(off[c]);
                 }
             }
+            const double step = weight_step * rounded.factor();
+            for (std::size_t k = first; k < last; ++k)
+                for (std::size_t c = first_channel; c < end_channel; ++c)
+                    coarse[c] += (weight_step * (1.0 + top_code * gamma(6)) +
+                                  std::fabs(step - weight_step) * codes[k - first]) *
+                                 std::fabs(values.off_centre[tokens[k] * channels + c]);
             for (std::size_t c = first_channel; c < end_channel; ++c) {
-                numerator[c] += weight_step * sum[c];
-                error[c] += weight_step * std::fabs(sum[c]) * (std::expm1(h) + gamma(6));
-                magnitude[c] += weight_step * std::fabs(sum[c]);
+                numerator[c] += step * sum[c];
+                error[c] +=
+                    step * (std::fabs(sum[c]) * (std::expm1(h) + gamma(6) + rounded.doubt()) + other[c]);
+                magnitude[c] += step * std::fabs(sum[c]);
             }
         }
         first = last;

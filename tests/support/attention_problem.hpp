@@ -133,8 +133,11 @@ struct world {
         sinks = normal_values(g, heads(), 2.0f);
     }
     [[nodiscard]] std::size_t heads() const { return p.kv_heads * p.group; }
-    /// Where blocks of weights begin: by the split into ranges, and the rule for blocks within a range.
-    [[nodiscard]] std::vector<std::size_t> block_starts() const {
+    /// Where ranges of tokens begin that are attended to apart, and blocks of weights in them.
+    struct starts {
+        std::vector<std::size_t> ranges, blocks;
+    };
+    [[nodiscard]] starts starts_of() const {
         namespace detail = kv1::detail;
         const kv1::page_layout& layout = cache.layout(0);
         std::size_t front = p.tokens, reach = 0;
@@ -143,22 +146,23 @@ struct world {
                 front = std::min(front, seen.front());
                 reach = std::max(reach, seen.back() + 1);
             }
-        std::vector<std::size_t> starts;
+        starts found;
         if (p.mask.explicit_keys() != 0) { // the split does not look into explicit masks
             front = p.range.first;
             reach = std::min(p.tokens, p.range.last);
         }
         if (front >= reach)
-            return starts;
+            return found;
         const detail::attention_split split =
             detail::split_attention(layout, p.queries * p.group, p.kv_heads, front, reach);
         for (std::size_t r = 0; r < split.ranges; ++r) {
             const std::size_t begin = split.first_token + r * split.range_tokens;
             const std::size_t end = std::min(reach, begin + split.range_tokens);
+            found.ranges.push_back(begin);
             for (std::size_t first = begin; first < end; first = detail::block_end(layout, first, end))
-                starts.push_back(first);
+                found.blocks.push_back(first);
         }
-        return starts;
+        return found;
     }
     [[nodiscard]] kv1::attention_options options(kv1::precision mode, std::span<float> lse) const {
         kv1::attention_options o{.scale = p.scale, .mask = p.mask, .mode = mode, .log_sum_exp = lse};
@@ -179,22 +183,32 @@ struct world {
     template <class Q>
     [[nodiscard]] std::vector<expected_row> expected(kv1::precision mode) const {
         std::vector<expected_row> rows(p.queries * heads());
-        const std::vector<std::size_t> starts = block_starts();
+        const starts begin = starts_of();
         for (std::size_t kv = 0; kv < p.kv_heads; ++kv) {
             const cached_side keys(cache, id, 0, kv1::kv_side::key, kv);
             const cached_side values(cache, id, 0, kv1::kv_side::value, kv);
             for (std::size_t i = 0; i < p.queries; ++i) {
                 const std::vector<std::size_t> seen = seen_by(p, i);
+                std::size_t first = 0, last = 0; // what a row might see but for an explicit mask
+                if (p.mask.explicit_keys() != 0) {
+                    const std::int64_t lower = position_of(p, i) + 1 - static_cast<std::int64_t>(p.window);
+                    first = std::max(p.range.first,
+                                     p.window != 0 && lower > 0 ? static_cast<std::size_t>(lower) : 0);
+                    last = std::min(p.tokens, p.range.last);
+                }
                 for (std::size_t h = kv * p.group; h < (kv + 1) * p.group; ++h) {
                     std::vector<float> q(p.key_dim);
                     for (std::size_t c = 0; c < p.key_dim; ++c)
                         q[c] = static_cast<float>(static_cast<Q>(queries[(i * heads() + h) * p.key_dim + c]));
                     rows[i * heads() + h] =
-                        expect_row(q, scale(), keys, values, seen, starts, mode,
+                        expect_row(q, scale(), keys, values, seen, begin.blocks, mode,
                                    {.soft_cap = p.soft_cap,
                                     .alibi_slope = p.alibi ? slopes[h] : 0.0f,
                                     .position = static_cast<double>(position_of(p, i)),
-                                    .sink = p.sinks ? std::optional(sinks[h]) : std::nullopt});
+                                    .sink = p.sinks ? std::optional(sinks[h]) : std::nullopt,
+                                    .range_starts = begin.ranges,
+                                    .first_token = first,
+                                    .last_token = last});
                 }
             }
         }

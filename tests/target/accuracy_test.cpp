@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // How much the integer path adds to the difference that quantization itself makes: RMS over outputs of
-// (fast - exact), relative to RMS of (exact - attention over the unquantized K and V).
+// (fast - exact), relative to RMS of (exact - attention over the unquantized K and V); and how far the
+// log-sum-exp is off, which decides what a part weighs that is joined to others.
 #include "random.hpp"
 #include "safetensors_reader.hpp"
 #include "targets.hpp"
@@ -52,6 +53,38 @@ attention_data outlier_data(std::size_t tokens, std::size_t dim, std::size_t hea
     return d;
 }
 
+// An offset that all keys share, in one channel (a key bias, of Qwen2.5's size) or in all.
+attention_data offset_keys(attention_data d, float offset, std::size_t first, std::size_t step) {
+    for (std::size_t i = first; i < d.k.size(); i += step)
+        d.k[i] += offset;
+    return d;
+}
+attention_data offset_values(attention_data d, float offset) {
+    for (float& x : d.v)
+        x += offset;
+    return d;
+}
+
+// One key channel 20 times larger, and four first tokens that take most of every query's weight and have
+// small values: attention sinks. Their keys lie along a direction that all queries share.
+attention_data sink_data(std::size_t tokens, std::size_t dim, std::size_t heads, std::uint64_t seed) {
+    constexpr std::size_t sinks = 4, large = 3;
+    attention_data d = gaussian_data(tokens, dim, heads, 1.0f, seed);
+    kv1_test::generator g(seed + 100);
+    std::vector<float> direction(dim);
+    for (std::size_t c = 0; c < dim; ++c)
+        direction[c] = c == large ? 0.0f : g.chance(0.5) ? 1.0f : -1.0f;
+    for (std::size_t i = 0; i < d.q.size(); ++i)
+        d.q[i] += 0.5f * direction[i % dim];
+    for (std::size_t i = large; i < d.k.size(); i += dim)
+        d.k[i] *= 20.0f;
+    for (std::size_t i = 0; i < sinks * dim; ++i) {
+        d.k[i] = i % dim == large ? 0.0f : 0.1f * d.k[i] + 3.0f * direction[i % dim];
+        d.v[i] *= 0.1f;
+    }
+    return d;
+}
+
 std::vector<double> reference(const attention_data& d) {
     const std::size_t tokens = d.k.size() / d.dim, heads = d.q.size() / d.dim;
     std::vector<double> out(heads * d.dim, 0.0), s(tokens);
@@ -76,24 +109,59 @@ std::vector<double> reference(const attention_data& d) {
 struct differences {
     double quantization = 0.0; // RMS of exact - unquantized
     double integer = 0.0;      // RMS of fast - exact
+    double log_sum_exp = 0.0;  // the largest of |fast - exact|, in nats
     [[nodiscard]] double ratio() const { return integer / quantization; }
 };
 
-differences measure(const attention_data& d, kv_format key, kv_format value,
-                    const std::vector<double>& truth) {
+// How a cache keeps the data.
+struct storage {
+    const char* name;
+    bool encoded = false; // levels by least squares, rotated
+    bool joined = false;  // to 4 sinks and a window of 32 tokens in fp16
+    std::size_t group = 0;
+    kv1::quantization_axis key_axis = kv1::quantization_axis::per_token;
+};
+constexpr storage plain{"plain"};
+constexpr storage all_storages[] = {
+    plain, {"ls+had", true}, {"joined", false, true}, {"joined ls+had", true, true}};
+
+differences measure(const attention_data& d, kv_format key, kv_format value, const std::vector<double>& truth,
+                    const storage& how = plain) {
     const std::size_t tokens = d.k.size() / d.dim, heads = d.q.size() / d.dim;
-    kv1::kv2_cache cache(kv1::uniform_cache(1, {1, d.dim, d.dim, key, value}, tokens));
+    kv1::layer_description layer{1, d.dim, d.dim, key, value};
+    layer.key_axis = how.key_axis;
+    layer.value_group = how.group;
+    if (how.key_axis == kv1::quantization_axis::per_token)
+        layer.key_group = how.group;
+    if (how.encoded)
+        for (kv1::vector_encoding* e : {&layer.key_encoding, &layer.value_encoding}) {
+            e->levels = kv1::level_choice::least_squares;
+            e->hadamard = d.dim;
+        }
+    kv1::cache_description description = kv1::uniform_cache(1, layer, tokens);
+    if (how.joined) {
+        description.fp16_sinks = 4;
+        description.fp16_window = 32;
+    }
+    kv1::kv_cache cache(description);
     const kv1::sequence_id id = cache.create_sequence();
     cache.append(id, 0, {d.k.data(), tokens, 1, d.dim}, {d.v.data(), tokens, 1, d.dim});
-    std::vector<float> fast(d.q.size()), exact(d.q.size());
-    cache.attend(id, 0, {d.q.data(), 1, heads, d.dim}, {fast.data(), 1, heads, d.dim});
-    cache.attend(id, 0, {d.q.data(), 1, heads, d.dim}, {exact.data(), 1, heads, d.dim},
-                 {.mode = precision::exact});
+    std::vector<float> fast(d.q.size()), exact(d.q.size()), fast_lse(heads), exact_lse(heads);
+    const auto attend = [&](precision mode, std::vector<float>& out, std::vector<float>& lse) {
+        kv1::attention_options options;
+        options.mode = mode;
+        options.log_sum_exp = lse;
+        cache.attend(id, 0, {d.q.data(), 1, heads, d.dim}, {out.data(), 1, heads, d.dim}, options);
+    };
+    attend(precision::fast, fast, fast_lse);
+    attend(precision::exact, exact, exact_lse);
     differences r;
     for (std::size_t i = 0; i < fast.size(); ++i) {
         r.quantization += std::pow(exact[i] - truth[i], 2.0);
         r.integer += std::pow(static_cast<double>(fast[i]) - exact[i], 2.0);
     }
+    for (std::size_t h = 0; h < heads; ++h)
+        r.log_sum_exp = std::max(r.log_sum_exp, std::fabs(static_cast<double>(fast_lse[h]) - exact_lse[h]));
     r.quantization = std::sqrt(r.quantization / static_cast<double>(fast.size()));
     r.integer = std::sqrt(r.integer / static_cast<double>(fast.size()));
     return r;
@@ -101,6 +169,7 @@ differences measure(const attention_data& d, kv_format key, kv_format value,
 
 // What the project holds itself to.
 constexpr double allowed = 0.05;
+constexpr double allowed_log_sum_exp = 0.02;
 
 void require_accurate(const attention_data& d) {
     const std::vector<double> truth = reference(d);
@@ -109,6 +178,24 @@ void require_accurate(const attention_data& d) {
         INFO("integer " << r.integer << ", quantization " << r.quantization);
         REQUIRE(r.ratio() <= allowed);
         REQUIRE(r.integer > 0.0); // the paths are two
+    });
+}
+
+// The same, and the log-sum-exp, with 2-bit formats however they are stored.
+void require_accurate_sums(const attention_data& d, std::span<const storage> storages = all_storages) {
+    const std::vector<double> truth = reference(d);
+    kv1_test::for_each_target([&](kv1::target) {
+        for (const kv_format format : {kv_format::affine2, kv_format::compact2, kv_format::codebook2})
+            for (const storage& how : storages) {
+                if (how.key_axis == kv1::quantization_axis::per_channel && format != kv_format::affine2)
+                    continue; // a compact minimum is a multiple of its scale, too coarse for large offsets
+                const differences r = measure(d, format, format, truth, how);
+                INFO(to_string(format) << ", " << how.name << ": integer " << r.integer << ", quantization "
+                                       << r.quantization << ", log-sum-exp " << r.log_sum_exp);
+                REQUIRE(r.ratio() <= allowed);
+                REQUIRE(r.log_sum_exp <= allowed_log_sum_exp);
+                REQUIRE(r.integer > 0.0);
+            }
     });
 }
 
@@ -124,6 +211,67 @@ TEST_CASE("the integer path is accurate on sharply peaked attention", "[accuracy
 TEST_CASE("the integer path is accurate where one channel is much larger than the rest", "[accuracy]") {
     require_accurate(outlier_data(3000, 64, 4, 4));
 }
+TEST_CASE("the integer path is accurate where keys share an offset", "[accuracy]") {
+    require_accurate_sums(offset_keys(gaussian_data(1500, 64, 4, 1.0f, 5), 300.0f, 5, 64));
+    require_accurate_sums(offset_keys(gaussian_data(1500, 64, 4, 1.0f, 6), 3.0f, 0, 1));
+}
+TEST_CASE("the integer path is accurate where values share an offset", "[accuracy]") {
+    require_accurate_sums(offset_values(gaussian_data(1500, 64, 4, 1.0f, 7), 3.0f));
+    require_accurate_sums(offset_values(gaussian_data(1500, 64, 4, 2.0f, 8), 3.0f)); // few weights are large
+}
+TEST_CASE("the integer path is accurate where one key channel is large and sinks take the weight",
+          "[accuracy]") {
+    require_accurate_sums(sink_data(4096, 128, 4, 9));
+}
+TEST_CASE("offsets meet groups of channels and keys per channel", "[accuracy]") {
+    constexpr storage others[] = {
+        {"groups", false, false, 32},
+        {"groups, joined", false, true, 32},
+        {"per channel", false, false, 0, kv1::quantization_axis::per_channel},
+        {"per channel, joined", true, true, 0, kv1::quantization_axis::per_channel}};
+    require_accurate_sums(offset_keys(gaussian_data(1500, 64, 4, 1.0f, 10), 300.0f, 5, 64), others);
+    require_accurate_sums(offset_values(offset_keys(gaussian_data(1500, 64, 4, 1.0f, 11), 3.0f, 0, 1), 3.0f),
+                          others);
+}
+
+// What shifts all scores of a row by its rounding must not show in ranges that are joined.
+TEST_CASE("ranges of a sequence with a key bias join to the whole", "[accuracy]") {
+    constexpr std::size_t tokens = 1200, dim = 64, heads = 4;
+    attention_data d = offset_keys(gaussian_data(tokens, dim, heads, 1.0f, 12), 300.0f, 5, dim);
+    for (std::size_t i = (tokens - 100) * dim; i < d.v.size(); ++i)
+        d.v[i] += 2.0f; // so that the parts' outputs differ
+    kv1_test::for_each_target([&](kv1::target) {
+        kv1::kv2_cache cache(kv1::uniform_cache(1, {1, dim, dim}, tokens));
+        const kv1::sequence_id id = cache.create_sequence();
+        cache.append(id, 0, {d.k.data(), tokens, 1, dim}, {d.v.data(), tokens, 1, dim});
+        struct rows {
+            std::vector<float> out = std::vector<float>(heads * dim), lse = std::vector<float>(heads);
+        };
+        const auto attend = [&](precision mode, kv1::token_range range) {
+            rows r;
+            kv1::attention_options options;
+            options.mode = mode;
+            options.range = range;
+            options.log_sum_exp = r.lse;
+            cache.attend(id, 0, {d.q.data(), 1, heads, dim}, {r.out.data(), 1, heads, dim}, options);
+            return r;
+        };
+        const rows whole = attend(precision::exact, {}), fast = attend(precision::fast, {0, tokens - 100}),
+                   exact = attend(precision::exact, {tokens - 100, tokens});
+        const kv1::attention_part parts[] = {{fast.out, fast.lse}, {exact.out, exact.lse}};
+        rows joined;
+        kv1::merge_attention(parts, dim, joined.out, joined.lse);
+        for (std::size_t h = 0; h < heads; ++h)
+            REQUIRE(std::fabs(joined.lse[h] - whole.lse[h]) <= allowed_log_sum_exp);
+        double off = 0.0, all = 0.0;
+        for (std::size_t i = 0; i < whole.out.size(); ++i) {
+            off += std::pow(static_cast<double>(joined.out[i]) - whole.out[i], 2.0);
+            all += std::pow(static_cast<double>(whole.out[i]), 2.0);
+        }
+        INFO(off << " of " << all);
+        REQUIRE(std::sqrt(off / all) <= allowed_log_sum_exp); // a part's share moves by as much
+    });
+}
 
 // Prints the table. KV1_KV_DUMP names a file with layer<i>.k and .v, [KV heads][tokens][32] in fp16; its own
 // later keys, scaled, stand for queries.
@@ -135,6 +283,11 @@ TEST_CASE("table of differences", "[.][table]") {
     cases.emplace_back("peaked, 4096 tokens, d128", peaked_data(4096, 128, 8, 4));
     cases.emplace_back("peaked, 100000 tokens, d128", peaked_data(100000, 128, 8, 5));
     cases.emplace_back("one channel 20x, 4096 tokens, d128", outlier_data(4096, 128, 8, 6));
+    cases.emplace_back("key bias 300", offset_keys(gaussian_data(4096, 128, 8, 1.0f, 7), 300.0f, 5, 128));
+    cases.emplace_back("keys + 3", offset_keys(gaussian_data(4096, 128, 8, 1.0f, 8), 3.0f, 0, 1));
+    cases.emplace_back("values + 3", offset_values(gaussian_data(4096, 128, 8, 1.0f, 9), 3.0f));
+    cases.emplace_back("values + 3, queries 3", offset_values(gaussian_data(4096, 128, 8, 3.0f, 10), 3.0f));
+    cases.emplace_back("one key channel 20x, sinks", sink_data(4096, 128, 8, 11));
     if (const char* dump = std::getenv("KV1_KV_DUMP")) {
         const kv1_test::safetensors_file file(dump);
         for (int layer = 0; file.contains("layer" + std::to_string(layer) + ".k"); ++layer) {
@@ -158,8 +311,11 @@ TEST_CASE("table of differences", "[.][table]") {
     }
     for (const auto& [name, d] : cases) {
         const std::vector<double> truth = reference(d);
-        const differences r = measure(d, kv_format::affine2, kv_format::affine2, truth);
-        std::printf("%-36s quantization %.3e  integer %.3e  ratio %.2f%%\n", name.c_str(), r.quantization,
-                    r.integer, 100 * r.ratio());
+        const bool all = d.q.size() / d.dim * d.k.size() < 8u << 20;
+        for (const storage& how : std::span(all_storages).first(all ? std::size(all_storages) : 1)) {
+            const differences r = measure(d, kv_format::affine2, kv_format::affine2, truth, how);
+            std::printf("%-36s %-14s quantization %.3e  integer %.3e  ratio %.2f%%  log-sum-exp %.4f\n",
+                        name.c_str(), how.name, r.quantization, r.integer, 100 * r.ratio(), r.log_sum_exp);
+        }
     }
 }

@@ -153,7 +153,7 @@ inline status attend_heads(const attention_job& common, std::size_t kv_heads, co
                 partials.get() + ((kv_head * rows + job.first_row) * split.ranges + range) * stride;
             job.partial_stride = split.ranges * stride;
         }
-        job.log_sum_exp = lse;
+        job.log_sum_exp = log_sum_exp.empty() ? nullptr : lse;
         job.scratch = &scratch.as<attention_scratch>();
         job.target->attend_rows(job);
         if (split.ranges == 1 && !log_sum_exp.empty())

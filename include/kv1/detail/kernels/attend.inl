@@ -235,13 +235,12 @@ KV1_LAZY KV1_INLINE void prefetch_channels(const section_layout& s, const block_
 // round_row(x, r) makes the codes of row r for the fast path, to which q refers.
 template <class Rounding>
 KV1_NOINLINE void add_page_scores(const attention_job& job, const block_tiles& block, const block_view& view,
-                                  const query_rows& q, const Rounding& round_row, float* scores,
-                                  float* tops) noexcept {
+                                  const query_rows& q, const Rounding& round_row, std::size_t mode,
+                                  float* scores, float* tops) noexcept {
     auto& scaled = job.scratch->scaled;
     auto &slopes = job.scratch->slopes, &bases = job.scratch->bases;
     float sums[max_rows], shifts[max_rows], own_tops[max_rows];
     const section_layout& keys = *view.layout;
-    const std::size_t mode = static_cast<std::size_t>(job.mode);
     for (std::size_t r = 0; r < q.rows; ++r)
         tops[r] = lowest_score;
     for (std::size_t first = 0, last = 0; first < view.count; first = last) {
@@ -324,6 +323,128 @@ KV1_NOINLINE void add_group_sums(const Kernels& kernels, std::size_t mode, const
     }
 }
 
+// A tile whose scores are taken once more, exactly (sum_correction()): that of a row's largest score.
+struct top_tile {
+    tile_ref tile{nullptr, 0};
+    std::size_t token = 0;
+    std::size_t slot = 0; // in its block
+    float score = lowest_score;
+    float scores[tile_tokens];
+};
+
+// Where a block has a larger score than those before it.
+KV1_LAZY KV1_NOINLINE inline void find_top(const block_tiles& block, const float* scores, float top,
+                                           top_tile& out) noexcept {
+    for (std::size_t k = 0; k < block.count; ++k) {
+        f32 largest = f32::load_aligned(scores + k * tile_tokens);
+        for (std::size_t i = lanes; i < tile_tokens; i += lanes)
+            largest = xs::max(largest, f32::load_aligned(scores + k * tile_tokens + i));
+        if (xs::any(largest == f32(top))) {
+            out.tile = block.tiles[k];
+            out.token = block.token[k];
+            out.slot = k * tile_tokens;
+            out.score = top;
+            std::memcpy(out.scores, scores + k * tile_tokens, sizeof out.scores);
+            return;
+        }
+    }
+}
+
+// The scores of some rows in one tile of a block, [row][tile_tokens].
+KV1_LAZY KV1_NOINLINE inline void copy_tile(const float* scores, std::size_t rows, std::size_t slot,
+                                            float* out) noexcept {
+    for (std::size_t r = 0; r < rows; ++r)
+        for (std::size_t i = 0; i < tile_tokens; i += lanes)
+            f32::load_aligned(scores + r * score_stride + slot + i).store_aligned(out + r * tile_tokens + i);
+}
+
+// Exact scores of one tile, of all rows of q.
+KV1_LAZY KV1_NOINLINE inline void exact_tile(const attention_job& job, const query_rows& q,
+                                             const top_tile& top, float* scores) noexcept {
+    constexpr auto exact = static_cast<std::size_t>(precision::exact);
+    const section_layout& keys = job.layout->keys();
+    block_tiles block;
+    block.tiles[0] = top.tile;
+    block.token[0] = top.token;
+    block.count = 1;
+    const block_view view{&keys, block.tiles, 1, &keys, block.tiles, 0, 0};
+    float tops[max_rows];
+    if (keys.axis == quantization_axis::per_channel)
+        add_page_scores(
+            job, block, view, q, [](const float*, std::size_t) {}, exact, scores, tops);
+    else if (keys.groups() == 1)
+        job.key_kernels->key_scores[exact](view, q, scores, tops);
+    else
+        add_group_scores(*job.key_kernels, exact, view, q, scores, job.scratch->group_scores, tops);
+}
+
+KV1_LAZY KV1_NOINLINE inline float correction_of(const attention_job& job, std::size_t r,
+                                                 const row_view& seen, float shift, const top_tile& top,
+                                                 const softmax_state& state, float* exact) noexcept {
+    block_tiles block;
+    block.token[0] = top.token;
+    block.count = 1;
+    adjust_scores(job, r, seen, block, shift, exact);
+    alignas(64) float weights[tile_tokens], corrected[tile_tokens];
+    const f32 log2e(log2_e), less = softmax_shift(state.maximum);
+    for (std::size_t i = 0; i < tile_tokens; i += lanes) {
+        exp2_nonpositive(xs::fma(f32::load_unaligned(top.scores + i), log2e, less))
+            .store_aligned(weights + i);
+        exp2_nonpositive(xs::fma(f32::load_aligned(exact + i), log2e, less)).store_aligned(corrected + i);
+    }
+    const std::size_t first = seen.first > job.first_token ? seen.first : job.first_token;
+    return sum_correction({top.scores, exact, weights, corrected}, tile_tokens, seen.last - first, state);
+}
+
+// A row whose largest score has more of the weight than this has a tile of its own, others share the last row's, which
+// sees most, if they see any of it.
+inline constexpr float own_share = 1.0f / 32.0f;
+
+// What the rows' maxima lack. tops: of each row; shared: each row's scores in the last row's. `scores` is scratch.
+KV1_LAZY KV1_NOINLINE inline void correct_maxima(const attention_job& job, const query_rows& q,
+                                                 const row_view* seen, const float* shifts,
+                                                 const top_tile* tops, const float* shared,
+                                                 const float* denominators, float* maxima,
+                                                 float* scores) noexcept {
+    const top_tile& last = tops[job.rows - 1];
+    bool is_shared = false;
+    bool own[max_rows];
+    for (std::size_t r = 0; r < job.rows; ++r) {
+        const bool same = tops[r].tile.page == last.tile.page && tops[r].tile.token == last.tile.token;
+        const bool sees = last.tile.page != nullptr &&
+                          maximum_of(shared + r * tile_tokens, tile_tokens, lowest_score) != lowest_score;
+        own[r] =
+            !same && (!sees || std::exp2(tops[r].score * log2_e - maxima[r]) > own_share * denominators[r]);
+        is_shared = is_shared || !own[r];
+    }
+    alignas(64) float exact[max_rows * tile_tokens];
+    if (is_shared && last.tile.page != nullptr) {
+        exact_tile(job, q, last, scores);
+        copy_tile(scores, job.rows, 0, exact);
+    }
+    for (std::size_t r = 0; r < job.rows; ++r) {
+        const softmax_state state{maxima[r], denominators[r]};
+        top_tile top = own[r] ? tops[r] : last;
+        if (top.tile.page == nullptr || !(state.denominator > 0.0f))
+            continue;
+        float* its = exact + r * tile_tokens;
+        if (own[r]) {
+            float* const query = scores + score_stride;
+            for (std::size_t g = 0; g < job.layout->keys().groups(); ++g)
+                std::memcpy(query + g * q.stride, q.values + (g * q.rows + r) * q.stride,
+                            q.stride * sizeof(float));
+            query_rows one = q;
+            one.rows = 1;
+            one.values = query;
+            exact_tile(job, one, top, scores);
+            its = scores;
+        } else {
+            std::memcpy(top.scores, shared + r * tile_tokens, sizeof top.scores);
+        }
+        maxima[r] += correction_of(job, r, seen[r], shifts[r], top, state, its);
+    }
+}
+
 // Pairs: the kernels of 2-bit keys are those of pairs.inl.
 template <bool Pairs>
 inline void attend_rows(const attention_job& job) noexcept {
@@ -348,6 +469,12 @@ inline void attend_rows(const attention_job& job) noexcept {
     float tops[max_rows], maxima[max_rows], denominators[max_rows], rescale[max_rows];
     float shifts[max_rows]; // of scores, for the mean that keys were stored without
     row_view seen[max_rows];
+    // outputs alone do not see what shifts all scores of a row
+    const bool corrected =
+        integer_keys && (job.partials != nullptr || job.log_sum_exp != nullptr || job.sinks != nullptr);
+    top_tile top_tiles[max_rows];
+    alignas(64) float shared[max_rows * tile_tokens]; // scores of the last row's tile
+    float shared_score = lowest_score;
 
     const float half_code = 0.5f * static_cast<float>(keys.traits().top_level());
     // `own`, row r of group g, for the integer path; rows of a group come in order
@@ -372,6 +499,8 @@ inline void attend_rows(const attention_job& job) noexcept {
         round_query(own, part, keys.traits(), {codes[0] + tile_at, codes[1] + tile_at}, r - tile_row, rows,
                     code_scales[n], code_sum);
         code_offsets[n] = -code_scales[n] * (half_code * static_cast<float>(code_sum));
+        if (!per_channel) // codes and bases meet the same query
+            query_sums[n] = code_scales[n] * static_cast<float>(code_sum);
     };
 
     row_view any{job.last_token, 0}, all{0, job.last_token}; // tokens that some row, and every row, may see
@@ -452,7 +581,7 @@ inline void attend_rows(const attention_job& job) noexcept {
             &keys, block.tiles, block.count, &values, block.tiles, in_keys ? 0 : block.count, value_share};
         if (per_channel)
             add_page_scores(
-                job, block, key_view, q, [&](const float* own, std::size_t r) { round_row(own, r, 0); },
+                job, block, key_view, q, [&](const float* own, std::size_t r) { round_row(own, r, 0); }, mode,
                 scores, tops);
         else if (groups == 1)
             job.key_kernels->key_scores[mode](key_view, q, scores, tops);
@@ -469,10 +598,17 @@ inline void attend_rows(const attention_job& job) noexcept {
                 tops[r] = maximum_of(row, slots, lowest_score);
             }
             const float largest = tops[r];
+            if (corrected && largest > top_tiles[r].score)
+                find_top(block, row, largest, top_tiles[r]);
             float m = largest == lowest_score ? lowest_score : largest * log2_e;
             m = m > maxima[r] || m != m ? m : maxima[r];
             rescale[r] = m == maxima[r] && m != lowest_score ? 1.0f : softmax_rescale(maxima[r], m);
             maxima[r] = m;
+        }
+        const top_tile& lead = top_tiles[job.rows - 1];
+        if (corrected && lead.score > shared_score) {
+            shared_score = lead.score;
+            copy_tile(scores, job.rows, lead.slot, shared);
         }
         if (per_channel)
             prefetch_channels(keys, after);
@@ -491,6 +627,8 @@ inline void attend_rows(const attention_job& job) noexcept {
         now = 1 - now;
     }
 
+    if (corrected)
+        correct_maxima(job, q, seen, shifts, top_tiles, shared, denominators, maxima, scores);
     for (std::size_t r = 0; r < job.rows; ++r) {
         const std::size_t token = (job.first_row + r) / job.group, head = (job.first_row + r) % job.group;
         float* row = sums + r * value_stride;

@@ -222,7 +222,7 @@ inline std::int8_t rounded_code(float quotient) noexcept {
 }
 
 inline std::int64_t rounded_weight(float quotient) noexcept {
-    return quotient >= 0.0f && quotient < 256.0f ? static_cast<std::int64_t>(std::nearbyint(quotient)) : 0;
+    return quotient >= -0.5f && quotient < 256.0f ? static_cast<std::int64_t>(std::nearbyint(quotient)) : 0;
 }
 
 // The integer path by its definition.
@@ -283,12 +283,28 @@ void value_sums_fast(const block_view& view, const softmax_rows& w, float* sums,
         constexpr auto top_code =
             static_cast<float>(top_weight_code(traits_of(kv_format_of<Format>).code_bits));
         const float inverse = top > 0.0f ? top_code / top : 0.0f;
+        float total = 0.0f;
+        for (std::size_t t = 0; t < slots; ++t)
+            total += scaled[t];
+        const bool few = total * inverse < few_codes;
+        first_carries carries = few ? weight_carries : first_carries{};
+        std::uint8_t codes[max_block_slots];
+        std::int64_t code_sum = 0;
+        for (std::size_t t = 0; t < slots; ++t) {
+            float& carry = carries.at[t % tile_tokens];
+            const float wanted = scaled[t] * inverse + carry;
+            codes[t] = static_cast<std::uint8_t>(rounded_weight(wanted));
+            code_sum += codes[t];
+            if (few)
+                carry = 0.5f * (carry + (wanted - static_cast<float>(codes[t])));
+        }
+        const float step = code_sum > 0 ? total / static_cast<float>(code_sum) : 0.0f;
         for (std::size_t c = 0; c < view.layout->channels; ++c) {
             std::int64_t twice = 0;
             for (std::size_t t = 0; t < slots; ++t)
-                twice += rounded_weight(scaled[t] * inverse) * centred_twice<Format>(view, t, c);
-            sums[r * stride + c] = sums[r * stride + c] * w.rescale[r] + affine_sum +
-                                   static_cast<float>(twice) * (0.5f * (top / top_code));
+                twice += codes[t] * centred_twice<Format>(view, t, c);
+            sums[r * stride + c] =
+                sums[r * stride + c] * w.rescale[r] + affine_sum + static_cast<float>(twice) * (0.5f * step);
         }
     }
 }
@@ -318,9 +334,8 @@ inline float round_query(std::span<const float> query, std::int8_t* codes) noexc
 // Scores of one row, scaled, against keys quantized per channel: sum_c q_c (scale_c level + minimum_c), a
 // page after the other. first: the token of the first tile.
 inline void channel_scores(const attention_job& job, std::span<const float> query, const tile_ref* tiles,
-                           std::size_t count, std::size_t first, float* scores) noexcept {
+                           std::size_t count, std::size_t first, std::size_t mode, float* scores) noexcept {
     const section_layout& keys = job.layout->keys();
-    const auto mode = static_cast<std::size_t>(job.mode);
     auto& scaled = job.scratch->scaled;
     auto& codes = job.scratch->codes[1];
     for (std::size_t k = 0; k < count; ++k) { // tile by tile, for simplicity's sake
@@ -357,6 +372,8 @@ inline void attend_rows(const attention_job& job) noexcept {
     auto& codes = job.scratch->codes[0];
     float query_sums[max_groups], steps[max_groups];
     const std::size_t key_groups = keys.groups(), key_group = keys.group_channels;
+    const bool integer_keys = job.mode == precision::fast && keys.traits().code_bits != 0;
+    const bool per_channel = keys.axis == quantization_axis::per_channel;
     for (std::size_t r = 0; r < job.rows; ++r) {
         const std::size_t token = (job.first_row + r) / job.group, head = (job.first_row + r) % job.group;
         const std::ptrdiff_t query_size = job.query_type == scalar_type::fp32 ? 4 : 2;
@@ -377,42 +394,39 @@ inline void attend_rows(const attention_job& job) noexcept {
                 query_sums[g] += x;
             }
             steps[g] = round_query(part, codes + g * key_group);
+            if (integer_keys && !per_channel) { // codes and bases meet the same query
+                std::int32_t code_sum = 0;
+                for (std::size_t c = 0; c < key_group; ++c)
+                    code_sum += codes[g * key_group + c];
+                query_sums[g] = steps[g] * static_cast<float>(code_sum);
+            }
         }
         std::fill_n(sums, values.channels, 0.0f);
 
-        softmax_state state;
-        const std::size_t last = (std::min)(job.visible_base + token * job.visible_step, job.last_token);
-        for (std::size_t first = job.first_token; first < last;) {
-            const std::size_t end = block_end(*job.layout, first, last);
-            tile_ref tiles[max_block_tiles];
-            std::size_t count = 0;
-            for (std::size_t t = first; t < end; t += tile_tokens)
-                tiles[count++] = {job.pages + static_cast<std::size_t>(job.block_table[t / keys.tokens]) *
-                                                  job.block_stride,
-                                  t % keys.tokens};
-            const bool per_channel = keys.axis == quantization_axis::per_channel;
+        // scores of some tiles, the first of which begins at token `first`
+        const auto score_tiles = [&](const tile_ref* tiles, std::size_t count, std::size_t first,
+                                     std::size_t how, float* out) {
             if (per_channel)
-                channel_scores(job, {query, keys.channels}, tiles, count, first, scores);
+                channel_scores(job, {query, keys.channels}, tiles, count, first, how, out);
             for (std::size_t g = 0; !per_channel && g < key_groups; ++g) {
                 const section_layout own = keys.group(g);
                 std::int8_t* const own_codes = codes + g * key_group;
-                job.key_kernels->key_scores[mode]({&own, tiles, count, nullptr, nullptr, 0, 0},
-                                                  {1,
-                                                   key_group,
-                                                   query + g * key_group,
-                                                   query_sums + g,
-                                                   {own_codes, own_codes},
-                                                   nullptr,
-                                                   steps + g,
-                                                   nullptr},
-                                                  g == 0 ? scores : group_scores, nullptr);
+                job.key_kernels->key_scores[how]({&own, tiles, count, nullptr, nullptr, 0, 0},
+                                                 {1,
+                                                  key_group,
+                                                  query + g * key_group,
+                                                  query_sums + g,
+                                                  {own_codes, own_codes},
+                                                  nullptr,
+                                                  steps + g,
+                                                  nullptr},
+                                                 g == 0 ? out : group_scores, nullptr);
                 for (std::size_t i = 0; g != 0 && i < count * tile_tokens; ++i)
-                    scores[i] += group_scores[i];
+                    out[i] += group_scores[i];
             }
-            float maximum = lowest_score;
             for (std::size_t i = 0; i < count * tile_tokens; ++i) {
                 const std::size_t t = first + i;
-                float& s = scores[i];
+                float& s = out[i];
                 if (!sees(job, token, t)) {
                     s = lowest_score;
                     continue;
@@ -423,7 +437,31 @@ inline void attend_rows(const attention_job& job) noexcept {
                     s += job.alibi_slopes[head] *
                          static_cast<float>(static_cast<std::ptrdiff_t>(t) - job.first_position -
                                             static_cast<std::ptrdiff_t>(token));
-                maximum = (std::max)(maximum, s);
+            }
+        };
+
+        softmax_state state;
+        tile_ref top_tile{nullptr, 0}; // of the largest score
+        std::size_t top_token = 0;
+        float top = lowest_score, top_scores[tile_tokens];
+        const std::size_t last = (std::min)(job.visible_base + token * job.visible_step, job.last_token);
+        for (std::size_t first = job.first_token; first < last;) {
+            const std::size_t end = block_end(*job.layout, first, last);
+            tile_ref tiles[max_block_tiles];
+            std::size_t count = 0;
+            for (std::size_t t = first; t < end; t += tile_tokens)
+                tiles[count++] = {job.pages + static_cast<std::size_t>(job.block_table[t / keys.tokens]) *
+                                                  job.block_stride,
+                                  t % keys.tokens};
+            score_tiles(tiles, count, first, mode, scores);
+            const float* const largest = std::max_element(scores, scores + count * tile_tokens);
+            const float maximum = *largest;
+            if (integer_keys && maximum > top) {
+                const auto k = static_cast<std::size_t>(largest - scores) / tile_tokens;
+                top = maximum;
+                top_tile = tiles[k];
+                top_token = first + k * tile_tokens;
+                std::copy_n(scores + k * tile_tokens, tile_tokens, top_scores);
             }
             const float m =
                 (std::max)(maximum == lowest_score ? lowest_score : maximum * log2_e, state.maximum);
@@ -439,6 +477,21 @@ inline void attend_rows(const attention_job& job) noexcept {
                                                     sums + g * values.group_channels, max_head_dim);
             }
             first = end;
+        }
+        if (top_tile.page != nullptr) {
+            score_tiles(&top_tile, 1, top_token, static_cast<std::size_t>(precision::exact), scores);
+            attention_job unmasked = job;
+            unmasked.mask = nullptr;
+            std::size_t seen = 0;
+            for (std::size_t t = job.first_token; t < last; ++t)
+                seen += sees(unmasked, token, t) ? 1 : 0;
+            float weights[tile_tokens], corrected[tile_tokens];
+            for (std::size_t i = 0; i < tile_tokens; ++i) {
+                weights[i] = std::exp2(top_scores[i] * log2_e - state.maximum);
+                corrected[i] = std::exp2(scores[i] * log2_e - state.maximum);
+            }
+            state.maximum +=
+                sum_correction({top_scores, scores, weights, corrected}, tile_tokens, seen, state);
         }
         if (job.partials != nullptr) {
             float* partial = job.partials + r * job.partial_stride;

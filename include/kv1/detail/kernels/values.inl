@@ -5,13 +5,14 @@
 //
 // A register holds 16 / pieces channels, one a lane; a lane's fields are tokens. With decoded value
 // v = slope * c + base (c a level), softmax weight p, u = p * slope rounded to u ~ step * i (one step per row and
-// block; i an unsigned byte, up to 127 where codes themselves take 8 bits), levels centred at z = top / 2:
+// block; i an unsigned byte, up to 127 where codes themselves take 8 bits; interface.hpp: few_codes), levels centred
+// at z = top / 2:
 //
 //   sum p v = step * (sum i c - z sum i) + sum p (base + z * slope)
 //
 // The last term does not depend on the channel.
 // Cost of the fast path per line (16 channels x 32/b tokens) and row: 8/b dot4; per tile and row the exponential
-// (7 multiplications, 4 others) and 12 operations around it.
+// (7 multiplications, 4 others) and 13 operations around it, 17 where codes are few.
 
 // 2^t for t <= 0, within 3 units of 2^-24. t = n + f with |f| <= 1/2. A polynomial for 2^f errs by 1.54 units at most
 // (minimax of degree 5 with constant term 1), and its rounding adds 1.2. The result is zero far below 2^-126.
@@ -63,10 +64,10 @@ KV1_INLINE void round_weights(const block_view& view, const block_metadata<Forma
     constexpr auto top_level = static_cast<float>(t.top_level());
     constexpr auto top_weight = static_cast<float>(top_weight_code(t.code_bits));
     const f32 log2e(log2_e);
-    f32 shift[R], sum[R], affine[R], largest[R];
+    f32 shift[R], sum[R], affine[R], largest[R], all[R];
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
         shift[r] = softmax_shift(w.maxima[row + r]);
-        sum[r] = affine[r] = largest[r] = f32(0.0f);
+        sum[r] = affine[r] = largest[r] = all[r] = f32(0.0f);
     }
     float* scores = w.scores + row * score_stride;
     for (std::size_t k = 0; k < view.count; ++k) {
@@ -82,37 +83,67 @@ KV1_INLINE void round_weights(const block_view& view, const block_metadata<Forma
                 const f32 p = exp2_nonpositive(xs::fma(f32::load_aligned(at), log2e, shift[r]));
                 const f32 u = p * slope;
                 sum[r] = sum[r] + p;
+                all[r] = all[r] + u;
                 affine[r] = xs::fma(p, centre, affine[r]);
                 largest[r] = xs::max(largest[r], u);
                 u.store_aligned(at);
             }
         }
     }
-    f32 inverse[R];
+    f32 inverse[R], gain[R], carry[R][pieces];
     i32 code_sum[R];
+    float total[R];
+    bool few = false;
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
         const float top = xs::reduce_max(largest[r]);
         w.denominators[row + r] = w.denominators[row + r] * w.rescale[row + r] + xs::reduce_add(sum[r]);
         out.affine_sum[r] = xs::reduce_add(affine[r]);
-        out.step[r] = top / top_weight;
-        inverse[r] = f32(top > 0.0f ? top_weight / top : 0.0f);
+        total[r] = xs::reduce_add(all[r]);
+        const float steps = top > 0.0f ? top_weight / top : 0.0f;
+        inverse[r] = f32(steps);
         code_sum[r] = i32(0);
+        const bool its_few = total[r] * steps < few_codes;
+        few = few || its_few;
+        gain[r] = f32(its_few ? 0.5f : 0.0f);
+        KV1_UNROLL for (std::size_t i = 0; i < pieces; ++i) {
+            carry[r][i] = its_few ? f32::load_aligned(weight_carries.at + i * lanes) : f32(0.0f);
+        }
     }
-    for (std::size_t k = 0; k < view.count; ++k)
+    const auto store = [&](const i32(&code)[pieces], std::size_t k, std::size_t r) {
+        alignas(16) std::uint8_t codes[tile_tokens];
+        store_line_u8(code, codes);
+        store_weight_codes<t.parts[0].bits, R>(codes, k, r, out.codes[0]);
+        if constexpr (t.part_count() == 2)
+            store_weight_codes<t.parts[1].bits, R>(codes, k, r, out.codes[1]);
+    };
+    for (std::size_t k = 0; k < view.count && !few; ++k) {
         KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
-            alignas(16) std::uint8_t codes[tile_tokens];
             const float* at = scores + r * score_stride + k * tile_tokens;
             i32 code[pieces];
             KV1_UNROLL for (std::size_t i = 0; i < pieces; ++i) {
                 code[i] = round_to_int(f32::load_aligned(at + i * lanes) * inverse[r]);
                 code_sum[r] = code_sum[r] + code[i];
             }
-            store_line_u8(code, codes);
-            store_weight_codes<t.parts[0].bits, R>(codes, k, r, out.codes[0]);
-            if constexpr (t.part_count() == 2)
-                store_weight_codes<t.parts[1].bits, R>(codes, k, r, out.codes[1]);
+            store(code, k, r);
         }
-    KV1_UNROLL for (std::size_t r = 0; r < R; ++r) { out.code_sum[r] = xs::reduce_add(code_sum[r]); }
+    }
+    for (std::size_t k = 0; k < view.count && few; ++k) {
+        KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
+            const float* at = scores + r * score_stride + k * tile_tokens;
+            i32 code[pieces];
+            KV1_UNROLL for (std::size_t i = 0; i < pieces; ++i) {
+                const f32 wanted = xs::fma(f32::load_aligned(at + i * lanes), inverse[r], carry[r][i]);
+                code[i] = round_to_int(wanted);
+                carry[r][i] = gain[r] * (carry[r][i] + (wanted - xs::to_float(code[i])));
+                code_sum[r] = code_sum[r] + code[i];
+            }
+            store(code, k, r);
+        }
+    }
+    KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
+        out.code_sum[r] = xs::reduce_add(code_sum[r]);
+        out.step[r] = out.code_sum[r] > 0 ? total[r] / static_cast<float>(out.code_sum[r]) : 0.0f;
+    }
 }
 
 // The lines of a chunk for channels 0 ... 15, by bit slice, and the lines of K to prefetch while they are walked.
@@ -173,12 +204,12 @@ KV1_INLINE void fast_sum_step(const section_layout& s, const value_lines& lines,
     if constexpr (t.codebook())
         add_dots<2, 0, true, top_level>(walk, lines.count[0], rounded.codes[0], total);
     else
-        add_dots<t.parts[0].bits, t.parts[0].shift, top_weight == 255>(walk, lines.count[0], rounded.codes[0],
-                                                                       total);
+        add_dots<t.parts[0].bits, t.parts[0].shift, (top_weight > 127)>(walk, lines.count[0],
+                                                                        rounded.codes[0], total);
     if constexpr (t.part_count() == 2) {
         walk.lines = lines.at[1];
-        add_dots<t.parts[1].bits, t.parts[1].shift, top_weight == 255>(walk, lines.count[1], rounded.codes[1],
-                                                                       total);
+        add_dots<t.parts[1].bits, t.parts[1].shift, (top_weight > 127)>(walk, lines.count[1],
+                                                                        rounded.codes[1], total);
     }
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
