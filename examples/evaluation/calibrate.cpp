@@ -33,6 +33,13 @@ void add_layers(std::vector<float_tensor>& file, const char* name, const std::ve
         file.push_back({"layers." + std::to_string(i) + "." + name, shape, layers[i]});
 }
 
+// Error weights where they can be: beside fitted levels, one scale to a vector.
+void weigh_errors(layer_policy& layer) {
+    for (kv1::vector_policy* side : {&layer.key, &layer.value})
+        side->error_weights = side->levels != kv1::level_choice::min_max && side->group == 0 &&
+                              kv1::info_of(side->format).fits_levels;
+}
+
 } // namespace
 
 calibration calibrate(const model& m, std::vector<std::int32_t> tokens, std::size_t chunk,
@@ -76,13 +83,17 @@ void calibrate_folder(const calibrate_options& options, std::ostream& out) {
     const auto cache = document.root().find("kv1");
     if (!cache)
         throw input_error(config_file.string(), "kv1 names no cache that weights could be added to");
-    const auto encoder = cache->find("encoder");
-    if (!encoder || encoder->string() != "least_squares")
-        throw input_error(cache->place(), "error weights are for levels by least_squares");
-    const auto centre = cache->find("centre");
+    const json_view text = cache->member("policy");
+    cache_policy policy = parse_policy(text.string(), text.place() + ":");
+    weigh_errors(policy.common);
+    for (kv1::layer_exception& differs : policy.layers)
+        weigh_errors(differs.policy);
+    if (!policy.needs_error_weights())
+        text.fail(
+            "error weights are for levels by least squares or a clip search (+ls, +cs), of whole vectors");
     std::error_code unreadable;
     const bool lacks_means =
-        centre && centre->boolean() && !std::filesystem::exists(options.model / means_file, unreadable);
+        policy.needs_means() && !std::filesystem::exists(options.model / means_file, unreadable);
 
     const model m = model::read(options.model);
     const model_config& c = m.config();
@@ -103,10 +114,10 @@ void calibrate_folder(const calibrate_options& options, std::ostream& out) {
         add_layers(means, "value_means", {c.kv_heads, c.head_dim}, found.value_means);
         output_file(options.model / means_file).commit(to_safetensors(means));
     }
-    document.value["kv1"]["error_weights"] = true;
+    document.value["kv1"]["policy"] = to_string(policy);
     output_file(config_file).commit(document.value.dump(2) + "\n");
     out << "error weights from " << used << " tokens; the model's cache is now "
-        << choose_cache(options.model, c, {}).policy.text << '\n';
+        << to_string(choose_cache(options.model, c, {}).policy) << '\n';
 }
 
 } // namespace kv1_lm

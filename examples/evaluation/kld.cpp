@@ -106,7 +106,7 @@ kld_result measure_kld(const kld_options& options, std::ostream& log) {
     kld_result r;
     r.loaded_tokens = tokens.size();
     r.kv = kv.formats();
-    r.kv_policy = kv.policy.text;
+    r.kv_policy = to_string(kv.policy);
     r.shrink_vs_fp16 = shrink(describe(m.config(), kv.policy, kv.calibrated, options.seq_len));
     double kld = 0.0, reference_nll = 0.0, kv_nll = 0.0;
     std::size_t targets = 0;

@@ -73,8 +73,8 @@ public:
         if (chunks_.empty())
             throw input_error(options.text.string() + ": fewer than two tokens, nothing to measure");
         calibration calibrated;
-        const bool weighted = std::ranges::any_of(policies, &cache_policy::weighted);
-        if (weighted || std::ranges::any_of(policies, &cache_policy::centred)) {
+        const bool weighted = std::ranges::any_of(policies, &cache_policy::needs_error_weights);
+        if (weighted || std::ranges::any_of(policies, &cache_policy::needs_means)) {
             if (options.calibration_text.empty())
                 throw input_error("means and error weights need --calibrate FILE");
             std::vector<std::int32_t> sample = words.encode(read_text_file(options.calibration_text));
@@ -103,7 +103,7 @@ public:
     void restore(const nlohmann::ordered_json& results) {
         for (std::size_t p = 0; p < policies_.size(); ++p)
             for (const auto& r : results)
-                if (r.at("policy") == policies_[p].text)
+                if (r.at("policy") == to_string(policies_[p]))
                     for (const auto& c : r.at("chunk_sums"))
                         if (const auto i = c.at(0).get<std::size_t>(); i < chunks_.size())
                             done_[p][i] = comparison_from(c);
@@ -187,7 +187,7 @@ public:
         for (std::size_t p = 0; p < policies_.size(); ++p) {
             sweep_row r;
             r.model = name_;
-            r.policy = policies_[p].text;
+            r.policy = to_string(policies_[p]);
             r.bytes_per_vector = bytes_per_vector(descriptions_[p], options_.seq_len);
             if (p < vectors_.size()) {
                 r.key_mse = vectors_[p].key_mse;

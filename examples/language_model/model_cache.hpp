@@ -2,12 +2,10 @@
 //
 // The cache that a model runs with: the one that `--kv` names, or else the one that the model's folder names.
 //
-//   config.json              "kv1": {"key_format": "compact3", "value_format": "compact2",
-//                                    "encoder": "least_squares", "hadamard": true, "centre": true,
-//                                    "error_weights": true, "key_axis": "per_channel",
-//                                    "layers": {"0": {"key_format": "compact2"}}}    layers that differ
-//   kv1_means.safetensors    with "centre": layers.I.key_means and layers.I.value_means, [kv_heads][head_dim]
-//   kv1_error_weights.safetensors    with "error_weights": layers.I.key_weights and layers.I.value_weights,
+//   config.json              "kv1": {"policy": "c3+ls+had+mean+ew,c2+ls+had+mean+ew"}, as kv1/cache_policy.hpp
+//                            has it
+//   kv1_means.safetensors    with +mean: layers.I.key_means and layers.I.value_means, [kv_heads][head_dim]
+//   kv1_error_weights.safetensors    with +ew: layers.I.key_weights and layers.I.value_weights,
 //                            [kv_heads][head_dim][head_dim] (error_weights.hpp)
 //
 // kv1-train writes all but error weights, which `kv1-lm calibrate` adds.

@@ -16,22 +16,23 @@ program=$1 tokens=$2 model=$3 test_tokens=$4 out=$5
 shift 5
 mkdir -p "$out"
 
-fitted="--encoder least_squares --hadamard --centre --round-metadata"
-mixed=c3,c2/0:c2/1:c2/2:c3/3:c3 # 12 bytes a vector of 32 channels, as c3,c2
+e=+ls+had+mean
+mixed="--kv c3$e,c2$e/0:c2$e/1:c2$e/2:c3$e/3:c3$e --round-metadata" # 12 bytes a vector of 32 channels, as fitted
+fitted="--kv c3$e,c2$e --round-metadata"
 # name|cache|how it is trained
 list="\
-self_teacher|--kv c3,c2 $fitted|--init --self-teacher --teacher-weight 0.9
-per_layer|--kv $mixed $fitted|--init --self-teacher --teacher-weight 0.9
-per_layer_half|--kv $mixed $fitted|--init --self-teacher --teacher-weight 0.5
-no_teacher|--kv c3,c2 $fitted|--init
-teacher|--kv c3,c2 $fitted|--init --teacher $model --teacher-weight 0.9
-scratch|--kv c3,c2 $fitted|
+self_teacher|$fitted|--init --self-teacher --teacher-weight 0.9
+per_layer|$mixed|--init --self-teacher --teacher-weight 0.9
+per_layer_half|$mixed|--init --self-teacher --teacher-weight 0.5
+no_teacher|$fitted|--init
+teacher|$fitted|--init --teacher $model --teacher-weight 0.9
+scratch|$fitted|
 plain|--kv 16|--init
 plain_scratch|--kv 16|
-min_max|--kv c3,c2 --hadamard --centre --round-metadata|--init
-not_rotated|--kv c3,c2 --encoder least_squares --centre --round-metadata|--init
-not_centred|--kv c3,c2 --encoder least_squares --hadamard --round-metadata|--init
-two_bits|--kv 2 $fitted|--init
+min_max|--kv c3+had+mean,c2+had+mean --round-metadata|--init
+not_rotated|--kv c3+ls+mean,c2+ls+mean --round-metadata|--init
+not_centred|--kv c3+ls+had,c2+ls+had --round-metadata|--init
+two_bits|--kv 2$e --round-metadata|--init
 reference|--kv 2 --round-metadata|--init"
 
 # The next run of the list for whoever asks first: workers share its descriptor.

@@ -29,13 +29,10 @@ using torch::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::tensor_list;
 
-kv1::fake_quantize_options options_of(const kv_policy& p) {
-    kv1::fake_quantize_options o;
-    if (p.least_squares)
-        o.encoder = kv1::fake_quantize_options::encoder_policy::least_squares;
-    o.hadamard = p.hadamard;
-    o.round_metadata = p.round_metadata;
-    return o;
+kv1::fake_quantize_options options_of(const trained_side& side) {
+    return {.levels = side.policy.levels,
+            .round_metadata = side.round_metadata,
+            .hadamard = side.policy.hadamard};
 }
 
 Tensor turn(const Tensor& x, const rotary_table& table, bool inverse) {
@@ -53,11 +50,10 @@ Tensor turn(const Tensor& x, const rotary_table& table, bool inverse) {
 // All arguments but x. `centre` and the rotary table are empty tensors if there are none.
 struct cache_path {
     rotary_table table;
-    kv1::kv_format format;
-    kv_policy policy;
+    trained_side side;
     Tensor centre;
     [[nodiscard]] bool turns() const { return table.cosines.numel() != 0; }
-    [[nodiscard]] bool centres() const { return policy.centre && centre.numel() != 0; }
+    [[nodiscard]] bool centres() const { return side.policy.means && centre.numel() != 0; }
 };
 
 Tensor quantize_on_cpu(const Tensor& x, const cache_path& path) {
@@ -68,13 +64,13 @@ Tensor quantize_on_cpu(const Tensor& x, const cache_path& path) {
     const float* from = in.data_ptr<float>();
     float* to = out.data_ptr<float>();
     const Tensor means = path.centres() ? path.centre.contiguous() : Tensor();
-    kv1::fake_quantize_options options = options_of(path.policy);
+    kv1::fake_quantize_options options = options_of(path.side);
     at::parallel_for(0, in.numel() / in.size(-1), 256, [&, options](std::int64_t begin, std::int64_t end) {
         kv1::fake_quantize_options mine = options;
         for (auto row = static_cast<std::size_t>(begin); row < static_cast<std::size_t>(end); ++row) {
             if (means.defined())
                 mine.centre = {means.data_ptr<float>() + row % heads * channels, channels};
-            kv1::fake_quantize(path.format, channels, {from + row * channels, channels},
+            kv1::fake_quantize(path.side.policy.format, channels, {from + row * channels, channels},
                                {to + row * channels, channels}, mine);
         }
     });
@@ -96,8 +92,11 @@ cuda::cache_path_job job_for(const Tensor& x, Tensor& y) {
     return job;
 }
 
-void set_format(cuda::cache_path_job& job, kv1::kv_format format, const kv_policy& policy) {
+void set_format(cuda::cache_path_job& job, const trained_side& side) {
     using kv1::kv_format;
+    const kv_format format = side.policy.format;
+    if (side.policy.levels == kv1::level_choice::clip_search)
+        throw std::invalid_argument("a clip search is trained for on processors alone");
     const kv1::format_info info = kv1::info_of(format);
     if (info.codebook)
         throw std::invalid_argument(std::string(info.short_name) + " is trained for on processors alone");
@@ -109,9 +108,9 @@ void set_format(cuda::cache_path_job& job, kv1::kv_format format, const kv_polic
                                     : throw std::invalid_argument(std::string(info.short_name) +
                                                                   " is trained for on processors alone");
     job.max_code = (1 << info.code_bits) - 1;
-    job.least_squares = policy.least_squares;
-    job.hadamard = policy.hadamard;
-    job.round_metadata = policy.round_metadata;
+    job.least_squares = side.policy.levels == kv1::level_choice::least_squares;
+    job.hadamard = side.policy.hadamard;
+    job.round_metadata = side.round_metadata;
 }
 
 Tensor run_on_cuda(const Tensor& x, const cache_path& path, bool inverse) {
@@ -125,7 +124,7 @@ Tensor run_on_cuda(const Tensor& x, const cache_path& path, bool inverse) {
     }
     if (path.centres())
         job.centre = path.centre.data_ptr<float>();
-    set_format(job, path.format, path.policy);
+    set_format(job, path.side);
     const c10::cuda::CUDAGuard on_its_device(in.device());
     cuda::run(job, c10::cuda::getCurrentCUDAStream().stream());
     return out;
@@ -140,12 +139,12 @@ Tensor forward_pass(const Tensor& x, const cache_path& path) {
     if (x.is_cuda())
         return run_on_cuda(x, path, false);
     const Tensor turned = path.turns() ? turn(x, path.table, false) : x;
-    const Tensor y = is_plain(path.format) ? turned : quantize_on_cpu(turned, path);
+    const Tensor y = is_plain(path.side.policy.format) ? turned : quantize_on_cpu(turned, path);
     return y.to(x.scalar_type());
 }
 
 Tensor backward_pass(const Tensor& dy, const rotary_table& table) {
-    const cache_path back{table, kv1::kv_format::fp32, plain_kv, table.cosines};
+    const cache_path back{table, {}, table.cosines};
     if (!back.turns())
         return dy;
     return dy.is_cuda() ? run_on_cuda(dy, back, true)
@@ -160,12 +159,11 @@ struct cache_path_function : torch::autograd::Function<cache_path_function> {
                           std::int64_t flags) {
         context->saved_data["cosines"] = cosines;
         context->saved_data["sines"] = sines;
-        kv_policy policy;
-        policy.least_squares = (flags & 1) != 0;
-        policy.hadamard = (flags & 2) != 0;
-        policy.centre = (flags & 4) != 0;
-        policy.round_metadata = (flags & 8) != 0;
-        return forward_pass(x, {{cosines, sines}, static_cast<kv1::kv_format>(format), policy, centre});
+        const kv1::vector_policy policy{.format = static_cast<kv1::kv_format>(format),
+                                        .levels = static_cast<kv1::level_choice>(flags >> 3),
+                                        .hadamard = (flags & 1) != 0,
+                                        .means = (flags & 2) != 0};
+        return forward_pass(x, {{cosines, sines}, {policy, (flags & 4) != 0}, centre});
     }
     static tensor_list backward(AutogradContext* context, tensor_list dy) {
         const rotary_table table{context->saved_data["cosines"].toTensor(),
@@ -175,11 +173,11 @@ struct cache_path_function : torch::autograd::Function<cache_path_function> {
 };
 
 Tensor apply(const Tensor& x, const cache_path& path) {
-    const kv_policy& p = path.policy;
-    const std::int64_t flags =
-        (p.least_squares ? 1 : 0) | (p.hadamard ? 2 : 0) | (p.centre ? 4 : 0) | (p.round_metadata ? 8 : 0);
+    const kv1::vector_policy& p = path.side.policy;
+    const std::int64_t flags = (p.hadamard ? 1 : 0) | (p.means ? 2 : 0) | (path.side.round_metadata ? 4 : 0) |
+                               static_cast<std::int64_t>(p.levels) << 3;
     return cache_path_function::apply(x, path.table.cosines, path.table.sines, path.centre,
-                                      static_cast<std::int64_t>(path.format), flags);
+                                      static_cast<std::int64_t>(p.format), flags);
 }
 
 Tensor nothing() { return torch::empty({0}); }
@@ -197,17 +195,16 @@ rotary_table rotary_table::make(std::int64_t positions, std::int64_t head_dim, f
 }
 
 torch::Tensor rotate(const torch::Tensor& x, const rotary_table& table) {
-    return apply(x, {table, kv1::kv_format::fp32, plain_kv, nothing()});
+    return apply(x, {table, {}, nothing()});
 }
 
-torch::Tensor through_cache(const torch::Tensor& x, kv1::kv_format format, const kv_policy& policy,
-                            const torch::Tensor& centre) {
-    return is_plain(format) ? x : apply(x, {{nothing(), nothing()}, format, policy, centre});
+torch::Tensor through_cache(const torch::Tensor& x, const trained_side& side, const torch::Tensor& centre) {
+    return is_plain(side.policy.format) ? x : apply(x, {{nothing(), nothing()}, side, centre});
 }
 
-torch::Tensor rotate_through_cache(const torch::Tensor& x, const rotary_table& table, kv1::kv_format format,
-                                   const kv_policy& policy, const torch::Tensor& centre) {
-    return apply(x, {table, format, policy, centre});
+torch::Tensor rotate_through_cache(const torch::Tensor& x, const rotary_table& table,
+                                   const trained_side& side, const torch::Tensor& centre) {
+    return apply(x, {table, side, centre});
 }
 
 } // namespace kv1_train

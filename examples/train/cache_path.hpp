@@ -21,16 +21,15 @@ struct rotary_table {
 /// Rotates channels 2i and 2i + 1 by the angle of their position. x is [batch][positions][heads][head_dim].
 [[nodiscard]] torch::Tensor rotate(const torch::Tensor& x, const rotary_table& table);
 
-/// What a cache of this format gives back of x, [batch][positions][heads][head_dim], in x's type; computed in
+/// What a cache of this policy gives back of x, [batch][positions][heads][head_dim], in x's type; computed in
 /// fp32. The gradient is straight-through. On the CPU it throws kv1::error for values that no cache can hold;
-/// on CUDA NaN stays NaN. centre: means of x, [heads][head_dim], fp32, which a policy with `centre` takes
-/// off; a constant to the gradient.
-[[nodiscard]] torch::Tensor through_cache(const torch::Tensor& x, kv1::kv_format format,
-                                          const kv_policy& policy, const torch::Tensor& centre);
+/// on CUDA NaN stays NaN. centre: means of x, [heads][head_dim], fp32, which a policy with `means` takes off;
+/// a constant to the gradient.
+[[nodiscard]] torch::Tensor through_cache(const torch::Tensor& x, const trained_side& side,
+                                          const torch::Tensor& centre);
 
 /// rotate(), then through_cache(), without rounding to x's type in between.
 [[nodiscard]] torch::Tensor rotate_through_cache(const torch::Tensor& x, const rotary_table& table,
-                                                 kv1::kv_format format, const kv_policy& policy,
-                                                 const torch::Tensor& centre);
+                                                 const trained_side& side, const torch::Tensor& centre);
 
 } // namespace kv1_train

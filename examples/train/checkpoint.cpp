@@ -52,28 +52,16 @@ std::vector<std::pair<std::int64_t, std::filesystem::path>> checkpoints(const st
 
 // The member "kv1" of config.json, as kv1-lm reads it (model_cache.hpp).
 json describe(const kv_policy& p) {
-    json all{{"key_format", to_string(p.formats.key)},
-             {"value_format", to_string(p.formats.value)},
-             {"encoder", p.least_squares ? "least_squares" : "min_max"},
-             {"hadamard", p.hadamard},
-             {"centre", p.centre},
-             {"round_metadata", p.round_metadata}};
-    for (const auto& [layer, formats] : p.layers) {
-        json& differs = all["layers"][std::to_string(layer)];
-        differs = json::object();
-        if (formats.key != p.formats.key)
-            differs["key_format"] = to_string(formats.key);
-        if (formats.value != p.formats.value)
-            differs["value_format"] = to_string(formats.value);
-    }
-    return all;
+    return {{"policy", to_string(p.cache)}, {"round_metadata", p.round_metadata}};
 }
 
+// The reference's key: a number where one width tells it all, 0 for an unquantized cache.
 json bits_of(const kv_policy& p) {
-    // the reference reads this key; 0 means an unquantized cache
-    if (p.layers.empty() && is_plain(p.formats.key) && is_plain(p.formats.value))
+    const kv1::layer_policy& common = p.cache.common;
+    if (p.cache.layers.empty() && is_plain(common.key.format) && is_plain(common.value.format))
         return 0;
-    const std::string text = kv1_lm::to_string(p.formats);
+    const kv1::vector_policy key{.format = common.key.format}, value{.format = common.value.format};
+    const std::string text = key == value ? to_string(key) : to_string(kv1::layer_policy{key, value});
     return text.find_first_of(",c") == std::string::npos ? json::parse(text) : json(text);
 }
 
@@ -121,7 +109,7 @@ std::filesystem::path save_checkpoint(const std::filesystem::path& root, std::in
     for (const parameter& p : model.parameters())
         halves.emplace_back(p.name, p.value.detach().to(torch::kFloat16));
     folder.write("model.safetensors", to_safetensors(halves, {{"format", "pt"}}));
-    if (source.kv.centre) {
+    if (source.kv.cache.needs_means()) {
         std::vector<std::pair<std::string, torch::Tensor>> means;
         for (std::int64_t i = 0; i < model.means().size(0); ++i)
             for (const std::int64_t side : {0, 1})

@@ -3,52 +3,56 @@
 
 #include "error.hpp"
 
-#include <charconv>
-#include <system_error>
+#include <kv1/format.hpp>
+
 #include <utility>
 
 namespace kv1_train {
 
-kv_policy parse_formats(std::string_view text, std::string_view option) {
-    const auto refuse = [&](std::string_view part, const char* why) {
-        throw kv1_lm::input_error(std::string(option) + ": " + kv1_lm::quote(part) + why);
-    };
-    std::string_view rest = text;
-    kv_policy p;
-    p.formats = kv1_lm::parse_kv(kv1_lm::take_until(rest, '/'), option);
-    if (text.ends_with('/'))
-        refuse(text, " ends with a slash");
-    while (!rest.empty()) {
-        const std::string_view part = kv1_lm::take_until(rest, '/');
-        std::string_view formats = part;
-        const std::string_view number = kv1_lm::take_until(formats, ':');
-        std::size_t layer = 0;
-        const auto [end, error] = std::from_chars(number.data(), number.data() + number.size(), layer);
-        if (error != std::errc() || end != number.data() + number.size() || number.size() == part.size())
-            refuse(part, " is no LAYER:FORMATS");
-        if (!p.layers.emplace(layer, kv1_lm::parse_kv(formats, option)).second)
-            refuse(part, " names a layer again");
+namespace {
+
+// Why training does not know a layer's policy, or none.
+const char* untrained(const kv1::layer_policy& layer) {
+    for (const kv1::vector_policy* side : {&layer.key, &layer.value}) {
+        const kv1::format_info info = kv1::info_of(side->format);
+        if (side->error_weights || side->group != 0 || side->axis != kv1::quantization_axis::per_token)
+            return "training has no +ew, +channel and +g";
+        if (info.code_bits == 0 && *side != kv1::vector_policy{.format = side->format})
+            return "16 and 32 take no options";
+        if (side->levels != kv1::level_choice::min_max && !info.fits_levels)
+            return "1 and 1.5 take no +ls and +cs";
     }
+    return nullptr;
+}
+
+} // namespace
+
+kv_policy parse_policy(std::string_view text, std::string_view option) {
+    const std::string place = std::string(option).append(" '").append(text).append("'");
+    kv1::result<kv1::cache_policy> parsed = kv1::try_parse_policy(text);
+    if (!parsed)
+        throw kv1_lm::input_error(place, parsed.reason().message());
+    kv_policy p;
+    p.cache = std::move(*parsed);
+    const char* why = untrained(p.cache.common);
+    for (const kv1::layer_exception& differs : p.cache.layers)
+        why = why != nullptr ? why : untrained(differs.policy);
+    if (why != nullptr)
+        throw kv1_lm::input_error(place, why);
+    if (p.cache.fp16_sinks != 0 || p.cache.fp16_window != 0 || p.cache.page_tokens != 0)
+        throw kv1_lm::input_error(place, "training has no fp16 tokens (@) and pages (#)");
     return p;
 }
 
 void check_layers(const kv_policy& p, std::size_t layers, std::string_view option) {
-    if (!p.layers.empty() && p.layers.rbegin()->first >= layers)
-        throw kv1_lm::input_error(std::string(option), "layer " + std::to_string(p.layers.rbegin()->first) +
-                                                           ": the model has layers 0 to " +
-                                                           std::to_string(layers - 1));
+    if (!p.cache.layers.empty() && p.cache.layers.back().layer >= layers)
+        throw kv1_lm::input_error(std::string(option),
+                                  "layer " + std::to_string(p.cache.layers.back().layer) +
+                                      ": the model has layers 0 to " + std::to_string(layers - 1));
 }
 
 std::string to_string(const kv_policy& p) {
-    std::string text = kv1_lm::to_string(p.formats);
-    for (const auto& [layer, formats] : p.layers)
-        text.append("/").append(std::to_string(layer)).append(":").append(kv1_lm::to_string(formats));
-    for (const auto& [flag, name] : {std::pair{p.least_squares, " least_squares"},
-                                     {p.hadamard, " hadamard"},
-                                     {p.centre, " centre"},
-                                     {p.round_metadata, " round_metadata"}})
-        text.append(flag ? name : "");
-    return text;
+    return to_string(p.cache) + (p.round_metadata ? " round_metadata" : "");
 }
 
 } // namespace kv1_train

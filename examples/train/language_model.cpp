@@ -146,14 +146,13 @@ torch::Tensor language_model::logits(const torch::Tensor& tokens, const kv_polic
     std::vector<Tensor> observed;
     for (std::size_t i = 0; i < named_.layers.size(); ++i) {
         const auto& l = named_.layers[i];
-        const kv1_lm::kv_formats& formats = kv.formats_of(i);
         const Tensor centres = means_[extent(i)];
         const Tensor h = normalize(x, l.attention_norm, epsilon).to(type);
         const Tensor q = rotate(heads(apply(h, l.query)), rotary_);
         // what attention sees of a key or value is what the cache gives back of it
         const Tensor new_k = heads(apply(h, l.key)), new_v = heads(apply(h, l.value));
-        const Tensor k = rotate_through_cache(new_k, rotary_, formats.key, kv, centres[0]);
-        const Tensor v = through_cache(new_v, formats.value, kv, centres[1]);
+        const Tensor k = rotate_through_cache(new_k, rotary_, kv.key(i), centres[0]);
+        const Tensor v = through_cache(new_v, kv.value(i), centres[1]);
         if (seen != nullptr) {
             const torch::NoGradGuard no_gradient;
             const auto mean = [](const Tensor& t) { return t.to(torch::kFloat32).flatten(0, 1).mean(0); };

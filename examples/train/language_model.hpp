@@ -46,7 +46,7 @@ public:
     [[nodiscard]] torch::Tensor logits(const torch::Tensor& tokens, const kv_policy& kv,
                                        torch::ScalarType type, torch::Tensor* seen = nullptr) const;
 
-    /// What a policy with `centre` takes off keys and values, fp32 [layers][2][kv_heads][head_dim]; zero at
+    /// What a policy with +mean takes off keys and values, fp32 [layers][2][kv_heads][head_dim]; zero at
     /// first. No parameter: no gradient moves it.
     [[nodiscard]] torch::Tensor& means() noexcept { return means_; }
     [[nodiscard]] const torch::Tensor& means() const noexcept { return means_; }

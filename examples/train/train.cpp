@@ -192,7 +192,7 @@ private:
             const sequences s = reader_.read(
                 micro_, [&](std::int64_t i) { return order_.start(static_cast<std::uint64_t>(first + i)); });
             const double share = 1.0 / static_cast<double>(parts * ranks_.size());
-            if (o_.kv.centre && part == 0)
+            if (o_.kv.cache.needs_means() && part == 0)
                 observe(s.inputs, step);
             Tensor taught;
             if (teacher_) {

@@ -3,6 +3,7 @@
 
 #include "error.hpp"
 #include "evaluate.hpp"
+#include "kv_option.hpp"
 #include "pack.hpp"
 #include "train.hpp"
 
@@ -32,32 +33,23 @@ void add_share(CLI::App& command, const char* name, double& value, const char* d
 
 // Options of a cache, until they are known to be right.
 struct cache_texts {
-    std::string formats = "16", encoder = "min_max";
-    bool hadamard = false, centre = false, round_metadata = false;
+    std::string policy = "16";
+    bool round_metadata = false;
 };
 
 void add_cache(CLI::App& command, cache_texts& t) {
     command
-        .add_option("--kv", t.formats,
-                    "Bits of the cache: " + kv1_lm::kv_format_names() +
-                        " (c: compact, cb: codebook), or K,V such as c3,c2; /LAYER:K,V for a layer that "
-                        "differs, such as c3,c2/0:c2/3:c3")
+        .add_option(
+            "--kv", t.policy,
+            "The cache: a format (" + kv1_lm::kv_format_names() +
+                ") with +ls or +cs (fitted levels), +had (rotated), +mean (centred; the means follow the "
+                "model), for both or K,V such as c3+ls+had,c2+ls+had; /LAYER:K,V for a layer that differs")
         ->capture_default_str();
-    command.add_option("--encoder", t.encoder, "How levels are chosen")
-        ->check(CLI::IsMember({"min_max", "least_squares"}))
-        ->capture_default_str();
-    command.add_flag("--hadamard", t.hadamard, "Quantize in a rotated basis");
-    command.add_flag(
-        "--centre", t.centre,
-        "Quantize without the means of every layer and head; training has them follow the model");
     command.add_flag("--round-metadata", t.round_metadata, "Scale and minimum through fp16");
 }
 
 kv_policy parse(const cache_texts& t) {
-    kv_policy p = parse_formats(t.formats, "--kv");
-    p.least_squares = t.encoder == "least_squares";
-    p.hadamard = t.hadamard;
-    p.centre = t.centre;
+    kv_policy p = parse_policy(t.policy, "--kv");
     p.round_metadata = t.round_metadata;
     return p;
 }

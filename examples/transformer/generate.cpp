@@ -62,7 +62,7 @@ public:
                        took.decoding);
             const cache_policy& policy = cache_.policy;
             log_ << "cache (" << (options_.kv ? "--kv " : "the model's own: ")
-                 << (policy.layers.empty() ? policy.text
+                 << (policy.layers.empty() ? to_string(policy)
                                            : to_string(policy.common) + ", " +
                                                  std::to_string(policy.layers.size()) + " layers otherwise")
                  << "): " << to_string(cache.statistics(sequence)) << '\n';

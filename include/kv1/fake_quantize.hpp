@@ -11,10 +11,10 @@
 //                       pass without rounding: lo + (x - lo) / s * s = x for any lo and s.
 //     fixed_codes       the derivative of the forward pass for fixed codes: dx reaches x through minimum, scale
 //                       and mean magnitude. It is defined where no code, minimum or maximum is about to change.
-//                       Rounding to fp16 counts as the identity.
+//                       Rounding to fp16 counts as the identity. It is not defined for clip_search.
 //
 // With round_metadata the forward pass gives what a cache with that format and encoding gives back, bit for
-// bit (encoding.hpp; clip search and error weights are not supported). Without it scale and minimum stay in
+// bit (encoding.hpp; error weights are not supported). Without it scale and minimum stay in
 // fp32, as the KV1 reference trains, and a compact format's offset is any number between its ends.
 //
 // Values that lie in keys (multi-head latent attention) are no vectors of their own: quantize the keys, and
@@ -42,15 +42,10 @@ namespace kv1::inline KV1_ABI {
 
 /// How vectors are quantized, and what the gradient is.
 struct fake_quantize_options {
-    /// How affine and compact formats choose their levels.
-    enum class encoder_policy : std::uint8_t {
-        min_max,       ///< the ends of the vector's range: the reference's
-        least_squares, ///< fitted: quantizers/least_squares.hpp
-    };
     /// The rule of the backward pass; the head of this file defines both.
     enum class gradient_rule : std::uint8_t { straight_through, fixed_codes };
 
-    encoder_policy encoder = encoder_policy::min_max;         ///< affine and compact formats have a choice
+    level_choice levels = level_choice::min_max;              ///< affine and compact formats have a choice
     gradient_rule gradient = gradient_rule::straight_through; ///< of the backward pass
     bool round_metadata = true;                               ///< as a cache stores it
     /// Quantize in the basis of an orthonormal Hadamard matrix, over blocks of the largest power of two that
@@ -122,8 +117,7 @@ concept scaled_levels = std::same_as<typename Q::metadata, affine_metadata> ||
 template <quantizer Q>
 bool chooses_levels(const fake_quantize_options& o) noexcept {
     if constexpr (scaled_levels<Q>)
-        return std::same_as<typename Q::metadata, compact_metadata> ||
-               o.encoder == fake_quantize_options::encoder_policy::least_squares;
+        return std::same_as<typename Q::metadata, compact_metadata> || o.levels != level_choice::min_max;
     return false;
 }
 
@@ -153,8 +147,10 @@ struct code_rule<unrounded<Q>> : code_rule<Q> {
 template <class Q>
 stored_levels choose_levels(std::span<const float> x, const fake_quantize_options& o, std::uint8_t* codes,
                             std::uint8_t* refit_levels) noexcept {
-    if (o.encoder == fake_quantize_options::encoder_policy::least_squares)
+    if (o.levels == level_choice::least_squares)
         return fit_levels<Q>(x, codes, refit_levels);
+    if (o.levels == level_choice::clip_search)
+        return search_levels<Q>(x, codes);
     const auto [lo, hi] = plain_range(x);
     const stored_levels levels = range_levels<Q>(lo, hi);
     if (levels.fits)
@@ -334,6 +330,9 @@ status try_fake_quantize_gradient(std::size_t channels, std::span<const float> x
         return s;
     if (dy.size() != dx.size())
         return {errc::shape_mismatch, "the two gradients have the same size"};
+    if (options.levels == level_choice::clip_search &&
+        options.gradient == fake_quantize_options::gradient_rule::fixed_codes)
+        return {errc::invalid_argument, "a clip search has the straight-through gradient alone"};
     if (options.gradient == fake_quantize_options::gradient_rule::straight_through) {
         if (dx.data() != dy.data())
             std::copy(dy.begin(), dy.end(), dx.begin());

@@ -5,7 +5,7 @@
 // Every operation that can fail has a `try_` form that is noexcept and returns `status` or `result<T>`. With
 // exceptions it also has a plain form that throws `kv1::error` with that status. An operation that fails
 // leaves its object as it was. A status allocates nothing. It names the error, the rule that was broken, and
-// the place (layer, KV head, token, channel).
+// the place (layer, KV head, token, channel, position in a text).
 //
 // Programs without exceptions. A try_ form does not end the program if there is no memory: kv1 asks operator
 // new (std::nothrow). This does not hold for what callers bring: a std::vector, std::string or
@@ -110,10 +110,11 @@ enum class errc : std::uint8_t {
 
 /// Where an error was met. All count from 0; -1: does not apply.
 struct error_location {
-    std::int64_t layer = -1;   ///< of the cache
-    std::int64_t kv_head = -1; ///< of the layer
-    std::int64_t token = -1;   ///< of the call's tensor
-    std::int64_t channel = -1; ///< of the vector
+    std::int64_t layer = -1;    ///< of the cache
+    std::int64_t kv_head = -1;  ///< of the layer
+    std::int64_t token = -1;    ///< of the call's tensor
+    std::int64_t channel = -1;  ///< of the vector
+    std::int64_t position = -1; ///< of a text, in bytes
 };
 
 /// Outcome of an operation. Contextually convertible to bool: true means success.
@@ -141,7 +142,8 @@ public:
         const std::pair<const char*, std::int64_t> places[] = {{"layer", where_.layer},
                                                                {"KV head", where_.kv_head},
                                                                {"token", where_.token},
-                                                               {"channel", where_.channel}};
+                                                               {"channel", where_.channel},
+                                                               {"position", where_.position}};
         const char* separator = " (";
         for (const auto& [name, index] : places) {
             if (index < 0)

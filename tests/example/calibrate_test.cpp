@@ -59,10 +59,7 @@ private:
     kv1_test::temporary_folder folder_;
 };
 
-const json fitted{{"key_format", "compact2"},
-                  {"value_format", "compact2"},
-                  {"encoder", "least_squares"},
-                  {"hadamard", true}};
+const json fitted{{"policy", "c2+ls+had"}};
 
 } // namespace
 
@@ -90,10 +87,10 @@ TEST_CASE("calibrate adds error weights to a model's cache, which then costs les
 
 TEST_CASE("calibrate takes means where a cache lacks them, and leaves those that are there", "[calibrate]") {
     json centred = fitted;
-    centred["centre"] = true;
+    centred["policy"] = "c2+ls+had+mean/3:16,2";
     const writable_model m(centred);
     REQUIRE(m.calibrate().code == 0);
-    CHECK(m.cache().policy.text == "c2+ls+had+mean+ew,c2+ls+had+mean+ew");
+    CHECK(to_string(m.cache().policy) == "c2+ls+had+mean+ew,c2+ls+had+mean+ew/3:16,2");
     CHECK(m.cache().calibrated.value_means.size() == 8);
 
     const auto means = kv1_lm::read_binary_file(m.path() / kv1_lm::means_file);
@@ -119,8 +116,8 @@ TEST_CASE("calibrate refuses a cache that has no use for weights, and an empty t
     };
     refused(nullptr, "other.txt", "config.json: kv1 names no cache");
     json min_max = fitted;
-    min_max["encoder"] = "min_max";
-    refused(min_max, "other.txt", "config.json: kv1: error weights are for levels by least_squares");
+    min_max["policy"] = "2+had";
+    refused(min_max, "other.txt", "config.json: kv1.policy: error weights are for levels by least squares");
     refused(fitted, "empty.txt", "empty.txt: no tokens to calibrate on");
     refused(fitted, "none.txt", "none.txt");
 }

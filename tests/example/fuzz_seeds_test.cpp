@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The fuzzers' bodies over their seeds, which have to keep passing without libFuzzer too.
-#include "../fuzz/policy_body.hpp"
 #include "../fuzz/safetensors_body.hpp"
 #include "../fuzz/tokenizer_body.hpp"
 #include "file.hpp"
@@ -30,5 +29,3 @@ void replay(const std::string& fuzzer, Body body) {
 TEST_CASE("The seeds of the safetensors fuzzer pass") { replay("safetensors", kv1_test::safetensors_body); }
 
 TEST_CASE("The seeds of the tokenizer fuzzer pass") { replay("tokenizer", kv1_test::tokenizer_body); }
-
-TEST_CASE("The seeds of the policy fuzzer pass") { replay("policy", kv1_test::policy_body); }

@@ -37,12 +37,7 @@ struct trained_model {
     std::vector<kv1_lm::float_tensor> weights; // written where there are any
 
     trained_model() {
-        config["kv1"] = {{"key_format", "compact3"},
-                         {"value_format", "compact2"},
-                         {"encoder", "least_squares"},
-                         {"hadamard", true},
-                         {"centre", true},
-                         {"round_metadata", true}};
+        config["kv1"] = {{"policy", "c3+ls+had+mean,c2+ls+had+mean"}, {"round_metadata", true}};
         for (std::size_t i = 0; i < 8; ++i)
             for (const char* side : {"key", "value"})
                 means.push_back({"layers." + std::to_string(i) + "." + side + "_means", {2, 32}});
@@ -69,7 +64,7 @@ struct trained_model {
 
     // With error weights: layer + 1 on the diagonal, for values twice that; a half beside it.
     void weigh_errors() {
-        config["kv1"]["error_weights"] = true;
+        config["kv1"]["policy"] = "c3+ls+had+mean+ew,c2+ls+had+mean+ew";
         for (std::size_t layer = 0; layer < 8; ++layer) {
             for (const char* side : {"key", "value"}) {
                 std::vector<float> w(2 * 32 * 32);
@@ -108,7 +103,7 @@ TEST_CASE("a model's folder names its cache", "[model_cache]") {
     trained_model m;
     m.write(folder);
     const kv1_lm::model_cache cache = cache_of(folder);
-    CHECK(cache.policy.text == "c3+ls+had+mean,c2+ls+had+mean");
+    CHECK(to_string(cache.policy) == "c3+ls+had+mean,c2+ls+had+mean");
     CHECK(cache.formats() == kv1_lm::parse_kv("c3,c2", "--kv"));
 
     const kv1::cache_description d =
@@ -125,51 +120,29 @@ TEST_CASE("a model's folder names its cache", "[model_cache]") {
     }
 }
 
-TEST_CASE("layers of a model may have formats of their own", "[model_cache]") {
+TEST_CASE("a model's folder names any cache: layers of their own, keys per channel, fp16 tokens, presets",
+          "[model_cache]") {
     const kv1_test::temporary_folder folder;
     trained_model m;
-    m.config["kv1"]["layers"] = {{"0", {{"key_format", "compact2"}}},
-                                 {"7", {{"key_format", "fp16"}, {"value_format", "compact4"}}}};
-    m.write(folder);
-    const kv1_lm::model_cache cache = cache_of(folder);
-    CHECK(cache.policy.text ==
-          "c3+ls+had+mean,c2+ls+had+mean/0:c2+ls+had+mean,c2+ls+had+mean/7:16,c4+ls+had+mean");
-    const kv1::cache_description d =
-        describe(kv1_test::shipped_model().config(), cache.policy, cache.calibrated, 64);
-    CHECK(d.layers[0].key_format == kv1::kv_format::compact2);
-    CHECK(d.layers[0].value_format == kv1::kv_format::compact2);
-    CHECK(d.layers[1].key_format == kv1::kv_format::compact3);
-    CHECK(d.layers[7].key_format == kv1::kv_format::fp16);
-    CHECK(d.layers[7].value_format == kv1::kv_format::compact4);
-    CHECK(kv1::kv_cache::create(d));
-}
-
-TEST_CASE("a model's keys may be quantized per channel", "[model_cache]") {
-    const kv1_test::temporary_folder folder;
-    trained_model m;
-    m.config["kv1"]["key_axis"] = "per_channel";
-    m.config["kv1"]["layers"] = {{"2", {{"value_format", "compact4"}}}};
-    m.write(folder);
-    const kv1_lm::model_cache cache = cache_of(folder);
-    CHECK(cache.policy.text ==
-          "c3+ls+had+mean+channel,c2+ls+had+mean/2:c3+ls+had+mean+channel,c4+ls+had+mean");
-    const kv1::cache_description d =
-        describe(kv1_test::shipped_model().config(), cache.policy, cache.calibrated, 64);
-    for (const kv1::layer_description& l : d.layers)
-        CHECK(l.key_axis == kv1::quantization_axis::per_channel);
-    CHECK(kv1::kv_cache::create(d));
-    refuses([](trained_model& other) { other.config["kv1"]["key_axis"] = "per_page"; },
-            "kv1.key_axis: \"per_page\" is none of per_token, per_channel");
+    for (const char* text : {"c3+ls+had+mean,c2+ls+had+mean/0:c2+ls+had+mean,c2/7:16,c4+cs@4:32#128",
+                             "c3+ls+had+mean+channel,c2+ls+had+mean/2:2+g32,c4", "safe", "reference"}) {
+        INFO(text);
+        m.config["kv1"]["policy"] = text;
+        m.write(folder);
+        const kv1_lm::model_cache cache = cache_of(folder);
+        CHECK(cache.policy == kv1_lm::parse_policy(text));
+        CHECK(kv1::kv_cache::create(
+            describe(kv1_test::shipped_model().config(), cache.policy, cache.calibrated, 64)));
+    }
 }
 
 TEST_CASE("a model's folder names error weights", "[model_cache]") {
     const kv1_test::temporary_folder folder;
     trained_model m;
     m.weigh_errors();
-    m.config["kv1"]["layers"] = {{"3", {{"key_format", "fp16"}}}};
+    m.config["kv1"]["policy"] = "c3+ls+had+mean+ew,c2+ls+had+mean+ew/3:16,c2+ls+had+mean+ew";
     m.write(folder);
     const kv1_lm::model_cache cache = cache_of(folder);
-    CHECK(cache.policy.text == "c3+ls+had+mean+ew,c2+ls+had+mean+ew/3:16,c2+ls+had+mean+ew");
     const kv1_lm::model& shipped = kv1_test::shipped_model();
     const kv1::cache_description d = describe(shipped.config(), cache.policy, cache.calibrated, 64);
     CHECK(kv1::kv_cache::create(d));
@@ -208,21 +181,6 @@ TEST_CASE("error weights that are not this model's are refused", "[model_cache]"
     refuses_weights(entry(4, 1024 + 33, -1.0f), no_cost); // a negative square
     refuses_weights(entry(4, 1024 + 33, 0.0f), no_cost);  // a channel that is zero has no products
     refuses_weights(entry(5, 3, 0.25f), "layers.2.value_weights, head 0: is no matrix of costs");
-    refuses_weights([](trained_model& m) { m.config["kv1"]["encoder"] = "min_max"; },
-                    "kv1.error_weights: is for levels by least_squares");
-    refuses_weights([](trained_model& m) { m.config["kv1"]["error_weights"] = 1; }, "kv1.error_weights");
-}
-
-TEST_CASE("an encoding leaves out what a format has no use for", "[model_cache]") {
-    const kv1_test::temporary_folder folder;
-    trained_model m;
-    m.config["kv1"]["key_format"] = "fp16";
-    m.config["kv1"]["value_format"] = "scaled_binary";
-    m.write(folder);
-    const kv1_lm::model_cache cache = cache_of(folder);
-    CHECK(cache.policy.text == "16,1.5+had+mean");
-    CHECK(kv1::kv_cache::create(
-        describe(kv1_test::shipped_model().config(), cache.policy, cache.calibrated, 64)));
 }
 
 TEST_CASE("--kv takes the place of the cache that a model names", "[model_cache]") {
@@ -230,10 +188,10 @@ TEST_CASE("--kv takes the place of the cache that a model names", "[model_cache]
     trained_model m;
     m.means.clear(); // nobody asks for them
     m.write(folder);
-    CHECK(cache_of(folder, kv1_lm::parse_policy("4,2")).policy.text == "4,2");
+    CHECK(to_string(cache_of(folder, kv1_lm::parse_policy("4,2")).policy) == "4,2");
     m.config.erase("kv1");
     m.write(folder);
-    CHECK(cache_of(folder).policy.text == "2");
+    CHECK(to_string(cache_of(folder).policy) == "2,2");
 }
 
 TEST_CASE("--kv may name any cache; means and error weights are the folder's", "[model_cache]") {
@@ -250,7 +208,7 @@ TEST_CASE("--kv may name any cache; means and error weights are the folder's", "
     std::filesystem::remove(folder.path() / "kv1_error_weights.safetensors");
     CHECK_THAT(refusal([&] { (void)cache_of(folder, kv1_lm::parse_policy("c2+ls+ew")); }),
                ContainsSubstring("kv1_error_weights.safetensors"));
-    CHECK(cache_of(folder, kv1_lm::parse_policy("2+ls+had")).policy.text == "2+ls+had");
+    CHECK(to_string(cache_of(folder, kv1_lm::parse_policy("2+ls+had")).policy) == "2+ls+had,2+ls+had");
 }
 
 TEST_CASE("kld and generate run the cache that a model names", "[model_cache]") {
@@ -277,7 +235,7 @@ TEST_CASE("kld and generate run the cache that a model names", "[model_cache]") 
     CHECK(own.at("kv_policy") == "c3+ls+had+mean,c2+ls+had+mean");
     CHECK(own.at("kv_bits") == "c3,c2");
     CHECK(own.at("avg_cache_shrink_vs_fp16") == 128.0 / (14 + 10));
-    CHECK(two.at("kv_policy") == "2");
+    CHECK(two.at("kv_policy") == "2,2");
     CHECK(own.at("kld_nats_per_token") != two.at("kld_nats_per_token"));
     const std::vector<std::string> generate{"generate", "--prompt", "The city",    "--max-new-tokens",
                                             "4",        "--greedy", "--show-cache"};
@@ -292,18 +250,11 @@ TEST_CASE("a folder that names what is no cache is refused", "[model_cache]") {
         return [key, value](trained_model& m) { m.config["kv1"][key] = value; };
     };
     refuses([](trained_model& m) { m.config["kv1"] = "compact3"; }, "config.json: kv1");
-    refuses(set("key_format", "compact9"), "kv1.key_format: \"compact9\" is no format of a cache");
-    refuses(set("key_format", 3), "kv1.key_format");
-    refuses([](trained_model& m) { m.config["kv1"].erase("value_format"); }, "value_format");
-    refuses(set("encoder", "newest"), "kv1.encoder: \"newest\"");
-    refuses(set("hadamard", 1), "kv1.hadamard");
-    refuses(set("centre", "yes"), "kv1.centre");
-    refuses(set("layers", json::array()), "kv1.layers");
-    refuses(set("layers", {{"8", json::object()}}), "kv1.layers.8: the model has layers 0 to 7");
-    refuses(set("layers", {{"-1", json::object()}}), "the model has layers 0 to 7");
-    refuses(set("layers", {{"1x", json::object()}}), "the model has layers 0 to 7");
-    refuses(set("layers", {{"1", 2}}), "kv1.layers.1");
-    refuses(set("layers", {{"1", {{"key_format", "c2"}}}}), "kv1.layers.1.key_format: \"c2\" is no format");
+    refuses([](trained_model& m) { m.config["kv1"].erase("policy"); }, "policy");
+    refuses(set("policy", 3), "kv1.policy");
+    refuses(set("policy", "c3+ls,c9"), "kv1.policy: 'c3+ls,c9': invalid argument: a format is");
+    refuses(set("policy", "c3+ls,c9"), "(position 6)");
+    refuses(set("policy", "2/8:4"), "kv1.policy: the model has layers 0 to 7");
     refuses([](trained_model& m) { m.means.pop_back(); }, "tensor layers.7.value_means is missing");
     refuses([](trained_model& m) { m.means[3].second = {32, 2}; }, "layers.1.value_means");
     refuses(

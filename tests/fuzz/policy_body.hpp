@@ -1,37 +1,42 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What holds for the parser of cache policies (--kv, --policy), whatever it is given. Throws std::logic_error
-// where it does not.
+// What holds for the parser of cache policies (cache_policy.hpp), whatever it is given. Throws
+// std::logic_error where it does not.
 #pragma once
 
-#include "safetensors_body.hpp"
+#include <kv1/cache_policy.hpp>
 
-#include "cache_policy.hpp"
-
+#include <cstdint>
+#include <span>
+#include <stdexcept>
 #include <string>
+#include <string_view>
 
 namespace kv1_test {
 
-/// A text is refused in one line that names it, or means what it is written as.
+/// A text is refused with a rule and a place within it, or means what it is written as.
 inline void policy_body(std::span<const std::uint8_t> input) {
+    const auto require = [](bool holds, const char* what) {
+        if (!holds)
+            throw std::logic_error(what);
+    };
     const std::string_view text(reinterpret_cast<const char*>(input.data()), input.size());
-    try {
-        const kv1_lm::cache_policy p = kv1_lm::parse_policy(text);
-        require(p.text == text, "a policy keeps its text");
-        std::string written = to_string(p.common);
-        for (const auto& [layer, own] : p.layers)
-            written.append("/").append(std::to_string(layer)).append(":").append(to_string(own));
-        written.append("@")
-            .append(std::to_string(p.fp16_sinks))
-            .append(":")
-            .append(std::to_string(p.fp16_window));
-        const kv1_lm::cache_policy again = kv1_lm::parse_policy(written);
-        require(again.common == p.common && again.layers == p.layers && again.fp16_sinks == p.fp16_sinks &&
-                    again.fp16_window == p.fp16_window,
-                "a policy that is written and read is the same");
-    } catch (const kv1_lm::input_error& e) {
-        check_message(e.what(), "policy '");
+    const kv1::result<kv1::cache_policy> p = kv1::try_parse_policy(text);
+    if (!p) {
+        const kv1::status& s = p.reason();
+        require(s.code() == kv1::errc::invalid_argument || s.code() == kv1::errc::out_of_range,
+                "a text is wrong, and nothing else");
+        require(*s.rule() != '\0', "an error names its rule");
+        require(s.where().position >= 0 && s.where().position <= static_cast<std::int64_t>(text.size()),
+                "an error points into the text or at its end");
+        return;
     }
+    const std::string written = to_string(*p);
+    const kv1::result<kv1::cache_policy> again = kv1::try_parse_policy(written);
+    require(again && *again == *p, "a policy that is written and read is the same");
+    require(to_string(*again) == written, "a policy is written in one way");
+    for (const kv1::layer_exception& e : p->layers)
+        require(p->of(e.layer) == e.policy, "a layer that is named has its policy");
 }
 
 } // namespace kv1_test

@@ -412,11 +412,10 @@ TEST_CASE("calls on vectors make do with little stack", "[stack]") {
             return static_cast<bool>(kv1::try_merge_attention(parts, channels, y));
         });
         for (const kv_format f : kv1::all_kv_formats)
-            for (const auto levels : {kv1::fake_quantize_options::encoder_policy::min_max,
-                                      kv1::fake_quantize_options::encoder_policy::least_squares})
+            for (const auto levels : {kv1::level_choice::min_max, kv1::level_choice::least_squares})
                 call("fake_quantize, " + std::string(to_string(f)), [&] {
                     const kv1::fake_quantize_options o{
-                        .encoder = levels,
+                        .levels = levels,
                         .gradient = kv1::fake_quantize_options::gradient_rule::fixed_codes,
                         .hadamard = true};
                     return kv1::try_fake_quantize(f, channels, x, y, o) &&

@@ -11,9 +11,9 @@
 
 TEST_CASE("A model that learnt a text under a 2-bit cache recites it from one", "[train]") {
     const kv1_test::training_fixture f;
-    const auto trained = kv1_test::run_kv1_train(
-        f.train("run", {"--kv", "c2/1:c3,c2", "--encoder", "least_squares", "--hadamard", "--centre",
-                        "--round-metadata", "--steps", "500", "--log-every", "100"}));
+    const auto trained =
+        kv1_test::run_kv1_train(f.train("run", {"--kv", "c2+ls+had+mean/1:c3+ls+had+mean,c2+ls+had+mean",
+                                                "--round-metadata", "--steps", "500", "--log-every", "100"}));
     INFO(trained.out << trained.err);
     REQUIRE(trained.code == 0);
     const std::string model = f.file("run/step-00000500");

@@ -50,8 +50,7 @@ TEST_CASE("The model's logits are the reference's, whatever its keys and values 
         for (const auto& [bits, text] : {std::pair{"0", "32"}, {"1", "1"}, {"1.5", "1.5"}, {"2", "2"}}) {
             const std::string name = "prompt" + std::to_string(which) + ".bits" + bits + ".logits";
             INFO(name);
-            kv1_train::kv_policy kv;
-            kv.formats = kv1_lm::parse_kv(text, "--kv");
+            kv1_train::kv_policy kv = kv1_train::parse_policy(text, "--kv");
             kv.round_metadata = true;
             const Tensor logits = model.logits(torch::tensor(ids).unsqueeze(0), kv, torch::kFloat32);
             // as for kv1-lm: fp32 sums in another order
@@ -60,26 +59,31 @@ TEST_CASE("The model's logits are the reference's, whatever its keys and values 
     }
 }
 
-TEST_CASE("Formats are named for all layers and for one", "[train]") {
+TEST_CASE("A policy is trained for as far as it has a gradient", "[train]") {
     using kv1::kv_format;
-    const kv1_train::kv_policy p = kv1_train::parse_formats("c3,c2/0:c2/11:c3,16", "--kv");
-    REQUIRE(p.formats == kv1_lm::kv_formats{kv_format::compact3, kv_format::compact2});
-    REQUIRE(p.formats_of(0) == kv1_lm::kv_formats{kv_format::compact2, kv_format::compact2});
-    REQUIRE(p.formats_of(1) == p.formats);
-    REQUIRE(p.formats_of(11) == kv1_lm::kv_formats{kv_format::compact3, kv_format::fp16});
-    REQUIRE(to_string(p) == "c3,c2/0:c2/11:c3,16");
-    REQUIRE(kv1_train::parse_formats(to_string(p), "--kv") == p);
+    const kv1_train::kv_policy p = kv1_train::parse_policy("c3+ls+had,c2+mean/0:c2/11:c3+cs,16", "--kv");
+    REQUIRE(p.key(1).policy == kv1::vector_policy{.format = kv_format::compact3,
+                                                  .levels = kv1::level_choice::least_squares,
+                                                  .hadamard = true});
+    REQUIRE(p.value(1).policy.means);
+    REQUIRE(p.key(0).policy.format == kv_format::compact2);
+    REQUIRE(p.key(11).policy.levels == kv1::level_choice::clip_search);
+    REQUIRE(p.value(11).policy.format == kv_format::fp16);
+    REQUIRE(kv1_train::parse_policy(to_string(p), "--kv") == p);
     kv1_train::check_layers(p, 12, "--kv");
     REQUIRE_THROWS_WITH(kv1_train::check_layers(p, 11, "--kv"),
                         "--kv: layer 11: the model has layers 0 to 10");
     for (const auto& [text, why] :
-         {std::pair{"c3,c2/0", "--kv: \"0\" is no LAYER:FORMATS"},
-          {"c3,c2/-1:c2", "--kv: \"-1:c2\" is no LAYER:FORMATS"},
-          {"c3,c2/1:c2/1:c3", "--kv: \"1:c3\" names a layer again"},
-          {"c3/", "--kv: \"c3/\" ends with a slash"},
-          {"2/1:5", "--kv: '5' is none of 1, 1.5, 2, 3, 4, 8, 16, 32, c2, cb2, c3, c4, nor a pair of them "
-                    "such as 4,2"}})
-        REQUIRE_THROWS_WITH(kv1_train::parse_formats(text, "--kv"), why);
+         {std::pair{"c3,c2/0", "--kv 'c3,c2/0': invalid argument: a layer that differs is written "
+                               "/LAYER:KEYS,VALUES (position 7)"},
+          {"c2+ls+ew", "--kv 'c2+ls+ew': training has no +ew, +channel and +g"},
+          {"2/1:2+channel,2", "--kv '2/1:2+channel,2': training has no +ew, +channel and +g"},
+          {"2,2+g32", "--kv '2,2+g32': training has no +ew, +channel and +g"},
+          {"16+had", "--kv '16+had': 16 and 32 take no options"},
+          {"2,1.5+ls", "--kv '2,1.5+ls': 1 and 1.5 take no +ls and +cs"},
+          {"safe", "--kv 'safe': training has no fp16 tokens (@) and pages (#)"},
+          {"2#128", "--kv '2#128': training has no fp16 tokens (@) and pages (#)"}})
+        REQUIRE_THROWS_WITH(kv1_train::parse_policy(text, "--kv"), why);
 }
 
 TEST_CASE("A layer's own formats are what its keys and values go through", "[train]") {
@@ -89,7 +93,7 @@ TEST_CASE("A layer's own formats are what its keys and values go through", "[tra
     model.load(kv1_lm::safetensors::read(folder / "model.safetensors"));
     const Tensor tokens = torch::arange(40, torch::kInt64).unsqueeze(0);
     const auto logits = [&](const char* formats) {
-        return model.logits(tokens, kv1_train::parse_formats(formats, "--kv"), torch::kFloat32);
+        return model.logits(tokens, kv1_train::parse_policy(formats, "--kv"), torch::kFloat32);
     };
     std::string all = "16";
     for (std::size_t i = 0; i < model.config().layers; ++i)
@@ -110,28 +114,24 @@ TEST_CASE("Rotation's gradient is its own inverse, and quantization lets it thro
     REQUIRE(near((turned * dy).sum(-1), (x * x.grad()).sum(-1), 1e-5));
 
     const Tensor y = x.detach().clone().requires_grad_(true);
-    kv1_train::kv_policy kv;
-    kv.hadamard = true;
-    kv1_train::through_cache(y, kv1::kv_format::affine2, kv, torch::empty({0})).backward(dy);
+    kv1_train::through_cache(y, {{.hadamard = true}}, torch::empty({0})).backward(dy);
     REQUIRE(torch::equal(y.grad(), dy));
 }
 
 TEST_CASE("Tensors go through the cache as kv1's fake quantization says, head by head", "[train]") {
     torch::manual_seed(4);
     const Tensor x = torch::randn({2, 5, 3, 32}), centre = torch::randn({3, 32});
-    kv1_train::kv_policy kv;
-    kv.least_squares = kv.hadamard = kv.centre = kv.round_metadata = true;
-    for (const kv1::kv_format format : {kv1::kv_format::affine3, kv1::kv_format::compact2}) {
-        const Tensor y = kv1_train::through_cache(x, format, kv, centre);
+    for (const char* text : {"3+ls+had+mean", "c2+ls+had+mean", "2+cs+had+mean", "c3+had+mean"}) {
+        const kv1_train::trained_side side{kv1::parse_policy(text).common.key, true};
+        const Tensor y = kv1_train::through_cache(x, side, centre);
         for (std::int64_t row = 0; row < 30; ++row) {
             const auto values = [](const Tensor& t, std::int64_t i) {
                 return std::span<const float>(t.data_ptr<float>() + 32 * i, 32);
             };
             std::vector<float> expected(32);
-            kv1::fake_quantize(format, 32, values(x, row), expected,
-                               {.encoder = kv1::fake_quantize_options::encoder_policy::least_squares,
-                                .hadamard = true,
-                                .centre = values(centre, row % 3)});
+            kv1::fake_quantize(
+                side.policy.format, 32, values(x, row), expected,
+                {.levels = side.policy.levels, .hadamard = true, .centre = values(centre, row % 3)});
             REQUIRE(kv1_test::same_bits(values(y, row), expected));
         }
     }

@@ -19,13 +19,8 @@ std::vector<std::byte> state_of(const kv1_test::training_fixture& f, const std::
     return kv1_lm::read_binary_file(f.path() / folder / "trainer_state.safetensors");
 }
 
-const std::vector<std::string> options{"--kv",       "2",
-                                       "--encoder",  "least_squares",
-                                       "--hadamard", "--steps",
-                                       "12",         "--micro-batch",
-                                       "4",          "--save-every",
-                                       "5",          "--log-every",
-                                       "1"};
+const std::vector<std::string> options{"--kv", "2+ls+had",     "--steps", "12",          "--micro-batch",
+                                       "4",    "--save-every", "5",       "--log-every", "1"};
 
 // Steps that a log tells of.
 std::ptrdiff_t logged(const std::filesystem::path& log) {

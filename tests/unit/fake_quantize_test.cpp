@@ -175,19 +175,16 @@ TEST_CASE("With rounded metadata training sees what a cache gives back, whatever
     kv1_test::generator g(20);
     tally t;
     for (const kv_format f : kv1_test::fitted_formats())
-        for (const bool fitted : {false, true})
+        for (const kv1::level_choice levels :
+             {kv1::level_choice::min_max, kv1::level_choice::least_squares, kv1::level_choice::clip_search})
             for (const bool hadamard : {false, true})
                 for (const bool centred : {false, true})
                     for (const std::size_t n : {8u, 24u, 32u, 128u})
                         for (std::size_t kind = 0; kind < 6; ++kind) {
                             const std::vector<float> x = awkward_vector(g, n, kind);
                             const std::vector<float> means = kv1_test::normal_values(g, n);
-                            options o{.hadamard = hadamard};
-                            kv1::vector_encoding e;
-                            if (fitted) {
-                                o.encoder = options::encoder_policy::least_squares;
-                                e.levels = kv1::level_choice::least_squares;
-                            }
+                            options o{.levels = levels, .hadamard = hadamard};
+                            kv1::vector_encoding e{.levels = levels};
                             e.hadamard = hadamard ? kv1::hadamard_block(n) : 0;
                             if (centred) {
                                 o.centre = means;
@@ -232,7 +229,7 @@ TEST_CASE("Rows are vectors of their own, and the output may be the input", "[fa
     }
 }
 
-TEST_CASE("Least squares is never worse than the ends of the range", "[fake_quantize]") {
+TEST_CASE("Fitted levels are never worse than the ends of the range", "[fake_quantize]") {
     kv1_test::generator g(14);
     tally t;
     for (const kv_format f : kv1_test::fitted_formats())
@@ -242,9 +239,12 @@ TEST_CASE("Least squares is never worse than the ends of the range", "[fake_quan
                     const std::vector<float> x = awkward_vector(g, n, kind);
                     options o{.round_metadata = rounded};
                     const double ends = squared_error(x, quantized(f, x, o));
-                    o.encoder = options::encoder_policy::least_squares;
+                    o.levels = kv1::level_choice::least_squares;
                     const double fitted = squared_error(x, quantized(f, x, o));
                     t.expect(fitted <= ends, to_string(f), n, kind, fitted, ends);
+                    o.levels = kv1::level_choice::clip_search;
+                    const double clipped = squared_error(x, quantized(f, x, o));
+                    t.expect(clipped <= ends, to_string(f), n, kind, clipped, ends);
                 }
     KV1_REQUIRE_CLEAN(t);
 }
@@ -259,7 +259,7 @@ TEST_CASE("Least squares goes most of the way from the ends of the range to the 
         const double least = least_error(x, 4);
         const double error = squared_error(
             x, quantized(kv_format::affine2, x,
-                         {.encoder = options::encoder_policy::least_squares, .round_metadata = false}));
+                         {.levels = kv1::level_choice::least_squares, .round_metadata = false}));
         // values of the size of 1 to 4, computed in fp32
         t.expect(error >= least - 9 * 16 * 1e-6, error, least);
         found += error;
@@ -289,7 +289,7 @@ TEST_CASE("A Hadamard rotation is undone, and spreads an outlier", "[fake_quanti
         for (std::size_t i = 0; i < n; ++i)
             REQUIRE(std::fabs(x[i] - before[i]) < 2e-5); // 2 log2(128) + 2 roundings of numbers below 50
     }
-    options plain{.encoder = options::encoder_policy::least_squares}, rotated = plain;
+    options plain{.levels = kv1::level_choice::least_squares}, rotated = plain;
     rotated.hadamard = true;
     double with = 0.0, without = 0.0;
     for (int i = 0; i < 100; ++i) {
@@ -327,7 +327,7 @@ TEST_CASE("Straight through, the gradient passes as it is", "[fake_quantize]") {
 // The derivative along a random direction, of a random linear loss. The forward pass is piecewise linear in
 // x, so a difference is exact up to rounding where all of the way lies on one piece.
 TEST_CASE("With fixed codes the gradient is the forward pass's, by finite differences", "[fake_quantize]") {
-    using policy = options::encoder_policy;
+    using policy = kv1::level_choice;
     kv1_test::generator g(19);
     tally t;
     std::size_t skipped = 0;
@@ -340,7 +340,7 @@ TEST_CASE("With fixed codes the gradient is the forward pass's, by finite differ
                                              dy = kv1_test::normal_values(g, n),
                                              way = kv1_test::normal_values(g, n),
                                              centre = kv1_test::normal_values(g, n, 0.3f);
-                    const options o{.encoder = encoder,
+                    const options o{.levels = encoder,
                                     .gradient = options::gradient_rule::fixed_codes,
                                     .round_metadata = false,
                                     .hadamard = hadamard,
@@ -384,10 +384,23 @@ TEST_CASE("With fixed codes the gradient is the forward pass's, by finite differ
     REQUIRE(skipped < t.seen());
 }
 
+TEST_CASE("A clip search has the straight-through gradient, and no other", "[fake_quantize]") {
+    const std::vector<float> x{1, 2, 3, 4, 5, 6, 7, 80}, dy{1, 2, 3, 4, 5, 6, 7, 8};
+    std::vector<float> dx(8);
+    options o{.levels = kv1::level_choice::clip_search};
+    REQUIRE(kv1::try_fake_quantize_gradient(kv_format::affine2, 8, x, dy, dx, o));
+    REQUIRE(dx == dy);
+    o.gradient = options::gradient_rule::fixed_codes;
+    std::vector<float> kept(8, 3.0f);
+    REQUIRE(kv1::try_fake_quantize_gradient(kv_format::affine2, 8, x, dy, kept, o).code() ==
+            errc::invalid_argument);
+    REQUIRE(kept == std::vector<float>(8, 3.0f));
+}
+
 TEST_CASE("Constant vectors have a gradient too", "[fake_quantize]") {
     const std::vector<float> x(8, 2.5f), dy{1, 2, 3, 4, 5, 6, 7, 8};
-    for (const auto encoder : {options::encoder_policy::min_max, options::encoder_policy::least_squares}) {
-        const options o{.encoder = encoder, .gradient = options::gradient_rule::fixed_codes};
+    for (const auto encoder : {kv1::level_choice::min_max, kv1::level_choice::least_squares}) {
+        const options o{.levels = encoder, .gradient = options::gradient_rule::fixed_codes};
         REQUIRE(quantized(kv_format::affine2, x, o) == x);
         std::vector<float> dx(8);
         kv1::fake_quantize_gradient(kv_format::affine2, 8, x, dy, dx, o);
@@ -419,7 +432,7 @@ TEST_CASE("Fake quantization refuses what a cache refuses, and says which row", 
         REQUIRE(refusal(f).where().channel == 5);
     }
     for (const bool rounded : {true, false}) {
-        const options fitted{.encoder = options::encoder_policy::least_squares, .round_metadata = rounded};
+        const options fitted{.levels = kv1::level_choice::least_squares, .round_metadata = rounded};
         REQUIRE(kv1::try_fake_quantize(kv_format::affine2, 8, x, y, fitted).code() ==
                 errc::not_representable);
     }

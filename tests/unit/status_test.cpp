@@ -18,6 +18,8 @@ TEST_CASE("a status says in one line what is wrong and where", "[status]") {
                         {.layer = 1, .kv_head = 0, .token = 12, .channel = 5});
     REQUIRE(s.message() ==
             "non-finite value: K and V must be finite (layer 1, KV head 0, token 12, channel 5)");
+    REQUIRE(kv1::status(errc::invalid_argument, "no such word", {.position = 0}).message() ==
+            "invalid argument: no such word (position 0)");
     REQUIRE(to_string(s) == s.message());
     const kv1::error e(s);
     REQUIRE(std::string(e.what()) == "kv1: " + s.message());

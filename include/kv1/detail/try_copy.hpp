@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // try_copy(): copies a cache_description, whose members are standard containers, or returns a status.
+// seek_memory(): whether such containers will get their memory.
 #pragma once
 
 #include <kv1/cache_description.hpp>
@@ -23,14 +24,20 @@ inline std::size_t copied_bytes(const cache_description& d) noexcept {
 
 // Without exceptions a container that gets no memory ends the program. So the memory is allocated and freed
 // first, to see whether it is there. Another thread may still take it before the containers do; only moving
-// the description is safe from that.
-inline status try_copy(const cache_description& from, cache_description& to) noexcept {
+// what they are in is safe from that.
+inline status seek_memory([[maybe_unused]] std::size_t bytes) noexcept {
 #if !KV1_EXCEPTIONS
-    void* const room = ::operator new(copied_bytes(from), std::nothrow);
+    void* const room = ::operator new(bytes, std::nothrow);
     if (room == nullptr)
         return {errc::out_of_memory, "an allocation failed"};
     ::operator delete(room);
 #endif
+    return {};
+}
+
+inline status try_copy(const cache_description& from, cache_description& to) noexcept {
+    if (const status s = seek_memory(copied_bytes(from)); !s)
+        return s;
     return guarded([&] { to = from; });
 }
 

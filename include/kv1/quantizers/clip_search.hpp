@@ -32,8 +32,7 @@ template <class Q>
 stored_levels clipped_levels(float lo, float hi, int k) noexcept {
     using format = level_format<Q>;
     const float middle = 0.5f * lo + 0.5f * hi;
-    const std::uint16_t scale =
-        format::round_scale(product_of(hi - lo, clip_share(k)) / as_written(format::top));
+    const auto scale = format::round_scale(product_of(hi - lo, clip_share(k)) / as_written(format::top));
     return format::store(scale, middle - product_of(format::scale_of(scale), 0.5f * format::top));
 }
 
