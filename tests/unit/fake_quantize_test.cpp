@@ -191,7 +191,7 @@ TEST_CASE("With rounded metadata training sees what a cache gives back, whatever
                                 e.means = means;
                             }
                             t.expect(kv1_test::same_bits(quantized(f, x, o), through_a_cache(f, x, e)),
-                                     to_string(f), fitted, hadamard, centred, n, kind);
+                                     to_string(f), static_cast<int>(levels), hadamard, centred, n, kind);
                         }
     KV1_REQUIRE_CLEAN(t);
 }
