@@ -56,11 +56,13 @@ void add_common(CLI::App& command, std::filesystem::path& model) {
 }
 
 void add_cache(CLI::App& command, texts& t, std::size_t& threads) {
-    command.add_option("--kv", t.kv,
-                       "Bits of the cache: " + kv_format_names() +
-                           " (c: compact, cb: codebook), or K,V such as 4,2, or what sweep --policy takes, "
-                           "with the model's own means and error weights; not given: the cache that the "
-                           "model was trained for, or 2");
+    command.add_option(
+        "--kv", t.kv,
+        "Bits of the cache: " + kv_format_names() +
+            " (c: compact, cb: codebook), or K,V such as 4,2, or a preset (safe, balanced, small, "
+            "near-lossless, reference), or what sweep --policy takes, "
+            "with the model's own means and error weights; not given: the cache that the "
+            "model was trained for, or 2");
     command
         .add_option("--attention", t.attention,
                     "exact: fp32 on decoded values; fast: integer arithmetic on the codes")
@@ -167,6 +169,7 @@ int run_or_throw(int argc, const char* const* argv, std::istream& in, std::ostre
             "squares (or cs, clip search), Hadamard rotation, centring, error weights, +g32 for a "
             "scale and minimum every 32 channels, +channel for those of keys by channel; "
             "/LAYER:KEYS,VALUES for one layer, @SINKS:WINDOW for fp16 tokens, #256 for pages of 256. "
+            "Or a preset: safe, balanced, small, near-lossless, reference. "
             "Several may be given; none: those of examples/evaluation/README.md")
         ->expected(1, -1);
     add_count(*sweep_command, "--chunks", s.chunks, "The first so many chunks; 0 is all");

@@ -15,6 +15,7 @@
 #include <filesystem>
 #include <numeric>
 #include <span>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -120,6 +121,39 @@ void create_and_grow() {
             return std::array{-1, 0, 1};
         },
         [](const std::array<int, 3>& parents) { return kv1::try_tree_mask(parents).code(); });
+}
+
+void policies() {
+    constexpr std::string_view text = "c3+ls+had+mean+ew,c2+ls+had/7:c2/0:4@4:8";
+    const std::vector<float> means(16, 0.25f), weights(16 * 16, 1.0f);
+    const std::vector<kv1::layer_calibration> parts(8, {means, means, weights, weights});
+    const auto policy = kv1::try_parse_policy(text);
+    expect(static_cast<bool>(policy), "parse a policy");
+    if (!policy)
+        return;
+    const auto parse = [](std::string_view t) { return kv1::try_parse_policy(t).code(); };
+    const auto describe = [&](kv1::cache_description& shape) {
+        return kv1::try_describe_cache(*policy, std::move(shape), parts).code();
+    };
+    const auto shape = [] { return kv1::uniform_cache(8, {1, 16, 16}, 64); };
+#if KV1_EXCEPTIONS
+    fails_cleanly(
+        "parse a policy", [] { return text; }, parse);
+    fails_cleanly("the cache of a policy", shape, describe);
+#else
+    kv1::cache_description d = shape();
+    kv1::errc parsed{}, described{};
+    {
+        const kv1_test::failing_new guard(0);
+        parsed = parse(text);
+        described = describe(d);
+    }
+    expect(parsed == kv1::errc::out_of_memory, "memory for a policy's layers is sought");
+    expect(described == kv1::errc::out_of_memory, "memory for calibrated parts is sought");
+#endif
+    const kv1_test::failing_new guard(0); // without layers of its own a policy takes none
+    expect(parse("balanced@64:256") == kv1::errc::ok && parse("2,x") == kv1::errc::invalid_argument,
+           "a policy without layers");
 }
 
 void steps_of_layers_of_every_kind() {
@@ -252,6 +286,7 @@ void life_of_a_cache() {
 
 int main() {
     create_and_grow();
+    policies();
     steps_of_layers_of_every_kind();
     long_attention();
     life_of_a_cache();
