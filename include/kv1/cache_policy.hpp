@@ -87,8 +87,8 @@ struct layer_exception {
 
 /// How the layers of a model are kept. The default is the reference's: two bits, minimum and maximum.
 struct cache_policy {
-    layer_policy common = {};                 ///< of all layers but
-    std::vector<layer_exception> layers = {}; ///< these, in ascending order
+    layer_policy common = {};                 ///< of the layers that are not named below
+    std::vector<layer_exception> layers = {}; ///< layers that differ, in ascending order
     std::size_t fp16_sinks = 0;               ///< @4:32: the first tokens of a sequence
     std::size_t fp16_window = 0;              ///< and the newest
     std::size_t page_tokens = 0;              ///< #256; 0: as the cache's shape says
@@ -100,7 +100,7 @@ struct cache_policy {
                              [](const layer_exception& e, std::size_t i) { return e.layer < i; });
         return own == layers.end() || own->layer != layer ? common : own->policy;
     }
-    /// Whether any layer takes calibrated means, or error weights.
+    /// Whether any layer takes calibrated means; whether any takes error weights.
     /// @{
     [[nodiscard]] bool needs_means() const noexcept {
         return any([](const vector_policy& side) { return side.means; });
@@ -171,16 +171,19 @@ try_describe_cache(const cache_policy& policy, cache_description shape,
                    std::span<const layer_calibration> calibration = {}) noexcept;
 
 #if KV1_EXCEPTIONS
-/// As the try_ forms; throw kv1::error.
-/// @{
+/// Reads a policy: "c3+ls+had,c2+ls+had@4:32", or a preset such as "balanced". Throws kv1::error for any other
+/// text, with the place where it goes wrong, and where memory runs out. The grammar is at the head of this
+/// file.
 [[nodiscard]] inline cache_policy parse_policy(std::string_view text) {
     return try_parse_policy(text).value();
 }
+/// The cache of a policy for a model: `shape` with the policy's formats, encodings and fp16 tokens.
+/// `calibration` has an entry for each layer, or none at all, and is copied. Throws kv1::error for a layer
+/// that the shape does not have, for a calibrated part that is missing, and where memory runs out.
 [[nodiscard]] inline cache_description describe_cache(const cache_policy& policy, cache_description shape,
                                                       std::span<const layer_calibration> calibration = {}) {
     return try_describe_cache(policy, std::move(shape), calibration).value();
 }
-/// @}
 #endif
 
 namespace detail {
