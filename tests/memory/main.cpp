@@ -124,7 +124,7 @@ void create_and_grow() {
 }
 
 void policies() {
-    constexpr std::string_view text = "c3+ls+had+mean+ew,c2+ls+had/7:c2/0:4@4:8";
+    static constexpr std::string_view text = "c3+ls+had+mean+ew,c2+ls+had/7:c2/0:4@4:8";
     const std::vector<float> means(16, 0.25f), weights(16 * 16, 1.0f);
     const std::vector<kv1::layer_calibration> parts(8, {means, means, weights, weights});
     const auto policy = kv1::try_parse_policy(text);
