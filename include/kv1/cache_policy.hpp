@@ -6,8 +6,7 @@
 //   policy   SIDES[/LAYER:SIDES]...[@SINKS:WINDOW][#TOKENS], or a preset in the place of the first SIDES
 //   SIDES    KEYS,VALUES, or one for both
 //   KEYS     FORMAT[+ls|+cs][+had][+mean][+ew][+channel][+gCHANNELS], VALUES the same without +channel
-//   FORMAT   1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4, cb2 (binary, scaled_binary, affine, plain, compact,
-//            codebook2)
+//   FORMAT   a short name (format.hpp): 1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4 (compact), cb2 (codebook)
 //
 //   +ls, +cs   levels by least squares, by a clip search; neither: the vector's minimum and maximum
 //   +had       rotated by a Hadamard transform in the widest blocks that the head dim has
@@ -188,25 +187,6 @@ try_describe_cache(const cache_policy& policy, cache_description shape,
 
 namespace detail {
 
-// Formats by the names of the grammar, in the order of a message.
-struct format_name {
-    std::string_view name;
-    kv_format format;
-};
-inline constexpr std::array<format_name, 12> policy_formats{{{"1", kv_format::binary},
-                                                             {"1.5", kv_format::scaled_binary},
-                                                             {"2", kv_format::affine2},
-                                                             {"3", kv_format::affine3},
-                                                             {"4", kv_format::affine4},
-                                                             {"8", kv_format::affine8},
-                                                             {"16", kv_format::fp16},
-                                                             {"32", kv_format::fp32},
-                                                             {"c2", kv_format::compact2},
-                                                             {"c3", kv_format::compact3},
-                                                             {"c4", kv_format::compact4},
-                                                             {"cb2", kv_format::codebook2}}};
-static_assert(policy_formats.size() == all_kv_formats.size());
-
 inline constexpr const char* rule_policy_start =
     "a policy begins with a format (1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4, cb2) or is a preset (safe, "
     "balanced, small, near-lossless, reference)";
@@ -316,11 +296,10 @@ private:
 
     kv_format format(const char* rule) noexcept {
         const std::string_view name = word();
-        for (const format_name& f : policy_formats)
-            if (f.name == name) {
-                at_ += name.size();
-                return f.format;
-            }
+        if (const std::optional<kv_format> named = format_from_short_name(name)) {
+            at_ += name.size();
+            return *named;
+        }
         refuse(rule, at_);
         return {};
     }
@@ -476,10 +455,7 @@ inline result<cache_policy> try_parse_policy(std::string_view text) noexcept {
 }
 
 inline std::string to_string(const vector_policy& side) {
-    std::string text;
-    for (const detail::format_name& f : detail::policy_formats)
-        if (f.format == side.format)
-            text = f.name;
+    std::string text(info_of(side.format).short_name);
     text.append(side.levels == level_choice::least_squares ? "+ls"
                 : side.levels == level_choice::clip_search ? "+cs"
                                                            : "");
