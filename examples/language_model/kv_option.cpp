@@ -12,13 +12,6 @@ std::string kv_format_names() {
     return names;
 }
 
-std::string_view take_until(std::string_view& text, char mark) {
-    const std::size_t at = std::min(text.find(mark), text.size());
-    const std::string_view part = text.substr(0, at);
-    text.remove_prefix(std::min(at + 1, text.size()));
-    return part;
-}
-
 kv_formats parse_kv(std::string_view text, std::string_view option) {
     const auto parse = [&](std::string_view width) {
         const auto format = kv1::format_from_short_name(width);

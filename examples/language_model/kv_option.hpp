@@ -36,10 +36,6 @@ inline constexpr auto kv_formats_by_size = [] {
 /// One width for both, or a pair "K,V". `option` is named in the input_error for anything else.
 [[nodiscard]] kv_formats parse_kv(std::string_view text, std::string_view option);
 
-/// Cuts what comes before the first `mark` off the front of `text`, and the mark: all of it where there is
-/// none.
-std::string_view take_until(std::string_view& text, char mark);
-
 /// The shortest text that parse_kv() takes for these formats.
 [[nodiscard]] std::string to_string(const kv_formats& formats);
 
