@@ -226,7 +226,7 @@ TEST_CASE("kv1-train says in a line what is wrong with its input", "[train]") {
         REQUIRE(result.err.find(why) != std::string::npos);
     };
     refused({"train"}, "is required");
-    refused(f.train("run", {"--kv", "5"}), "--kv: '5' is none of");
+    refused(f.train("run", {"--kv", "5"}), "--kv '5': invalid argument: a policy begins with");
     refused(f.train("run", {"--micro-batch", "3"}), "does not divide");
     refused(f.train("run", {"--init"}), "model.safetensors");
     refused({"pack", "--text", f.file("text.txt"), "--tokenizer", f.file("model"), "--out", f.file("tokens"),
