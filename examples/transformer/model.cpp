@@ -101,8 +101,23 @@ std::vector<float> model::forward(std::span<const std::int32_t> tokens, kv1::kv_
 std::vector<float> model::forward(std::span<const std::int32_t> tokens, kv1::kv_cache& cache,
                                   kv1::sequence_id sequence, kv1::precision precision, thread_pool& pool,
                                   const observer& watch) const {
+    const attention attend = [&](std::size_t layer, kv1::tensor_view queries, kv1::tensor_view keys,
+                                 kv1::tensor_view values, kv1::mutable_tensor_view outputs) {
+        if (watch)
+            watch(layer, queries, keys, values);
+        // all that there is to kv1: quantize and store what is new, attend to what is stored
+        cache.append(sequence, layer, keys, values, pool);
+        cache.attend(sequence, layer, queries, outputs, {.mode = precision}, pool);
+    };
+    std::vector<float> states = forward(tokens, cache.length(sequence), attend, pool);
+    cache.commit(sequence); // a step that fails is undone by rollback()
+    return states;
+}
+
+std::vector<float> model::forward(std::span<const std::int32_t> tokens, std::size_t first,
+                                  const attention& attend, thread_pool& pool) const {
     const model_config& c = config_;
-    const std::size_t n = tokens.size(), first = cache.length(sequence);
+    const std::size_t n = tokens.size();
     if (n > c.max_positions || first > c.max_positions - n)
         throw input_error("a context of " + std::to_string(first + n) +
                           " tokens is longer than the model's " + std::to_string(c.max_positions));
@@ -130,15 +145,8 @@ std::vector<float> model::forward(std::span<const std::int32_t> tokens, kv1::kv_
         rotate(q, c.heads, first);
         rotate(k, c.kv_heads, first);
 
-        if (watch)
-            watch(i, {q.data(), n, c.heads, c.head_dim}, {k.data(), n, c.kv_heads, c.head_dim},
-                  {v.data(), n, c.kv_heads, c.head_dim});
-
-        // all that there is to kv1: quantize and store what is new, attend to what is stored
-        cache.append(sequence, i, {k.data(), n, c.kv_heads, c.head_dim},
-                     {v.data(), n, c.kv_heads, c.head_dim}, pool);
-        cache.attend(sequence, i, {q.data(), n, c.heads, c.head_dim},
-                     {attended.data(), n, c.heads, c.head_dim}, {.mode = precision}, pool);
+        attend(i, {q.data(), n, c.heads, c.head_dim}, {k.data(), n, c.kv_heads, c.head_dim},
+               {v.data(), n, c.kv_heads, c.head_dim}, {attended.data(), n, c.heads, c.head_dim});
 
         l.output(attended, sum, pool);
         add(x, sum);
@@ -150,7 +158,6 @@ std::vector<float> model::forward(std::span<const std::int32_t> tokens, kv1::kv_
         l.down(gate, sum, pool);
         add(x, sum);
     }
-    cache.commit(sequence); // a step that fails is undone by rollback()
     normalize(x, weights_.final_norm, normed);
     return normed;
 }

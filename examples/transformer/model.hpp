@@ -49,6 +49,14 @@ public:
     [[nodiscard]] std::vector<float> forward(std::span<const std::int32_t> tokens, kv1::kv_cache& cache,
                                              kv1::sequence_id sequence, kv1::precision precision,
                                              thread_pool& pool, const observer& watch) const;
+    /// A layer's attention, wherever its cache is: keeps the new tokens' keys and values, and lets their
+    /// queries attend to all tokens so far. Views are [tokens][heads][head_dim], after RoPE.
+    using attention = std::function<void(std::size_t layer, kv1::tensor_view queries, kv1::tensor_view keys,
+                                         kv1::tensor_view values, kv1::mutable_tensor_view outputs)>;
+    /// As above, for tokens at positions `first` and on; `attend`'s cache is its caller's to commit. What
+    /// `attend` throws ends the run.
+    [[nodiscard]] std::vector<float> forward(std::span<const std::int32_t> tokens, std::size_t first,
+                                             const attention& attend, thread_pool& pool) const;
     /// Of every two query heads that share a KV head, W^T W' of their parts of the output projection:
     /// [kv_heads][heads a KV head]^2[head_dim]^2. Precondition: a layer of the model.
     [[nodiscard]] std::vector<double> output_products(std::size_t index) const;
