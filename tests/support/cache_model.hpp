@@ -141,6 +141,8 @@ struct row_request {
     row_options options = {};
     std::optional<std::size_t> own;              // where absent: one past the last token that is seen
     std::function<bool(std::size_t)> shows = {}; // where empty: all
+    std::function<bool(std::size_t)> only =
+        {}; // of what is seen, the part that is asked for; where empty: all
 };
 
 /// What calls of a cache do to model sequences.
@@ -337,7 +339,7 @@ public:
                           newest = window_start(description_.fp16_window, asked.own.value_or(last), asked);
         seen out;
         for (const std::size_t t : wanted(layer, last, asked)) {
-            if (s.dropped.contains(t / page) || t < s.given_up[layer])
+            if (s.dropped.contains(t / page) || t < s.given_up[layer] || (asked.only && !asked.only(t)))
                 continue;
             const bool recent = t >= newest && t >= s.fp16_from;
             if (has_copies(layer) && t < description_.fp16_sinks)
@@ -396,6 +398,43 @@ public:
             sink.lse = *asked.options.sink;
         }
         return merged(parts, l.value_dim);
+    }
+
+    /// Parts joined by their log-sum-exp. A part's weight exp(lse - total) is as wrong as its lse: by its own
+    /// bound, the roundings of the differences and of exp and log; each join adds a few.
+    static bounded_row merged(const std::vector<bounded_row>& parts, std::size_t channels) {
+        bounded_row r;
+        r.out.assign(channels, 0.0);
+        r.out_bound.assign(channels, 0.0);
+        if (parts.empty())
+            return r;
+        double top = -std::numeric_limits<double>::infinity(), sum = 0.0;
+        for (const bounded_row& p : parts)
+            top = std::max(top, p.lse);
+        for (const bounded_row& p : parts)
+            sum += std::exp(p.lse - top);
+        r.lse = top + std::log(sum);
+        const auto joins = static_cast<double>(std::max<std::size_t>(parts.size(), 4));
+        std::vector<double> weight, wrong;
+        for (const bounded_row& p : parts) {
+            weight.push_back(std::exp(p.lse - r.lse));
+            const double step =
+                2 * unit_roundoff * (std::fabs(p.lse) + std::fabs(r.lse) + 2.0) + 2 * exp_error;
+            wrong.push_back(std::expm1(2 * p.lse_bound + joins * step));
+            r.lse_bound = std::max(r.lse_bound, p.lse_bound + joins * step);
+        }
+        for (std::size_t c = 0; c < channels; ++c) {
+            for (std::size_t i = 0; i < parts.size(); ++i)
+                r.out[c] += weight[i] * parts[i].out[c];
+            for (std::size_t i = 0; i < parts.size(); ++i)
+                r.out_bound[c] += weight[i] * (parts[i].out_bound[c] +
+                                               wrong[i] * (std::fabs(parts[i].out[c]) + std::fabs(r.out[c])) +
+                                               gamma(8 * joins) * std::fabs(parts[i].out[c]));
+            /// weights and products that are less than a normal fp32 number may be lost
+            for (const bounded_row& p : parts)
+                r.out_bound[c] += std::numeric_limits<float>::min() * joins * (1.0 + std::fabs(p.out[c]));
+        }
+        return r;
     }
 
 private:
@@ -489,43 +528,6 @@ private:
                        std::size_t dim) {
         to.insert(to.end(), from.begin() + static_cast<std::ptrdiff_t>(head * dim),
                   from.begin() + static_cast<std::ptrdiff_t>((head + 1) * dim));
-    }
-
-    // Parts joined by their log-sum-exp. A part's weight exp(lse - total) is as wrong as its lse: by its own
-    // bound, the roundings of the differences and of exp and log; each join adds a few.
-    static bounded_row merged(const std::vector<bounded_row>& parts, std::size_t channels) {
-        bounded_row r;
-        r.out.assign(channels, 0.0);
-        r.out_bound.assign(channels, 0.0);
-        if (parts.empty())
-            return r;
-        double top = -std::numeric_limits<double>::infinity(), sum = 0.0;
-        for (const bounded_row& p : parts)
-            top = std::max(top, p.lse);
-        for (const bounded_row& p : parts)
-            sum += std::exp(p.lse - top);
-        r.lse = top + std::log(sum);
-        const auto joins = static_cast<double>(std::max<std::size_t>(parts.size(), 4));
-        std::vector<double> weight, wrong;
-        for (const bounded_row& p : parts) {
-            weight.push_back(std::exp(p.lse - r.lse));
-            const double step =
-                2 * unit_roundoff * (std::fabs(p.lse) + std::fabs(r.lse) + 2.0) + 2 * exp_error;
-            wrong.push_back(std::expm1(2 * p.lse_bound + joins * step));
-            r.lse_bound = std::max(r.lse_bound, p.lse_bound + joins * step);
-        }
-        for (std::size_t c = 0; c < channels; ++c) {
-            for (std::size_t i = 0; i < parts.size(); ++i)
-                r.out[c] += weight[i] * parts[i].out[c];
-            for (std::size_t i = 0; i < parts.size(); ++i)
-                r.out_bound[c] += weight[i] * (parts[i].out_bound[c] +
-                                               wrong[i] * (std::fabs(parts[i].out[c]) + std::fabs(r.out[c])) +
-                                               gamma(8 * joins) * std::fabs(parts[i].out[c]));
-            // weights and products that are less than a normal fp32 number may be lost
-            for (const bounded_row& p : parts)
-                r.out_bound[c] += std::numeric_limits<float>::min() * joins * (1.0 + std::fabs(p.out[c]));
-        }
-        return r;
     }
 
     kv1::cache_description description_;
