@@ -4,6 +4,7 @@
 #   bash cmake/setup.sh run [-- <arguments of kv1-lm>]   build the example and run it
 #   bash cmake/setup.sh test                             build everything, warnings as errors, and test it
 #   bash cmake/setup.sh bench                            build the benchmarks and list them
+#   bash cmake/setup.sh mpi                              build the example over many machines, and its tests
 #   bash cmake/setup.sh extended                         hours of tests: compilers, sanitizers, fuzzers, CPUs
 #   bash cmake/setup.sh deps                             install what run, test and bench need, and nothing else
 #
@@ -19,7 +20,7 @@ log=$source_dir/build/setup.log
 jobs=$(nproc 2>/dev/null || echo 2)
 
 usage() {
-    sed -n '4,8s/^#   //p' cmake/setup.sh
+    sed -n '4,9s/^#   //p' cmake/setup.sh
     exit 2
 }
 
@@ -381,7 +382,8 @@ command_test() {
     provide_formatter
     pick_generator
     say "configuring"
-    configure build/check -DKV1_BUILD_TESTS=ON -DKV1_BUILD_EXAMPLES=ON -DKV1_BUILD_C=ON -DKV1_WERROR=ON
+    configure build/check -DKV1_BUILD_TESTS=ON -DKV1_BUILD_EXAMPLES=ON -DKV1_BUILD_C=ON -DKV1_WERROR=ON \
+        -DKV1_BUILD_MPI="$(have mpicxx && have mpirun && echo ON || echo OFF)"
     say "building the examples and tests"
     build build/check
     say "testing: $(test_cases build/check) test cases, one test for each file of them"
@@ -403,6 +405,19 @@ command_bench() {
     say "building the benchmarks"
     build build/benchmarks
     find build/benchmarks/bench -maxdepth 1 -type f -name 'bench_*' -perm -u+x | sort
+}
+
+mpi_tools=(mpicxx:libopenmpi-dev mpirun:openmpi-bin)
+
+command_mpi() {
+    tools=("${mpi_tools[@]}")
+    provide xsimd catch2 json cli11 pcre2 cblas
+    pick_generator
+    say "configuring"
+    configure build/mpi -DKV1_BUILD_TESTS=ON -DKV1_BUILD_EXAMPLES=ON -DKV1_BUILD_MPI=ON
+    say "building context_parallel and its tests"
+    build build/mpi --target kv1_context_parallel kv1_context_parallel_tests
+    echo build/mpi/examples/context_parallel/context_parallel
 }
 
 # ---------------------------------------------------------------------------------------------- extended
@@ -438,13 +453,13 @@ without_randomization() {
     fi
 }
 
-# sanitized <name> <sanitizers> <compiler>
+# sanitized <name> <sanitizers> <compiler> <option>...
 # All instruction sets take an hour under sanitizers: this processor's own alone.
 sanitized() {
     local dir=build/extended/$1
     configure "$dir" -DCMAKE_CXX_COMPILER="$3" -DKV1_BUILD_TESTS=ON -DKV1_BUILD_EXAMPLES=ON -DKV1_BUILD_C=ON \
         -DKV1_WERROR=ON -DKV1_SANITIZE="$2" \
-        -DCMAKE_CXX_FLAGS="-march=native -DKV1_STATIC_DISPATCH" -DCMAKE_CXX_FLAGS_RELEASE="-O1 -DNDEBUG"
+        -DCMAKE_CXX_FLAGS="-march=native -DKV1_STATIC_DISPATCH" -DCMAKE_CXX_FLAGS_RELEASE="-O1 -DNDEBUG" "${@:4}"
     build "$dir"
     # OpenBLAS is not instrumented: its threads would be reported.
     cd "$dir"
@@ -536,12 +551,12 @@ command_extended() {
     local name program cpu
     tools=(clang++:clang :libclang-rt-dev g++:g++ make:make pkg-config:pkg-config doxygen:doxygen)
     [ "$(uname -m)" != x86_64 ] || tools+=(qemu-x86_64:qemu-user :g++-aarch64-linux-gnu)
-    tools+=(python3:python3 :python3-venv)
+    tools+=(python3:python3 :python3-venv "${mpi_tools[@]}")
     provide xsimd catch2 json cli11 pcre2 cblas benchmark
     pick_generator
     # The tests of the Conan recipe are there where Conan is.
     stage "Conan from PyPI" install_conan
-    stage "g++, Release" checked gcc -DCMAKE_CXX_COMPILER=g++ -DKV1_BUILD_BENCH=ON
+    stage "g++, Release" checked gcc -DCMAKE_CXX_COMPILER=g++ -DKV1_BUILD_BENCH=ON -DKV1_BUILD_MPI=ON
     stage "API documentation" build build/extended/gcc --target docs
     stage "clang++, Release" checked clang -DCMAKE_CXX_COMPILER=clang++ -DKV1_BUILD_BENCH=ON
     stage "g++ -O0" checked gcc-O0 -DCMAKE_CXX_COMPILER=g++ -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_FLAGS_DEBUG="-g1 -O0"
@@ -549,7 +564,7 @@ command_extended() {
         -DCMAKE_CXX_FLAGS_DEBUG="-g1 -O0"
     stage "hidden (long) tests" hidden_tests
     stage "KLD on the whole of WikiText-2" whole_text
-    stage "AddressSanitizer, UndefinedBehaviorSanitizer" sanitized asan address,undefined clang++
+    stage "AddressSanitizer, UndefinedBehaviorSanitizer" sanitized asan address,undefined clang++ -DKV1_BUILD_MPI=ON
     # clang's runtime does not let tests replace operator new
     stage "ThreadSanitizer" sanitized tsan thread g++
     if [ "$(uname -m)" = x86_64 ]; then
@@ -589,7 +604,7 @@ command_extended() {
 command=$1
 shift
 case $command in
-run | test | bench | extended | deps) ;;
+run | test | bench | mpi | extended | deps) ;;
 *) usage ;;
 esac
 
