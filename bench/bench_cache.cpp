@@ -54,7 +54,7 @@ struct world {
         q = bench::normal_values(s.sequences * s.heads.heads * s.heads.head_dim, 4);
         out.resize(q.size());
     }
-    [[nodiscard]] kv1::tensor_view rows(const std::vector<float>& x, std::size_t heads) const {
+    [[nodiscard]] kv1::tensor_view slice(const std::vector<float>& x, std::size_t heads) const {
         return {x.data(), shape.sequences, heads, shape.heads.head_dim};
     }
     [[nodiscard]] kv1::mutable_tensor_view outputs() {
@@ -112,7 +112,7 @@ void kernels_of_step(benchmark::State& state, const step_shape& shape) {
             const auto* blocks = reinterpret_cast<const std::uint32_t*>(table.data());
             for (std::size_t h = 0; h < shape.heads.kv_heads; ++h) {
                 unit u{{&kv1::detail::common_kernels(), &layouts[layer], arena, block_bytes, blocks,
-                        shape.tokens, k.rows(i, 1), v.rows(i, 1)},
+                        shape.tokens, k.slice(i, 1), v.slice(i, 1)},
                        {},
                        h};
                 kv1::detail::attention_job& a = u.attend;
@@ -126,12 +126,12 @@ void kernels_of_step(benchmark::State& state, const step_shape& shape) {
                 a.block_table = blocks;
                 a.last_token = a.visible_base = shape.tokens + 1;
                 a.visible_step = 1;
-                a.group = a.rows = shape.heads.heads / shape.heads.kv_heads;
-                a.queries = q.at(i, h * a.group);
+                a.head_group = a.rows = shape.heads.heads / shape.heads.kv_heads;
+                a.queries = q.at(i, h * a.head_group);
                 a.query_token_stride = q.token_stride();
                 a.query_head_stride = q.head_stride();
                 a.scale = 0.1f;
-                a.outputs = out.at(i, h * a.group);
+                a.outputs = out.at(i, h * a.head_group);
                 a.output_token_stride = out.token_stride();
                 a.output_head_stride = out.head_stride();
                 units.push_back(u);

@@ -57,7 +57,7 @@ void append(benchmark::State& state, kv1::kv_format format, const policy& p, std
     constexpr std::size_t tokens = 64, heads = 8;
     const std::vector<float> k = bench::normal_values(tokens * heads * dim, 1);
     const std::vector<float> v = bench::normal_values(tokens * heads * dim, 2);
-    kv1::vector_encoding encoding{.levels = p.levels, .hadamard = p.hadamard ? kv1::hadamard_block(dim) : 0};
+    kv1::vector_encoding encoding{.levels = p.levels, .hadamard = p.hadamard ? kv1::rotation_width(dim) : 0};
     if (p.means)
         encoding.means = bench::normal_values(heads * dim, 3);
     if (p.error_weights) {

@@ -15,7 +15,7 @@ int main() {
     kv1::layer_description layer{kv_heads, head_dim, head_dim, kv1::kv_format::compact3,
                                  kv1::kv_format::compact2};
     layer.key_encoding = layer.value_encoding = {.levels = kv1::level_choice::least_squares,
-                                                 .hadamard = kv1::hadamard_block(head_dim)};
+                                                 .hadamard = kv1::rotation_width(head_dim)};
     kv1::cache_description shape = kv1::uniform_cache(layers, layer, 4096); // room for 4,096 tokens
     // The first 4 tokens and the newest 32 stay in fp16, too.
     shape.fp16_sinks = 4;

@@ -117,11 +117,11 @@ kv1::status distributed_cache::check_queries(const query_call& c,
                 "masks of single sequences, explicit masks and ALiBi's slopes are not for ranks", where};
     if (!o.mask.is_causal() && l.sliding_window != 0)
         return {kv1::errc::invalid_argument, "with a sliding window masks over ranks are causal", where};
-    if ((!o.sinks.empty() && o.sinks.size() != q.heads()) ||
+    if ((!o.sink_logits.empty() && o.sink_logits.size() != q.heads()) ||
         (!receives() && !o.log_sum_exp.empty() && o.log_sum_exp.size() != q.tokens() * q.heads()))
         return {kv1::errc::shape_mismatch, "one log-sum-exp a row, one sink logit a query head", where};
     if (!(o.soft_cap >= 0.0f) || !std::isfinite(o.soft_cap) || !std::isfinite(o.scale.value_or(1.0f)) ||
-        !std::ranges::all_of(o.sinks, [](float x) { return std::isfinite(x); }))
+        !std::ranges::all_of(o.sink_logits, [](float x) { return std::isfinite(x); }))
         return {kv1::errc::invalid_argument, "scale, soft cap and sink logits are finite", where};
     if (o.mask.first_position().value_or(0) > std::numeric_limits<std::size_t>::max() / 4)
         return {kv1::errc::out_of_range, "the first position overflows", where};
@@ -148,7 +148,7 @@ digest distributed_cache::told_of_queries(const query_call& c) {
     for (const std::size_t n : {o.range.first, o.range.last, o.window, std::size_t{o.mask.is_causal()},
                                 o.mask.first_position().value_or(none)})
         d.add(std::uint64_t{n});
-    d.add_all(o.sinks);
+    d.add_all(o.sink_logits);
     for (const sequence s : c.batch)
         if (const record* const r = find(s); r != nullptr && c.layer < r->lengths.size())
             d.add(std::uint64_t{r->lengths[c.layer]}).add(std::uint64_t{r->fp16_from});
@@ -189,7 +189,7 @@ kv1::status distributed_cache::attend_local(query_call& c) {
                                        .range = call.range,
                                        .window = call.window,
                                        .soft_cap = c.options.soft_cap};
-            s = cache.try_attend(id, layer, c.queries.rows(row, call.count),
+            s = cache.try_attend(id, layer, c.queries.slice(row, call.count),
                                  {to.data() + row * heads * width, call.count, heads, c.channels,
                                   static_cast<std::ptrdiff_t>(heads * width),
                                   static_cast<std::ptrdiff_t>(width)},
@@ -229,12 +229,12 @@ kv1::status distributed_cache::attend_local(query_call& c) {
             !s)
             return s;
     }
-    if (ranks_.rank() != 0 || c.options.sinks.empty())
+    if (ranks_.rank() != 0 || c.options.sink_logits.empty())
         return {};
     return guarded([&]() -> kv1::status { // a logit without a value joins each row once
         std::vector<float> sink(width, 0.0f);
         for (std::size_t row = 0; row < c.log_sum_exp.size(); ++row) {
-            sink.back() = c.options.sinks[row % heads];
+            sink.back() = c.options.sink_logits[row % heads];
             join_row(sink, std::span(c.rows).subspan(row * width, width));
         }
         return {};

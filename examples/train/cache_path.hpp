@@ -5,7 +5,7 @@
 // CUDA one kernel with the same arithmetic (device_path.cu).
 #pragma once
 
-#include "kv_policy.hpp"
+#include "training_policy.hpp"
 
 #include <torch/types.h>
 

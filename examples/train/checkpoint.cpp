@@ -51,12 +51,12 @@ std::vector<std::pair<std::int64_t, std::filesystem::path>> checkpoints(const st
 }
 
 // The member "kv1" of config.json, as kv1-lm reads it (model_cache.hpp).
-json describe(const kv_policy& p) {
+json describe(const training_policy& p) {
     return {{"policy", to_string(p.cache)}, {"round_metadata", p.round_metadata}};
 }
 
 // The reference's key: a number where one width tells it all, 0 for an unquantized cache.
-json bits_of(const kv_policy& p) {
+json bits_of(const training_policy& p) {
     const kv1::layer_policy& common = p.cache.common;
     if (p.cache.layers.empty() && is_plain(common.key.format) && is_plain(common.value.format))
         return 0;

@@ -11,7 +11,7 @@
 // state.
 #pragma once
 
-#include "kv_policy.hpp"
+#include "training_policy.hpp"
 #include "language_model.hpp"
 #include "optimizer.hpp"
 
@@ -27,7 +27,7 @@ namespace kv1_train {
 /// What a checkpoint contains besides weights and optimizer.
 struct checkpoint_source {
     std::filesystem::path model_folder; ///< config.json and the tokenizer's files are copied from here
-    kv_policy kv;                       ///< written to config.json
+    training_policy kv;                 ///< written to config.json
     nlohmann::json options;             ///< of the run; it is resumed only with equal options
 };
 

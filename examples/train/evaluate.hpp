@@ -4,7 +4,7 @@
 // kld measures it with a real cache. This command is for machines with a GPU, and for formats under trial.
 #pragma once
 
-#include "kv_policy.hpp"
+#include "training_policy.hpp"
 
 #include <cstdint>
 #include <filesystem>
@@ -16,7 +16,7 @@ namespace kv1_train {
 struct evaluate_options {
     std::filesystem::path data;  ///< folder that `pack` made
     std::filesystem::path model; ///< folder of the model
-    kv_policy kv;
+    training_policy kv;
     std::int64_t length = 1024; ///< tokens of a chunk; its last has no target, as in kv1-lm kld
     std::int64_t batch = 16;    ///< chunks at a time
     std::string device = "auto", type = "fp32";

@@ -132,8 +132,8 @@ void language_model::load(const kv1_lm::safetensors& file) {
         throw kv1_lm::input_error(file.origin(), "has tensors that are not this model's");
 }
 
-torch::Tensor language_model::logits(const torch::Tensor& tokens, const kv_policy& kv, torch::ScalarType type,
-                                     torch::Tensor* seen) const {
+torch::Tensor language_model::logits(const torch::Tensor& tokens, const training_policy& kv,
+                                     torch::ScalarType type, torch::Tensor* seen) const {
     const kv1_lm::model_config& c = config_;
     const std::int64_t batch = tokens.size(0), length = tokens.size(1);
     const double epsilon = static_cast<double>(c.rms_norm_eps);

@@ -8,7 +8,7 @@
 #pragma once
 
 #include "cache_path.hpp"
-#include "kv_policy.hpp"
+#include "training_policy.hpp"
 #include "model_config.hpp"
 #include "weights.hpp"
 
@@ -43,7 +43,7 @@ public:
     /// attention are computed in; the residual stream and norms are fp32.
     /// `seen`, where given, gets the means of the batch's keys (after rotation) and values, shaped as
     /// means().
-    [[nodiscard]] torch::Tensor logits(const torch::Tensor& tokens, const kv_policy& kv,
+    [[nodiscard]] torch::Tensor logits(const torch::Tensor& tokens, const training_policy& kv,
                                        torch::ScalarType type, torch::Tensor* seen = nullptr) const;
 
     /// What a policy with +mean takes off keys and values, fp32 [layers][2][kv_heads][head_dim]; zero at

@@ -3,7 +3,7 @@
 // `kv1-train train`: the training loop.
 #pragma once
 
-#include "kv_policy.hpp"
+#include "training_policy.hpp"
 #include "optimizer.hpp"
 
 #include <cstddef>
@@ -26,7 +26,7 @@ struct train_options {
     double teacher_weight = 0.5; ///< of KL(teacher || model); cross entropy has the rest
     std::filesystem::path out;   ///< folder of the run: log.csv and checkpoints
 
-    kv_policy kv;
+    training_policy kv;
     std::int64_t steps = 1000;
     std::int64_t batch = 64;      ///< sequences of a step, over all ranks
     std::int64_t micro_batch = 0; ///< sequences at a time on a rank; 0: all of a rank's

@@ -48,8 +48,8 @@ void add_cache(CLI::App& command, cache_texts& t) {
     command.add_flag("--round-metadata", t.round_metadata, "Scale and minimum through fp16");
 }
 
-kv_policy parse(const cache_texts& t) {
-    kv_policy p = parse_policy(t.policy, "--kv");
+training_policy parse(const cache_texts& t) {
+    training_policy p = parse_policy(t.policy, "--kv");
     p.round_metadata = t.round_metadata;
     return p;
 }

@@ -9,7 +9,7 @@
 //   s[t]  = scale * q . k[t]                                      for the tokens t that i sees
 //   s[t]  = soft_cap * tanh(s[t] / soft_cap)                      where soft_cap > 0
 //   s[t] += alibi_slopes[h] * (t - p)                             where given
-//   out   = sum_t exp(s[t]) v[t] / D,  log_sum_exp = log D,  D = sum_t exp(s[t]) [+ exp(sinks[h])]
+//   out   = sum_t exp(s[t]) v[t] / D,  log_sum_exp = log D,  D = sum_t exp(s[t]) [+ exp(sink_logits[h])]
 #pragma once
 
 #include <kv1/attention_mask.hpp>
@@ -55,7 +55,7 @@ struct attention_options {
     std::span<const float> alibi_slopes = {};
     /// Sink logits, [query heads]: logits that join the softmax without a value (gpt-oss); empty: none. If
     /// results over several ranges are joined, give them to one of the calls only.
-    std::span<const float> sinks = {};
+    std::span<const float> sink_logits = {};
 };
 
 } // namespace kv1::inline KV1_ABI

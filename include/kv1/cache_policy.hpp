@@ -435,16 +435,16 @@ inline policy_side values_of(const layer_calibration& c) noexcept {
 
 // Throws std::bad_alloc.
 inline void apply_policy(const layer_policy& p, const layer_calibration& c, layer_description& l) {
-    std::size_t key_block = hadamard_block(l.key_dim);
+    std::size_t key_block = rotation_width(l.key_dim);
     if (l.values_in_keys) // a block lies on one side of the values' end
-        key_block = (std::min)(key_block, hadamard_block(l.value_dim));
+        key_block = (std::min)(key_block, rotation_width(l.value_dim));
     l.key_format = p.key.format;
     l.key_group = p.key.group;
     l.key_axis = p.key.axis;
     keys_of(c).encode(p.key, key_block, l.key_encoding);
     l.value_format = l.values_in_keys ? p.key.format : p.value.format;
     l.value_group = l.values_in_keys ? p.key.group : p.value.group;
-    values_of(c).encode(l.values_in_keys ? vector_policy{} : p.value, hadamard_block(l.value_dim),
+    values_of(c).encode(l.values_in_keys ? vector_policy{} : p.value, rotation_width(l.value_dim),
                         l.value_encoding);
 }
 

@@ -49,7 +49,7 @@ inline float element(const tensor_view& x, std::size_t token, std::size_t head,
 /// The encoding of a layer's keys, or of its values. The default is the reference's: min/max levels alone.
 struct vector_encoding {
     level_choice levels = level_choice::min_max; ///< how scale and minimum are chosen
-    /// Channels that are rotated together, a power of two that divides the head dim (hadamard_block() gives
+    /// Channels that are rotated together, a power of two that divides the head dim (rotation_width() gives
     /// the largest); 0: no rotation.
     std::size_t hadamard = 0;
     /// [kv_heads][dim]; empty: no means.

@@ -56,9 +56,6 @@ struct fake_quantize_options {
     std::span<const float> centre{};
 };
 
-/// The largest number of channels of a vector.
-inline constexpr std::size_t max_fake_quantize_channels = 4096;
-
 namespace detail {
 
 // Scale and minimum as they multiply codes: rounded to fp16 or not.
@@ -159,7 +156,7 @@ stored_levels choose_levels(std::span<const float> x, const fake_quantize_option
 }
 
 // Its own inverse and, symmetric, its own gradient.
-inline void rotate_hadamard(std::span<float> x) noexcept { hadamard_transform(x, hadamard_block(x.size())); }
+inline void rotate_hadamard(std::span<float> x) noexcept { hadamard_transform(x, rotation_width(x.size())); }
 
 // Codes and metadata of one vector; x is finite and not empty. refit_levels: those of the codes that metadata
 // were refitted to, if they were; may be null.
@@ -266,7 +263,7 @@ inline void transform(std::span<const float> x, const fake_quantize_options& o,
 
 inline status check_rows(std::size_t channels, std::size_t x, std::size_t out,
                          const fake_quantize_options& o) noexcept {
-    if (channels == 0 || channels > max_fake_quantize_channels)
+    if (channels == 0 || channels > max_vector_length)
         return {errc::out_of_range, "a vector has 1 to 4096 channels"};
     if (x % channels != 0 || out != x)
         return {errc::shape_mismatch, "values in and out are the same number of whole vectors"};
@@ -298,8 +295,8 @@ status try_fake_quantize(std::size_t channels, std::span<const float> x, std::sp
                          const fake_quantize_options& options = {}) noexcept {
     if (const status s = detail::check_rows(channels, x.size(), y.size(), options); !s)
         return s;
-    std::array<float, max_fake_quantize_channels> values;
-    std::array<std::uint8_t, max_fake_quantize_channels> code_values;
+    std::array<float, max_vector_length> values;
+    std::array<std::uint8_t, max_vector_length> code_values;
     const std::span<float> moved(values.data(), channels);
     const std::span<std::uint8_t> codes(code_values.data(), channels);
     for (std::size_t at = 0; at < x.size(); at += channels) {
@@ -338,8 +335,8 @@ status try_fake_quantize_gradient(std::size_t channels, std::span<const float> x
             std::copy(dy.begin(), dy.end(), dx.begin());
         return {};
     }
-    std::array<float, max_fake_quantize_channels> values;
-    std::array<std::uint8_t, max_fake_quantize_channels> code_values, refit_values;
+    std::array<float, max_vector_length> values;
+    std::array<std::uint8_t, max_vector_length> code_values, refit_values;
     const std::span<float> moved(values.data(), channels);
     const std::span<std::uint8_t> codes(code_values.data(), channels), refit(refit_values.data(), channels);
     for (std::size_t at = 0; at < x.size(); at += channels) {

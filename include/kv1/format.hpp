@@ -80,12 +80,12 @@ enum class code_levels : std::uint8_t { even, codebook };
 
 // A bit slice: bits of a code that lie in lines of their own. A 3-bit code has two, its two low bits and its
 // high bit; other codes have one. So the fields of a slice divide a 32-bit lane.
-struct code_part {
+struct bit_slice {
     int bits;  // width of the field
     int shift; // its place in the code
 };
 
-// What a format is made of: a row of format_table. code_bits is 0 for plain formats; parts[1].bits is 0 where
+// What a format is made of: a row of format_table. code_bits is 0 for plain formats; slices[1].bits is 0 where
 // one part is enough.
 struct format_traits {
     kv_format id{};
@@ -96,7 +96,7 @@ struct format_traits {
     int plain_bits = 0;
     metadata_kind metadata = metadata_kind::none;
     code_levels levels = code_levels::even;
-    std::array<code_part, 2> parts{};
+    std::array<bit_slice, 2> slices{};
 
     [[nodiscard]] constexpr bool codebook() const noexcept { return levels == code_levels::codebook; }
     // there is a choice of levels: level_choice, groups of channels, keys per channel
@@ -109,12 +109,12 @@ struct format_traits {
     }
     // width of a stored field of part p: codes, or whole plain values
     [[nodiscard]] constexpr int field_bits(int p) const noexcept {
-        return code_bits == 0 ? (p == 0 ? plain_bits : 0) : parts[static_cast<std::size_t>(p)].bits;
+        return code_bits == 0 ? (p == 0 ? plain_bits : 0) : slices[static_cast<std::size_t>(p)].bits;
     }
-    [[nodiscard]] constexpr int part_count() const noexcept { return parts[1].bits != 0 ? 2 : 1; }
+    [[nodiscard]] constexpr int slice_count() const noexcept { return slices[1].bits != 0 ? 2 : 1; }
     // fields of the narrowest part that fill a lane: K channels and V tokens are padded to a multiple of it
     [[nodiscard]] constexpr std::size_t fields_per_lane() const noexcept {
-        const int narrowest = part_count() == 2 ? parts[1].bits : field_bits(0);
+        const int narrowest = slice_count() == 2 ? slices[1].bits : field_bits(0);
         return static_cast<std::size_t>(32 / narrowest);
     }
     [[nodiscard]] constexpr std::size_t metadata_bytes() const noexcept {
@@ -139,8 +139,8 @@ constexpr format_row<Format> coded_row(kv_format id, std::string_view name, std:
                                        std::uint8_t saved, int bits, metadata_kind metadata,
                                        code_levels levels = code_levels::even) noexcept {
     return {{id, name, short_name, saved, bits, 0, metadata, levels,
-             bits == 3 ? std::array<code_part, 2>{{{2, 0}, {1, 2}}}
-                       : std::array<code_part, 2>{{{bits, 0}, {0, 0}}}}};
+             bits == 3 ? std::array<bit_slice, 2>{{{2, 0}, {1, 2}}}
+                       : std::array<bit_slice, 2>{{{bits, 0}, {0, 0}}}}};
 }
 
 // A list of types, and a row for each.
@@ -193,7 +193,7 @@ constexpr const format_traits& traits_of(kv_format f) noexcept {
 constexpr bool kernels_know(const format_traits& row) noexcept {
     if (row.code_bits == 0)
         return row.plain_bits == 16 || row.plain_bits == 32;
-    for (int p = 0; p < row.part_count(); ++p)
+    for (int p = 0; p < row.slice_count(); ++p)
         if (const int bits = row.field_bits(p); bits != 1 && bits != 2 && bits != 4 && bits != 8)
             return false;
     switch (row.metadata) {

@@ -102,9 +102,9 @@ struct section_layout {
           group_channels(group == 0 ? head_dim : group), axis(a) {
         const detail::format_traits t = traits();
         const std::size_t fields = detail::round_up(keys ? channels : tokens, t.fields_per_lane());
-        for (int p = 0; p < t.part_count(); ++p)
+        for (int p = 0; p < t.slice_count(); ++p)
             lines_[static_cast<std::size_t>(p)] = lines_of(p, fields);
-        second_part_ = lines_[0];
+        second_slice_ = lines_[0];
         unit_lines_ = lines_[0] + lines_[1];
     }
 
@@ -126,10 +126,10 @@ struct section_layout {
             s.offset += g * (group_channels / line_lanes) * unit_lines_ * line_bytes;
             return s;
         }
-        for (int p = 0; p < traits().part_count(); ++p)
+        for (int p = 0; p < traits().slice_count(); ++p)
             s.lines_[static_cast<std::size_t>(p)] = lines_of(p, group_channels);
         s.offset += g * s.lines_[0] * line_bytes;
-        s.second_part_ = second_part_ + g * s.lines_[1] - g * s.lines_[0];
+        s.second_slice_ = second_slice_ + g * s.lines_[1] - g * s.lines_[0];
         return s;
     }
 
@@ -149,11 +149,11 @@ struct section_layout {
 
     /// Lines of bit slice p in one unit. A unit is a tile of a K section, or a run of 16 channels of a V
     /// section.
-    [[nodiscard]] constexpr std::size_t part_lines(int p) const noexcept {
+    [[nodiscard]] constexpr std::size_t slice_lines(int p) const noexcept {
         return lines_[static_cast<std::size_t>(p)];
     }
     /// Lines from the first of slice 0 to the first of slice 1.
-    [[nodiscard]] constexpr std::size_t second_part() const noexcept { return second_part_; }
+    [[nodiscard]] constexpr std::size_t second_slice() const noexcept { return second_slice_; }
     /// Lines of one unit, with all slices and groups.
     [[nodiscard]] constexpr std::size_t unit_lines() const noexcept { return unit_lines_; }
     /// The number of units: tiles of a K section, runs of 16 channels of a V section.
@@ -171,7 +171,7 @@ struct section_layout {
         const std::size_t across = keys ? token : channel; // runs over lanes and units
         const std::size_t along = keys ? channel : token;  // runs over the fields of a lane and over lines
         const std::size_t line =
-            across / line_lanes * unit_lines() + (p == 1 ? second_part() : 0) + along / per_lane;
+            across / line_lanes * unit_lines() + (p == 1 ? second_slice() : 0) + along / per_lane;
         return {line * line_lanes + across % line_lanes,
                 keys ? detail::key_field_shift(b, along % per_lane)
                      : detail::value_field_shift(b, along % per_lane)};
@@ -184,7 +184,7 @@ private:
     }
 
     std::array<std::size_t, 2> lines_{}; // by part
-    std::size_t second_part_ = 0, unit_lines_ = 0;
+    std::size_t second_slice_ = 0, unit_lines_ = 0;
 };
 
 /// Geometry of a page of one layer and KV head.

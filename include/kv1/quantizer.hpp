@@ -22,6 +22,10 @@
 
 namespace kv1::inline KV1_ABI {
 
+/// The largest number of channels of a vector, whatever stores it. Pages of keys per channel, whose channels are
+/// vectors of tokens, have no more tokens than this.
+inline constexpr std::size_t max_vector_length = 4096;
+
 /// How levels are chosen: from a vector's minimum and maximum, fitted (kv1/quantizers/least_squares.hpp), or
 /// by a search over narrower ranges (kv1/quantizers/clip_search.hpp).
 enum class level_choice : std::uint8_t { min_max, least_squares, clip_search };
@@ -96,9 +100,6 @@ inline float product_of(float a, float b) noexcept {
 #endif
     return product;
 }
-
-// The longest vector that the fitting quantizers take.
-inline constexpr std::size_t max_vector_length = 4096;
 
 struct value_extremes {
     float low, high;

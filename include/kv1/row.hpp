@@ -15,9 +15,6 @@
 
 namespace kv1::inline KV1_ABI {
 
-/// The largest number of channels of a vector.
-inline constexpr std::size_t max_vector_channels = detail::max_head_dim;
-
 namespace detail {
 
 template <class Q>
@@ -31,38 +28,40 @@ inline status as_status(const encode_result& r) noexcept {
     return {r.code, r.rule, {.channel = r.channel != no_channel ? static_cast<std::int64_t>(r.channel) : -1}};
 }
 
-// How a quantizer's codes are chosen, where a recipe can say it; else its format is the first, which has none.
+// How a quantizer's codes are chosen, where encoding parameters can say it; else its format is the first, which has none.
 template <class Q>
-inline constexpr encode_recipe recipe_of{};
+inline constexpr encoding_params params_of{};
 template <storage_format Q>
 requires(traits_of(kv_format_of<Q>).metadata ==
-         metadata_kind::compact) inline constexpr encode_recipe recipe_of<Q>{kv_format_of<Q>,
-                                                                             level_choice::min_max, 0, 0, 0};
+         metadata_kind::compact) inline constexpr encoding_params params_of<Q>{
+    kv_format_of<Q>, level_choice::min_max, 0, 0, 0};
 template <storage_format Q>
-inline constexpr encode_recipe recipe_of<least_squares<Q>>{kv_format_of<Q>, level_choice::least_squares, 0, 0,
+inline constexpr encoding_params params_of<least_squares<Q>>{kv_format_of<Q>, level_choice::least_squares, 0,
+                                                             0, 0};
+template <storage_format Q>
+inline constexpr encoding_params params_of<clip_search<Q>>{kv_format_of<Q>, level_choice::clip_search, 0, 0,
                                                            0};
-template <storage_format Q>
-inline constexpr encode_recipe recipe_of<clip_search<Q>>{kv_format_of<Q>, level_choice::clip_search, 0, 0, 0};
 
 template <quantizer Q>
-inline constexpr bool library_quantizer = recipe_of<Q>.format != kv_format{} || affine_bits<Q> != 0 ||
+inline constexpr bool library_quantizer = params_of<Q>.format != kv_format{} || affine_bits<Q> != 0 ||
                                           std::same_as<Q, scaled_binary> || std::same_as<Q, binary>;
 
 // Codes of a vector on the current target; `codes` holds round_up(n, 32) bytes.
 template <quantizer Q>
 requires library_quantizer<Q> encode_result encode_codes(const float* x, std::size_t n, std::uint8_t* codes)
 noexcept {
-    if constexpr (recipe_of<Q>.format != kv_format{}) {
-        encode_recipe recipe = recipe_of<Q>;
-        recipe.channels = recipe.group = n;
-        const encode_row row{x, nullptr, nullptr};
+    if constexpr (params_of<Q>.format != kv_format{}) {
+        encoding_params params = params_of<Q>;
+        params.channels = params.group = n;
+        const vector_to_encode row{x, nullptr, nullptr};
         std::size_t failed = 0;
         row_metadata metadata;
         constexpr std::size_t channels = 256;
         alignas(64) float lanes[channels * tile_tokens];
         alignas(64) std::uint32_t words[channels / 4 * tile_tokens];
-        encode_result r = common_kernels().encode_rows(recipe, &row, 1, codes, max_head_dim, &metadata,
-                                                       failed, {channels, lanes, nullptr, words, nullptr});
+        encode_result r =
+            common_kernels().encode_vectors(params, &row, 1, codes, max_vector_length, &metadata, failed,
+                                            {channels, lanes, nullptr, words, nullptr});
         r.metadata = metadata;
         return r;
     } else if constexpr (affine_bits<Q> != 0)
@@ -85,9 +84,9 @@ requires detail::library_quantizer<Q> status try_quantize(std::span<const float>
 noexcept {
     if (codes.size() != x.size())
         return {errc::shape_mismatch, "one code per channel is needed"};
-    if (x.empty() || x.size() > max_vector_channels)
+    if (x.empty() || x.size() > max_vector_length)
         return {errc::out_of_range, "a vector has 1 to 4096 channels"};
-    std::array<std::uint8_t, detail::max_head_dim> buffer;
+    std::array<std::uint8_t, max_vector_length> buffer;
     const detail::encode_result encoded = detail::encode_codes<Q>(x.data(), x.size(), buffer.data());
     if (encoded.code != errc::ok)
         return detail::as_status(encoded);
@@ -107,9 +106,9 @@ try_encode_row(std::span<const float> x, std::span<std::byte> packed, typename Q
 noexcept {
     if (packed.size() != packed_size<Q::bits>(x.size()))
         return {errc::shape_mismatch, "the row's bytes do not fit the number of channels"};
-    if (x.empty() || x.size() > max_vector_channels)
+    if (x.empty() || x.size() > max_vector_length)
         return {errc::out_of_range, "a vector has 1 to 4096 channels"};
-    std::array<std::uint8_t, detail::max_head_dim> codes;
+    std::array<std::uint8_t, max_vector_length> codes;
     if (const status s = try_quantize<Q>(x, std::span(codes).first(x.size()), metadata); !s)
         return s;
     detail::pack_codes<Q::bits>(codes.data(), x.size(), packed.data());

@@ -75,7 +75,7 @@ public:
     }
 
     /// The view of tokens first ... first + count - 1. Precondition: first + count <= tokens().
-    [[nodiscard]] tensor_view rows(std::size_t first, std::size_t count) const noexcept {
+    [[nodiscard]] tensor_view slice(std::size_t first, std::size_t count) const noexcept {
         tensor_view part = *this;
         if (data_ != nullptr)
             part.data_ = at(first, 0);
@@ -128,9 +128,9 @@ public:
     /// Whether an extent was given as a negative number.
     [[nodiscard]] constexpr bool has_negative_extent() const noexcept { return view_.has_negative_extent(); }
     /// The view of tokens first ... first + count - 1. Precondition: first + count <= tokens().
-    [[nodiscard]] mutable_tensor_view rows(std::size_t first, std::size_t count) const noexcept {
+    [[nodiscard]] mutable_tensor_view slice(std::size_t first, std::size_t count) const noexcept {
         mutable_tensor_view part = *this;
-        part.view_ = view_.rows(first, count);
+        part.view_ = view_.slice(first, count);
         part.data_ = const_cast<void*>(part.view_.data());
         return part;
     }

@@ -10,7 +10,7 @@
 enum { kv_heads = 2, heads = 4, dim = 32, tokens = 70, rows = 5, mask_keys = 6 };
 
 static float k[tokens * kv_heads * dim], v[tokens * kv_heads * dim], q[rows * heads * dim];
-static float out[rows * heads * dim], lse[rows * heads], slopes[heads], sinks[heads];
+static float out[rows * heads * dim], lse[rows * heads], slopes[heads], sink_logits[heads];
 static kv1_error error;
 
 static int visible(const kv1_attention* o, size_t i, size_t t, size_t position) {
@@ -38,7 +38,7 @@ static void matches_formula(const kv1_attention* o) {
             const size_t position =
                 o->mask.kind == KV1_MASK_CAUSAL_FROM ? o->mask.first_position + i : tokens - rows + i;
             const double scale = o->scale != 0.0f ? (double)o->scale : 1 / sqrt((double)dim);
-            double sums[dim] = {0}, denominator = o->sinks != NULL ? exp((double)o->sinks[h]) : 0;
+            double sums[dim] = {0}, denominator = o->sink_logits != NULL ? exp((double)o->sink_logits[h]) : 0;
             for (t = 0; t < tokens; ++t) {
                 const float* key = k + (t * kv_heads + h / 2) * dim;
                 const float* value = v + (t * kv_heads + h / 2) * dim;
@@ -98,7 +98,7 @@ static void options(const kv1_cache* cache, kv1_sequence s) {
     attend_and_compare(cache, s, &o);
     o.window = 9;
     attend_and_compare(cache, s, &o);
-    o.sinks = sinks;
+    o.sink_logits = sink_logits;
     attend_and_compare(cache, s, &o);
     o.mask.kind = KV1_MASK_CAUSAL_FROM;
     o.mask.first_position = 30;
@@ -158,14 +158,14 @@ static void refusals(const kv1_cache* cache, kv1_sequence s) {
                      &error) != KV1_OK);
 }
 
-/* The cache is attended to in two ranges, the logits of sinks in one of them. */
+/* The cache is attended to in two ranges, the sink logits in one of them. */
 static void parts(const kv1_cache* cache, kv1_sequence s) {
     static float outputs[2][rows * heads * dim], sums[2][rows * heads];
     const kv1_range ranges[2] = {{0, 40}, {40, SIZE_MAX}};
     kv1_attention_part each[2];
     kv1_attention o = options_now();
     size_t i;
-    o.sinks = sinks;
+    o.sink_logits = sink_logits;
     for (i = 0; i < 2; ++i) {
         o.range = &ranges[i];
         CHECK(attend(cache, s, &o) == KV1_OK);
@@ -173,13 +173,13 @@ static void parts(const kv1_cache* cache, kv1_sequence s) {
         memcpy(sums[i], lse, sizeof lse);
         each[i].outputs = outputs[i];
         each[i].log_sum_exp = sums[i];
-        o.sinks = NULL;
+        o.sink_logits = NULL;
     }
     CHECK(kv1_merge_attention(each, 2, rows * heads, dim, outputs[0], sums[0], &error) == KV1_OK);
     memcpy(out, outputs[0], sizeof out);
     memcpy(lse, sums[0], sizeof lse);
     o.range = NULL;
-    o.sinks = sinks;
+    o.sink_logits = sink_logits;
     matches_formula(&o);
     CHECK(kv1_merge_attention(each, 2, rows * heads, 0, out, lse, &error) == KV1_INVALID_ARGUMENT);
     CHECK(kv1_merge_attention(each, 2, SIZE_MAX, dim, out, lse, &error) == KV1_SHAPE_MISMATCH);
@@ -256,7 +256,7 @@ int main(void) {
     fill(q, rows * heads * dim);
     for (h = 0; h < heads; ++h) {
         slopes[h] = 1.0f / (float)(2 << h);
-        sinks[h] = (float)h - 1.5f;
+        sink_logits[h] = (float)h - 1.5f;
     }
     CHECK(kv1_append(cache, s, 0, kv1_contiguous(k, KV1_FP32, tokens, kv_heads, dim),
                      kv1_contiguous(v, KV1_FP32, tokens, kv_heads, dim), NULL, &error) == KV1_OK);

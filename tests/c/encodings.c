@@ -65,10 +65,10 @@ static void levels_and_rotation(void) {
     layer.key_encoding = &encoding;
     encoding.levels = KV1_LEVELS_LEAST_SQUARES;
     fitted = cost_of(&layer, shifted, NULL);
-    encoding.hadamard = kv1_hadamard_block(dim);
+    encoding.hadamard = kv1_rotation_width(dim);
     rotated = cost_of(&layer, shifted, NULL);
     CHECK(fitted < min_max && rotated < min_max);
-    CHECK(kv1_hadamard_block(96) == 32 && kv1_hadamard_block(0) == 0);
+    CHECK(kv1_rotation_width(96) == 32 && kv1_rotation_width(0) == 0);
     encoding.levels = KV1_LEVELS_CLIP_SEARCH;
     CHECK(cost_of(&layer, shifted, NULL) < min_max);
 }

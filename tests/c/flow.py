@@ -55,7 +55,7 @@ class Mask(ctypes.Structure):
 class Attention(ctypes.Structure):
     _fields_ = [("struct_size", c_size_t), ("scale", c_float), ("soft_cap", c_float), ("precision", c_int32),
                 ("window", c_size_t), ("mask", Mask), ("masks", c_void_p), ("range", c_void_p),
-                ("alibi_slopes", c_void_p), ("sinks", c_void_p), ("log_sum_exp", c_void_p)]
+                ("alibi_slopes", c_void_p), ("sink_logits", c_void_p), ("log_sum_exp", c_void_p)]
 
 
 class ModelOptions(ctypes.Structure):  # kv1_load_options

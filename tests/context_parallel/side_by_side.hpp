@@ -120,7 +120,7 @@ struct side_by_side {
             lse(one_lse);
         kv1::attention_options options{.mode = kv1::precision::exact, .window = window};
         if (with_sinks)
-            options.sinks = sinks;
+            options.sink_logits = sinks;
         // queries at positions before a commit may see what it has freed: refused here as there
         bool lacks = false;
         for (std::size_t i = 0; i < batch.size(); ++i)
@@ -165,7 +165,7 @@ struct side_by_side {
                 asked.first = window != 0 && last > window ? last - window : 0;
                 asked.options.position = static_cast<double>(last - 1);
                 if (with_sinks)
-                    asked.options.sink = sinks[h];
+                    asked.options.sink_logit = sinks[h];
                 const std::size_t kv_head = h / (query_heads / l.kv_heads);
                 const bounded_row whole = rules.attend(batch[i]->model, layer, kv_head, query, last, asked);
                 const bounded_row joined = by_rank(batch[i]->model, layer, kv_head, query, last, asked);
@@ -199,7 +199,7 @@ struct side_by_side {
             const bounded_row part = rules.attend(m, layer, kv_head, query, last, asked);
             if (std::isfinite(part.lse))
                 parts.push_back(part);
-            asked.options.sink.reset(); // a logit without a value joins once
+            asked.options.sink_logit.reset(); // a logit without a value joins once
         }
         return cache_model::merged(parts, rules.description().layers[layer].value_dim);
     }

@@ -109,7 +109,7 @@ TEST_CASE("a model's folder names its cache", "[model_cache]") {
     const kv1::cache_description d =
         describe(kv1_test::shipped_model().config(), cache.policy, cache.calibrated, 64);
     const kv1::vector_encoding expected{.levels = kv1::level_choice::least_squares,
-                                        .hadamard = kv1::hadamard_block(32),
+                                        .hadamard = kv1::rotation_width(32),
                                         .means = std::vector<float>(64, 0.125f)};
     REQUIRE(d.layers.size() == 8);
     for (const kv1::layer_description& l : d.layers) {

@@ -154,7 +154,7 @@ using cache_type =
 // Levels and codes chosen by what errors cost: correlated channels, exactly the same numbers with any flags.
 kv1::vector_encoding weighted(std::size_t heads, std::size_t dim) {
     kv1::vector_encoding e{.levels = kv1::level_choice::least_squares};
-    e.hadamard = kv1::hadamard_block(dim);
+    e.hadamard = kv1::rotation_width(dim);
     for (std::size_t i = 0; i < heads * dim * dim; ++i) {
         const std::size_t row = i / dim % dim, column = i % dim;
         e.error_weights.push_back(row == column           ? static_cast<float>(2 + row % 5)

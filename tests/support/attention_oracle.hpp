@@ -95,7 +95,7 @@ struct cached_side {
         for (std::size_t t = 0; t < n * groups; ++t) { // and group
             double s = 1.0, base = 0.0;
             if (kv1::detail::traits_of(f).metadata == kv1::detail::metadata_kind::compact) {
-                const kv1::detail::affine_pair p =
+                const kv1::detail::affine_map p =
                     kv1::detail::decode_metadata(f, {stored_scales[t].bits(), 0});
                 s = p.slope;
                 base = p.base;
@@ -139,7 +139,7 @@ private:
         for (std::size_t p = 0; p < sealed / page_tokens; ++p) {
             const std::byte* page = cache.page(layer, head, static_cast<std::uint32_t>(indices[p])).data();
             for (std::size_t c = 0; c < dim; ++c) {
-                const kv1::detail::affine_pair pair =
+                const kv1::detail::affine_map pair =
                     kv1::detail::decode_metadata(f, kv1::detail::load_channel_metadata(section, page, c));
                 scales.push_back(pair.slope);
                 minima.push_back(pair.base);
@@ -169,7 +169,7 @@ struct row_options {
     float soft_cap = 0.0f;
     float alibi_slope = 0.0f;
     double position = 0.0; // of the query, for the slope
-    std::optional<float> sink;
+    std::optional<float> sink_logit;
     // where ranges of tokens begin that are attended to apart, ascending, and what tokens a row might see,
     // those that an explicit mask hides included; last == 0: those that it sees
     std::span<const std::size_t> range_starts = {};
@@ -261,12 +261,12 @@ inline void apply(const row_options& o, double token, double& score, double& err
     }
 }
 
-// The sink's share of the denominator: its logit and the maximum are both rounded to units of log2.
-inline double add_sink(const row_options& o, weights& r, double largest_error) {
-    if (!o.sink)
+// The share of the sink logit in the denominator: its logit and the maximum are both rounded to units of log2.
+inline double add_sink_logit(const row_options& o, weights& r, double largest_error) {
+    if (!o.sink_logit)
         return 0.0;
-    const double w = std::exp(*o.sink - r.maximum);
-    const double h = 1.25 * unit_roundoff * (2 * std::fabs(*o.sink) + 2 * std::fabs(r.maximum)) +
+    const double w = std::exp(*o.sink_logit - r.maximum);
+    const double h = 1.25 * unit_roundoff * (2 * std::fabs(*o.sink_logit) + 2 * std::fabs(r.maximum)) +
                      largest_error + 4 * exp_error;
     r.sum += w;
     r.low += w * std::exp(-h);
@@ -372,9 +372,9 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
         row->out_bound.assign(channels, 0.0);
     }
     if (n == 0) {
-        if (options.sink)
+        if (options.sink_logit)
             for (bounded_row* row : {&r.truth, &r.path}) {
-                row->lse = *options.sink;
+                row->lse = *options.sink_logit;
                 row->lse_bound = 4 * unit_roundoff * std::fabs(row->lse);
             }
         return r;
@@ -530,10 +530,10 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
     }
     oracle::weights truth = oracle::softmax(scores, truth_rounding, blocks);
     oracle::weights path = oracle::softmax(path_scores, path_rounding, blocks);
-    const double truth_sink =
-        oracle::add_sink(options, truth, *std::max_element(truth_rounding.begin(), truth_rounding.end()));
+    const double truth_sink = oracle::add_sink_logit(
+        options, truth, *std::max_element(truth_rounding.begin(), truth_rounding.end()));
     const double path_sink =
-        oracle::add_sink(options, path, *std::max_element(path_rounding.begin(), path_rounding.end()));
+        oracle::add_sink_logit(options, path, *std::max_element(path_rounding.begin(), path_rounding.end()));
     const double additions = static_cast<double>(n) + 3 * blocks + 8, g = gamma(additions);
     oracle::bound_lse(truth, additions, r.truth);
     oracle::bound_lse(path, additions, r.path);

@@ -37,7 +37,7 @@ struct problem {
     kv1::token_range range = {};
     std::size_t window = 0;
     float soft_cap = 0.0f;
-    bool alibi = false, sinks = false;
+    bool alibi = false, sink_logits = false;
     std::size_t key_group = 0, value_group = 0; // channels that share metadata
     kv1::quantization_axis key_axis = kv1::quantization_axis::per_token;
     bool values_in_keys = false;
@@ -108,7 +108,7 @@ struct world {
     problem p;
     kv1::kv_cache cache;
     kv1::sequence_id id;
-    std::vector<float> queries, slopes, sinks;
+    std::vector<float> queries, slopes, sink_logits;
 
     world(const problem& what, std::uint64_t seed)
         : p(what), cache(kv1::uniform_cache(1, layer_of(p), p.tokens + 2 * p.page_tokens, p.page_tokens)) {
@@ -130,7 +130,7 @@ struct world {
         queries = normal_values(g, p.queries * heads() * p.key_dim);
         for (std::size_t h = 0; h < heads(); ++h)
             slopes.push_back(std::exp2(-static_cast<float>(1 + h % 8)));
-        sinks = normal_values(g, heads(), 2.0f);
+        sink_logits = normal_values(g, heads(), 2.0f);
     }
     [[nodiscard]] std::size_t heads() const { return p.kv_heads * p.group; }
     /// Where ranges of tokens begin that are attended to apart, and blocks of weights in them.
@@ -159,7 +159,7 @@ struct world {
             const std::size_t begin = split.first_token + r * split.range_tokens;
             const std::size_t end = std::min(reach, begin + split.range_tokens);
             found.ranges.push_back(begin);
-            for (std::size_t first = begin; first < end; first = detail::block_end(layout, first, end))
+            for (std::size_t first = begin; first < end; first = detail::chunk_end(layout, first, end))
                 found.blocks.push_back(first);
         }
         return found;
@@ -171,8 +171,8 @@ struct world {
         o.soft_cap = p.soft_cap;
         if (p.alibi)
             o.alibi_slopes = slopes;
-        if (p.sinks)
-            o.sinks = sinks;
+        if (p.sink_logits)
+            o.sink_logits = sink_logits;
         return o;
     }
     [[nodiscard]] float scale() const {
@@ -200,15 +200,15 @@ struct world {
                     std::vector<float> q(p.key_dim);
                     for (std::size_t c = 0; c < p.key_dim; ++c)
                         q[c] = static_cast<float>(static_cast<Q>(queries[(i * heads() + h) * p.key_dim + c]));
-                    rows[i * heads() + h] =
-                        expect_row(q, scale(), keys, values, seen, begin.blocks, mode,
-                                   {.soft_cap = p.soft_cap,
-                                    .alibi_slope = p.alibi ? slopes[h] : 0.0f,
-                                    .position = static_cast<double>(position_of(p, i)),
-                                    .sink = p.sinks ? std::optional(sinks[h]) : std::nullopt,
-                                    .range_starts = begin.ranges,
-                                    .first_token = first,
-                                    .last_token = last});
+                    rows[i * heads() + h] = expect_row(
+                        q, scale(), keys, values, seen, begin.blocks, mode,
+                        {.soft_cap = p.soft_cap,
+                         .alibi_slope = p.alibi ? slopes[h] : 0.0f,
+                         .position = static_cast<double>(position_of(p, i)),
+                         .sink_logit = p.sink_logits ? std::optional(sink_logits[h]) : std::nullopt,
+                         .range_starts = begin.ranges,
+                         .first_token = first,
+                         .last_token = last});
                 }
             }
         }

@@ -382,7 +382,7 @@ public:
                     starts.push_back(t);
                 row_options own = asked.options; // places count from the first token of the part
                 own.position -= static_cast<double>(list.front());
-                own.sink.reset();
+                own.sink_logit.reset();
                 parts.push_back(expect_row(query, 1.0f / std::sqrt(static_cast<float>(l.key_dim)), k, v,
                                            places, starts, kv1::precision::exact, own)
                                     .truth);
@@ -391,11 +391,11 @@ public:
                 if (!copy && per_channel(layer))
                     allow_for_channels(s, layer, kv_head, query, v, parts.back());
             }
-        if (asked.options.sink) { // a token of its own, whose value is zero
+        if (asked.options.sink_logit) { // a token of its own, whose value is zero
             bounded_row& sink = parts.emplace_back();
             sink.out.assign(l.value_dim, 0.0);
             sink.out_bound.assign(l.value_dim, 0.0);
-            sink.lse = *asked.options.sink;
+            sink.lse = *asked.options.sink_logit;
         }
         return merged(parts, l.value_dim);
     }

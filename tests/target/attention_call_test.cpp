@@ -46,14 +46,14 @@ TEST_CASE("logits are capped, biased by distance, and joined by a sink", "[atten
                 check(capped, ++seed, t);
             }
             problem biased = p, sunk = p;
-            biased.alibi = sunk.sinks = true;
+            biased.alibi = sunk.sink_logits = true;
             check(biased, ++seed, t);
             biased.mask = attention_mask::none();
             check(biased, ++seed, t);
             check(sunk, ++seed, t);
             problem all = p;
             all.soft_cap = 4.0f;
-            all.alibi = all.sinks = true;
+            all.alibi = all.sink_logits = true;
             all.window = 33;
             check(all, ++seed, t);
         }
@@ -64,10 +64,14 @@ TEST_CASE("logits are capped, biased by distance, and joined by a sink", "[atten
            .tokens = 4500,
            .page_tokens = 64,
            .alibi = true,
-           .sinks = true},
+           .sink_logits = true},
           ++seed, t);
     // a sink and no token
-    check({.tokens = 50, .queries = 2, .mask = attention_mask::causal_from(70), .window = 3, .sinks = true},
+    check({.tokens = 50,
+           .queries = 2,
+           .mask = attention_mask::causal_from(70),
+           .window = 3,
+           .sink_logits = true},
           ++seed, t);
     KV1_REQUIRE_CLEAN(t);
 }

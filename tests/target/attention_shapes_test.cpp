@@ -73,7 +73,7 @@ TEST_CASE("metadata by groups of channels are attended within bounds", "[attenti
            .window = 700,
            .soft_cap = 8.0f,
            .alibi = true,
-           .sinks = true,
+           .sink_logits = true,
            .key_group = 32,
            .value_group = 32},
           ++seed, t);
@@ -118,7 +118,7 @@ TEST_CASE("keys per channel are attended within bounds, with an open page and wi
            .window = 700,
            .soft_cap = 8.0f,
            .alibi = true,
-           .sinks = true,
+           .sink_logits = true,
            .key_axis = per_channel},
           ++seed, t);
     const std::vector<std::uint8_t> visible = {1, 0, 1, 1, 0, 1, 1, 1, 0, 1, 1, 1};

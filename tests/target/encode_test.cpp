@@ -10,7 +10,7 @@
 
 #include <kv1/detail/encode_reference.hpp>
 #include <kv1/detail/scratch_pool.hpp>
-#include <kv1/detail/vector_codec.hpp>
+#include <kv1/detail/prepared_encoding.hpp>
 #include <kv1/hadamard.hpp>
 #include <kv1/row.hpp>
 
@@ -137,7 +137,7 @@ using fitted_types = kv1_test::fitted_types<itself>;
 using fitted_types_to_4_bits = kv1_test::fitted_types<itself, 4>;
 template <class... Types>
 using joined = decltype(std::tuple_cat(Types{}...));
-// and compact formats as they are, whose ranges recipes take, too
+// and compact formats as they are, whose ranges can be chosen, too
 using chosen_levels = joined<kv1_test::fitted_types<least_squares>, kv1_test::fitted_types<clip_search>,
                              std::tuple<compact<2>, compact<3>, compact<4>, codebook2>>;
 
@@ -245,7 +245,7 @@ TEST_CASE("a codebook's codes are those of the nearest levels", "[encode]") {
         kv1::compact_metadata m{};
         REQUIRE((i % 2 == 0 ? codebook2::quantize(x, codes, m)
                             : least_squares<codebook2>::quantize(x, codes, m)));
-        const kv1::detail::affine_pair p =
+        const kv1::detail::affine_map p =
             kv1::detail::decode_metadata(kv1::kv_format::codebook2, {m.scale.bits(), 0});
         for (std::size_t c = 0; c < x.size(); ++c) {
             const auto at = [&](std::size_t code) {
@@ -324,7 +324,7 @@ TEMPLATE_LIST_TEST_CASE("every target fits the same levels and codes, bit for bi
     });
 }
 
-TEST_CASE("every target follows recipes with means, rotations and error weights, for any number of vectors",
+TEST_CASE("every target encodes alike with means, rotations and error weights, for any number of vectors",
           "[encode]") {
     using kv1::kv_format;
     generator g(36);
@@ -342,10 +342,10 @@ TEST_CASE("every target follows recipes with means, rotations and error weights,
                     variant == 2 ? kv1::level_choice::clip_search : kv1::level_choice::least_squares;
                 const bool rotated = variant != 0;
                 for (const int weights : {0, 1, 2}) { // none, common to the vectors, of some vectors
-                    const kv1::detail::encode_recipe recipe{f, levels, n, n,
-                                                            rotated ? kv1::hadamard_block(n) : 0};
+                    const kv1::detail::encoding_params params{f, levels, n, n,
+                                                              rotated ? kv1::rotation_width(n) : 0};
                     std::vector<std::vector<float>> x;
-                    std::vector<kv1::detail::encode_row> rows;
+                    std::vector<kv1::detail::vector_to_encode> rows;
                     for (std::size_t i = 0; i < 16; ++i)
                         x.push_back(kv1_test::normal_values(g, n));
                     for (std::size_t i = 0; i < 16; ++i)
@@ -356,7 +356,7 @@ TEST_CASE("every target follows recipes with means, rotations and error weights,
                     std::vector<std::uint8_t> expected(16 * stride, 0xee);
                     std::vector<kv1::detail::row_metadata> metadata(16);
                     for (std::size_t i = 0; i < 16; ++i)
-                        REQUIRE(kv1::detail::encode_reference(recipe, rows[i], expected.data() + i * stride,
+                        REQUIRE(kv1::detail::encode_reference(params, rows[i], expected.data() + i * stride,
                                                               &metadata[i])
                                     .code == kv1::errc::ok);
                     kv1_test::for_each_target([&](kv1::target) {
@@ -365,8 +365,8 @@ TEST_CASE("every target follows recipes with means, rotations and error weights,
                             std::vector<std::uint8_t> codes(16 * stride, 0xee);
                             std::vector<kv1::detail::row_metadata> found(16);
                             std::size_t failed = 0;
-                            const auto r = kv1::detail::common_kernels().encode_rows(
-                                recipe, rows.data(), count, codes.data(), stride, found.data(), failed,
+                            const auto r = kv1::detail::common_kernels().encode_vectors(
+                                params, rows.data(), count, codes.data(), stride, found.data(), failed,
                                 scratch->encoder());
                             t.expect(r.code == kv1::errc::ok, "refused");
                             for (std::size_t i = 0; i < count; ++i)
@@ -398,8 +398,8 @@ TEST_CASE("a group of channels is encoded as a vector of its own, on every targe
                 const std::size_t n = size.first, group = size.second, groups = n / group;
                 const std::vector<float> mean = kv1_test::normal_values(g, n);
                 std::vector<std::vector<float>> x, prepared;
-                std::vector<kv1::detail::encode_row> rows;
-                const kv1::detail::encode_recipe recipe{f, levels, n, group, kv1::hadamard_block(n)};
+                std::vector<kv1::detail::vector_to_encode> rows;
+                const kv1::detail::encoding_params params{f, levels, n, group, kv1::rotation_width(n)};
                 for (std::size_t i = 0; i < 5; ++i) {
                     x.push_back(kv1_test::normal_values(g, n));
                     x[i][i] *= 30.0f;
@@ -407,15 +407,15 @@ TEST_CASE("a group of channels is encoded as a vector of its own, on every targe
                 }
                 for (std::size_t i = 0; i < 5; ++i) {
                     rows.push_back({x[i].data(), mean.data(), nullptr});
-                    kv1::detail::prepare_vector(recipe, rows[i], prepared[i].data());
+                    kv1::detail::prepare_vector(params, rows[i], prepared[i].data());
                 }
                 kv1_test::for_each_target([&](kv1::target) {
                     tally t;
                     std::vector<std::uint8_t> codes(5 * n), own(group);
                     std::vector<kv1::detail::row_metadata> found(5 * groups);
                     std::size_t failed = 0;
-                    const auto r = kv1::detail::common_kernels().encode_rows(
-                        recipe, rows.data(), 5, codes.data(), n, found.data(), failed, scratch->encoder());
+                    const auto r = kv1::detail::common_kernels().encode_vectors(
+                        params, rows.data(), 5, codes.data(), n, found.data(), failed, scratch->encoder());
                     REQUIRE(r.code == kv1::errc::ok);
                     for (std::size_t i = 0; i < 5; ++i)
                         for (std::size_t k = 0; k < groups; ++k) {
@@ -485,12 +485,12 @@ TEST_CASE("error weights take cost off codes: less of it than nearest levels lea
             const std::vector<float> x = kv1_test::normal_values(g, n);
             for (const float* with :
                  {static_cast<const float*>(nullptr), static_cast<const float*>(feedback.data())}) {
-                const kv1::detail::encode_recipe recipe{kv1::kv_format::compact3,
-                                                        kv1::level_choice::least_squares, n, n, block};
+                const kv1::detail::encoding_params params{kv1::kv_format::compact3,
+                                                          kv1::level_choice::least_squares, n, n, block};
                 std::vector<std::uint8_t> codes(n);
                 kv1::detail::row_metadata stored;
                 const auto r =
-                    kv1::detail::encode_reference(recipe, {x.data(), nullptr, with}, codes.data(), &stored);
+                    kv1::detail::encode_reference(params, {x.data(), nullptr, with}, codes.data(), &stored);
                 REQUIRE(r.code == kv1::errc::ok);
                 std::vector<float> y(n);
                 for (std::size_t c = 0; c < n; ++c)

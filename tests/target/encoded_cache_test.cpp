@@ -47,7 +47,7 @@ std::vector<float> some_weights(std::size_t dim, std::uint64_t seed) {
 kv1::vector_encoding encoding(const shape& s, std::size_t dim, std::uint64_t seed) {
     kv1::vector_encoding e;
     e.levels = level_choice::least_squares;
-    e.hadamard = s.rotations ? kv1::hadamard_block(dim) : 0;
+    e.hadamard = s.rotations ? kv1::rotation_width(dim) : 0;
     if (s.means)
         e.means = some_means(dim, seed);
     if (s.weights)
@@ -171,7 +171,7 @@ TEST_CASE("attention undoes rotation and means, bit for bit, on every target, pa
         }
 }
 
-TEST_CASE("sinks, soft caps and fp16 windows see scores as they are without encodings", "[encode]") {
+TEST_CASE("sink logits, soft caps and fp16 windows see scores as they are without encodings", "[encode]") {
     // expected: softmax in double over what read() gives, with fp16 tokens where the window has them
     const tokens t = some_tokens(150, 90);
     for (const std::size_t window : {std::size_t{0}, std::size_t{40}})
@@ -184,9 +184,10 @@ TEST_CASE("sinks, soft caps and fp16 windows see scores as they are without enco
                 const auto id = cache.create_sequence();
                 append(cache, id, t.k, t.v);
                 const std::vector<float> q(t.q.end() - heads * key_dim, t.q.end());
-                const std::vector<float> sinks{0.5f, -1.0f, 2.0f, 0.0f};
+                const std::vector<float> sink_logits{0.5f, -1.0f, 2.0f, 0.0f};
                 const answer a =
-                    attend(cache, id, q, 1, {.mode = kv1::precision::exact, .soft_cap = cap, .sinks = sinks});
+                    attend(cache, id, q, 1,
+                           {.mode = kv1::precision::exact, .soft_cap = cap, .sink_logits = sink_logits});
                 for (std::size_t h = 0; h < heads; ++h) {
                     const std::size_t kv = h / 2;
                     std::vector<float> k(t.count * key_dim), v(t.count * value_dim);
@@ -199,7 +200,7 @@ TEST_CASE("sinks, soft caps and fp16 windows see scores as they are without enco
                             for (std::size_t c = 0; c < value_dim; ++c)
                                 v[i * value_dim + c] = kv1::float16(t.v[(i * kv_heads + kv) * value_dim + c]);
                         }
-                    double sum = std::exp(static_cast<double>(sinks[h]));
+                    double sum = std::exp(static_cast<double>(sink_logits[h]));
                     std::vector<double> out(value_dim);
                     double longest = 0.0;
                     for (std::size_t i = 0; i < t.count; ++i) {

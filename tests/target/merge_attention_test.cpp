@@ -41,7 +41,7 @@ TEST_CASE("ranges of a sequence join to attention over all of it", "[attention]"
     const kv1::sequence_id id = cache.create_sequence();
     kv1_test::generator g(31);
     const auto k = kv1_test::normal_values(g, tokens * dim), v = kv1_test::normal_values(g, tokens * dim),
-               q = kv1_test::normal_values(g, heads * dim), sinks = kv1_test::normal_values(g, heads);
+               q = kv1_test::normal_values(g, heads * dim), sink_logits = kv1_test::normal_values(g, heads);
     cache.append(id, 0, {k.data(), tokens, 1, dim}, {v.data(), tokens, 1, dim});
     const kv1_test::cached_side keys(cache, id, 0, kv1::kv_side::key, 0),
         values(cache, id, 0, kv1::kv_side::value, 0);
@@ -57,8 +57,8 @@ TEST_CASE("ranges of a sequence join to attention over all of it", "[attention]"
             for (const kv1::token_range range : {kv1::token_range{0, 7}, kv1::token_range{7, 7},
                                                  kv1::token_range{7, 130}, kv1::token_range{130}}) {
                 options.range = range;
-                options.sinks =
-                    with_sinks && range.first == 130 ? std::span(sinks) : std::span<const float>();
+                options.sink_logits =
+                    with_sinks && range.first == 130 ? std::span(sink_logits) : std::span<const float>();
                 results.push_back(attend(cache, id, q, options));
             }
             parts.assign(results.begin(), results.end());
@@ -66,9 +66,10 @@ TEST_CASE("ranges of a sequence join to attention over all of it", "[attention]"
             kv1::merge_attention(parts, dim, joined.out, joined.lse);
             for (std::size_t h = 0; h < heads; ++h) {
                 const kv1_test::bounded_row row =
-                    kv1_test::expect_row(std::span(q).subspan(h * dim, dim), 1.0f / std::sqrt(32.0f), keys,
-                                         values, all, starts, precision::exact,
-                                         {.sink = with_sinks ? std::optional(sinks[h]) : std::nullopt})
+                    kv1_test::expect_row(
+                        std::span(q).subspan(h * dim, dim), 1.0f / std::sqrt(32.0f), keys, values, all,
+                        starts, precision::exact,
+                        {.sink_logit = with_sinks ? std::optional(sink_logits[h]) : std::nullopt})
                         .truth;
                 // Each part keeps the whole's bounds; its weight e^(l_i - l) is off by the errors of both
                 // logarithms, and is applied in three roundings; outputs are at most `largest`.
@@ -95,7 +96,8 @@ TEST_CASE("ranges of a sequence join to attention over all of it", "[attention]"
                             kv1_test::expect_row(
                                 std::span(q).subspan(h * dim, dim), 1.0f / std::sqrt(32.0f), keys, values,
                                 std::span(all).subspan(first, last - first), starts, precision::exact,
-                                {.sink = with_sinks && i == 3 ? std::optional(sinks[h]) : std::nullopt})
+                                {.sink_logit =
+                                     with_sinks && i == 3 ? std::optional(sink_logits[h]) : std::nullopt})
                                 .truth;
                         bound += part.out_bound[c];
                     }

@@ -204,7 +204,7 @@ void use_cache(small_calls& call, const kv1::cache_description& d, const std::st
     });
     call(on("append"), [&] {
         return static_cast<bool>(
-            cache.try_append(id, 0, view(k, heads, key).rows(0, 1), view(v, heads, value).rows(0, 1)));
+            cache.try_append(id, 0, view(k, heads, key).slice(0, 1), view(v, heads, value).slice(0, 1)));
     });
     call(on("append of halves"), [&] {
         return static_cast<bool>(
@@ -225,14 +225,14 @@ void use_cache(small_calls& call, const kv1::cache_description& d, const std::st
         for (const std::size_t queries : {std::size_t{1}, most_queries})
             call(on("attend"), [&, mode, queries] {
                 return static_cast<bool>(cache.try_attend(
-                    id, 0, view(q, query_heads, key).rows(0, queries), outputs.rows(0, queries),
+                    id, 0, view(q, query_heads, key).slice(0, queries), outputs.slice(0, queries),
                     {.mode = mode, .log_sum_exp = std::span(lse).first(queries * query_heads)}));
             });
     const std::vector<float> per_head(query_heads, 0.25f);
     call(on("attend with options"), [&] {
-        return static_cast<bool>(cache.try_attend(id, 0, view(q, query_heads, key).rows(0, most_queries),
-                                                  outputs.rows(0, most_queries),
-                                                  {.window = 20, .soft_cap = 10.0f, .sinks = per_head}));
+        return static_cast<bool>(cache.try_attend(
+            id, 0, view(q, query_heads, key).slice(0, most_queries), outputs.slice(0, most_queries),
+            {.window = 20, .soft_cap = 10.0f, .sink_logits = per_head}));
     });
     call(on("attend for several"), [&] {
         return static_cast<bool>(
@@ -292,7 +292,7 @@ void use_cache(small_calls& call, const kv1::cache_description& d, const std::st
          [&] { return kv1::try_swap_out(cache, other, saved) && kv1::try_swap_in(cache, saved); });
     call(on("an exception"), [&] {
         try {
-            cache.append(id, 0, view(k, heads, key).rows(0, 2), view(v, heads, value).rows(0, 1));
+            cache.append(id, 0, view(k, heads, key).slice(0, 2), view(v, heads, value).slice(0, 1));
             return false;
         } catch (const kv1::error& e) {
             return e.code() == kv1::errc::shape_mismatch;

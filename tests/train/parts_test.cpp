@@ -50,7 +50,7 @@ TEST_CASE("The model's logits are the reference's, whatever its keys and values 
         for (const auto& [bits, text] : {std::pair{"0", "32"}, {"1", "1"}, {"1.5", "1.5"}, {"2", "2"}}) {
             const std::string name = "prompt" + std::to_string(which) + ".bits" + bits + ".logits";
             INFO(name);
-            kv1_train::kv_policy kv = kv1_train::parse_policy(text, "--kv");
+            kv1_train::training_policy kv = kv1_train::parse_policy(text, "--kv");
             kv.round_metadata = true;
             const Tensor logits = model.logits(torch::tensor(ids).unsqueeze(0), kv, torch::kFloat32);
             // as for kv1-lm: fp32 sums in another order
@@ -61,7 +61,8 @@ TEST_CASE("The model's logits are the reference's, whatever its keys and values 
 
 TEST_CASE("A policy is trained for as far as it has a gradient", "[train]") {
     using kv1::kv_format;
-    const kv1_train::kv_policy p = kv1_train::parse_policy("c3+ls+had,c2+mean/0:c2/11:c3+cs,16", "--kv");
+    const kv1_train::training_policy p =
+        kv1_train::parse_policy("c3+ls+had,c2+mean/0:c2/11:c3+cs,16", "--kv");
     REQUIRE(p.key(1).policy == kv1::vector_policy{.format = kv_format::compact3,
                                                   .levels = kv1::level_choice::least_squares,
                                                   .hadamard = true});

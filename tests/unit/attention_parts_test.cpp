@@ -113,13 +113,13 @@ void attend(generator& g, const world& w, std::size_t layer, tallies& count) {
     }
     if (one_in(g, 3))
         o.soft_cap = 0.5f + static_cast<float>(g.below(30));
-    std::vector<float> sinks, slopes;
+    std::vector<float> sink_logits, slopes;
     for (std::size_t h = 0; h < heads; ++h) {
-        sinks.push_back(static_cast<float>(g.below(64)) / 16.0f - 2.0f);
+        sink_logits.push_back(static_cast<float>(g.below(64)) / 16.0f - 2.0f);
         slopes.push_back(static_cast<float>(1 + h) / 8.0f);
     }
     if (one_in(g, 3))
-        o.sinks = sinks;
+        o.sink_logits = sink_logits;
     if (one_in(g, 3))
         o.alibi_slopes = slopes;
 
@@ -171,8 +171,8 @@ void attend(generator& g, const world& w, std::size_t layer, tallies& count) {
         for (std::size_t h = 0; h < heads; ++h) {
             const std::size_t row = i * heads + h;
             request.options.alibi_slope = o.alibi_slopes.empty() ? 0.0f : slopes[h];
-            if (!o.sinks.empty())
-                request.options.sink = sinks[h];
+            if (!o.sink_logits.empty())
+                request.options.sink_logit = sink_logits[h];
             const bounded_row want =
                 w.rules.attend(w.model, layer, h / (heads / kv_heads),
                                std::span(q).subspan(row * l.key_dim, l.key_dim), last, request);

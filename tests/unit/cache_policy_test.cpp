@@ -262,7 +262,7 @@ TEST_CASE("presets are caches of well-known models, of the bytes that are docume
                 CHECK(d.layers[l].value_format == p.common.value.format);
                 CHECK(d.layers[l].key_encoding.levels == p.common.key.levels);
                 CHECK(d.layers[l].key_encoding.hadamard ==
-                      (p.common.key.hadamard ? kv1::hadamard_block(d.layers[l].key_dim) : 0));
+                      (p.common.key.hadamard ? kv1::rotation_width(d.layers[l].key_dim) : 0));
                 CHECK((d.layers[l].key_encoding.means == m->means) == p.common.key.means);
                 CHECK((d.layers[l].value_encoding.error_weights == m->weights) ==
                       p.common.value.error_weights);

@@ -185,7 +185,7 @@ TEST_CASE("With rounded metadata training sees what a cache gives back, whatever
                             const std::vector<float> means = kv1_test::normal_values(g, n);
                             options o{.levels = levels, .hadamard = hadamard};
                             kv1::vector_encoding e{.levels = levels};
-                            e.hadamard = hadamard ? kv1::hadamard_block(n) : 0;
+                            e.hadamard = hadamard ? kv1::rotation_width(n) : 0;
                             if (centred) {
                                 o.centre = means;
                                 e.means = means;

@@ -75,15 +75,15 @@ TEST_CASE("A number that is no format is refused, and taken for none", "[format]
     CHECK(kv1::try_fake_quantize(none, 8, x, x).code() == kv1::errc::unsupported_format);
 }
 
-TEST_CASE("A recipe for a format without a choice of levels is refused", "[format]") {
+TEST_CASE("Encoding parameters for a format without a choice of levels are refused", "[format]") {
     std::array<float, 32> x{};
     std::array<std::uint8_t, 32> codes{};
     kv1::detail::row_metadata metadata;
     for (const kv1::kv_format f : kv1::all_kv_formats) {
         INFO(to_string(f));
-        const kv1::detail::encode_recipe recipe{f, kv1::level_choice::least_squares, 32, 32, 0};
+        const kv1::detail::encoding_params params{f, kv1::level_choice::least_squares, 32, 32, 0};
         const auto code =
-            kv1::detail::encode_reference(recipe, {x.data(), nullptr, nullptr}, codes.data(), &metadata).code;
+            kv1::detail::encode_reference(params, {x.data(), nullptr, nullptr}, codes.data(), &metadata).code;
         CHECK(code == (kv1::info_of(f).fits_levels ? kv1::errc::ok : kv1::errc::unsupported_format));
     }
 }

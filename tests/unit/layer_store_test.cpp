@@ -47,19 +47,19 @@ struct engine_layer {
         : shape(l), memory(blocks * l.kv_heads * kv1::layout_of(l, page).bytes()),
           body{kv1::layout_of(l, page), 0, l.kv_heads, 0, l.kv_heads * kv1::layout_of(l, page).bytes(),
                detail::arena(memory)} {
-        REQUIRE(codecs.make(page, kernels));
+        REQUIRE(encodings.make(page, kernels));
         REQUIRE(body.allocate(body.arena, blocks, false));
         for (std::uint32_t b = 0; b < blocks; ++b)
             body.clear(b);
     }
     [[nodiscard]] detail::layer_store store() const {
-        return {codecs, kernels, body, nullptr, nullptr, scratches};
+        return {encodings, kernels, body, nullptr, nullptr, scratches};
     }
 
     kv1::layer_description shape;
     lent_memory memory;
     detail::kernel_set kernels = detail::kernel_set::of<kv1::all_formats>();
-    detail::layer_codecs codecs{shape};
+    detail::layer_encodings encodings{shape};
     mutable detail::scratch_pool scratches;
     detail::plane body;
 };
@@ -240,10 +240,10 @@ TEST_CASE("slots are moved as they are stored, blocks copied and cleared", "[slo
 TEST_CASE("a layer that no cache can have is refused without one", "[slots]") {
     const detail::kernel_set kernels = detail::kernel_set::of<kv1::all_formats>();
     kv1::layer_description l{kv_heads, 64, 64};
-    REQUIRE(detail::layer_codecs{l}.make(page, kernels));
-    REQUIRE(detail::layer_codecs{l}.make(page, kernels.only(0)).code() == kv1::errc::unsupported_format);
+    REQUIRE(detail::layer_encodings{l}.make(page, kernels));
+    REQUIRE(detail::layer_encodings{l}.make(page, kernels.only(0)).code() == kv1::errc::unsupported_format);
     l.key_encoding.means.assign(3, 0.0f);
-    REQUIRE(detail::layer_codecs{l}.make(page, kernels).code() == kv1::errc::shape_mismatch);
+    REQUIRE(detail::layer_encodings{l}.make(page, kernels).code() == kv1::errc::shape_mismatch);
     l = {kv_heads, 0, 64};
-    REQUIRE(detail::layer_codecs{l}.make(page, kernels).code() == kv1::errc::invalid_argument);
+    REQUIRE(detail::layer_encodings{l}.make(page, kernels).code() == kv1::errc::invalid_argument);
 }

@@ -65,7 +65,7 @@ TEST_CASE("every field of every token and channel has bits of its own inside its
     for_each_section([&](const section_layout& s, const page_layout&) {
         std::vector<std::uint32_t> used(s.bytes() / 4, 0);
         bool inside = true, apart = true;
-        for (int p = 0; p < s.traits().part_count(); ++p) {
+        for (int p = 0; p < s.traits().slice_count(); ++p) {
             const std::uint32_t mask = kv1::detail::field_mask(s.traits().field_bits(p));
             for (std::size_t token = 0; token < s.tokens; ++token)
                 for (std::size_t c = 0; c < s.channels; ++c) {
@@ -338,7 +338,7 @@ TEST_CASE("a 3-bit section is a 2-bit and a 1-bit part in lines of their own", "
                 const page_layout layout(kv_format::affine3, d, kv_format::affine3, d, tokens);
                 const section_layout& s = keys ? layout.keys() : layout.values();
                 const std::size_t along = ((keys ? d : tokens) + 31) / 32 * 32;
-                t.expect(s.part_lines(0) == along / 16 && s.part_lines(1) == along / 32, describe(s));
+                t.expect(s.slice_lines(0) == along / 16 && s.slice_lines(1) == along / 32, describe(s));
                 for (std::size_t token = 0; token < tokens; ++token)
                     for (std::size_t c = 0; c < d; ++c) {
                         const std::size_t across = keys ? token : c, n = keys ? c : token;

@@ -21,7 +21,7 @@ std::vector<std::size_t> task_tokens(std::size_t rows, std::size_t kv_heads, std
                                      std::size_t last) {
     const detail::attention_split s = detail::split_attention(layout, rows, kv_heads, first, last);
     std::vector<std::size_t> tasks;
-    for (std::size_t i = 0; i < kv_heads * s.row_blocks; ++i)
+    for (std::size_t i = 0; i < kv_heads * s.row_splits; ++i)
         for (std::size_t r = 0; r < s.ranges; ++r) {
             const std::size_t begin = s.first_token + r * s.range_tokens;
             tasks.push_back(std::min(last, begin + s.range_tokens) - begin);

@@ -245,12 +245,12 @@ TEST_CASE("room for values in keys holds a block of every layer that is allowed"
                 if (group != 0 && (dim % group != 0 || kv1::detail::traits_of(f).code_bits < 2))
                     continue;
                 const auto layout = kv1::page_layout::with_values_in_keys(f, dim, dim, 64, group);
-                const std::size_t most = kv1::detail::longest_block(layout);
+                const std::size_t most = kv1::detail::longest_chunk(layout);
                 if (most == 0)
                     continue;
-                const kv1::section_layout turned = kv1::detail::turned_values(layout);
-                REQUIRE(turned.tokens >= most);
-                REQUIRE(kv1::detail::turned_bytes(turned) <= kv1::detail::turned_room);
+                const kv1::section_layout transposed = kv1::detail::transposed_values(layout);
+                REQUIRE(transposed.tokens >= most);
+                REQUIRE(kv1::detail::transposed_bytes(transposed) <= kv1::detail::transposed_room);
                 REQUIRE(most % kv1::detail::granule_of(layout) == 0);
             }
 }

@@ -57,7 +57,7 @@ typedef struct kv1_attention {
     const kv1_mask* masks;     /**< kv1_attend_batch: null, or one a sequence, instead of mask */
     const kv1_range* range;    /**< null: all tokens; else only these are attended to (kv1_merge_attention) */
     const float* alibi_slopes; /**< null, or one a query head */
-    const float* sinks;        /**< null, or one a query head: logits without a value (gpt-oss) */
+    const float* sink_logits;  /**< null, or one a query head: logits without a value (gpt-oss) */
     /** Null, or receives [tokens][heads] natural logarithms of the softmax denominators. */
     float* log_sum_exp;
 } kv1_attention;

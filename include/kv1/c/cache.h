@@ -68,7 +68,7 @@ static inline void kv1_encoding_init(kv1_encoding* encoding) {
 }
 
 /** The widest block of the Hadamard transform for vectors of so many channels. */
-KV1_C_API size_t kv1_hadamard_block(size_t channels);
+KV1_C_API size_t kv1_rotation_width(size_t channels);
 
 /** A cache of one or more layers and any number of sequences. */
 typedef struct kv1_cache kv1_cache;

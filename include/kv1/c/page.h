@@ -59,8 +59,8 @@ typedef struct kv1_section {
     size_t offset;         /**< of the lines */
     size_t units;          /**< tiles of keys, channel groups of values */
     size_t unit_lines;     /**< lines of 64 bytes of a unit */
-    size_t part_lines[2];  /**< of the code's parts in a unit */
-    size_t second_part;    /**< lines from the first of part 0 to the first of part 1 */
+    size_t slice_lines[2]; /**< of the code's bit slices in a unit */
+    size_t second_slice;   /**< lines from the first of slice 0 to the first of slice 1 */
     size_t scale_offset;   /**< of the fp16 scales */
     size_t minimum_offset; /**< of the fp16 minima */
 } kv1_section;

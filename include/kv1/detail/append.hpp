@@ -8,7 +8,7 @@
 #include <kv1/detail/encode_reference.hpp>
 #include <kv1/detail/kernels/interface.hpp>
 #include <kv1/detail/scratch_pool.hpp>
-#include <kv1/detail/vector_codec.hpp>
+#include <kv1/detail/prepared_encoding.hpp>
 #include <kv1/executor.hpp>
 #include <kv1/quantizer.hpp>
 #include <kv1/tensor.hpp>
@@ -31,8 +31,8 @@ struct append_job {
     scratch_pool* scratches = nullptr; // of the cache; affine2_batch needs none
     bool through_fp16 = false;         // vectors are rounded to fp16 before they are quantized
     // the encodings of the body; null for fp16 copies
-    const vector_codec* key_codec = nullptr;
-    const vector_codec* value_codec = nullptr;
+    const prepared_encoding* key_encoding = nullptr;
+    const prepared_encoding* value_encoding = nullptr;
     // With keys per channel: the block for fp16 keys of the page that the first token continues, and the
     // block for the pages after it, which use it one after the other. Both point to KV head 0's page.
     const page_layout* open_layout = nullptr;
@@ -45,15 +45,15 @@ struct append_job {
     [[nodiscard]] std::size_t slot(std::size_t i) const noexcept {
         return slots != nullptr ? slots[i] : first_token + i;
     }
-    [[nodiscard]] const vector_codec* codec(const section_layout& s) const noexcept {
-        return s.keys ? key_codec : value_codec;
+    [[nodiscard]] const prepared_encoding* encoding(const section_layout& s) const noexcept {
+        return s.keys ? key_encoding : value_encoding;
     }
     // Whether append_affine2() can do it: 2-bit codes, one scale a vector, min/max levels, no rotation or
     // means
     [[nodiscard]] bool takes_tiles(const section_layout& s) const noexcept {
-        const vector_codec* c = codec(s);
+        const prepared_encoding* c = encoding(s);
         return s.format == kv_format::affine2 && s.groups() == 1 && s.axis == quantization_axis::per_token &&
-               (c == nullptr || !(c->by_recipe || c->prepares()));
+               (c == nullptr || !(c->chooses_levels || c->prepares()));
     }
 };
 
@@ -120,7 +120,7 @@ inline encode_result insert_vector(const target_kernels& kernels, const section_
         encoded = kernels.encode_scaled_binary(x, s.channels, codes);
         break;
     case metadata_kind::compact:
-        return {errc::unsupported_format, "compact formats are encoded by recipe", no_channel, {}};
+        return {errc::unsupported_format, "compact formats need a choice of levels", no_channel, {}};
     case metadata_kind::none:
         encoded = kernels.encode_binary(x, s.channels, codes);
         break;
@@ -155,7 +155,7 @@ inline const float* row_of(const append_job& job, const tensor_view& source, std
     job.kernels->load_floats(source.type(), x, source.channels(), converted);
     if (job.through_fp16 && source.type() != scalar_type::fp16) {
         // gives no infinity: the fp16 copy was stored before, which refuses what does not fit
-        std::uint16_t halves[max_head_dim];
+        std::uint16_t halves[max_vector_length];
         job.kernels->store_floats(scalar_type::fp16, converted, source.channels(), halves);
         job.kernels->load_floats(scalar_type::fp16, halves, source.channels(), converted);
     }
@@ -170,7 +170,7 @@ public:
     status add(const section_layout& s, std::size_t head, std::size_t i) noexcept {
         const tensor_view& source = s.keys ? job_.keys : job_.values;
         const bool converts = source.type() != scalar_type::fp32 || job_.through_fp16;
-        if (count_ == tile_tokens || (converts && used_ + s.channels > max_head_dim))
+        if (count_ == tile_tokens || (converts && used_ + s.channels > max_vector_length))
             if (const status flushed = flush(); !flushed)
                 return flushed;
         const float* x = row_of(job_, source, i, head, converted_ + used_);
@@ -195,18 +195,18 @@ public:
 
 private:
     const append_job& job_;
-    append_row rows_[tile_tokens];
+    vector_to_append rows_[tile_tokens];
     std::size_t heads_[tile_tokens], tokens_[tile_tokens];
     std::size_t count_ = 0, used_ = 0;
-    alignas(64) float converted_[max_head_dim];
+    alignas(64) float converted_[max_vector_length];
 };
 
-// Gathers vectors into batches for encode_rows.
-class recipe_batch {
+// Gathers vectors into batches for encode_vectors.
+class encoded_batch {
 public:
-    recipe_batch(const append_job& job, const section_layout& s, append_scratch& scratch) noexcept
-        : job_(job), section_(s), codec_(*job.codec(s)), scratch_(scratch), stride_(round_up(s.channels, 32)),
-          most_((std::min)(tile_tokens, max_head_dim / stride_)) {
+    encoded_batch(const append_job& job, const section_layout& s, append_scratch& scratch) noexcept
+        : job_(job), section_(s), encoding_(*job.encoding(s)), scratch_(scratch),
+          stride_(round_up(s.channels, 32)), most_((std::min)(tile_tokens, max_vector_length / stride_)) {
         if (stride_ != s.channels)
             std::memset(scratch.codes, 0, most_ * stride_); // the encoder does not write past the channels
     }
@@ -217,7 +217,7 @@ public:
                 return flushed;
         const tensor_view& source = section_.keys ? job_.keys : job_.values;
         rows_[count_] =
-            codec_.row(row_of(job_, source, i, head, scratch_.converted + count_ * stride_), head);
+            encoding_.input(row_of(job_, source, i, head, scratch_.converted + count_ * stride_), head);
         heads_[count_] = head;
         tokens_[count_++] = i;
         return {};
@@ -230,8 +230,8 @@ public:
             return {};
         std::size_t failed = 0;
         const encode_result r =
-            job_.kernels->encode_rows(codec_.recipe, rows_, count, scratch_.codes, stride_, scratch_.metadata,
-                                      failed, scratch_.encoder());
+            job_.kernels->encode_vectors(encoding_.params, rows_, count, scratch_.codes, stride_,
+                                         scratch_.metadata, failed, scratch_.encoder());
         if (r.code != errc::ok)
             return append_error(r, heads_[failed], tokens_[failed]);
         const std::size_t page_tokens = job_.layout->page_tokens(), groups = section_.groups();
@@ -248,10 +248,10 @@ public:
 private:
     const append_job& job_;
     const section_layout& section_;
-    const vector_codec& codec_;
+    const prepared_encoding& encoding_;
     append_scratch& scratch_;
     std::size_t stride_, most_; // bytes from one vector's codes to the next; vectors of a batch
-    encode_row rows_[tile_tokens];
+    vector_to_encode rows_[tile_tokens];
     std::size_t heads_[tile_tokens], tokens_[tile_tokens];
     std::size_t count_ = 0;
 };
@@ -261,13 +261,13 @@ private:
 inline status append_channel_keys(const append_job& job, std::size_t head, append_scratch& scratch) noexcept {
     const section_layout& s = job.layout->keys();
     const section_layout& open = job.open_layout->keys();
-    const vector_codec& codec = *job.key_codec;
+    const prepared_encoding& encoding = *job.key_encoding;
     for (std::size_t i = 0; i < job.keys.tokens(); ++i) {
         const float* x = row_of(job, job.keys, i, head, scratch.converted);
-        if (codec.prepares()) {
+        if (encoding.prepares()) {
             if (const std::size_t bad = first_non_finite({x, s.channels}); bad != s.channels)
                 return append_error({errc::non_finite, rule_finite, bad, {}}, head, i);
-            prepare_vector(codec.recipe, codec.row(x, head), scratch.prepared);
+            prepare_vector(encoding.params, encoding.input(x, head), scratch.prepared);
             x = scratch.prepared;
         }
         const std::size_t token = job.first_token + i, index = token / s.tokens, slot = token % s.tokens;
@@ -275,10 +275,10 @@ inline status append_channel_keys(const append_job& job, std::size_t head, appen
         std::byte* page = const_cast<std::byte*>(begun ? job.open_before : job.open_after) +
                           head * job.open_layout->bytes();
         encode_result r = insert_plain(*job.kernels, open, page, slot, x, scratch.halves);
-        if (codec.recipe.hadamard != 0)
+        if (encoding.params.hadamard != 0)
             r.channel = no_channel; // each rotated channel is a mix of many
         if (r.code == errc::ok && slot + 1 == s.tokens)
-            r = seal_keys(*job.kernels, codec, head, s, page_of(job, head, index), open, page, scratch);
+            r = seal_keys(*job.kernels, encoding, head, s, page_of(job, head, index), open, page, scratch);
         if (r.code != errc::ok)
             return append_error(r, head, i);
     }
@@ -303,11 +303,11 @@ inline status append_tiles(const append_job& job, const section_layout& s, std::
 inline status append_section(const append_job& job, const section_layout& s, std::size_t head,
                              append_scratch& scratch) noexcept {
     const tensor_view& source = s.keys ? job.keys : job.values;
-    const vector_codec* codec = job.codec(s);
+    const prepared_encoding* encoding = job.encoding(s);
     if (s.axis == quantization_axis::per_channel)
         return append_channel_keys(job, head, scratch);
-    if (codec != nullptr && codec->by_recipe) {
-        recipe_batch batch(job, s, scratch);
+    if (encoding != nullptr && encoding->chooses_levels) {
+        encoded_batch batch(job, s, scratch);
         for (std::size_t i = 0; i < source.tokens(); ++i)
             if (const status added = batch.add(head, i); !added)
                 return added;
@@ -319,10 +319,10 @@ inline status append_section(const append_job& job, const section_layout& s, std
     for (std::size_t i = 0; i < source.tokens(); ++i) {
         const float* x = row_of(job, source, i, head, scratch.converted);
         const std::size_t token = job.slot(i);
-        if (codec != nullptr && codec->prepares()) {
+        if (encoding != nullptr && encoding->prepares()) {
             if (const std::size_t bad = first_non_finite({x, s.channels}); bad != s.channels)
                 return append_error({errc::non_finite, rule_finite, bad, {}}, head, i);
-            prepare_vector(codec->recipe, codec->row(x, head), scratch.prepared);
+            prepare_vector(encoding->params, encoding->input(x, head), scratch.prepared);
             x = scratch.prepared;
         }
         const encode_result r = insert_vector(*job.kernels, s, page_of(job, head, token / s.tokens),
@@ -353,8 +353,8 @@ inline status append_heads(const append_job& job, std::size_t kv_heads, executor
     const section_layout& values = job.layout->values();
     const bool per_channel = keys.axis == quantization_axis::per_channel;
     const bool keys_alone = job.layout->values_in_keys();
-    const auto recipe = [&](const section_layout& s) {
-        return job.codec(s) != nullptr && job.codec(s)->by_recipe;
+    const auto chooses_levels = [&](const section_layout& s) {
+        return job.encoding(s) != nullptr && job.encoding(s)->chooses_levels;
     };
     // One token of decoding is less work than waking a thread, and all heads fit one batch: a single task.
     if (job.keys.tokens() == 1 && per_channel) {
@@ -366,7 +366,7 @@ inline status append_heads(const append_job& job, std::size_t kv_heads, executor
         run(1, task_view(all));
         return s;
     }
-    if (job.keys.tokens() == 1 && recipe(keys) && recipe(values)) {
+    if (job.keys.tokens() == 1 && chooses_levels(keys) && chooses_levels(values)) {
         status s;
         auto all = [&](std::size_t) {
             const scratch_lease lease(*job.scratches);
@@ -377,7 +377,7 @@ inline status append_heads(const append_job& job, std::size_t kv_heads, executor
             for (const section_layout* each : {&keys, &values}) {
                 if (keys_alone && each == &values)
                     continue;
-                recipe_batch batch(job, *each, lease.as<append_scratch>());
+                encoded_batch batch(job, *each, lease.as<append_scratch>());
                 for (std::size_t head = 0; s && head < kv_heads; ++head)
                     s = batch.add(head, 0);
                 if (s)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Writes the new tokens of one layer of a sequence into slots that open_layer() has made ready for them.
+// Writes the new tokens of one layer of a sequence into slots that begin_append() has made ready for them.
 #pragma once
 
 #include <kv1/detail/cache_state.hpp>
@@ -15,7 +15,7 @@ namespace kv1::inline KV1_ABI::detail {
 
 class sequence_append {
 public:
-    // Preconditions: the layer exists; open_layer() was called for as many tokens.
+    // Preconditions: the layer exists; begin_append() was called for as many tokens.
     sequence_append(const cache_state& cache, const sequence_state& q, std::size_t layer,
                     const tensor_view& keys, const tensor_view& values) noexcept
         : store_(cache.store_of(layer)), keys_(keys), values_(values) {

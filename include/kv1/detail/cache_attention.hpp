@@ -90,8 +90,8 @@ private:
                                                           static_cast<std::ptrdiff_t>(queries);
             step_ = mask.is_causal() ? 1 : 0;
             base_ = mask.is_causal() ? static_cast<std::size_t>(first_position_ + 1) : length_;
-            in_step_ = sliding_ == 0 ||
-                       (visible_.empty() && place_after(queries - 1) <= static_cast<std::ptrdiff_t>(length_));
+            in_step_ = sliding_ == 0 || (visible_.empty() &&
+                                         end_position(queries - 1) <= static_cast<std::ptrdiff_t>(length_));
         }
 
         [[nodiscard]] std::size_t base() const noexcept { return base_; }
@@ -111,7 +111,7 @@ private:
         [[nodiscard]] std::size_t fixed_lower() const noexcept { return (std::min)(length_, range_.first); }
         [[nodiscard]] std::size_t lower(std::size_t i) const noexcept {
             const std::ptrdiff_t asked =
-                asked_ == 0 ? 0 : place_after(i) - static_cast<std::ptrdiff_t>(asked_);
+                asked_ == 0 ? 0 : end_position(i) - static_cast<std::ptrdiff_t>(asked_);
             return (std::max)({fixed_lower(), sliding_ == 0 ? 0 : back(i, sliding_),
                                asked > 0 ? static_cast<std::size_t>(asked) : 0});
         }
@@ -141,13 +141,13 @@ private:
             return window < (std::numeric_limits<std::size_t>::max)() / 4 ? window : 0;
         }
         // One past query i's position.
-        [[nodiscard]] std::ptrdiff_t place_after(std::size_t i) const noexcept {
+        [[nodiscard]] std::ptrdiff_t end_position(std::size_t i) const noexcept {
             return first_position_ + static_cast<std::ptrdiff_t>(i) + 1;
         }
         // The number of cached tokens up to query i's position, its own included.
         [[nodiscard]] std::size_t own(std::size_t i) const noexcept {
             return static_cast<std::size_t>(
-                std::clamp(place_after(i), std::ptrdiff_t{0}, static_cast<std::ptrdiff_t>(length_)));
+                std::clamp(end_position(i), std::ptrdiff_t{0}, static_cast<std::ptrdiff_t>(length_)));
         }
 
         std::size_t length_;
@@ -194,7 +194,7 @@ private:
             return {errc::shape_mismatch, "one log-sum-exp per query row", where};
         if (!(options_.soft_cap >= 0.0f) || !is_finite(options_.soft_cap))
             return {errc::invalid_argument, "the soft cap is finite and not negative", where};
-        for (const std::span<const float> per_head : {options_.alibi_slopes, options_.sinks}) {
+        for (const std::span<const float> per_head : {options_.alibi_slopes, options_.sink_logits}) {
             if (!per_head.empty() && per_head.size() != queries.heads())
                 return {errc::shape_mismatch, "one slope, and one sink logit, per query head", where};
             if (!std::all_of(per_head.begin(), per_head.end(), [](float x) { return is_finite(x); }))
@@ -259,8 +259,8 @@ private:
                 return count.reason();
             row_results& total = attend.total();
             for (std::size_t r = 0; r < *count * heads; ++r) {
-                if (!options_.sinks.empty())
-                    total.add_sink(r, channels, options_.sinks[r % heads]);
+                if (!options_.sink_logits.empty())
+                    total.add_sink_logit(r, channels, options_.sink_logits[r % heads]);
                 parts[quantized].job.target->store_outputs(outputs.type(),
                                                            total.outputs.data() + r * channels, channels,
                                                            outputs.at(i + r / heads, r % heads));

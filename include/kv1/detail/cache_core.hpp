@@ -162,10 +162,10 @@ public:
             return s;
         if (keys.tokens() == 0)
             return {};
-        if (const status s = state_.open_layer(*q, layer, keys.tokens()); !s)
+        if (const status s = state_.begin_append(*q, layer, keys.tokens()); !s)
             return s;
         const status s = append_of(id, layer, keys, values)(run);
-        state_.close_layer(*q, layer, keys.tokens(), static_cast<bool>(s));
+        state_.end_append(*q, layer, keys.tokens(), static_cast<bool>(s));
         // on failure what was written lies past the sequence's length, where nobody reads it
         return s ? s : placed(s, layer);
     }
@@ -183,7 +183,7 @@ public:
         status s;
         for (; s && opened < ids.size(); opened += s ? 1 : 0)
             if (tokens_of(opened) != 0)
-                s = state_.open_layer(*state_.find(ids[opened]), layer, tokens_of(opened));
+                s = state_.begin_append(*state_.find(ids[opened]), layer, tokens_of(opened));
         if (!s)
             s = at_row(s, indptr[opened]);
         const plane& body = state_.body_of(layer);
@@ -213,7 +213,7 @@ public:
         }
         for (std::size_t i = 0; i < opened; ++i)
             if (tokens_of(i) != 0)
-                state_.close_layer(*state_.find(ids[i]), layer, tokens_of(i), static_cast<bool>(s));
+                state_.end_append(*state_.find(ids[i]), layer, tokens_of(i), static_cast<bool>(s));
         return s ? s : placed(s, layer);
     }
 
@@ -244,7 +244,7 @@ public:
                 return placed(s, layer);
         if (tokens == 0)
             return {};
-        if (const status s = state_.open_layer(*q, layer, tokens); !s)
+        if (const status s = state_.begin_append(*q, layer, tokens); !s)
             return s;
         const layer_store store = state_.store_of(layer);
         for (std::size_t i = 0; i < rows; ++i) {
@@ -254,7 +254,7 @@ public:
             if (!keys_alone)
                 store.write_row(kv_side::value, to, i % body.kv_heads, values, i);
         }
-        state_.close_layer(*q, layer, tokens, true);
+        state_.end_append(*q, layer, tokens, true);
         return {};
     }
 
@@ -298,7 +298,7 @@ public:
             if (!own.log_sum_exp.empty())
                 own.log_sum_exp = own.log_sum_exp.subspan(first * queries.heads(), count * queries.heads());
             const status s = sequence_attention(state_, *state_.find(ids[i]), layer, own)(
-                queries.rows(first, count), outputs.rows(first, count), with);
+                queries.slice(first, count), outputs.slice(first, count), with);
             return s ? s : at_row(s, first);
         };
         const auto is_long = [&](std::size_t i) { // worth splitting further
@@ -478,7 +478,7 @@ private:
 
     [[nodiscard]] cache_inspection inspection() const noexcept { return cache_inspection(state_); }
 
-    // Precondition: the sequence lives, and open_layer() has made room for these tokens.
+    // Precondition: the sequence lives, and begin_append() has made room for these tokens.
     [[nodiscard]] sequence_append append_of(sequence_id id, std::size_t layer, const tensor_view& keys,
                                             const tensor_view& values) const noexcept {
         return {state_, *state_.find(id), layer, keys, values};
@@ -561,7 +561,7 @@ private:
     }
     static tensor_view batch_rows(const tensor_view& all, std::span<const std::size_t> indptr,
                                   std::size_t i) noexcept {
-        return all.rows(indptr[i], indptr[i + 1] - indptr[i]);
+        return all.slice(indptr[i], indptr[i + 1] - indptr[i]);
     }
 
     [[nodiscard]] status check_rows(sequence_id id, std::size_t layer, std::size_t kv_head, std::size_t first,

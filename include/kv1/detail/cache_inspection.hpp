@@ -24,7 +24,7 @@ public:
     [[nodiscard]] cache_statistics statistics() const noexcept {
         cache_statistics s = empty_statistics();
         cache_.sequences.for_each([&](sequence_id, const sequence_state& q) { add_tokens(s, q); });
-        for (const page_group& g : cache_.groups()) {
+        for (const block_group& g : cache_.groups()) {
             s.pages_in_use += g.pool.in_use();
             s.bytes_in_use += g.pool.in_use() * g.block_bytes;
             s.bytes_shared += g.pool.shared() * g.block_bytes;
@@ -38,7 +38,7 @@ public:
         cache_statistics s = empty_statistics();
         add_tokens(s, q);
         for (std::size_t i = 0; i < cache_.groups().size(); ++i) {
-            const page_group& g = cache_.groups()[i];
+            const block_group& g = cache_.groups()[i];
             const auto blocks = q.pages[i].table.blocks();
             s.pages_in_use += blocks.size();
             s.bytes_in_use += blocks.size() * g.block_bytes;
@@ -51,7 +51,7 @@ public:
     }
     [[nodiscard]] std::size_t available_pages() const noexcept {
         std::size_t least = (std::numeric_limits<std::size_t>::max)();
-        for (const page_group& g : cache_.groups())
+        for (const block_group& g : cache_.groups())
             least = (std::min)(least, g.pool.available());
         return least;
     }
@@ -109,7 +109,7 @@ private:
     [[nodiscard]] cache_statistics empty_statistics() const noexcept {
         cache_statistics s;
         s.layers = cache_.layers();
-        for (const page_group& g : cache_.groups()) {
+        for (const block_group& g : cache_.groups()) {
             s.pages_total += g.pool.capacity();
             s.bytes_reserved += g.pool.capacity() * g.block_bytes;
         }

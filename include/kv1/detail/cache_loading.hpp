@@ -226,9 +226,9 @@ private:
                 if (axis != saved_axis(half->axis))
                     return differs("keys quantized along another axis", i);
             }
-            for (const vector_codec* c : {&cache_.planes_of(i).keys, &cache_.planes_of(i).values}) {
+            for (const prepared_encoding* c : {&cache_.planes_of(i).keys, &cache_.planes_of(i).values}) {
                 const auto hadamard = r.number<std::uint32_t>(), means = r.number<std::uint32_t>();
-                if (hadamard != c->recipe.hadamard || means != c->means_checksum())
+                if (hadamard != c->params.hadamard || means != c->means_checksum())
                     return differs("another rotation, or other means", i);
             }
             const auto key_group = r.number<std::uint32_t>(), value_group = r.number<std::uint32_t>();
@@ -267,8 +267,8 @@ private:
         for (std::uint32_t i = 0; i < sizes_.sequences; ++i) {
             const auto length = r.number<std::uint64_t>(), base = r.number<std::uint64_t>(),
                        committed = r.number<std::uint64_t>(), fp16_from = r.number<std::uint64_t>();
-            if (r.failed() || length > most_tokens || (committed > length && committed != saved_never) ||
-                fp16_from > length)
+            if (r.failed() || length > max_sequence_tokens ||
+                (committed > length && committed != saved_never) || fp16_from > length)
                 return wrong();
             if (base != 0)
                 return {errc::unsupported_version, "positions that begin elsewhere than at zero"};

@@ -155,8 +155,8 @@ private:
                        w.number(static_cast<std::uint8_t>(t.code_bits != 0 ? t.code_bits : t.plain_bits)) &&
                        w.number(saved_axis(half->axis)) && w.number(static_cast<std::uint8_t>(t.metadata));
             }
-            for (const vector_codec* c : {&cache_.planes_of(i).keys, &cache_.planes_of(i).values})
-                fine = fine && w.number(u32(c->recipe.hadamard)) && w.number(c->means_checksum());
+            for (const prepared_encoding* c : {&cache_.planes_of(i).keys, &cache_.planes_of(i).values})
+                fine = fine && w.number(u32(c->params.hadamard)) && w.number(c->means_checksum());
             fine = fine && w.number(u32(layout.keys().group_channels)) &&
                    w.number(u32(layout.values().group_channels)) &&
                    w.number(u32(layout.values_in_keys() ? 1 : 0));

@@ -7,8 +7,8 @@
 // bodies of layers with one, keys of open pages, fp16 copies. All of them count pages alike: with 64 tokens a
 // page, page 2 means positions 128-191 in each.
 //
-// An append has three steps. open_layer() makes the pages of the new tokens the sequence's own: it takes new
-// blocks, and copies the blocks that others share. sequence_append writes the vectors. close_layer() keeps
+// An append has three steps. begin_append() makes the pages of the new tokens the sequence's own: it takes new
+// blocks, and copies the blocks that others share. sequence_append writes the vectors. end_append() keeps
 // the tokens, or undoes the first step.
 #pragma once
 
@@ -52,7 +52,7 @@ inline status placed(const status& s, std::size_t layer) noexcept {
     return {s.code(), s.rule(), where};
 }
 
-inline constexpr std::size_t most_tokens = std::size_t{1} << 35; // page numbers fit 32 bits
+inline constexpr std::size_t max_sequence_tokens = std::size_t{1} << 35; // page numbers fit 32 bits
 
 // Cannot be moved, since it holds locks: a cache keeps it behind a pointer.
 class cache_state {
@@ -73,7 +73,7 @@ public:
         if (!scratches.begin())
             return no_memory();
         buffer<page_pool*> pools;
-        for (page_group& g : storage.groups())
+        for (block_group& g : storage.groups())
             if (!pools.try_push_back(&g.pool))
                 return no_memory();
         return index.initialize(page_tokens(), pools.view(), storage.description().prefix_events);
@@ -83,7 +83,7 @@ public:
     [[nodiscard]] sequence_state* find(sequence_id id) noexcept { return sequences.find(id); }
     [[nodiscard]] std::size_t layers() const noexcept { return storage.layers().size(); }
     [[nodiscard]] std::size_t page_tokens() const noexcept { return storage.page_tokens(); }
-    [[nodiscard]] std::span<const page_group> groups() const noexcept { return storage.groups(); }
+    [[nodiscard]] std::span<const block_group> groups() const noexcept { return storage.groups(); }
     [[nodiscard]] page_pool& pool(std::size_t group) noexcept { return storage.groups()[group].pool; }
     [[nodiscard]] const page_pool& pool(std::size_t group) const noexcept {
         return storage.groups()[group].pool;
@@ -455,14 +455,15 @@ public:
     }
 
     // Makes the pages of tokens length ... length + tokens - 1 the sequence's own: new blocks for new pages,
-    // copies of shared ones. Changes nothing on failure. close_pages() ends what this begins.
-    status open_pages(sequence_state& q, std::size_t group, std::size_t length, std::size_t tokens) noexcept {
+    // copies of shared ones. Changes nothing on failure. end_pages() ends what this begins.
+    status begin_pages(sequence_state& q, std::size_t group, std::size_t length,
+                       std::size_t tokens) noexcept {
         sequence_pages& own = q.pages[group];
         block_table& table = own.table;
         own.pages_before = table.pages();
         own.replaced.clear();
         own.fresh.clear();
-        if (tokens > pool(group).capacity() * page_tokens() || length > most_tokens - tokens)
+        if (tokens > pool(group).capacity() * page_tokens() || length > max_sequence_tokens - tokens)
             return exhausted();
         const std::size_t first = length / page_tokens();
         const std::size_t end = (length + tokens + page_tokens() - 1) / page_tokens();
@@ -498,9 +499,9 @@ public:
         return {};
     }
 
-    // Ends open_pages(). keep: the sequence keeps the pages, and what they replaced is released. Else its
+    // Ends begin_pages(). keep: the sequence keeps the pages, and what they replaced is released. Else its
     // table is as before.
-    void close_pages(sequence_state& q, std::size_t group, bool keep) noexcept {
+    void end_pages(sequence_state& q, std::size_t group, bool keep) noexcept {
         sequence_pages& own = q.pages[group];
         for (const replaced_block& r : own.replaced) {
             if (keep) {
@@ -524,9 +525,9 @@ public:
     //
     // With 64 tokens a page, a length of 100 and 150 new tokens: page 1 continues in its block, pages 2 and 3
     // go through the block of page 3, which stays open with 58 tokens. Changes nothing on failure.
-    // close_open_keys() ends what this begins.
-    status open_key_pages(sequence_state& q, std::size_t group, std::size_t length,
-                          std::size_t tokens) noexcept {
+    // end_open_keys() ends what this begins.
+    status begin_open_keys(sequence_state& q, std::size_t group, std::size_t length,
+                           std::size_t tokens) noexcept {
         sequence_pages& own = q.pages[group];
         block_table& table = own.table;
         own.pages_before = table.pages();
@@ -575,7 +576,7 @@ public:
         return {};
     }
 
-    // The blocks that open_key_pages() made ready: `begun` for the page that the first token continues,
+    // The blocks that begin_open_keys() made ready: `begun` for the page that the first token continues,
     // `later` for the pages after it. A block that the append does not need may be any.
     struct key_blocks {
         std::uint32_t begun, later;
@@ -592,49 +593,49 @@ public:
                 own.spare != no_block ? own.spare : block_of((length + tokens) / page_tokens())};
     }
 
-    // Ends open_key_pages().
-    void close_open_keys(sequence_state& q, std::size_t group, bool keep) noexcept {
+    // Ends begin_open_keys().
+    void end_open_keys(sequence_state& q, std::size_t group, bool keep) noexcept {
         sequence_pages& own = q.pages[group];
         if (own.spare != no_block)
             pool(group).release(own.spare);
         if (!keep && own.filled != no_page)
             drop(q, group, own.filled, own.filled + 1);
-        close_pages(q, group, keep);
+        end_pages(q, group, keep);
     }
 
-    // Makes room for new tokens in all planes of a layer. Changes nothing on failure. close_layer() ends what
+    // Makes room for new tokens in all planes of a layer. Changes nothing on failure. end_append() ends what
     // this begins. Errors: capacity_exceeded, out_of_memory.
-    status open_layer(sequence_state& q, std::size_t layer, std::size_t tokens) noexcept {
+    status begin_append(sequence_state& q, std::size_t layer, std::size_t tokens) noexcept {
         const std::size_t length = q.length(layer), body = body_of(layer).group;
         const layer_planes& planes = planes_of(layer);
-        if (const status s = open_pages(q, body, length, tokens); !s)
+        if (const status s = begin_pages(q, body, length, tokens); !s)
             return s;
         status s;
         if (planes.copy != no_plane) {
-            s = open_pages(q, copy_of(layer).group, length, tokens);
+            s = begin_pages(q, copy_of(layer).group, length, tokens);
             if (!s) {
-                close_pages(q, body, false);
+                end_pages(q, body, false);
                 return s;
             }
         }
         if (planes.open != no_plane) {
-            s = open_key_pages(q, open_keys_of(layer).group, length, tokens);
+            s = begin_open_keys(q, open_keys_of(layer).group, length, tokens);
             if (!s) {
-                close_pages(q, body, false);
+                end_pages(q, body, false);
                 if (planes.copy != no_plane)
-                    close_pages(q, copy_of(layer).group, false);
+                    end_pages(q, copy_of(layer).group, false);
             }
         }
         return s;
     }
-    // Ends an append. keep: the tokens are the layer's. Else the sequence is as it was before open_layer().
-    void close_layer(sequence_state& q, std::size_t layer, std::size_t tokens, bool keep) noexcept {
+    // Ends an append. keep: the tokens are the layer's. Else the sequence is as it was before begin_append().
+    void end_append(sequence_state& q, std::size_t layer, std::size_t tokens, bool keep) noexcept {
         const layer_planes& planes = planes_of(layer);
-        close_pages(q, body_of(layer).group, keep);
+        end_pages(q, body_of(layer).group, keep);
         if (planes.copy != no_plane)
-            close_pages(q, copy_of(layer).group, keep);
+            end_pages(q, copy_of(layer).group, keep);
         if (planes.open != no_plane)
-            close_open_keys(q, open_keys_of(layer).group, keep);
+            end_open_keys(q, open_keys_of(layer).group, keep);
         if (!keep)
             return;
         q.set_length(layer, q.length(layer) + tokens);

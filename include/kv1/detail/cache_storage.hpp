@@ -4,7 +4,7 @@
 // its body (the codes), its fp16 copies, and the fp16 keys of open pages if its keys are quantized per
 // channel.
 //
-// Planes whose pages come and go together form a block group (page_group): one pool of block numbers, and one
+// Planes whose pages come and go together form a block group (block_group): one pool of block numbers, and one
 // block table for each sequence. Block b of a group lies at byte b * block_bytes of the arena of each of its
 // planes. The groups are, in this order:
 //
@@ -22,7 +22,7 @@
 #include <kv1/detail/kernels/interface.hpp>
 #include <kv1/detail/kernels/registry.hpp>
 #include <kv1/detail/layer_store.hpp>
-#include <kv1/detail/vector_codec.hpp>
+#include <kv1/detail/prepared_encoding.hpp>
 #include <kv1/detail/page_pool.hpp>
 #include <kv1/quantizer.hpp>
 #include <kv1/status.hpp>
@@ -42,7 +42,7 @@ inline constexpr std::size_t no_plane = (std::numeric_limits<std::size_t>::max)(
 enum class plane_kind : std::uint8_t { body, fp16_copy, open_keys };
 
 // A block group.
-struct page_group {
+struct block_group {
     page_pool pool;
     std::size_t window = 0;    // 0: every token stays visible
     std::size_t retention = 0; // tokens behind the window that a commit keeps
@@ -51,7 +51,7 @@ struct page_group {
 };
 
 // A layer's encodings, and the indices of its planes. The shape lies in the storage's description.
-struct layer_planes : layer_codecs {
+struct layer_planes : layer_encodings {
     std::size_t body = no_plane;
     std::size_t copy = no_plane; // fp16 copies; no_plane: the layer has none
     std::size_t open = no_plane; // fp16 keys of open pages; no_plane: keys are not quantized per channel
@@ -64,8 +64,8 @@ public:
     [[nodiscard]] std::span<const layer_planes> layers() const noexcept { return layers_; }
     [[nodiscard]] std::span<const plane> planes() const noexcept { return planes_; }
     [[nodiscard]] std::span<plane> planes() noexcept { return planes_; }
-    [[nodiscard]] std::span<const page_group> groups() const noexcept { return groups_; }
-    [[nodiscard]] std::span<page_group> groups() noexcept { return groups_; }
+    [[nodiscard]] std::span<const block_group> groups() const noexcept { return groups_; }
+    [[nodiscard]] std::span<block_group> groups() noexcept { return groups_; }
 
     // Checks the description and reserves all arenas and pools. Errors: invalid_argument, shape_mismatch,
     // unsupported_format, non_finite, out_of_memory.
@@ -76,7 +76,7 @@ public:
         for (const std::size_t tokens : {d.capacity_tokens, d.window_capacity_tokens, d.fp16_capacity_tokens})
             if (pages_for(tokens, d.page_tokens) > most_pages)
                 return {errc::invalid_argument, "more than 2^32 - 2 pages"};
-        if (d.fp16_sinks > most_tokens || d.fp16_window > most_tokens)
+        if (d.fp16_sinks > max_window_tokens || d.fp16_window > max_window_tokens)
             return {errc::invalid_argument, "fp16 sinks and windows are less than 2^48 tokens"};
         description_ = std::move(d);
         const std::size_t count = description_.layers.size();
@@ -92,7 +92,7 @@ public:
             for (std::size_t i = 0; i < layers_.size(); ++i)
                 if (const status added = add_copy(i, kernels, memory); !added)
                     return added;
-        for (page_group& g : groups_)
+        for (block_group& g : groups_)
             if (const status grown = g.pool.try_grow(capacity_of(g)); !grown)
                 return grown;
         for (plane& p : planes_)
@@ -124,7 +124,7 @@ public:
             s = groups_[g].pool.try_grow(capacity_of(groups_[g]));
         if (!s) {
             description_.capacity_tokens = before;
-            for (page_group& g : groups_)
+            for (block_group& g : groups_)
                 g.pool.limit(capacity_of(g));
             return s;
         }
@@ -153,12 +153,12 @@ public:
 
 private:
     static constexpr std::size_t most_pages = (std::numeric_limits<std::uint32_t>::max)() - 1;
-    static constexpr std::size_t most_tokens = std::size_t{1} << 48;
+    static constexpr std::size_t max_window_tokens = std::size_t{1} << 48;
 
     static std::size_t pages_for(std::size_t tokens, std::size_t page) noexcept {
         return tokens / page + (tokens % page != 0 ? 1 : 0);
     }
-    [[nodiscard]] std::uint32_t capacity_of(const page_group& g) const noexcept {
+    [[nodiscard]] std::uint32_t capacity_of(const block_group& g) const noexcept {
         const std::size_t own = g.kind != plane_kind::body ? description_.fp16_capacity_tokens
                                 : g.window != 0            ? description_.window_capacity_tokens
                                                            : 0;
@@ -168,10 +168,10 @@ private:
 
     status add_layer(std::size_t i, const kernel_set& kernels, memory_source& memory) noexcept {
         const layer_description& l = description_.layers[i];
-        layer_planes& planes = layers_.emplace_back(layer_codecs{l});
+        layer_planes& planes = layers_.emplace_back(layer_encodings{l});
         if (const status s = planes.make(page_tokens(), kernels); !s)
             return {s.code(), s.rule(), at_layer(i)};
-        if (l.sliding_window > most_tokens || l.window_retention > most_tokens)
+        if (l.sliding_window > max_window_tokens || l.window_retention > max_window_tokens)
             return {errc::invalid_argument, "a sliding window and its retention are at most 2^48 tokens",
                     at_layer(i)};
         const std::size_t retention = l.sliding_window != 0 ? l.window_retention : 0;
@@ -201,7 +201,7 @@ private:
             l.values_in_keys
                 ? page_layout::with_values_in_keys(kv_format::fp16, l.key_dim, l.value_dim, page_tokens())
                 : page_layout(kv_format::fp16, l.key_dim, kv_format::fp16, l.value_dim, page_tokens());
-        if (const status s = add_plane(i, last_group(plane_kind::fp16_copy), layout, memory); !s)
+        if (const status s = add_plane(i, last_block_group(plane_kind::fp16_copy), layout, memory); !s)
             return s;
         layers_[i].copy = planes_.size() - 1;
         return {};
@@ -214,14 +214,14 @@ private:
         if (!kernels.contains(kv_format::fp16))
             return {errc::unsupported_format, "keys per channel need a cache type with fp16", at_layer(i)};
         const page_layout layout(kv_format::fp16, l.key_dim, kv_format::fp16, 0, page_tokens());
-        if (const status s = add_plane(i, last_group(plane_kind::open_keys), layout, memory); !s)
+        if (const status s = add_plane(i, last_block_group(plane_kind::open_keys), layout, memory); !s)
             return s;
         layers_[i].open = planes_.size() - 1;
         return {};
     }
 
     // The index of the last group. If that is of another kind, a group of this kind is added first.
-    std::size_t last_group(plane_kind kind) noexcept {
+    std::size_t last_block_group(plane_kind kind) noexcept {
         if (groups_.back().kind != kind) {
             groups_.emplace_back().kind = kind;
         }
@@ -241,7 +241,7 @@ private:
     cache_description description_;
     fixed_vector<layer_planes> layers_;
     fixed_vector<plane> planes_;
-    fixed_vector<page_group> groups_;
+    fixed_vector<block_group> groups_;
 };
 
 } // namespace kv1::inline KV1_ABI::detail

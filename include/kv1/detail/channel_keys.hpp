@@ -8,7 +8,7 @@
 #include <kv1/detail/kernels/interface.hpp>
 #include <kv1/detail/page_fields.hpp>
 #include <kv1/detail/scratch_pool.hpp>
-#include <kv1/detail/vector_codec.hpp>
+#include <kv1/detail/prepared_encoding.hpp>
 #include <kv1/float16.hpp>
 #include <kv1/layout.hpp>
 #include <kv1/quantizer.hpp>
@@ -37,9 +37,9 @@ T* plain_element(const section_layout& s, std::byte* page, std::size_t token, st
 inline void or_channel_codes(const section_layout& s, std::byte* page, std::size_t channel,
                              const std::uint8_t* codes) noexcept {
     const format_traits t = s.traits();
-    for (int p = 0; p < t.part_count(); ++p) {
+    for (int p = 0; p < t.slice_count(); ++p) {
         const std::uint32_t mask = field_mask(t.field_bits(p));
-        const int code_shift = t.parts[static_cast<std::size_t>(p)].shift;
+        const int code_shift = t.slices[static_cast<std::size_t>(p)].shift;
         for (std::size_t tile = 0; tile < s.tokens; tile += line_lanes) {
             const field_place at = s.place(p, tile, channel);
             std::byte* line = page + s.offset + at.lane * sizeof(std::uint32_t);
@@ -71,18 +71,18 @@ inline void load_two_channels(const target_kernels& kernels, const section_layou
 
 // Quantizes `count` channels, at most tile_tokens. Channel c is the vector x[c * stride + token] of a page's
 // tokens. On failure the result's channel is the index of the one that failed, from 0.
-inline encode_result encode_channels(const target_kernels& kernels, const vector_codec& codec,
+inline encode_result encode_channels(const target_kernels& kernels, const prepared_encoding& encoding,
                                      const section_layout& s, const float* x, std::size_t count,
                                      std::size_t stride, std::uint8_t* codes, row_metadata* metadata,
                                      append_scratch& scratch) noexcept {
     encode_result r;
-    if (codec.by_recipe) {
-        encode_row rows[tile_tokens];
+    if (encoding.chooses_levels) {
+        vector_to_encode rows[tile_tokens];
         for (std::size_t c = 0; c < count; ++c)
             rows[c] = {x + c * stride, nullptr, nullptr};
-        const encode_recipe recipe{s.format, codec.recipe.levels, s.tokens, s.tokens, 0};
+        const encoding_params params{s.format, encoding.params.levels, s.tokens, s.tokens, 0};
         std::size_t failed = 0;
-        r = kernels.encode_rows(recipe, rows, count, codes, stride, metadata, failed, scratch.encoder());
+        r = kernels.encode_vectors(params, rows, count, codes, stride, metadata, failed, scratch.encoder());
         r.channel = failed;
         return r;
     }
@@ -98,7 +98,7 @@ inline encode_result encode_channels(const target_kernels& kernels, const vector
 // channel leaves in a token changes what the channels before it should be in that token
 // (encode_reference.hpp): wanted[] holds that. A channel's levels are fitted to its wanted values of all
 // tokens, since its errors cost the same in each. GPTQ (Frantar et al. 2023) does this for weights.
-inline encode_result seal_weighted_keys(const target_kernels& kernels, const vector_codec& codec,
+inline encode_result seal_weighted_keys(const target_kernels& kernels, const prepared_encoding& encoding,
                                         const float* feedback, const section_layout& s, std::byte* page,
                                         const section_layout& open, const std::byte* open_page,
                                         append_scratch& scratch) noexcept {
@@ -114,7 +114,7 @@ inline encode_result seal_weighted_keys(const target_kernels& kernels, const vec
     for (std::size_t c = s.channels; c-- > 0;) {
         row_metadata m;
         encode_result r =
-            encode_channels(kernels, codec, s, wanted + c * stride, 1, stride, codes, &m, scratch);
+            encode_channels(kernels, encoding, s, wanted + c * stride, 1, stride, codes, &m, scratch);
         if (r.code != errc::ok) {
             r.channel = c;
             return r;
@@ -130,12 +130,13 @@ inline encode_result seal_weighted_keys(const target_kernels& kernels, const vec
 
 // Makes codes and metadata of a full page of one KV head's fp16 keys. On failure the page's keys are
 // unspecified, and the result names the channel.
-inline encode_result seal_keys(const target_kernels& kernels, const vector_codec& codec, std::size_t head,
-                               const section_layout& s, std::byte* page, const section_layout& open,
-                               const std::byte* open_page, append_scratch& scratch) noexcept {
+inline encode_result seal_keys(const target_kernels& kernels, const prepared_encoding& encoding,
+                               std::size_t head, const section_layout& s, std::byte* page,
+                               const section_layout& open, const std::byte* open_page,
+                               append_scratch& scratch) noexcept {
     std::memset(page + s.offset, 0, s.bytes());
-    if (const float* feedback = codec.row(nullptr, head).feedback)
-        return seal_weighted_keys(kernels, codec, feedback, s, page, open, open_page, scratch);
+    if (const float* feedback = encoding.input(nullptr, head).feedback)
+        return seal_weighted_keys(kernels, encoding, feedback, s, page, open, open_page, scratch);
     constexpr std::size_t room = 4 * max_vector_length;
     float* const x = scratch.page; // [channel of the batch][token]
     std::uint8_t* const codes = scratch.codes;
@@ -146,7 +147,7 @@ inline encode_result seal_keys(const target_kernels& kernels, const vector_codec
         const std::size_t count = (std::min)(most, s.channels - first);
         for (std::size_t c = 0; c < count; c += 2)
             load_two_channels(kernels, open, open_page, first + c, x + c * stride, x + (c + 1) * stride);
-        encode_result r = encode_channels(kernels, codec, s, x, count, stride, codes, metadata, scratch);
+        encode_result r = encode_channels(kernels, encoding, s, x, count, stride, codes, metadata, scratch);
         if (r.code != errc::ok) {
             r.channel += first;
             return r;

@@ -11,7 +11,7 @@
 // Channels are quantized from the last to the first. When channel j's turn comes, the errors e_i of the
 // channels after it are known, and the cost is least if e_j = -sum R_ji e_i: channel j is quantized to the
 // level nearest to wanted_j = x_j + sum R_ji e_i (Babai's nearest plane; GPTQ does it for weights).
-// feedback[i][j] holds R_ji, and feedback[j][j] holds D_j (vector_codec.hpp).
+// feedback[i][j] holds R_ji, and feedback[j][j] holds D_j (prepared_encoding.hpp).
 //
 // Example: n = 2, R_01 = 0.5, x = {1.0, 2.3}, levels at whole numbers. Channel 1 becomes 2, its error is 0.3.
 // Channel 0 should be 1.0 + 0.5 * 0.3 = 1.15, and becomes 1.
@@ -93,12 +93,12 @@ stored_levels weighted_levels(std::span<const float> x, const stored_levels& sta
     return best;
 }
 
-// Takes the mean off a vector and rotates it. out is [recipe.channels].
-inline void prepare_vector(const encode_recipe& recipe, const encode_row& row, float* out) noexcept {
-    for (std::size_t c = 0; c < recipe.channels; ++c)
+// Takes the mean off a vector and rotates it. out is [params.channels].
+inline void prepare_vector(const encoding_params& params, const vector_to_encode& row, float* out) noexcept {
+    for (std::size_t c = 0; c < params.channels; ++c)
         out[c] = row.mean == nullptr ? row.x[c] : row.x[c] - row.mean[c];
-    if (recipe.hadamard != 0)
-        hadamard_transform({out, recipe.channels}, recipe.hadamard);
+    if (params.hadamard != 0)
+        hadamard_transform({out, params.channels}, params.hadamard);
 }
 
 // Chooses levels and codes of a group of channels. feedback: null, or the group is all channels.
@@ -124,20 +124,20 @@ stored_levels encode_group(level_choice choice, std::span<const float> x, const 
 }
 
 template <class Q>
-encode_result encode_reference(const encode_recipe& recipe, const encode_row& row, std::uint8_t* codes,
-                               row_metadata* metadata) noexcept {
-    const std::size_t n = recipe.channels;
+encode_result encode_reference(const encoding_params& params, const vector_to_encode& row,
+                               std::uint8_t* codes, row_metadata* metadata) noexcept {
+    const std::size_t n = params.channels;
     if (const std::size_t bad = first_non_finite({row.x, n}); bad != n)
         return {errc::non_finite, rule_finite, bad, {}};
     for (std::size_t c = 0; c < n; ++c)
         if (!(std::fabs(row.x[c]) <= largest_half))
             return {errc::not_representable, rule_fp16_value, c, {}};
     float x[max_vector_length];
-    prepare_vector(recipe, row, x);
-    for (std::size_t g = 0; g < recipe.groups(); ++g) {
-        const std::size_t first = g * recipe.group;
+    prepare_vector(params, row, x);
+    for (std::size_t g = 0; g < params.groups(); ++g) {
+        const std::size_t first = g * params.group;
         const stored_levels levels =
-            encode_group<Q>(recipe.levels, {x + first, recipe.group}, row.feedback, codes + first);
+            encode_group<Q>(params.levels, {x + first, params.group}, row.feedback, codes + first);
         if (!levels.fits)
             return {errc::not_representable, rule_fp16_metadata, no_channel, {}};
         metadata[g] = levels.bits;
@@ -147,14 +147,14 @@ encode_result encode_reference(const encode_recipe& recipe, const encode_row& ro
 
 #include <kv1/detail/precise_math_end.inl>
 
-// Encodes a vector in the format of the recipe. codes is [channels], metadata [groups]; the result's metadata
-// are the first group's. A format whose levels recipes can not choose is refused.
-inline encode_result encode_reference(const encode_recipe& recipe, const encode_row& row, std::uint8_t* codes,
-                                      row_metadata* metadata) noexcept {
+// Encodes a vector in the format that `params` names. codes is [channels], metadata [groups]; the result's metadata
+// are the first group's. A format whose levels can not be chosen is refused.
+inline encode_result encode_reference(const encoding_params& params, const vector_to_encode& row,
+                                      std::uint8_t* codes, row_metadata* metadata) noexcept {
     encode_result result{errc::unsupported_format, "the format's levels can not be chosen", no_channel, {}};
-    return with_format(all_formats{}, recipe.format, result, [&]<class Format>() noexcept {
+    return with_format(all_formats{}, params.format, result, [&]<class Format>() noexcept {
         if constexpr (traits_of(kv_format_of<Format>).fits_levels())
-            return encode_reference<Format>(recipe, row, codes, metadata);
+            return encode_reference<Format>(params, row, codes, metadata);
         else
             return result;
     });

@@ -25,7 +25,7 @@
 #include <kv1/detail/memory_source.hpp>
 #include <kv1/detail/schedule.hpp>
 #include <kv1/detail/scratch_pool.hpp>
-#include <kv1/detail/vector_codec.hpp>
+#include <kv1/detail/prepared_encoding.hpp>
 #include <kv1/executor.hpp>
 #include <kv1/layout.hpp>
 #include <kv1/status.hpp>
@@ -86,9 +86,9 @@ struct plane {
 };
 
 // A layer's shape and its encodings.
-struct layer_codecs {
+struct layer_encodings {
     const layer_description& shape;
-    vector_codec keys = {}, values = {};
+    prepared_encoding keys = {}, values = {};
 
     // Checks the shape, windows left out, and prepares the encodings. Errors: invalid_argument,
     // shape_mismatch, unsupported_format, non_finite, out_of_memory.
@@ -96,7 +96,7 @@ struct layer_codecs {
         const layer_description& l = shape;
         if (l.kv_heads == 0 || l.key_dim == 0 || l.value_dim == 0)
             return {errc::invalid_argument, "KV heads and head dims are positive"};
-        if (l.key_dim > max_head_dim || l.value_dim > max_head_dim)
+        if (l.key_dim > max_vector_length || l.value_dim > max_vector_length)
             return {errc::invalid_argument, "head dims are at most 4096"};
         if (!kernels.contains(l.key_format) || !kernels.contains(l.value_format))
             return {errc::unsupported_format, "the cache type was not compiled for this format"};
@@ -111,11 +111,14 @@ struct layer_codecs {
         if (l.values_in_keys)
             if (const char* rule = broken_latent_rule(l))
                 return {errc::invalid_argument, rule};
-        if (status s = make_codec(l.key_format, l.key_encoding, l.kv_heads, l.key_dim, l.key_group, keys); !s)
+        if (status s =
+                prepare_encoding(l.key_format, l.key_encoding, l.kv_heads, l.key_dim, l.key_group, keys);
+            !s)
             return s;
         if (l.values_in_keys)
             return make_first_channels(keys, l.kv_heads, l.value_dim, values);
-        return make_codec(l.value_format, l.value_encoding, l.kv_heads, l.value_dim, l.value_group, values);
+        return prepare_encoding(l.value_format, l.value_encoding, l.kv_heads, l.value_dim, l.value_group,
+                                values);
     }
 
 private:
@@ -148,7 +151,7 @@ private:
             return "keys per channel hold no values: their scales change from page to page";
         if (l.key_encoding.hadamard != 0 && l.value_dim % l.key_encoding.hadamard != 0)
             return "values in keys end where a Hadamard block of the keys does";
-        if (longest_block(layout_of(l, tile_tokens)) == 0)
+        if (longest_chunk(layout_of(l, tile_tokens)) == 0)
             return "values in keys take at most 4096 bytes a token, in formats of 1 and 3 bits 1024";
         return nullptr;
     }
@@ -172,9 +175,9 @@ struct slot_place {
 // writing to the same slots at once.
 class layer_store {
 public:
-    layer_store(const layer_codecs& codecs, const kernel_set& kernels, const plane& body, const plane* copies,
-                const plane* open_keys, scratch_pool& scratches) noexcept
-        : codecs_(codecs), kernels_(kernels), body_(body), copies_(copies), open_keys_(open_keys),
+    layer_store(const layer_encodings& encodings, const kernel_set& kernels, const plane& body,
+                const plane* copies, const plane* open_keys, scratch_pool& scratches) noexcept
+        : encodings_(encodings), kernels_(kernels), body_(body), copies_(copies), open_keys_(open_keys),
           scratches_(scratches) {}
 
     [[nodiscard]] const plane& body() const noexcept { return body_; }
@@ -229,14 +232,14 @@ public:
         job.pages = p.arena.data();
         job.block_stride = p.block_bytes;
         job.block_table = table;
-        job.group = query_heads / body_.kv_heads;
+        job.head_group = query_heads / body_.kv_heads;
         job.scale = scale(options);
         job.soft_cap = options.soft_cap;
         if (&p == &body_) { // fp16 copies have neither rotation nor means taken off
-            job.key_hadamard = codecs_.keys.recipe.hadamard;
-            job.value_hadamard = codecs_.values.recipe.hadamard;
-            job.key_means = codecs_.keys.mean(0);
-            job.value_means = codecs_.values.mean(0);
+            job.key_hadamard = encodings_.keys.params.hadamard;
+            job.value_hadamard = encodings_.values.params.hadamard;
+            job.key_means = encodings_.keys.mean(0);
+            job.value_means = encodings_.values.mean(0);
         }
         return job;
     }
@@ -252,15 +255,16 @@ public:
                   const attention_options& options, executor_view run) const noexcept {
         const auto optional = [](std::span<const float> x) { return x.empty() ? nullptr : x.data(); };
         return attend_heads(job, body_.kv_heads, queries, outputs,
-                            {optional(options.alibi_slopes), optional(options.sinks)}, options.log_sum_exp,
-                            run);
+                            {optional(options.alibi_slopes), optional(options.sink_logits)},
+                            options.log_sum_exp, run);
     }
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push // at -O3 g++ 12 sees the payload of an empty optional and not the test before it
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
     [[nodiscard]] float scale(const attention_options& options) const noexcept {
-        return options.scale ? *options.scale : 1.0f / std::sqrt(static_cast<float>(codecs_.shape.key_dim));
+        return options.scale ? *options.scale
+                             : 1.0f / std::sqrt(static_cast<float>(encodings_.shape.key_dim));
     }
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
@@ -274,12 +278,12 @@ public:
     // Decodes a vector; rotation and mean are undone. Precondition: the body holds its codes.
     void read(kv_side side, const slot_place& at, std::size_t kv_head, std::span<float> out) const noexcept {
         decode_row(section(side), body_.page(at.block, kv_head), at.token, out);
-        codec(side).restore(out, kv_head);
+        encoding(side).restore(out, kv_head);
     }
     // Decodes a key of an open page; rotation and mean are undone.
     void read_open_key(const slot_place& at, std::size_t kv_head, std::span<float> out) const noexcept {
         decode_row(open_keys_->layout.keys(), open_keys_->page(at.block, kv_head), at.token, out);
-        codecs_.keys.restore(out, kv_head);
+        encodings_.keys.restore(out, kv_head);
     }
     // Copies a row out bit for bit.
     void read_row(kv_side side, const slot_place& at, std::size_t kv_head, const row_buffers& out,
@@ -288,8 +292,8 @@ public:
     }
 
 private:
-    [[nodiscard]] const vector_codec& codec(kv_side side) const noexcept {
-        return side == kv_side::key ? codecs_.keys : codecs_.values;
+    [[nodiscard]] const prepared_encoding& encoding(kv_side side) const noexcept {
+        return side == kv_side::key ? encodings_.keys : encodings_.values;
     }
 
     // Appends to the fp16 copies first: a vector that fp16 cannot hold is refused before codes are written.
@@ -301,8 +305,8 @@ private:
                 return s;
         append_job job = append_to(body_, to.body, keys, values);
         job.through_fp16 = copies_ != nullptr;
-        job.key_codec = &codecs_.keys;
-        job.value_codec = &codecs_.values;
+        job.key_encoding = &encodings_.keys;
+        job.value_encoding = &encodings_.values;
         if (open_keys_ != nullptr) {
             job.open_layout = &open_keys_->layout;
             job.open_before = open_keys_->block(to.open_begun);
@@ -325,7 +329,7 @@ private:
         return job;
     }
 
-    const layer_codecs& codecs_;
+    const layer_encodings& encodings_;
     const kernel_set& kernels_;
     const plane& body_;
     const plane* copies_;

@@ -38,11 +38,11 @@ inline std::uint32_t load_code(const section_layout& s, const std::byte* page, s
                                std::size_t channel) noexcept {
     const format_traits t = s.traits();
     std::uint32_t code = 0;
-    for (int p = 0; p < t.part_count(); ++p) {
+    for (int p = 0; p < t.slice_count(); ++p) {
         const field_place at = s.place(p, token, channel);
         const std::uint32_t field =
             load_lane(page + s.offset, at.lane) >> at.shift & field_mask(t.field_bits(p));
-        code |= field << t.parts[static_cast<std::size_t>(p)].shift;
+        code |= field << t.slices[static_cast<std::size_t>(p)].shift;
     }
     return code;
 }
@@ -50,10 +50,10 @@ inline std::uint32_t load_code(const section_layout& s, const std::byte* page, s
 inline void store_code(const section_layout& s, std::byte* page, std::size_t token, std::size_t channel,
                        std::uint32_t code) noexcept {
     const format_traits t = s.traits();
-    for (int p = 0; p < t.part_count(); ++p) {
+    for (int p = 0; p < t.slice_count(); ++p) {
         const field_place at = s.place(p, token, channel);
         const std::uint32_t mask = field_mask(t.field_bits(p));
-        const std::uint32_t field = code >> t.parts[static_cast<std::size_t>(p)].shift & mask;
+        const std::uint32_t field = code >> t.slices[static_cast<std::size_t>(p)].shift & mask;
         const std::uint32_t word = load_lane(page + s.offset, at.lane);
         store_lane(page + s.offset, at.lane, (word & ~(mask << at.shift)) | field << at.shift);
     }
@@ -90,7 +90,7 @@ inline void store_metadata(const section_layout& s, std::byte* page, std::size_t
 //
 // With L the largest level and w the offset, -63 ... 63, value = scale * (level + L * (w - 64) / 128). With w
 // = 0 the levels lie about zero. The product is exact in fp32: code, offset and scale have 16 bits together.
-struct compact_pair {
+struct compact_word {
     static constexpr std::uint16_t scale_mask = 0x7fc0u, smallest_scale = 0x0040u;
     static constexpr int largest_offset = 63;
 
@@ -126,12 +126,12 @@ inline void store_channel_metadata(const section_layout& s, std::byte* page, std
 }
 
 // The value of every coded format is slope * level + base, in fp32.
-struct affine_pair {
+struct affine_map {
     float slope;
     float base;
 };
 
-constexpr affine_pair decode_metadata(kv_format f, row_metadata m) noexcept {
+constexpr affine_map decode_metadata(kv_format f, row_metadata m) noexcept {
     const format_traits t = traits_of(f);
     switch (t.metadata) {
     case metadata_kind::scale_and_minimum:
@@ -139,8 +139,8 @@ constexpr affine_pair decode_metadata(kv_format f, row_metadata m) noexcept {
     case metadata_kind::scale:
         return {2.0f * half_to_float(m.scale), -half_to_float(m.scale)};
     case metadata_kind::compact: {
-        const float slope = compact_pair::scale(m.scale);
-        return {slope, slope * compact_pair::offset(m.scale, t.top_level())};
+        const float slope = compact_word::scale(m.scale);
+        return {slope, slope * compact_word::offset(m.scale, t.top_level())};
     }
     case metadata_kind::none:
         break;
@@ -153,7 +153,7 @@ constexpr float decode_value(kv_format f, std::uint32_t code, row_metadata m) no
         return std::bit_cast<float>(code);
     if (f == kv_format::fp16)
         return half_to_float(static_cast<std::uint16_t>(code));
-    const affine_pair p = decode_metadata(f, m);
+    const affine_map p = decode_metadata(f, m);
     return static_cast<float>(traits_of(f).level(code)) * p.slope + p.base;
 }
 

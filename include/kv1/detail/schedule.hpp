@@ -32,18 +32,18 @@ inline constexpr std::size_t wanted_tasks = 64;
 inline constexpr std::size_t smallest_range = 2048; // tokens; shorter ones cost more than they gain
 
 struct attention_split {
-    std::size_t rows_per_block, row_blocks, first_token, range_tokens, ranges;
+    std::size_t rows_per_task, row_splits, first_token, range_tokens, ranges;
 };
 
 // first_token ... last_token - 1: the tokens that any query row sees.
 inline attention_split split_attention(const page_layout& layout, std::size_t rows, std::size_t kv_heads,
                                        std::size_t first_token, std::size_t last_token) noexcept {
     attention_split s{};
-    s.rows_per_block = (std::min)(rows_for(layout.keys().channels), rows_for(layout.values().channels));
-    s.row_blocks = (rows + s.rows_per_block - 1) / s.rows_per_block;
+    s.rows_per_task = (std::min)(rows_for(layout.keys().channels), rows_for(layout.values().channels));
+    s.row_splits = (rows + s.rows_per_task - 1) / s.rows_per_task;
     s.first_token = (std::min)(first_token, last_token) / layout.page_tokens() * layout.page_tokens();
     const std::size_t tokens = last_token - s.first_token;
-    const std::size_t tasks = kv_heads * s.row_blocks;
+    const std::size_t tasks = kv_heads * s.row_splits;
     const std::size_t wanted = tasks >= wanted_tasks ? 1 : (wanted_tasks + tasks - 1) / tasks;
     // a power of two of equal ranges divides among 2, 4, 8 or 16 threads
     const std::size_t ranges =
@@ -75,14 +75,14 @@ inline void merge_partials(float* partials, std::size_t ranges, std::size_t stri
 // Optional arguments, one number a query head; null: not given.
 struct head_options {
     const float* alibi_slopes = nullptr;
-    const float* sinks = nullptr;
+    const float* sink_logits = nullptr;
 };
 
 inline status attend_heads(const attention_job& common, std::size_t kv_heads, const tensor_view& queries,
                            const mutable_tensor_view& outputs, const head_options& heads,
                            std::span<float> log_sum_exp, executor_view run) noexcept {
     const page_layout& layout = *common.layout;
-    const std::size_t rows = queries.tokens() * common.group;
+    const std::size_t rows = queries.tokens() * common.head_group;
     const std::size_t channels = layout.values().channels;
     // the tokens front ... reach - 1 are all that any query sees
     std::size_t front = common.first_visible;
@@ -103,8 +103,8 @@ inline status attend_heads(const attention_job& common, std::size_t kv_heads, co
             return {errc::out_of_memory, "no memory for partial results"};
     }
 
-    const auto head_offset = [&](std::size_t kv_head) { return kv_head * common.group; };
-    const auto job_for = [&](std::size_t kv_head, std::size_t row_block) {
+    const auto head_offset = [&](std::size_t kv_head) { return kv_head * common.head_group; };
+    const auto job_for = [&](std::size_t kv_head, std::size_t row_split) {
         attention_job job = common;
         job.pages = common.pages + kv_head * layout.bytes();
         if (common.open_keys != nullptr)
@@ -117,12 +117,12 @@ inline status attend_heads(const attention_job& common, std::size_t kv_heads, co
         job.output_type = outputs.type();
         job.output_token_stride = outputs.token_stride();
         job.output_head_stride = outputs.head_stride();
-        job.first_row = row_block * split.rows_per_block;
-        job.rows = (std::min)(split.rows_per_block, rows - job.first_row);
+        job.first_row = row_split * split.rows_per_task;
+        job.rows = (std::min)(split.rows_per_task, rows - job.first_row);
         job.first_token = split.first_token;
         job.alibi_slopes =
             heads.alibi_slopes == nullptr ? nullptr : heads.alibi_slopes + head_offset(kv_head);
-        job.sinks = heads.sinks == nullptr ? nullptr : heads.sinks + head_offset(kv_head);
+        job.sink_logits = heads.sink_logits == nullptr ? nullptr : heads.sink_logits + head_offset(kv_head);
         if (common.key_means != nullptr)
             job.key_means = common.key_means + kv_head * layout.keys().channels;
         if (common.value_means != nullptr)
@@ -131,7 +131,8 @@ inline status attend_heads(const attention_job& common, std::size_t kv_heads, co
     };
     // log_sum_exp is [tokens][query heads]; `row` counts the query rows of one KV head
     const auto lse_of = [&](std::size_t kv_head, std::size_t row) -> float& {
-        return log_sum_exp[row / common.group * queries.heads() + head_offset(kv_head) + row % common.group];
+        return log_sum_exp[row / common.head_group * queries.heads() + head_offset(kv_head) +
+                           row % common.head_group];
     };
 
     std::atomic<bool> starved{false}; // a task had no scratch
@@ -141,9 +142,9 @@ inline status attend_heads(const attention_job& common, std::size_t kv_heads, co
             starved.store(true, std::memory_order_relaxed);
             return;
         }
-        const std::size_t range = task % split.ranges, row_block = task / split.ranges % split.row_blocks,
-                          kv_head = task / split.ranges / split.row_blocks;
-        attention_job job = job_for(kv_head, row_block);
+        const std::size_t range = task % split.ranges, row_split = task / split.ranges % split.row_splits,
+                          kv_head = task / split.ranges / split.row_splits;
+        attention_job job = job_for(kv_head, row_split);
         float lse[max_rows];
         if (split.ranges > 1) {
             job.first_token = split.first_token + range * split.range_tokens;
@@ -160,7 +161,7 @@ inline status attend_heads(const attention_job& common, std::size_t kv_heads, co
             for (std::size_t r = 0; r < job.rows; ++r)
                 lse_of(kv_head, job.first_row + r) = lse[r];
     };
-    run(kv_heads * split.row_blocks * split.ranges, task_view(attend_task));
+    run(kv_heads * split.row_splits * split.ranges, task_view(attend_task));
     if (starved.load(std::memory_order_relaxed))
         return no_scratch();
     if (split.ranges == 1)
@@ -170,23 +171,24 @@ inline status attend_heads(const attention_job& common, std::size_t kv_heads, co
         const std::size_t kv_head = task / rows, row = task % rows;
         float* partial = partials.get() + task * split.ranges * stride;
         merge_partials(partial, split.ranges, stride, channels);
-        const std::size_t head = head_offset(kv_head) + row % common.group;
+        const std::size_t head = head_offset(kv_head) + row % common.head_group;
         softmax_state state{partial[0], partial[1]};
         const attention_job job = job_for(kv_head, 0);
         if (job.key_means != nullptr) {
-            float query[max_head_dim];
-            common.target->load_floats(queries.type(), queries.at(row / common.group, head),
+            float query[max_vector_length];
+            common.target->load_floats(queries.type(), queries.at(row / common.head_group, head),
                                        layout.keys().channels, query);
             shift_maximum(job, key_shift(job, query), state);
         }
         const float seen_weights = state.denominator;
-        const float factor = heads.sinks == nullptr ? 1.0f : add_sink(state, heads.sinks[head]);
+        const float factor =
+            heads.sink_logits == nullptr ? 1.0f : add_sink_logit(state, heads.sink_logits[head]);
         for (std::size_t c = 0; c < channels; ++c)
             partial[2 + c] = state.denominator > 0.0f ? partial[2 + c] * factor / state.denominator : 0.0f;
         restore_output(job, state.denominator > 0.0f ? factor * seen_weights / state.denominator : 0.0f,
                        partial + 2, common.target->rotate);
         common.target->store_outputs(outputs.type(), partial + 2, channels,
-                                     outputs.at(row / common.group, head));
+                                     outputs.at(row / common.head_group, head));
         if (!log_sum_exp.empty())
             lse_of(kv_head, row) = log_sum_exp_of(state);
     };

@@ -21,9 +21,9 @@ namespace kv1::inline KV1_ABI::detail {
 
 // The block of a task that appends.
 struct append_scratch {
-    alignas(64) float converted[max_head_dim]; // one vector as floats, or a batch of shorter ones
-    alignas(64) float prepared[max_head_dim];  // one vector, less its mean and rotated
-    alignas(64) std::uint16_t halves[max_head_dim];
+    alignas(64) float converted[max_vector_length]; // one vector as floats, or a batch of shorter ones
+    alignas(64) float prepared[max_vector_length];  // one vector, less its mean and rotated
+    alignas(64) std::uint16_t halves[max_vector_length];
     alignas(64) std::uint8_t codes[4 * max_vector_length]; // of a batch
     row_metadata metadata[max_groups];                     // [vector][group]
     alignas(64) float page[4 * max_vector_length];         // keys of a page, [channel][token]
@@ -35,7 +35,7 @@ struct append_scratch {
 
 class scratch_pool {
 public:
-    static constexpr std::size_t block_bytes = (std::max)(sizeof(attention_scratch), sizeof(append_scratch));
+    static constexpr std::size_t piece_bytes = (std::max)(sizeof(attention_scratch), sizeof(append_scratch));
 
     scratch_pool() = default;
     scratch_pool(const scratch_pool&) = delete;
@@ -85,7 +85,7 @@ private:
     };
 
     static void* make() noexcept {
-        return ::operator new (block_bytes, std::align_val_t{alignment}, std::nothrow);
+        return ::operator new (piece_bytes, std::align_val_t{alignment}, std::nothrow);
     }
     static void discard(void* block) noexcept { ::operator delete (block, std::align_val_t{alignment}); }
 
@@ -103,25 +103,25 @@ private:
 // A block for the time of a task. It tests as false if there was no memory.
 class scratch_lease {
 public:
-    explicit scratch_lease(scratch_pool& pool) noexcept : pool_(pool), block_(pool.take()) {}
+    explicit scratch_lease(scratch_pool& pool) noexcept : pool_(pool), piece_(pool.take()) {}
     scratch_lease(const scratch_lease&) = delete;
     scratch_lease& operator=(const scratch_lease&) = delete;
     ~scratch_lease() {
-        if (block_ != nullptr)
-            pool_.give(block_);
+        if (piece_ != nullptr)
+            pool_.give(piece_);
     }
 
-    explicit operator bool() const noexcept { return block_ != nullptr; }
+    explicit operator bool() const noexcept { return piece_ != nullptr; }
     // The block as an attention_scratch or append_scratch; its contents are unspecified.
     template <class T>
     [[nodiscard]] T& as() const noexcept {
-        static_assert(sizeof(T) <= scratch_pool::block_bytes && std::is_trivially_destructible_v<T>);
-        return *::new (block_) T;
+        static_assert(sizeof(T) <= scratch_pool::piece_bytes && std::is_trivially_destructible_v<T>);
+        return *::new (piece_) T;
     }
 
 private:
     scratch_pool& pool_;
-    void* block_;
+    void* piece_;
 };
 
 inline status no_scratch() noexcept { return {errc::out_of_memory, "no memory for a task's scratch"}; }

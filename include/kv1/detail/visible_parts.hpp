@@ -66,9 +66,9 @@ struct row_results {
         return outputs.resize(rows * channels) && log_sum_exp.resize(rows);
     }
     // Adds a sink logit to the softmax of row r: e^sink joins the denominator, and no value belongs to it.
-    void add_sink(std::size_t r, std::size_t channels, float sink) noexcept {
-        const float top = (std::max)(log_sum_exp[r], sink);
-        const float own = std::exp(log_sum_exp[r] - top), sum = own + std::exp(sink - top);
+    void add_sink_logit(std::size_t r, std::size_t channels, float logit) noexcept {
+        const float top = (std::max)(log_sum_exp[r], logit);
+        const float own = std::exp(log_sum_exp[r] - top), sum = own + std::exp(logit - top);
         for (std::size_t c = 0; c < channels; ++c)
             outputs[r * channels + c] *= own / sum;
         log_sum_exp[r] = top + std::log(sum);
@@ -113,7 +113,7 @@ public:
                    executor_view run) noexcept
         : kv_heads_(kv_heads), page_(page_tokens), slopes_(alibi_slopes), run_(run) {}
 
-    // The result of the last call of in_step() or masked(). add_sink() may change it.
+    // The result of the last call of in_step() or masked(). add_sink_logit() may change it.
     [[nodiscard]] row_results& total() noexcept { return total_; }
 
     // Attends for as many queries from `first` on as move in step, and gives their number. spans(i) gives the
@@ -132,7 +132,7 @@ public:
             return placed;
         };
         const query_run q = next_query_run(first, queries.tokens(), most_queries, runs);
-        const tensor_view some = queries.rows(q.first, q.count);
+        const tensor_view some = queries.slice(q.first, q.count);
         if (!begin(parts, some))
             return no_memory();
         for (std::size_t p = 0; p < max_parts; ++p) {
@@ -175,7 +175,7 @@ public:
         };
         while (count > 8 && count * widest(count) > most_mask_bytes)
             count /= 2;
-        const tensor_view some = queries.rows(first, count);
+        const tensor_view some = queries.slice(first, count);
         if (!begin(parts, some))
             return no_memory();
         for (std::size_t p = 0; p < max_parts; ++p) {

@@ -25,7 +25,7 @@ namespace kv1::inline KV1_ABI {
 
 /// Scale and offset in 16 bits.
 struct compact_metadata {
-    /// As stored (layout.hpp's compact_pair): a finite fp16 number to those who only copy it.
+    /// As stored (layout.hpp's compact_word): a finite fp16 number to those who only copy it.
     float16 scale;
 };
 
@@ -64,8 +64,8 @@ struct compact_levels {
 
     static std::uint16_t round_scale(float scale) noexcept {
         const int half = float_to_half(scale);
-        const int rounded = (half + 0x20) & compact_pair::scale_mask;
-        return static_cast<std::uint16_t>(std::max<int>(rounded, compact_pair::smallest_scale));
+        const int rounded = (half + 0x20) & compact_word::scale_mask;
+        return static_cast<std::uint16_t>(std::max<int>(rounded, compact_word::smallest_scale));
     }
     static float scale_of(std::uint16_t bits) noexcept { return half_to_float(bits); }
     static stored_levels store(std::uint16_t scale_bits, float base) noexcept {
@@ -77,7 +77,7 @@ struct compact_levels {
         const float nearest = std::nearbyint(std::clamp(steps, -63.0f, 63.0f));
         const int w = static_cast<int>(nearest);
         s.bits.scale = static_cast<std::uint16_t>(scale_bits | (w < 0 ? 0x8000 | -w : w));
-        s.base = s.scale * compact_pair::offset(s.bits.scale, Top);
+        s.base = s.scale * compact_word::offset(s.bits.scale, Top);
         return s;
     }
 };
@@ -151,9 +151,9 @@ struct compact {
 
     /// The value that a code stands for; exact.
     [[nodiscard]] static constexpr float dequantize(std::uint8_t code, metadata m) noexcept {
-        const float scale = detail::compact_pair::scale(m.scale.bits());
+        const float scale = detail::compact_word::scale(m.scale.bits());
         return static_cast<float>(code) * scale +
-               scale * detail::compact_pair::offset(m.scale.bits(), max_code);
+               scale * detail::compact_word::offset(m.scale.bits(), max_code);
     }
 };
 

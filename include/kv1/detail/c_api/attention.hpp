@@ -56,8 +56,8 @@ inline status c_take_attention(const kv1_attention& o, std::size_t queries, std:
         out.range = {o.range->first, o.range->last};
     if (o.alibi_slopes != nullptr)
         out.alibi_slopes = {o.alibi_slopes, heads};
-    if (o.sinks != nullptr)
-        out.sinks = {o.sinks, heads};
+    if (o.sink_logits != nullptr)
+        out.sink_logits = {o.sink_logits, heads};
     if (o.log_sum_exp != nullptr) {
         if (heads != 0 && queries > SIZE_MAX / heads)
             return {errc::shape_mismatch, "queries do not fit the address space"};

@@ -87,7 +87,7 @@ inline status c_take_encoding(const kv1_encoding* given, std::size_t heads, std:
         return {errc::invalid_argument, "a choice of levels is an enumerator"};
     out.levels = static_cast<level_choice>(e.levels);
     out.hadamard = e.hadamard;
-    if (dim > max_head_dim || heads > SIZE_MAX / sizeof(float) / (max_head_dim * max_head_dim))
+    if (dim > max_vector_length || heads > SIZE_MAX / sizeof(float) / (max_vector_length * max_vector_length))
         return {}; // no cache has such a layer, and no caller such arrays
     if (e.means != nullptr)
         out.means.assign(e.means, e.means + heads * dim);
@@ -225,7 +225,7 @@ size_t kv1_row_bytes(kv1_format format, size_t channels, size_t group) {
                : 0;
 }
 
-size_t kv1_hadamard_block(size_t channels) { return kv1::hadamard_block(channels); }
+size_t kv1_rotation_width(size_t channels) { return kv1::rotation_width(channels); }
 
 kv1_code kv1_cache_create(const kv1_cache_options* options, kv1_cache** cache, kv1_error* error) {
     using namespace kv1::detail;

@@ -35,8 +35,8 @@ kv1_code c_create_estimator(std::size_t heads, std::size_t channels, Estimator**
     if (out == nullptr)
         return c_refuse_null(error);
     *out = nullptr;
-    if (heads == 0 || channels == 0 || channels > max_vector_channels ||
-        heads > SIZE_MAX / sizeof(double) / (max_vector_channels * max_vector_channels))
+    if (heads == 0 || channels == 0 || channels > max_vector_length ||
+        heads > SIZE_MAX / sizeof(double) / (max_vector_length * max_vector_length))
         return c_report({errc::invalid_argument, "heads and channels are positive, channels at most 4096"},
                         error);
     return c_report(guarded([&] { *out = new Estimator{heads, channels, {heads, channels}}; }), error);

@@ -84,9 +84,9 @@ inline kv1_section c_section(const section_layout& s) noexcept {
     out.offset = s.offset;
     out.units = s.units();
     out.unit_lines = s.unit_lines();
-    out.part_lines[0] = s.part_lines(0);
-    out.part_lines[1] = s.part_lines(1);
-    out.second_part = s.second_part();
+    out.slice_lines[0] = s.slice_lines(0);
+    out.slice_lines[1] = s.slice_lines(1);
+    out.second_slice = s.second_slice();
     out.scale_offset = s.scale_offset;
     out.minimum_offset = s.minimum_offset;
     return out;

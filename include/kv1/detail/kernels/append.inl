@@ -80,7 +80,7 @@ KV1_LAZY KV1_INLINE f32 load_channels(const float* x, std::size_t n, std::size_t
 }
 
 // Inserts vectors into a K section: tokens token ... token + count - 1 of one tile.
-KV1_LAZY KV1_INLINE void insert_keys(const append_row* rows, std::size_t count, std::size_t first,
+KV1_LAZY KV1_INLINE void insert_keys(const vector_to_append* rows, std::size_t count, std::size_t first,
                                      const tile_thresholds& t) {
     const section_layout& s = *rows[0].section;
     const std::size_t n = s.channels, groups = round_up(n, line_lanes) / line_lanes;
@@ -109,7 +109,7 @@ KV1_LAZY KV1_INLINE void insert_keys(const append_row* rows, std::size_t count, 
 // Inserts vectors into N registers of channels of a V section, from channel `c` on. Fields of their lanes are
 // replaced. The thresholds of a vector serve all N registers.
 template <std::size_t N>
-KV1_INLINE void insert_value_step(const append_row* rows, std::size_t count, std::size_t first,
+KV1_INLINE void insert_value_step(const vector_to_append* rows, std::size_t count, std::size_t first,
                                   const tile_thresholds& t, const int* shifts, std::uint32_t kept,
                                   std::size_t c) {
     const section_layout& s = *rows[0].section;
@@ -149,7 +149,7 @@ KV1_INLINE void insert_value_step(const append_row* rows, std::size_t count, std
 }
 
 // Inserts vectors of one tile's tokens into a V section. Lanes past the channels are zero and stay so.
-KV1_LAZY KV1_INLINE void insert_values(const append_row* rows, std::size_t count, std::size_t first,
+KV1_LAZY KV1_INLINE void insert_values(const vector_to_append* rows, std::size_t count, std::size_t first,
                                        const tile_thresholds& t) {
     std::uint32_t replaced = 0;
     int shifts[tile_tokens];
@@ -167,9 +167,9 @@ KV1_LAZY KV1_INLINE void insert_values(const append_row* rows, std::size_t count
 }
 
 // Finds the first vector that is refused, in the order in which single vectors would be.
-KV1_LAZY inline encode_result first_failure(const append_row* rows, std::size_t count,
+KV1_LAZY inline encode_result first_failure(const vector_to_append* rows, std::size_t count,
                                             std::size_t& failed) noexcept {
-    alignas(64) std::uint8_t codes[max_head_dim];
+    alignas(64) std::uint8_t codes[max_vector_length];
     for (std::size_t i = 0; i < count; ++i) {
         const encode_result r = encode_affine(rows[i].x, rows[i].section->channels, 2, codes);
         failed = i;
@@ -179,7 +179,7 @@ KV1_LAZY inline encode_result first_failure(const append_row* rows, std::size_t 
     return {};
 }
 
-KV1_LAZY inline encode_result append_affine2(const append_row* rows, std::size_t count,
+KV1_LAZY inline encode_result append_affine2(const vector_to_append* rows, std::size_t count,
                                              std::size_t& failed) noexcept {
     alignas(64) float high[tile_tokens] = {};
     alignas(64) std::uint16_t scales[tile_tokens], minima[tile_tokens];

@@ -33,7 +33,7 @@ KV1_LAZY inline void round_query(const float* query, std::size_t padded, const f
     const float top = xs::reduce_max(largest);
     scale = top / 127.0f;
     const f32 inverse(top > 0.0f ? 127.0f / top : 0.0f);
-    alignas(64) std::int8_t plain[max_head_dim];
+    alignas(64) std::int8_t plain[max_vector_length];
     i32 total(0);
     for (std::size_t i = 0; i < padded; i += lanes) {
         const i32 code = rounded_codes(f32::load_aligned(query + i) * inverse);
@@ -41,7 +41,7 @@ KV1_LAZY inline void round_query(const float* query, std::size_t padded, const f
         store_u8(xs::bitwise_cast<std::uint32_t>(code), reinterpret_cast<std::uint8_t*>(plain) + i);
     }
     sum = xs::reduce_add(total);
-    for (int p = 0; p < t.part_count(); ++p)
+    for (int p = 0; p < t.slice_count(); ++p)
         switch (t.field_bits(p)) {
         case 1:
             scatter_query<8>(plain, padded, codes[p] + r * 32, rows);
@@ -61,14 +61,14 @@ KV1_LAZY inline void round_query(const float* query, std::size_t padded, const f
 // The tiles of tokens first ... last - 1, and tiles that complete their granules. token[k] is the first token of tile
 // k; no_token: the tile completes a granule. Precondition: first is a multiple of the granule within its page.
 inline constexpr std::size_t no_token = ~std::size_t{0};
-struct block_tiles {
-    tile_ref tiles[max_block_tiles];
-    std::size_t token[max_block_tiles];
+struct chunk_tiles {
+    tile_ref tiles[max_chunk_tiles];
+    std::size_t token[max_chunk_tiles];
     std::size_t count = 0;
 };
 
 KV1_LAZY inline void list_tiles(const attention_job& job, std::size_t granule, std::size_t first,
-                                std::size_t last, block_tiles& out) noexcept {
+                                std::size_t last, chunk_tiles& out) noexcept {
     const std::size_t page_tokens = job.layout->page_tokens();
     std::size_t index = first / page_tokens, in_page = first - index * page_tokens, count = 0;
     while (first < last) {
@@ -93,7 +93,7 @@ struct row_view {
 };
 
 KV1_LAZY inline row_view view_of(const attention_job& job, std::size_t row) noexcept {
-    const std::size_t token = (job.first_row + row) / job.group;
+    const std::size_t token = (job.first_row + row) / job.head_group;
     const std::size_t limit = job.visible_base + token * job.visible_step;
     row_view v{job.first_visible, limit < job.last_token ? limit : job.last_token};
     if (job.window != 0) {
@@ -117,11 +117,12 @@ KV1_LAZY KV1_INLINE bool all_set(const std::uint8_t* mask) {
 // Applies soft cap and position bias to a row's scores, and sets scores of tokens that the row does not see to
 // lowest_score.
 KV1_LAZY inline void adjust_scores(const attention_job& job, std::size_t row, const row_view& seen,
-                                   const block_tiles& block, float shift, float* scores) noexcept {
-    const std::size_t token = (job.first_row + row) / job.group, head = (job.first_row + row) % job.group;
+                                   const chunk_tiles& chunk, float shift, float* scores) noexcept {
+    const std::size_t token = (job.first_row + row) / job.head_group,
+                      head = (job.first_row + row) % job.head_group;
     if (job.soft_cap > 0.0f) {
         const f32 cap(job.soft_cap), inverse(1.0f / job.soft_cap);
-        for (std::size_t i = 0; i < block.count * tile_tokens; i += lanes)
+        for (std::size_t i = 0; i < chunk.count * tile_tokens; i += lanes)
             (cap * xs::tanh((f32::load_aligned(scores + i) + f32(shift)) * inverse))
                 .store_aligned(scores + i);
     }
@@ -130,8 +131,8 @@ KV1_LAZY inline void adjust_scores(const attention_job& job, std::size_t row, co
         for (std::size_t i = 0; i < tile_tokens; ++i)
             steps[i] = static_cast<float>(i);
         const f32 slope(job.alibi_slopes[head]);
-        for (std::size_t k = 0; k < block.count; ++k) {
-            const f32 distance(static_cast<float>(static_cast<std::ptrdiff_t>(block.token[k]) -
+        for (std::size_t k = 0; k < chunk.count; ++k) {
+            const f32 distance(static_cast<float>(static_cast<std::ptrdiff_t>(chunk.token[k]) -
                                                   job.first_position - static_cast<std::ptrdiff_t>(token)));
             for (std::size_t i = 0; i < tile_tokens; i += lanes) {
                 float* at = scores + k * tile_tokens + i;
@@ -140,8 +141,8 @@ KV1_LAZY inline void adjust_scores(const attention_job& job, std::size_t row, co
             }
         }
     }
-    for (std::size_t k = 0; k < block.count; ++k) {
-        const std::size_t first = block.token[k];
+    for (std::size_t k = 0; k < chunk.count; ++k) {
+        const std::size_t first = chunk.token[k];
         float* tile = scores + k * tile_tokens;
         const bool inside = first != no_token && first >= seen.first && first + tile_tokens <= seen.last;
         const bool masked = job.mask != nullptr && first + tile_tokens > job.mask_first;
@@ -162,7 +163,7 @@ KV1_LAZY inline void adjust_scores(const attention_job& job, std::size_t row, co
 // Scores of keys with groups of channels: the sum of the scores of all groups. q: queries of the first group, those of
 // the others behind it, [group][row]. own: room for the scores of one group.
 template <class Kernels>
-KV1_NOINLINE void add_group_scores(const Kernels& kernels, std::size_t mode, const block_view& view,
+KV1_NOINLINE void add_group_scores(const Kernels& kernels, std::size_t mode, const chunk_view& view,
                                    const query_rows& q, float* scores, float* own, float* tops) noexcept {
     const std::size_t groups = view.layout->groups(), slots = view.count * tile_tokens;
     for (std::size_t g = 0; g < groups; ++g) {
@@ -199,7 +200,7 @@ KV1_LAZY KV1_NOINLINE inline void load_channels(const section_layout& s, const s
     for (; c + lanes <= s.channels; c += lanes) {
         f32 slope, base;
         if (compact) {
-            decode_pairs(load_u16(scales + c), s.traits().top_level(), slope, base);
+            decode_compact_words(load_u16(scales + c), s.traits().top_level(), slope, base);
         } else {
             slope = load_half(scales + c);
             base = load_half(minima + c);
@@ -208,7 +209,7 @@ KV1_LAZY KV1_NOINLINE inline void load_channels(const section_layout& s, const s
         base.store_aligned(bases + c);
     }
     for (; c < s.channels; ++c) {
-        const affine_pair p = decode_metadata(s.format, load_channel_metadata(s, page, c));
+        const affine_map p = decode_metadata(s.format, load_channel_metadata(s, page, c));
         slopes[c] = p.slope;
         bases[c] = p.base;
     }
@@ -217,12 +218,12 @@ KV1_LAZY KV1_NOINLINE inline void load_channels(const section_layout& s, const s
 }
 
 // Prefetches metadata of the next pages.
-KV1_LAZY KV1_INLINE void prefetch_channels(const section_layout& s, const block_tiles& block) {
+KV1_LAZY KV1_INLINE void prefetch_channels(const section_layout& s, const chunk_tiles& chunk) {
     const std::byte* page = nullptr;
-    for (std::size_t k = 0; k < block.count; ++k) {
-        if (block.tiles[k].page == page)
+    for (std::size_t k = 0; k < chunk.count; ++k) {
+        if (chunk.tiles[k].page == page)
             continue;
-        page = block.tiles[k].page;
+        page = chunk.tiles[k].page;
         for (std::size_t at = 0; at < s.channels * sizeof(std::uint16_t); at += line_bytes) {
             prefetch(page + s.scale_offset + at);
             prefetch(page + s.minimum_offset + at);
@@ -234,7 +235,7 @@ KV1_LAZY KV1_INLINE void prefetch_channels(const section_layout& s, const block_
 // times the page's minima is added to the scores. Keys of a page that is not full are fp16 and take the query itself.
 // round_row(x, r) makes the codes of row r for the fast path, to which q refers.
 template <class Rounding>
-KV1_NOINLINE void add_page_scores(const attention_job& job, const block_tiles& block, const block_view& view,
+KV1_NOINLINE void add_page_scores(const attention_job& job, const chunk_tiles& chunk, const chunk_view& view,
                                   const query_rows& q, const Rounding& round_row, std::size_t mode,
                                   float* scores, float* tops) noexcept {
     auto& scaled = job.scratch->scaled;
@@ -248,7 +249,7 @@ KV1_NOINLINE void add_page_scores(const attention_job& job, const block_tiles& b
         while (last < view.count && view.tiles[last].page == page)
             ++last;
         const std::size_t fetched = view.next_count < last ? view.next_count : last;
-        block_view own{&keys,
+        chunk_view own{&keys,
                        view.tiles + first,
                        last - first,
                        view.next_layout,
@@ -256,8 +257,8 @@ KV1_NOINLINE void add_page_scores(const attention_job& job, const block_tiles& b
                        fetched < first ? 0 : fetched - first,
                        view.next_share};
         float* at = scores + first * tile_tokens;
-        if (job.open_keys != nullptr && block.token[first] >= job.open_from) {
-            tile_ref open[max_block_tiles];
+        if (job.open_keys != nullptr && chunk.token[first] >= job.open_from) {
+            tile_ref open[max_chunk_tiles];
             for (std::size_t k = first; k < last; ++k)
                 open[k - first] = {job.open_keys, view.tiles[k].token};
             own.layout = &job.open_layout->keys();
@@ -300,7 +301,7 @@ KV1_NOINLINE void add_page_scores(const attention_job& job, const block_tiles& b
 // Sums of values with groups of channels, group by group. Each group takes the exponentials anew, from a copy of
 // `scores`, which it overwrites.
 template <class Kernels>
-KV1_NOINLINE void add_group_sums(const Kernels& kernels, std::size_t mode, const block_view& view,
+KV1_NOINLINE void add_group_sums(const Kernels& kernels, std::size_t mode, const chunk_view& view,
                                  const softmax_rows& w, float* scores, float* sums,
                                  std::size_t stride) noexcept {
     const std::size_t groups = view.layout->groups();
@@ -327,21 +328,21 @@ KV1_NOINLINE void add_group_sums(const Kernels& kernels, std::size_t mode, const
 struct top_tile {
     tile_ref tile{nullptr, 0};
     std::size_t token = 0;
-    std::size_t slot = 0; // in its block
+    std::size_t slot = 0; // in its chunk
     float score = lowest_score;
     float scores[tile_tokens];
 };
 
-// Where a block has a larger score than those before it.
-KV1_LAZY KV1_NOINLINE inline void find_top(const block_tiles& block, const float* scores, float top,
+// Where a chunk has a larger score than those before it.
+KV1_LAZY KV1_NOINLINE inline void find_top(const chunk_tiles& chunk, const float* scores, float top,
                                            top_tile& out) noexcept {
-    for (std::size_t k = 0; k < block.count; ++k) {
+    for (std::size_t k = 0; k < chunk.count; ++k) {
         f32 largest = f32::load_aligned(scores + k * tile_tokens);
         for (std::size_t i = lanes; i < tile_tokens; i += lanes)
             largest = xs::max(largest, f32::load_aligned(scores + k * tile_tokens + i));
         if (xs::any(largest == f32(top))) {
-            out.tile = block.tiles[k];
-            out.token = block.token[k];
+            out.tile = chunk.tiles[k];
+            out.token = chunk.token[k];
             out.slot = k * tile_tokens;
             out.score = top;
             std::memcpy(out.scores, scores + k * tile_tokens, sizeof out.scores);
@@ -350,7 +351,7 @@ KV1_LAZY KV1_NOINLINE inline void find_top(const block_tiles& block, const float
     }
 }
 
-// The scores of some rows in one tile of a block, [row][tile_tokens].
+// The scores of some rows in one tile of a chunk, [row][tile_tokens].
 KV1_LAZY KV1_NOINLINE inline void copy_tile(const float* scores, std::size_t rows, std::size_t slot,
                                             float* out) noexcept {
     for (std::size_t r = 0; r < rows; ++r)
@@ -363,15 +364,15 @@ KV1_LAZY KV1_NOINLINE inline void exact_tile(const attention_job& job, const que
                                              const top_tile& top, float* scores) noexcept {
     constexpr auto exact = static_cast<std::size_t>(precision::exact);
     const section_layout& keys = job.layout->keys();
-    block_tiles block;
-    block.tiles[0] = top.tile;
-    block.token[0] = top.token;
-    block.count = 1;
-    const block_view view{&keys, block.tiles, 1, &keys, block.tiles, 0, 0};
+    chunk_tiles chunk;
+    chunk.tiles[0] = top.tile;
+    chunk.token[0] = top.token;
+    chunk.count = 1;
+    const chunk_view view{&keys, chunk.tiles, 1, &keys, chunk.tiles, 0, 0};
     float tops[max_rows];
     if (keys.axis == quantization_axis::per_channel)
         add_page_scores(
-            job, block, view, q, [](const float*, std::size_t) {}, exact, scores, tops);
+            job, chunk, view, q, [](const float*, std::size_t) {}, exact, scores, tops);
     else if (keys.groups() == 1)
         job.key_kernels->key_scores[exact](view, q, scores, tops);
     else
@@ -381,10 +382,10 @@ KV1_LAZY KV1_NOINLINE inline void exact_tile(const attention_job& job, const que
 KV1_LAZY KV1_NOINLINE inline float correction_of(const attention_job& job, std::size_t r,
                                                  const row_view& seen, float shift, const top_tile& top,
                                                  const softmax_state& state, float* exact) noexcept {
-    block_tiles block;
-    block.token[0] = top.token;
-    block.count = 1;
-    adjust_scores(job, r, seen, block, shift, exact);
+    chunk_tiles chunk;
+    chunk.token[0] = top.token;
+    chunk.count = 1;
+    adjust_scores(job, r, seen, chunk, shift, exact);
     alignas(64) float weights[tile_tokens], corrected[tile_tokens];
     const f32 log2e(log2_e), less = softmax_shift(state.maximum);
     for (std::size_t i = 0; i < tile_tokens; i += lanes) {
@@ -450,7 +451,7 @@ template <bool Pairs>
 inline void attend_rows(const attention_job& job) noexcept {
     const section_layout& keys = job.layout->keys();
     const bool in_keys = job.layout->values_in_keys();
-    const section_layout values = in_keys ? turned_values(*job.layout) : job.layout->values();
+    const section_layout values = in_keys ? transposed_values(*job.layout) : job.layout->values();
     const std::size_t key_stride = round_up(keys.channels, 32);
     const std::size_t value_stride = round_up(values.channels, 32);
     const std::size_t groups = keys.groups(), part = key_stride / groups; // of a query, which meets one group
@@ -471,7 +472,7 @@ inline void attend_rows(const attention_job& job) noexcept {
     row_view seen[max_rows];
     // outputs alone do not see what shifts all scores of a row
     const bool corrected =
-        integer_keys && (job.partials != nullptr || job.log_sum_exp != nullptr || job.sinks != nullptr);
+        integer_keys && (job.partials != nullptr || job.log_sum_exp != nullptr || job.sink_logits != nullptr);
     top_tile top_tiles[max_rows];
     alignas(64) float shared[max_rows * tile_tokens]; // scores of the last row's tile
     float shared_score = lowest_score;
@@ -505,7 +506,8 @@ inline void attend_rows(const attention_job& job) noexcept {
 
     row_view any{job.last_token, 0}, all{0, job.last_token}; // tokens that some row, and every row, may see
     for (std::size_t r = 0; r < job.rows; ++r) {
-        const std::size_t token = (job.first_row + r) / job.group, head = (job.first_row + r) % job.group;
+        const std::size_t token = (job.first_row + r) / job.head_group,
+                          head = (job.first_row + r) % job.head_group;
         float* row = groups == 1 ? query + r * key_stride : scores; // there for a moment
         const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(token) * job.query_token_stride +
                                   static_cast<std::ptrdiff_t>(head) * job.query_head_stride;
@@ -551,37 +553,37 @@ inline void attend_rows(const attention_job& job) noexcept {
     const std::size_t page_tiles = page_tokens / tile_tokens;
     const std::size_t key_share = keys.bytes() / page_tiles, value_share = values.bytes() / page_tiles;
     const bool adjusted = job.soft_cap > 0.0f || job.alibi_slopes != nullptr;
-    block_tiles lists[2];             // of this block and the next
-    tile_ref turned[max_block_tiles]; // of values that lie in keys
-    for (std::size_t k = 0; in_keys && k < max_block_tiles; ++k)
-        turned[k] = {job.scratch->turned, k * tile_tokens};
+    chunk_tiles lists[2];                 // of this chunk and the next
+    tile_ref transposed[max_chunk_tiles]; // of values that lie in keys
+    for (std::size_t k = 0; in_keys && k < max_chunk_tiles; ++k)
+        transposed[k] = {job.scratch->transposed, k * tile_tokens};
     std::size_t first = job.first_token, last = first, now = 0;
     if (first < any.last)
-        last = block_end(*job.layout, first, any.last);
-    while (last <= any.first && last < any.last) { // blocks that no row sees
+        last = chunk_end(*job.layout, first, any.last);
+    while (last <= any.first && last < any.last) { // chunks that no row sees
         first = last;
-        last = block_end(*job.layout, first, any.last);
+        last = chunk_end(*job.layout, first, any.last);
     }
     if (first < last)
         list_tiles(job, granule, first, last, lists[now]);
     while (first < last) {
-        const block_tiles& block = lists[now];
-        block_tiles& after = lists[1 - now];
-        const std::size_t after_last = last < any.last ? block_end(*job.layout, last, any.last) : last;
+        const chunk_tiles& chunk = lists[now];
+        chunk_tiles& after = lists[1 - now];
+        const std::size_t after_last = last < any.last ? chunk_end(*job.layout, last, any.last) : last;
         // past the range's end begins what the next task is likely to walk
         const std::size_t fetched =
             last == job.last_token && last % page_tokens == 0 && last < job.fetch_token
-                ? block_end(*job.layout, last, job.fetch_token)
+                ? chunk_end(*job.layout, last, job.fetch_token)
                 : after_last;
         after.count = 0;
         if (last < fetched)
             list_tiles(job, granule, last, fetched, after);
-        const std::size_t slots = block.count * tile_tokens;
-        const block_view key_view{
-            &keys, block.tiles, block.count, &values, block.tiles, in_keys ? 0 : block.count, value_share};
+        const std::size_t slots = chunk.count * tile_tokens;
+        const chunk_view key_view{
+            &keys, chunk.tiles, chunk.count, &values, chunk.tiles, in_keys ? 0 : chunk.count, value_share};
         if (per_channel)
             add_page_scores(
-                job, block, key_view, q, [&](const float* own, std::size_t r) { round_row(own, r, 0); }, mode,
+                job, chunk, key_view, q, [&](const float* own, std::size_t r) { round_row(own, r, 0); }, mode,
                 scores, tops);
         else if (groups == 1)
             job.key_kernels->key_scores[mode](key_view, q, scores, tops);
@@ -594,12 +596,12 @@ inline void attend_rows(const attention_job& job) noexcept {
         for (std::size_t r = 0; r < job.rows; ++r) {
             float* row = scores + r * score_stride;
             if (!whole) {
-                adjust_scores(job, r, seen[r], block, shifts[r], row);
+                adjust_scores(job, r, seen[r], chunk, shifts[r], row);
                 tops[r] = maximum_of(row, slots, lowest_score);
             }
             const float largest = tops[r];
             if (corrected && largest > top_tiles[r].score)
-                find_top(block, row, largest, top_tiles[r]);
+                find_top(chunk, row, largest, top_tiles[r]);
             float m = largest == lowest_score ? lowest_score : largest * log2_e;
             m = m > maxima[r] || m != m ? m : maxima[r];
             rescale[r] = m == maxima[r] && m != lowest_score ? 1.0f : softmax_rescale(maxima[r], m);
@@ -613,9 +615,10 @@ inline void attend_rows(const attention_job& job) noexcept {
         if (per_channel)
             prefetch_channels(keys, after);
         if (in_keys)
-            turn_values(keys, block.tiles, block.count, values, job.scratch->turned);
-        const block_view value_view{
-            &values, in_keys ? turned : block.tiles, block.count, &keys, after.tiles, after.count, key_share};
+            transpose_values(keys, chunk.tiles, chunk.count, values, job.scratch->transposed);
+        const chunk_view value_view{
+            &values,  in_keys ? transposed : chunk.tiles, chunk.count, &keys, after.tiles, after.count,
+            key_share};
         const softmax_rows weights{job.rows, scores, maxima, rescale, denominators};
         if (values.groups() == 1)
             job.value_kernels->value_sums[mode](value_view, weights, sums, value_stride);
@@ -630,7 +633,8 @@ inline void attend_rows(const attention_job& job) noexcept {
     if (corrected)
         correct_maxima(job, q, seen, shifts, top_tiles, shared, denominators, maxima, scores);
     for (std::size_t r = 0; r < job.rows; ++r) {
-        const std::size_t token = (job.first_row + r) / job.group, head = (job.first_row + r) % job.group;
+        const std::size_t token = (job.first_row + r) / job.head_group,
+                          head = (job.first_row + r) % job.head_group;
         float* row = sums + r * value_stride;
         softmax_state state{maxima[r], denominators[r]};
         if (job.partials != nullptr) {
@@ -643,8 +647,8 @@ inline void attend_rows(const attention_job& job) noexcept {
         shift_maximum(job, shifts[r], state);
         float factor = 1.0f;
         const float seen_weights = state.denominator;
-        if (job.sinks != nullptr)
-            factor = add_sink(state, job.sinks[head]);
+        if (job.sink_logits != nullptr)
+            factor = add_sink_logit(state, job.sink_logits[head]);
         const f32 inverse(state.denominator > 0.0f ? factor / state.denominator : 0.0f);
         for (std::size_t i = 0; i < value_stride; i += lanes)
             (f32::load_aligned(row + i) * inverse).store_aligned(row + i);

@@ -13,7 +13,7 @@
 // that the dot products alone set the pace. Masking in place instead of shifting saves nothing here, and would
 // need accumulators of their own for every plane.
 
-// Into the second-level cache: two sections of a block and their scores do not fit the first.
+// Into the second-level cache: two sections of a chunk and their scores do not fit the first.
 KV1_LAZY KV1_INLINE void prefetch(const void* p) {
 #if defined(__GNUC__)
     __builtin_prefetch(p, 0, 2);
@@ -110,13 +110,13 @@ KV1_INLINE void add_dots(const Walk& walk, std::size_t line_count, const std::in
     }
 }
 
-// What is fetched for tile k of a block: its share of the section that will be walked next.
-KV1_LAZY KV1_INLINE const std::byte* share_of(const block_view& view, std::size_t k) {
+// What is fetched for tile k of a chunk: its share of the section that will be walked next.
+KV1_LAZY KV1_INLINE const std::byte* share_of(const chunk_view& view, std::size_t k) {
     const tile_ref& t = view.next_tiles[k];
     return t.page + view.next_layout->offset + t.token / tile_tokens * view.next_share;
 }
 // And its metadata, on the way: half a line of each array.
-KV1_LAZY KV1_INLINE void prefetch_metadata(const block_view& view, std::size_t k) {
+KV1_LAZY KV1_INLINE void prefetch_metadata(const chunk_view& view, std::size_t k) {
     if (k >= view.next_count)
         return;
     const tile_ref& t = view.next_tiles[k];

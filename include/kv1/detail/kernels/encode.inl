@@ -5,7 +5,7 @@
 // A lane is a vector, and a register is one channel of `lanes` vectors. Every lane does what the definition does, in
 // the same order, and nothing is summed across lanes. Vectors are transposed first, codes are transposed at the end.
 //
-// Operations per channel of `lanes` vectors: log2(lanes) shuffles, log2(block) + 1 for the rotation, 4 for the range,
+// Operations per channel of `lanes` vectors: log2(lanes) shuffles, log2(width) + 1 for the rotation, 4 for the range,
 // 3 rounds of 11 for least squares, 8 for the errors of each candidate, 6 for codes. At 32 channels that is about 70,
 // or 4 a value on 16 lanes. Error weights add 2 for each channel that comes after, for each of nine candidates.
 //
@@ -91,8 +91,8 @@ template <bool Codebook>
 KV1_INLINE void round_scale(f32 scale, const lane_format<Codebook>& format, lane_levels& l) {
     u32 bits = half_bits(xs::max(scale, f32(smallest_scale)));
     if (format.compact) {
-        bits = (bits + u32(0x20u)) & u32(compact_pair::scale_mask);
-        bits = xs::max(bits, u32(compact_pair::smallest_scale));
+        bits = (bits + u32(0x20u)) & u32(compact_word::scale_mask);
+        bits = xs::max(bits, u32(compact_word::smallest_scale));
     }
     l.scale_bits = bits;
     l.scale = half_to_float(bits);
@@ -302,13 +302,13 @@ KV1_INLINE void weighted_candidate(int k, const lane_levels& from, f32 middle,
 
 // Rotates vectors, x is [n][lanes]. Two steps of the transform are done at a time if two are left; the last one
 // multiplies by the norm.
-KV1_LAZY KV1_INLINE void rotate_lanes(float* x, std::size_t n, std::size_t block) {
-    const f32 norm(hadamard_norm(block));
-    if (block == 1) // the identity
+KV1_LAZY KV1_INLINE void rotate_lanes(float* x, std::size_t n, std::size_t width) {
+    const f32 norm(hadamard_norm(width));
+    if (width == 1) // the identity
         return;
     std::size_t half = 1;
-    for (; 4 * half <= block; half *= 4) {
-        const bool last = 4 * half == block;
+    for (; 4 * half <= width; half *= 4) {
+        const bool last = 4 * half == width;
         for (std::size_t at = 0; at < n; at += 4 * half)
             for (std::size_t i = at; i < at + half; ++i) {
                 float *p0 = x + i * lanes, *p1 = p0 + half * lanes, *p2 = p1 + half * lanes,
@@ -330,7 +330,7 @@ KV1_LAZY KV1_INLINE void rotate_lanes(float* x, std::size_t n, std::size_t block
                 y3.store_aligned(p3);
             }
     }
-    if (half < block)
+    if (half < width)
         for (std::size_t at = 0; at < n; at += 2 * half)
             for (std::size_t i = at; i < at + half; ++i) {
                 const f32 a = f32::load_aligned(x + i * lanes), b = f32::load_aligned(x + (i + half) * lanes);
@@ -340,8 +340,8 @@ KV1_LAZY KV1_INLINE void rotate_lanes(float* x, std::size_t n, std::size_t block
 }
 
 // Rotates one vector whose channels lie side by side.
-KV1_LAZY inline void rotate(float* x, std::size_t n, std::size_t block) noexcept {
-    for (std::size_t half = 1; half < block; half *= 2)
+KV1_LAZY inline void rotate(float* x, std::size_t n, std::size_t width) noexcept {
+    for (std::size_t half = 1; half < width; half *= 2)
         for (std::size_t at = 0; at < n; at += 2 * half) {
             std::size_t i = at;
             for (; half >= lanes && i < at + half; i += lanes) {
@@ -355,14 +355,15 @@ KV1_LAZY inline void rotate(float* x, std::size_t n, std::size_t block) noexcept
                 x[i + half] = a - b;
             }
         }
-    const float norm = hadamard_norm(block);
+    const float norm = hadamard_norm(width);
     for (std::size_t i = 0; i < n; ++i)
         x[i] *= norm;
 }
 
 // Takes the means off vectors and transposes them. Lanes without a vector get zeros. False: a value is beyond fp16, or
 // not finite.
-KV1_LAZY KV1_INLINE bool load_vectors(const encode_row* rows, std::size_t count, std::size_t n, float* x) {
+KV1_LAZY KV1_INLINE bool load_vectors(const vector_to_encode* rows, std::size_t count, std::size_t n,
+                                      float* x) {
     i32 largest(0); // magnitude bits, NaN above infinity
     for (std::size_t c = 0; c < n; c += lanes) {
         const bool whole = c + lanes <= n;
@@ -371,7 +372,7 @@ KV1_LAZY KV1_INLINE bool load_vectors(const encode_row* rows, std::size_t count,
             square[i] = f32(0.0f);
             if (i >= count)
                 continue;
-            const encode_row& row = rows[i];
+            const vector_to_encode& row = rows[i];
             square[i] = whole ? f32::load_unaligned(row.x + c) : load_tail(row.x, n, c);
             largest = xs::max(largest, xs::bitwise_cast<std::int32_t>(square[i]) & i32(0x7fffffff));
             if (row.mean != nullptr)
@@ -389,7 +390,7 @@ KV1_LAZY KV1_INLINE bool load_vectors(const encode_row* rows, std::size_t count,
 // with one group of channels. alike: several vectors share their feedback. Out of line, so that its loops have all
 // registers.
 template <bool Codebook>
-KV1_NOINLINE void weigh_levels(const encode_row* rows, std::size_t count, std::size_t n, bool alike,
+KV1_NOINLINE void weigh_levels(const vector_to_encode* rows, std::size_t count, std::size_t n, bool alike,
                                const lane_format<Codebook>& how, const encode_scratch& scratch,
                                lane_levels& best) noexcept {
     const lane_format<Codebook> format = how;
@@ -434,10 +435,11 @@ KV1_NOINLINE void weigh_levels(const encode_row* rows, std::size_t count, std::s
 
 // Encodes one group of channels of up to `lanes` vectors into words. False: metadata do not fit.
 template <bool Codebook>
-bool encode_group(const encode_recipe& recipe, const encode_row* rows, std::size_t count, const float* x,
-                  std::uint32_t* words, const encode_scratch& scratch, row_metadata* metadata) noexcept {
-    const std::size_t n = recipe.group;
-    const format_traits traits = traits_of(recipe.format);
+bool encode_group(const encoding_params& params, const vector_to_encode* rows, std::size_t count,
+                  const float* x, std::uint32_t* words, const encode_scratch& scratch,
+                  row_metadata* metadata) noexcept {
+    const std::size_t n = params.group;
+    const format_traits traits = traits_of(params.format);
     const lane_format<Codebook> format{f32(static_cast<float>((1 << traits.code_bits) - 1)),
                                        static_cast<float>(traits.top_level()),
                                        traits.metadata == metadata_kind::compact};
@@ -455,13 +457,13 @@ bool encode_group(const encode_recipe& recipe, const encode_row* rows, std::size
     if (!xs::all(l.fits)) // lanes without a vector hold zeros, which fit
         return false;
     f32 best_error(std::numeric_limits<float>::max());
-    const int candidates = recipe.levels == level_choice::min_max         ? 0
-                           : recipe.levels == level_choice::least_squares ? 2
+    const int candidates = params.levels == level_choice::min_max         ? 0
+                           : params.levels == level_choice::least_squares ? 2
                                                                           : clip_candidates;
     const lane_levels range = l;
     for (int k = 0; k < candidates; k += 2) { // candidate 0 is the whole range
         lane_levels pair[2] = {range, range};
-        if (recipe.levels == level_choice::least_squares)
+        if (params.levels == level_choice::least_squares)
             refine(x, n, lo, hi, format, pair[1]);
         else
             for (int i = k == 0 ? 1 : 0; i < 2; ++i)
@@ -486,7 +488,7 @@ bool encode_group(const encode_recipe& recipe, const encode_row* rows, std::size
     alignas(64) std::uint32_t scale_bits[lanes], minimum_bits[lanes];
     l.scale_bits.store_aligned(scale_bits);
     l.minimum_bits.store_aligned(minimum_bits);
-    const std::size_t groups = recipe.groups();
+    const std::size_t groups = params.groups();
     for (std::size_t i = 0; i < count; ++i)
         metadata[i * groups] = {static_cast<std::uint16_t>(scale_bits[i]),
                                 static_cast<std::uint16_t>(minimum_bits[i])};
@@ -494,17 +496,18 @@ bool encode_group(const encode_recipe& recipe, const encode_row* rows, std::size
 }
 
 // Encodes up to `lanes` vectors into scratch.words. False: metadata do not fit.
-KV1_LAZY inline bool encode_lanes(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
-                                  const encode_scratch& scratch, row_metadata* metadata) noexcept {
-    if (recipe.hadamard != 0)
-        rotate_lanes(scratch.x, recipe.channels, recipe.hadamard);
-    for (std::size_t g = 0; g < recipe.groups(); ++g) {
-        const std::size_t first = g * recipe.group;
+KV1_LAZY inline bool encode_lanes(const encoding_params& params, const vector_to_encode* rows,
+                                  std::size_t count, const encode_scratch& scratch,
+                                  row_metadata* metadata) noexcept {
+    if (params.hadamard != 0)
+        rotate_lanes(scratch.x, params.channels, params.hadamard);
+    for (std::size_t g = 0; g < params.groups(); ++g) {
+        const std::size_t first = g * params.group;
         const float* x = scratch.x + first * lanes;
         std::uint32_t* words = scratch.words + first / 4 * lanes;
-        if (!(traits_of(recipe.format).codebook()
-                  ? encode_group<true>(recipe, rows, count, x, words, scratch, metadata + g)
-                  : encode_group<false>(recipe, rows, count, x, words, scratch, metadata + g)))
+        if (!(traits_of(params.format).codebook()
+                  ? encode_group<true>(params, rows, count, x, words, scratch, metadata + g)
+                  : encode_group<false>(params, rows, count, x, words, scratch, metadata + g)))
             return false;
     }
     return true;
@@ -512,30 +515,30 @@ KV1_LAZY inline bool encode_lanes(const encode_recipe& recipe, const encode_row*
 
 // Encodes vectors one by one, by the definition: vectors that are too long for scratch, and batches in which one
 // vector is refused.
-KV1_LAZY inline encode_result encode_one_by_one(const encode_recipe& recipe, const encode_row* rows,
+KV1_LAZY inline encode_result encode_one_by_one(const encoding_params& params, const vector_to_encode* rows,
                                                 std::size_t count, std::uint8_t* codes, std::size_t stride,
                                                 row_metadata* metadata, std::size_t& failed) noexcept {
     for (failed = 0; failed < count; ++failed) {
-        const encode_result r = encode_reference(recipe, rows[failed], codes + failed * stride,
-                                                 metadata + failed * recipe.groups());
+        const encode_result r = encode_reference(params, rows[failed], codes + failed * stride,
+                                                 metadata + failed * params.groups());
         if (r.code != errc::ok)
             return r;
     }
     return {};
 }
 
-KV1_LAZY inline encode_result encode_rows(const encode_recipe& recipe, const encode_row* rows,
-                                          std::size_t count, std::uint8_t* codes, std::size_t stride,
-                                          row_metadata* metadata, std::size_t& failed,
-                                          const encode_scratch& scratch) noexcept {
-    const std::size_t n = recipe.channels;
+KV1_LAZY inline encode_result encode_vectors(const encoding_params& params, const vector_to_encode* rows,
+                                             std::size_t count, std::uint8_t* codes, std::size_t stride,
+                                             row_metadata* metadata, std::size_t& failed,
+                                             const encode_scratch& scratch) noexcept {
+    const std::size_t n = params.channels;
     if (n > scratch.channels)
-        return encode_one_by_one(recipe, rows, count, codes, stride, metadata, failed);
+        return encode_one_by_one(params, rows, count, codes, stride, metadata, failed);
     for (std::size_t first = 0; first < count; first += lanes) {
         const std::size_t some = count - first < lanes ? count - first : lanes;
         if (!load_vectors(rows + first, some, n, scratch.x) ||
-            !encode_lanes(recipe, rows + first, some, scratch, metadata + first * recipe.groups()))
-            return encode_one_by_one(recipe, rows, count, codes, stride, metadata, failed);
+            !encode_lanes(params, rows + first, some, scratch, metadata + first * params.groups()))
+            return encode_one_by_one(params, rows, count, codes, stride, metadata, failed);
         for (std::size_t i = 0; i < some; ++i) {
             std::uint8_t* out = codes + (first + i) * stride;
             std::size_t c = 0;

@@ -4,7 +4,7 @@
 //
 // Attention consists of a driver per target (attend_rows, an online softmax over chunks of tokens) and two
 // kernels per format and precision, key_scores and value_sums. So formats of K and V combine freely, without
-// a kernel for each combination. A chunk is called a block in the names below.
+// a kernel for each combination.
 #pragma once
 
 #include <kv1/detail/page_fields.hpp>
@@ -21,15 +21,14 @@
 namespace kv1::inline KV1_ABI::detail {
 
 // A task takes at most max_rows query rows of one KV head (a query row is one query token and query head). It
-// takes tokens by chunks of at most max_block_tokens. Chunks cross pages, so that the cost of a chunk does
+// takes tokens by chunks of at most max_chunk_tokens. Chunks cross pages, so that the cost of a chunk does
 // not depend on the size of pages.
 inline constexpr std::size_t max_rows = 16;
-inline constexpr std::size_t max_block_tokens = 512;
-inline constexpr std::size_t max_head_dim = 4096;
+inline constexpr std::size_t max_chunk_tokens = 512;
 // Query rows of a task times padded head_dim: at least one row, and max_rows with the 576 channels of a
 // latent that many heads share.
 inline constexpr std::size_t scratch_floats = 9216;
-inline constexpr std::size_t max_groups = max_head_dim / group_unit;       // of a vector
+inline constexpr std::size_t max_groups = max_vector_length / group_unit;  // of a vector
 inline constexpr std::size_t max_group_rows = scratch_floats / group_unit; // rows * groups fits
 
 // A granule: the tokens that share a line of V, at least a tile. Chunks end between granules.
@@ -43,7 +42,7 @@ constexpr std::size_t granule_of(const page_layout& l) noexcept {
 // unsigned byte.
 constexpr int top_weight_code(int code_bits) noexcept { return code_bits == 8 ? 126 : 254; }
 
-// A component that all values share is weighted by what a block's weights add up to. So the codes are worth
+// A component that all values share is weighted by what a chunk's weights add up to. So the codes are worth
 // what the weights were: their step is the sum of the weights (times slopes) over the sum of the codes. Where
 // codes add up to little, a few large ones stand among many that would be rounded to zero; there a code's
 // rounding passes on what it left, at each place j of the tiles apart (x: a weight in steps, i: its code):
@@ -66,50 +65,50 @@ inline constexpr first_carries weight_carries = [] {
 
 // A granule that the end of a page cuts still takes the slots of a whole one in scratch. If that can happen,
 // chunks have half as many tokens.
-inline constexpr std::size_t max_block_slots = max_block_tokens;
-inline constexpr std::size_t max_block_tiles = max_block_slots / tile_tokens;
-inline constexpr std::size_t score_stride = max_block_slots + 16; // rows do not meet in one cache set
+inline constexpr std::size_t max_chunk_slots = max_chunk_tokens;
+inline constexpr std::size_t max_chunk_tiles = max_chunk_slots / tile_tokens;
+inline constexpr std::size_t score_stride = max_chunk_slots + 16; // rows do not meet in one cache set
 
 // Values in keys are transposed into lines of V, chunk by chunk (kernels/latent.inl). The lines should stay
-// in the second-level cache, so their bytes limit the tokens of a chunk. longest_block() gives that limit; 0:
+// in the second-level cache, so their bytes limit the tokens of a chunk. longest_chunk() gives that limit; 0:
 // not even the shortest chunk fits.
-inline constexpr std::size_t turned_block_bytes = 65536;
-constexpr std::size_t longest_block(const page_layout& l) noexcept {
+inline constexpr std::size_t transposed_chunk_bytes = 65536;
+constexpr std::size_t longest_chunk(const page_layout& l) noexcept {
     if (!l.values_in_keys())
-        return max_block_tokens;
+        return max_chunk_tokens;
     const format_traits t = l.values().traits();
     const auto bits = static_cast<std::size_t>(t.code_bits != 0 ? t.code_bits : t.plain_bits);
     const std::size_t token_bits = round_up(l.values().channels, line_lanes) * bits;
-    const std::size_t fit = std::bit_floor(8 * turned_block_bytes / token_bits);
+    const std::size_t fit = std::bit_floor(8 * transposed_chunk_bytes / token_bits);
     // pages may cut granules of two tiles
     const std::size_t shortest = granule_of(l) == tile_tokens ? tile_tokens : 4 * tile_tokens;
-    return fit < shortest ? 0 : fit < max_block_tokens ? fit : max_block_tokens;
+    return fit < shortest ? 0 : fit < max_chunk_tokens ? fit : max_chunk_tokens;
 }
 
 // The layout of these lines and their metadata: a section of V that holds a chunk's slots. It has one tile
 // more, which keeps runs of 16 channels out of each other's cache sets.
-constexpr section_layout turned_values(const page_layout& l) noexcept {
+constexpr section_layout transposed_values(const page_layout& l) noexcept {
     const section_layout& v = l.values();
-    const std::size_t slots = longest_block(l);
+    const std::size_t slots = longest_chunk(l);
     section_layout s(false, v.format, v.channels, slots < 4 * tile_tokens ? slots : slots + tile_tokens,
                      v.group_channels);
     s.scale_offset = s.bytes();
     s.minimum_offset = s.scale_offset + s.metadata_count() * sizeof(float16);
     return s;
 }
-constexpr std::size_t turned_bytes(const section_layout& turned) noexcept {
-    return round_up(turned.minimum_offset + turned.metadata_count() * sizeof(float16), line_bytes);
+constexpr std::size_t transposed_bytes(const section_layout& transposed) noexcept {
+    return round_up(transposed.minimum_offset + transposed.metadata_count() * sizeof(float16), line_bytes);
 }
 // Room for any such section: the lines, a quarter more for the tile, and metadata, which take half as much at
 // 2 bits in the smallest groups.
-inline constexpr std::size_t turned_room = 2 * turned_block_bytes;
+inline constexpr std::size_t transposed_room = 2 * transposed_chunk_bytes;
 
 // One past the last token of the chunk that begins at `first`, which is a multiple of the granule within its
 // page. Weights are rounded chunk by chunk, so every target forms the same chunks.
-constexpr std::size_t block_end(const page_layout& layout, std::size_t first, std::size_t last) noexcept {
+constexpr std::size_t chunk_end(const page_layout& layout, std::size_t first, std::size_t last) noexcept {
     const std::size_t page_tokens = layout.page_tokens(), granule = granule_of(layout);
     const bool whole = page_tokens % granule == 0;
-    const std::size_t most = longest_block(layout) / (whole ? 1 : 2);
+    const std::size_t most = longest_chunk(layout) / (whole ? 1 : 2);
     if (last - first <= most)
         return last;
     if (whole)
@@ -140,8 +139,8 @@ struct attention_scratch {
     alignas(64) float group_scores[max_rows * score_stride]; // of one of several groups of channels
     // of keys quantized per channel: queries times a page's scales, and its metadata
     alignas(64) float scaled[scratch_floats];
-    alignas(64) float slopes[max_head_dim], bases[max_head_dim];
-    alignas(64) std::byte turned[turned_room]; // a block's values, where they lie in keys
+    alignas(64) float slopes[max_vector_length], bases[max_vector_length];
+    alignas(64) std::byte transposed[transposed_room]; // a chunk's values, where they lie in keys
 };
 
 // Query rows are taken in row tiles of up to four, of nearly equal sizes: 5 = 3 + 2, 7 = 4 + 3. The 8-bit
@@ -164,7 +163,7 @@ struct tile_ref {
 
 // The tiles of a chunk, in K's or V's section of their pages. Lanes past the stored tokens hold finite
 // garbage. A tile that only completes a granule refers to the tile before it, and no row sees it.
-struct block_view {
+struct chunk_view {
     const section_layout* layout;
     const tile_ref* tiles;
     std::size_t count;
@@ -216,13 +215,13 @@ struct softmax_rows {
     std::size_t rows;
     float* scores;        // [rows][score_stride], by slot; scratch of the kernel afterwards
     const float* maxima;  // [rows]: largest score so far
-    const float* rescale; // [rows]: factor for what sums and denominators hold from earlier blocks
-    float* denominators;  // [rows]: updated by the block's weights
+    const float* rescale; // [rows]: factor for what sums and denominators hold from earlier chunks
+    float* denominators;  // [rows]: updated by the chunk's weights
 };
 
 // Groups of channels are walked one by one, as sections. While group g of `count` is walked, a share of the
 // next section is prefetched, with the metadata of one of its groups. This gives that share as a section.
-inline section_layout fetched_with(const block_view& view, std::size_t g, std::size_t count) noexcept {
+inline section_layout fetched_with(const chunk_view& view, std::size_t g, std::size_t count) noexcept {
     const std::size_t its_groups = view.next_layout->groups();
     const section_layout its = view.next_layout->group(g < its_groups ? g : its_groups - 1);
     section_layout s = *view.next_layout;
@@ -244,24 +243,24 @@ struct encode_result {
 };
 
 // An encoding as kernels take it (detail/encode_reference.hpp).
-struct encode_recipe {
+struct encoding_params {
     kv_format format; // affine or compact
     level_choice levels;
     std::size_t channels;
     std::size_t group;    // channels that share levels; divides them
-    std::size_t hadamard; // channels of a block; 0: no rotation
+    std::size_t hadamard; // channels rotated together; 0: no rotation
 
     [[nodiscard]] constexpr std::size_t groups() const noexcept { return channels / group; }
 };
 
-struct encode_row {
+struct vector_to_encode {
     const float* x;
     const float* mean; // null: none
     // [channels][channels], see encode_reference.hpp; null: no error weights, or several groups
     const float* feedback;
 };
 
-// Memory for encode_rows: up to tile_tokens vectors of up to `channels` channels. Longer vectors are encoded
+// Memory for encode_vectors: up to tile_tokens vectors of up to `channels` channels. Longer vectors are encoded
 // one by one, by the definition. errors and candidate_words may be null if no vector has feedback.
 struct encode_scratch {
     std::size_t channels;
@@ -270,7 +269,7 @@ struct encode_scratch {
 };
 
 // A vector, and the slot that it goes to.
-struct append_row {
+struct vector_to_append {
     const section_layout* section;
     std::byte* page;
     std::size_t token; // in the page
@@ -305,8 +304,8 @@ struct attention_job {
     const void* queries;
     scalar_type query_type;
     std::ptrdiff_t query_token_stride, query_head_stride; // in elements
-    std::size_t group;                                    // heads per KV head
-    std::size_t first_row, rows;                          // row = token * group + head in group
+    std::size_t head_group;                               // heads per KV head
+    std::size_t first_row, rows;                          // row = token * head_group + head in it
     float scale;
 
     // Query token i sees tokens t < visible_base + i * visible_step. With a mask, it sees a token t >=
@@ -320,11 +319,11 @@ struct attention_job {
     std::ptrdiff_t first_position;
     std::size_t window;
     float soft_cap;            // score -> soft_cap * tanh(score / soft_cap) where positive
-    const float* alibi_slopes; // [group] or null: score += slope * (t - position)
-    const float* sinks;        // [group] or null: logits that the softmax sees and no value belongs to
+    const float* alibi_slopes; // [head_group] or null: score += slope * (t - position)
+    const float* sink_logits;  // [head_group] or null: logits that the softmax sees and no value belongs to
 
     // What encodings did to keys and values, which attention undoes.
-    std::size_t key_hadamard, value_hadamard; // channels of a block; 0: not rotated
+    std::size_t key_hadamard, value_hadamard; // channels rotated together; 0: not rotated
     const float *key_means, *value_means;     // [channels] of this KV head, or null
 
     // The result goes to outputs [token][head][channel], or to partials if that is set. A partial result of a
@@ -360,18 +359,20 @@ struct target_kernels {
 
     // up to tile_tokens vectors of 2-bit sections, metadata included; fastest where rows of one tile follow
     // each other. On failure nothing is inserted, and failed is the first offending row
-    encode_result (*append_affine2)(const append_row* rows, std::size_t count, std::size_t& failed) noexcept;
+    encode_result (*append_affine2)(const vector_to_append* rows, std::size_t count,
+                                    std::size_t& failed) noexcept;
 
     // Up to tile_tokens vectors: codes [count][stride] and metadata [count][groups]. Outputs are unspecified
     // on failure, and failed is the first offending row
-    encode_result (*encode_rows)(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
-                                 std::uint8_t* codes, std::size_t stride, row_metadata* metadata,
-                                 std::size_t& failed, const encode_scratch& scratch) noexcept;
+    encode_result (*encode_vectors)(const encoding_params& params, const vector_to_encode* rows,
+                                    std::size_t count, std::uint8_t* codes, std::size_t stride,
+                                    row_metadata* metadata, std::size_t& failed,
+                                    const encode_scratch& scratch) noexcept;
     // y[r * stride + i] += factors[r] * x[i] for each of n, a multiple of tile_tokens; products are rounded
     void (*add_multiples)(float* y, std::size_t stride, const float* factors, std::size_t rows,
                           const float* x, std::size_t n) noexcept;
     // hadamard_transform() of n channels
-    void (*rotate)(float* x, std::size_t n, std::size_t block) noexcept;
+    void (*rotate)(float* x, std::size_t n, std::size_t width) noexcept;
 
     void (*attend_rows)(const attention_job& job) noexcept;
 };
@@ -379,10 +380,10 @@ struct target_kernels {
 // Kernels of a target for one format.
 struct format_kernels {
     // scores[r * score_stride + slot] = row r . key; tops[r] = the largest of row r
-    void (*key_scores[2])(const block_view& view, const query_rows& q, float* scores, float* tops) noexcept;
+    void (*key_scores[2])(const chunk_view& view, const query_rows& q, float* scores, float* tops) noexcept;
     // sums[r * sum_stride + channel] = rescale[r] * (the same) + sum over slots of weight * value; scores are
     // used up
-    void (*value_sums[2])(const block_view& view, const softmax_rows& w, float* sums,
+    void (*value_sums[2])(const chunk_view& view, const softmax_rows& w, float* sums,
                           std::size_t sum_stride) noexcept;
 };
 

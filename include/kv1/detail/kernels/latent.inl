@@ -24,7 +24,7 @@
 // ARCHITECTURE.md ("The tile layout") says which other designs were weighed.
 
 // Writes quarters of lines of V. The lines of two runs of 16 channels lie `unit` numbers apart.
-struct turned_line {
+struct transposed_line {
     std::uint32_t* first;
     std::size_t unit, units;
 
@@ -42,8 +42,8 @@ struct turned_line {
 };
 
 template <int Bits>
-KV1_NOINLINE void turn_codes(const std::uint32_t* const* from, std::size_t tiles, std::size_t lines,
-                             std::uint32_t* to, std::size_t unit, std::size_t units) noexcept {
+KV1_NOINLINE void transpose_codes(const std::uint32_t* const* from, std::size_t tiles, std::size_t lines,
+                                  std::uint32_t* to, std::size_t unit, std::size_t units) noexcept {
     constexpr std::size_t n = 8 / Bits, at_once = n > 4 ? n / 4 : 1; // tiles of a line of V
     constexpr std::size_t its_lines = 4 * at_once / n, quarters = lanes / 4;
     for (std::size_t k = 0; k < tiles; k += at_once)
@@ -88,7 +88,7 @@ KV1_NOINLINE void turn_codes(const std::uint32_t* const* from, std::size_t tiles
                         y[3 * n / 4 + h] = last_in_turns(c, d);
                     }
                 }
-                const turned_line line{to + (k / at_once * its_lines + v) * line_lanes, unit, units};
+                const transposed_line line{to + (k / at_once * its_lines + v) * line_lanes, unit, units};
                 KV1_UNROLL for (std::size_t m = 0; m < n; ++m) line.store(y[m], [&](std::size_t l) {
                     return (first + l < lines ? first + l : lines - 1) * 4 * n + 4 * m;
                 });
@@ -97,22 +97,22 @@ KV1_NOINLINE void turn_codes(const std::uint32_t* const* from, std::size_t tiles
 
 // Transposes sixteen rows of sixteen numbers.
 KV1_LAZY KV1_INLINE void transpose_rows(u32 (&x)[line_lanes][pieces]) {
-    u32 turned[line_lanes][pieces];
+    u32 transposed[line_lanes][pieces];
     KV1_UNROLL for (std::size_t a = 0; a < pieces; ++a) KV1_UNROLL for (std::size_t b = 0; b < pieces; ++b) {
         f32 square[lanes];
         KV1_UNROLL for (std::size_t k = 0; k < lanes; ++k) square[k] =
             xs::bitwise_cast<float>(x[a * lanes + k][b]);
         transpose(square);
-        KV1_UNROLL for (std::size_t k = 0; k < lanes; ++k) turned[b * lanes + k][a] =
+        KV1_UNROLL for (std::size_t k = 0; k < lanes; ++k) transposed[b * lanes + k][a] =
             xs::bitwise_cast<std::uint32_t>(square[k]);
     }
     KV1_UNROLL for (std::size_t k = 0; k < line_lanes; ++k)
-        KV1_UNROLL for (std::size_t p = 0; p < pieces; ++p) x[k][p] = turned[k][p];
+        KV1_UNROLL for (std::size_t p = 0; p < pieces; ++p) x[k][p] = transposed[k][p];
 }
 
 template <int Bits>
-KV1_NOINLINE void turn_plain(const std::uint32_t* const* from, std::size_t tiles, std::size_t lines,
-                             std::uint32_t* to, std::size_t unit, std::size_t units) noexcept {
+KV1_NOINLINE void transpose_plain(const std::uint32_t* const* from, std::size_t tiles, std::size_t lines,
+                                  std::uint32_t* to, std::size_t unit, std::size_t units) noexcept {
     constexpr std::size_t fields = 32 / Bits;
     for (std::size_t k = 0; k < tiles; ++k)
         for (std::size_t first = 0; first < lines; first += line_lanes) {
@@ -123,7 +123,7 @@ KV1_NOINLINE void turn_plain(const std::uint32_t* const* from, std::size_t tiles
                                       : u32(0);
             transpose_rows(x);
             KV1_UNROLL for (std::size_t t = 0; t < tile_tokens; t += fields) {
-                const turned_line line{to + (k * tile_tokens + t) / fields * line_lanes, unit, units};
+                const transposed_line line{to + (k * tile_tokens + t) / fields * line_lanes, unit, units};
                 KV1_UNROLL for (std::size_t p = 0; p < pieces; ++p) {
                     const auto lane_of = [&](std::size_t q) { return first + p * lanes + 4 * q; };
                     if constexpr (fields == 1) {
@@ -140,41 +140,41 @@ KV1_NOINLINE void turn_plain(const std::uint32_t* const* from, std::size_t tiles
         }
 }
 
-// Transposes the first channels of a chunk of keys into `room`, which is laid out as `values` (turned_values()). The
+// Transposes the first channels of a chunk of keys into `room`, which is laid out as `values` (transposed_values()). The
 // tiles of the chunk are whole granules.
-KV1_LAZY inline void turn_values(const section_layout& keys, const tile_ref* tiles, std::size_t count,
-                                 const section_layout& values, std::byte* room) noexcept {
+KV1_LAZY inline void transpose_values(const section_layout& keys, const tile_ref* tiles, std::size_t count,
+                                      const section_layout& values, std::byte* room) noexcept {
     const format_traits t = keys.traits();
     const std::size_t tile_lines = keys.unit_lines();
-    for (int p = 0; p < t.part_count(); ++p) {
-        const std::uint32_t* from[max_block_tiles];
+    for (int p = 0; p < t.slice_count(); ++p) {
+        const std::uint32_t* from[max_chunk_tiles];
         for (std::size_t k = 0; k < count; ++k)
             from[k] =
                 reinterpret_cast<const std::uint32_t*>(tiles[k].page + keys.offset) +
-                (tiles[k].token / tile_tokens * tile_lines + (p == 1 ? keys.second_part() : 0)) * line_lanes;
+                (tiles[k].token / tile_tokens * tile_lines + (p == 1 ? keys.second_slice() : 0)) * line_lanes;
         const auto fields = static_cast<std::size_t>(32 / t.field_bits(p));
         const std::size_t lines = round_up(values.channels, fields) / fields;
         auto* const to =
-            reinterpret_cast<std::uint32_t*>(room) + (p == 1 ? values.second_part() : 0) * line_lanes;
+            reinterpret_cast<std::uint32_t*>(room) + (p == 1 ? values.second_slice() : 0) * line_lanes;
         const std::size_t unit = values.unit_lines() * line_lanes, units = values.units();
         switch (t.field_bits(p)) {
         case 1:
-            turn_codes<1>(from, count, lines, to, unit, units);
+            transpose_codes<1>(from, count, lines, to, unit, units);
             break;
         case 2:
-            turn_codes<2>(from, count, lines, to, unit, units);
+            transpose_codes<2>(from, count, lines, to, unit, units);
             break;
         case 4:
-            turn_codes<4>(from, count, lines, to, unit, units);
+            transpose_codes<4>(from, count, lines, to, unit, units);
             break;
         case 8:
-            turn_codes<8>(from, count, lines, to, unit, units);
+            transpose_codes<8>(from, count, lines, to, unit, units);
             break;
         case 16:
-            turn_plain<16>(from, count, lines, to, unit, units);
+            transpose_plain<16>(from, count, lines, to, unit, units);
             break;
         case 32:
-            turn_plain<32>(from, count, lines, to, unit, units);
+            transpose_plain<32>(from, count, lines, to, unit, units);
             break;
         }
     }

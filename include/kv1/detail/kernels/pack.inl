@@ -102,13 +102,13 @@ KV1_LAZY inline void insert_codes(const section_layout& s, std::byte* page, std:
                                   const std::uint8_t* codes) noexcept {
     const format_traits t = s.traits();
     std::byte* const section = page + s.offset;
-    alignas(64) std::uint8_t fields[max_head_dim];
-    alignas(64) std::uint8_t words[max_head_dim];
-    for (int p = 0; p < t.part_count(); ++p) {
-        const code_part part = t.parts[static_cast<std::size_t>(p)];
+    alignas(64) std::uint8_t fields[max_vector_length];
+    alignas(64) std::uint8_t words[max_vector_length];
+    for (int p = 0; p < t.slice_count(); ++p) {
+        const bit_slice part = t.slices[static_cast<std::size_t>(p)];
         const std::size_t padded = round_up(s.channels, 32);
         const std::uint8_t* source = codes;
-        if (t.part_count() > 1) {
+        if (t.slice_count() > 1) {
             const u32 mask(static_cast<std::uint32_t>((1 << part.bits) - 1) * 0x01010101u);
             for (std::size_t i = 0; i < padded; i += 4 * lanes < padded - i ? 4 * lanes : padded - i) {
                 if (i + 4 * lanes <= padded) {
@@ -125,7 +125,7 @@ KV1_LAZY inline void insert_codes(const section_layout& s, std::byte* page, std:
         const field_place at = s.place(p, token, 0);
         if (s.keys) {
             pack(part.bits, source, padded, words);
-            for (std::size_t line = 0; line < s.part_lines(p); ++line)
+            for (std::size_t line = 0; line < s.slice_lines(p); ++line)
                 std::memcpy(section + (at.lane + line * line_lanes) * 4, words + line * 4, 4);
         } else {
             const u32 keep(~(field_mask(part.bits) << at.shift));

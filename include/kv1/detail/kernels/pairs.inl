@@ -40,8 +40,8 @@ KV1_LAZY inline void pair_query(const float* query, std::size_t padded, const fo
     }
     const float middle = 0.5f * static_cast<float>(keys.top_level());
     const float top = middle * xs::reduce_max(widest);
-    alignas(64) float first[max_head_dim / 2], second[max_head_dim / 2];
-    alignas(64) std::uint8_t plain[max_head_dim / 2];
+    alignas(64) float first[max_vector_length / 2], second[max_vector_length / 2];
+    alignas(64) std::uint8_t plain[max_vector_length / 2];
     f32 total(0.0f);
     for (std::size_t i = 0; i < padded; i += 2 * lanes) {
         f32 a, b;
@@ -88,7 +88,7 @@ struct pair_dots {
     template <class Format, std::size_t R, std::size_t N>
     KV1_INLINE void add(key_walk<N>& walk, const section_layout& s, i32 (&total)[R][N]) const {
         const u32 mask(0x0f0f0f0fu), places(0x30201000u);
-        const std::size_t lines = s.part_lines(0);
+        const std::size_t lines = s.slice_lines(0);
         for (std::size_t l = 0; l < lines; ++l) {
             u32 packed[N];
             KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {

@@ -120,8 +120,9 @@ inline void insert_codes(const section_layout& s, std::byte* page, std::size_t t
         store_code(s, page, token, c, codes[c]);
 }
 
-inline encode_result append_affine2(const append_row* rows, std::size_t count, std::size_t& failed) noexcept {
-    std::uint8_t codes[max_head_dim];
+inline encode_result append_affine2(const vector_to_append* rows, std::size_t count,
+                                    std::size_t& failed) noexcept {
+    std::uint8_t codes[max_vector_length];
     for (const bool store : {false, true}) // nothing is stored before all are known to be good
         for (std::size_t i = 0; i < count; ++i) {
             const encode_result r = encode<affine<2>>(rows[i].x, rows[i].section->channels, codes);
@@ -136,12 +137,13 @@ inline encode_result append_affine2(const append_row* rows, std::size_t count, s
     return {};
 }
 
-inline encode_result encode_rows(const encode_recipe& recipe, const encode_row* rows, std::size_t count,
-                                 std::uint8_t* codes, std::size_t stride, row_metadata* metadata,
-                                 std::size_t& failed, const encode_scratch&) noexcept {
+inline encode_result encode_vectors(const encoding_params& params, const vector_to_encode* rows,
+                                    std::size_t count, std::uint8_t* codes, std::size_t stride,
+                                    row_metadata* metadata, std::size_t& failed,
+                                    const encode_scratch&) noexcept {
     for (failed = 0; failed < count; ++failed) {
-        const encode_result r = encode_reference(recipe, rows[failed], codes + failed * stride,
-                                                 metadata + failed * recipe.groups());
+        const encode_result r = encode_reference(params, rows[failed], codes + failed * stride,
+                                                 metadata + failed * params.groups());
         if (r.code != errc::ok)
             return r;
     }
@@ -159,21 +161,21 @@ inline void add_multiples(float* y, std::size_t stride, const float* factors, st
 
 #include <kv1/detail/precise_math_end.inl>
 
-inline void rotate(float* x, std::size_t n, std::size_t block) noexcept { hadamard_transform({x, n}, block); }
+inline void rotate(float* x, std::size_t n, std::size_t width) noexcept { hadamard_transform({x, n}, width); }
 
-// Slot i of a block.
+// Slot i of a chunk.
 struct slot_place {
     const std::byte* page;
     std::size_t token;
 };
-inline slot_place place_of(const block_view& view, std::size_t slot) noexcept {
+inline slot_place place_of(const chunk_view& view, std::size_t slot) noexcept {
     const tile_ref& tile = view.tiles[slot / tile_tokens];
     return {tile.page, tile.token + slot % tile_tokens};
 }
 
 // Where keys are quantized per channel the query has taken over scale and minimum: codes are the values.
 template <storage_format Format>
-affine_pair affine_of(const block_view& view, std::size_t slot) noexcept {
+affine_map affine_of(const chunk_view& view, std::size_t slot) noexcept {
     if (view.layout->axis == quantization_axis::per_channel)
         return {1.0f, 0.0f};
     const slot_place at = place_of(view, slot);
@@ -181,7 +183,7 @@ affine_pair affine_of(const block_view& view, std::size_t slot) noexcept {
 }
 
 template <storage_format Format>
-float decoded(const block_view& view, std::size_t slot, std::size_t channel) noexcept {
+float decoded(const chunk_view& view, std::size_t slot, std::size_t channel) noexcept {
     const slot_place at = place_of(view, slot);
     const std::uint32_t code = load_code(*view.layout, at.page, at.token, channel);
     if (view.layout->axis == quantization_axis::per_channel)
@@ -191,7 +193,7 @@ float decoded(const block_view& view, std::size_t slot, std::size_t channel) noe
 
 // level - top_level / 2, doubled to stay integral
 template <storage_format Format>
-std::int64_t centred_twice(const block_view& view, std::size_t slot, std::size_t channel) noexcept {
+std::int64_t centred_twice(const chunk_view& view, std::size_t slot, std::size_t channel) noexcept {
     constexpr format_traits t = traits_of(kv_format_of<Format>);
     const slot_place at = place_of(view, slot);
     return 2 * static_cast<std::int64_t>(t.level(load_code(*view.layout, at.page, at.token, channel))) -
@@ -199,13 +201,13 @@ std::int64_t centred_twice(const block_view& view, std::size_t slot, std::size_t
 }
 
 template <storage_format Format>
-float centre_of(const affine_pair& p) noexcept {
+float centre_of(const affine_map& p) noexcept {
     constexpr auto top = static_cast<float>(traits_of(kv_format_of<Format>).top_level());
     return p.base + p.slope * (0.5f * top);
 }
 
 template <storage_format Format>
-void key_scores_exact(const block_view& view, const query_rows& q, float* scores, float*) noexcept {
+void key_scores_exact(const chunk_view& view, const query_rows& q, float* scores, float*) noexcept {
     for (std::size_t r = 0; r < q.rows; ++r)
         for (std::size_t t = 0; t < view.count * tile_tokens; ++t) {
             float sum = 0.0f;
@@ -227,13 +229,13 @@ inline std::int64_t rounded_weight(float quotient) noexcept {
 
 // The integer path by its definition.
 template <storage_format Format>
-void key_scores_fast(const block_view& view, const query_rows& q, float* scores, float*) noexcept {
+void key_scores_fast(const chunk_view& view, const query_rows& q, float* scores, float*) noexcept {
     for (std::size_t r = 0; r < q.rows; ++r)
         for (std::size_t t = 0; t < view.count * tile_tokens; ++t) {
             std::int64_t twice = 0; // 2 * sum i (level - top / 2)
             for (std::size_t c = 0; c < view.layout->channels; ++c)
                 twice += q.codes[0][r * q.stride + c] * centred_twice<Format>(view, t, c);
-            const affine_pair p = affine_of<Format>(view, t);
+            const affine_map p = affine_of<Format>(view, t);
             scores[r * score_stride + t] = p.slope * (static_cast<float>(twice) * (0.5f * q.code_scales[r])) +
                                            centre_of<Format>(p) * q.sums[r];
         }
@@ -251,7 +253,7 @@ inline void exponentiate(const softmax_rows& w, std::size_t slots, std::size_t r
 }
 
 template <storage_format Format>
-void value_sums_exact(const block_view& view, const softmax_rows& w, float* sums,
+void value_sums_exact(const chunk_view& view, const softmax_rows& w, float* sums,
                       std::size_t stride) noexcept {
     const std::size_t slots = view.count * tile_tokens;
     for (std::size_t r = 0; r < w.rows; ++r) {
@@ -266,15 +268,15 @@ void value_sums_exact(const block_view& view, const softmax_rows& w, float* sums
 }
 
 template <storage_format Format>
-void value_sums_fast(const block_view& view, const softmax_rows& w, float* sums,
+void value_sums_fast(const chunk_view& view, const softmax_rows& w, float* sums,
                      std::size_t stride) noexcept {
     const std::size_t slots = view.count * tile_tokens;
     for (std::size_t r = 0; r < w.rows; ++r) {
         exponentiate(w, slots, r);
-        float scaled[max_block_slots];
+        float scaled[max_chunk_slots];
         float top = 0.0f, affine_sum = 0.0f;
         for (std::size_t t = 0; t < slots; ++t) {
-            const affine_pair p = affine_of<Format>(view, t);
+            const affine_map p = affine_of<Format>(view, t);
             const float weight = w.scores[r * score_stride + t];
             scaled[t] = weight * p.slope;
             affine_sum += weight * centre_of<Format>(p);
@@ -288,7 +290,7 @@ void value_sums_fast(const block_view& view, const softmax_rows& w, float* sums,
             total += scaled[t];
         const bool few = total * inverse < few_codes;
         first_carries carries = few ? weight_carries : first_carries{};
-        std::uint8_t codes[max_block_slots];
+        std::uint8_t codes[max_chunk_slots];
         std::int64_t code_sum = 0;
         for (std::size_t t = 0; t < slots; ++t) {
             float& carry = carries.at[t % tile_tokens];
@@ -343,8 +345,8 @@ inline void channel_scores(const attention_job& job, std::span<const float> quer
         const tile_ref tile{open ? job.open_keys : tiles[k].page, tiles[k].token};
         float shift = 0.0f;
         for (std::size_t c = 0; c < query.size(); ++c) {
-            const affine_pair p =
-                open ? affine_pair{1.0f, 0.0f}
+            const affine_map p =
+                open ? affine_map{1.0f, 0.0f}
                      : decode_metadata(keys.format, load_channel_metadata(keys, tile.page, c));
             scaled[c] = query[c] * p.slope;
             shift += query[c] * p.base;
@@ -375,7 +377,8 @@ inline void attend_rows(const attention_job& job) noexcept {
     const bool integer_keys = job.mode == precision::fast && keys.traits().code_bits != 0;
     const bool per_channel = keys.axis == quantization_axis::per_channel;
     for (std::size_t r = 0; r < job.rows; ++r) {
-        const std::size_t token = (job.first_row + r) / job.group, head = (job.first_row + r) % job.group;
+        const std::size_t token = (job.first_row + r) / job.head_group,
+                          head = (job.first_row + r) % job.head_group;
         const std::ptrdiff_t query_size = job.query_type == scalar_type::fp32 ? 4 : 2;
         load_floats(job.query_type,
                     static_cast<const std::byte*>(job.queries) +
@@ -446,8 +449,8 @@ inline void attend_rows(const attention_job& job) noexcept {
         float top = lowest_score, top_scores[tile_tokens];
         const std::size_t last = (std::min)(job.visible_base + token * job.visible_step, job.last_token);
         for (std::size_t first = job.first_token; first < last;) {
-            const std::size_t end = block_end(*job.layout, first, last);
-            tile_ref tiles[max_block_tiles];
+            const std::size_t end = chunk_end(*job.layout, first, last);
+            tile_ref tiles[max_chunk_tiles];
             std::size_t count = 0;
             for (std::size_t t = first; t < end; t += tile_tokens)
                 tiles[count++] = {job.pages + static_cast<std::size_t>(job.block_table[t / keys.tokens]) *
@@ -474,7 +477,7 @@ inline void attend_rows(const attention_job& job) noexcept {
                 state.denominator = denominator;
                 job.value_kernels->value_sums[mode]({&own, tiles, count, nullptr, nullptr, 0, 0},
                                                     {1, group_scores, &m, &rescale, &state.denominator},
-                                                    sums + g * values.group_channels, max_head_dim);
+                                                    sums + g * values.group_channels, max_vector_length);
             }
             first = end;
         }
@@ -502,7 +505,7 @@ inline void attend_rows(const attention_job& job) noexcept {
         }
         shift_maximum(job, shift, state);
         const float seen_weights = state.denominator;
-        const float factor = job.sinks != nullptr ? add_sink(state, job.sinks[head]) : 1.0f;
+        const float factor = job.sink_logits != nullptr ? add_sink_logit(state, job.sink_logits[head]) : 1.0f;
         for (std::size_t c = 0; c < values.channels; ++c)
             sums[c] = state.denominator > 0.0f ? sums[c] * factor / state.denominator : 0.0f;
         restore_output(job, state.denominator > 0.0f ? factor * seen_weights / state.denominator : 0.0f, sums,
@@ -522,7 +525,7 @@ inline const target_kernels& kernels() noexcept {
     static constexpr target_kernels table{
         load_floats,    store_floats,  store_outputs, encode_affine, encode<scaled_binary>,
         encode<binary>, pack,          unpack,        insert_codes,  append_affine2,
-        encode_rows,    add_multiples, rotate,        attend_rows};
+        encode_vectors, add_multiples, rotate,        attend_rows};
     return table;
 }
 

@@ -23,13 +23,13 @@ KV1_LAZY KV1_INLINE i32 rounded_codes(f32 quotients) {
 
 // Slope and base of a chunk's tokens, [slot].
 struct affine_slots {
-    alignas(64) float slopes[max_block_slots];
-    alignas(64) float bases[max_block_slots];
+    alignas(64) float slopes[max_chunk_slots];
+    alignas(64) float bases[max_chunk_slots];
 };
 
 // Metadata for keys quantized per channel. Scales and minima are in the query, so codes are the values: slope 1, base
 // 0.
-KV1_LAZY KV1_NOINLINE inline void plain_slots(const block_view& view, affine_slots& out) noexcept {
+KV1_LAZY KV1_NOINLINE inline void plain_slots(const chunk_view& view, affine_slots& out) noexcept {
     for (std::size_t slot = 0; slot < view.count * tile_tokens; slot += lanes) {
         f32(1.0f).store_aligned(out.slopes + slot);
         f32(0.0f).store_aligned(out.bases + slot);
@@ -37,24 +37,24 @@ KV1_LAZY KV1_NOINLINE inline void plain_slots(const block_view& view, affine_slo
 }
 
 // Slope and base from the compact words of a tile.
-KV1_LAZY KV1_INLINE void decode_pairs(u32 pair, int top_level, f32& slope, f32& base) {
+KV1_LAZY KV1_INLINE void decode_compact_words(u32 pair, int top_level, f32& slope, f32& base) {
     const f32 steps(static_cast<float>(top_level) / 128.0f);
-    const i32 magnitude = xs::bitwise_cast<std::int32_t>(pair & u32(compact_pair::largest_offset));
+    const i32 magnitude = xs::bitwise_cast<std::int32_t>(pair & u32(compact_word::largest_offset));
     const i32 sign = i32(0) - xs::bitwise_cast<std::int32_t>(pair >> 15);
-    slope = half_to_float(pair & u32(compact_pair::scale_mask));
+    slope = half_to_float(pair & u32(compact_word::scale_mask));
     base = slope * (xs::to_float(((magnitude ^ sign) - sign) - i32(64)) * steps);
 }
 
 // Decodes the compact words of a section. Out of line, so that all kernels share one copy, and its constants do not
 // take their registers.
-KV1_LAZY KV1_NOINLINE inline void decode_compact(const block_view& view, affine_slots& out) noexcept {
+KV1_LAZY KV1_NOINLINE inline void decode_compact(const chunk_view& view, affine_slots& out) noexcept {
     const section_layout& s = *view.layout;
     for (std::size_t slot = 0; slot < view.count * tile_tokens; slot += lanes) {
         const tile_ref& ref = view.tiles[slot / tile_tokens];
         const u32 pair = load_u16(reinterpret_cast<const std::uint16_t*>(ref.page + s.scale_offset) +
                                   ref.token + slot % tile_tokens);
         f32 slope, base;
-        decode_pairs(pair, s.traits().top_level(), slope, base);
+        decode_compact_words(pair, s.traits().top_level(), slope, base);
         slope.store_aligned(out.slopes + slot);
         base.store_aligned(out.bases + slot);
     }
@@ -63,13 +63,13 @@ KV1_LAZY KV1_NOINLINE inline void decode_compact(const block_view& view, affine_
 // The metadata of a chunk, for any format that the kernels of Format serve. Compact words are decoded once for all
 // rows, into `room`; other metadata are loaded where they are needed.
 template <class Format>
-struct block_metadata {
+struct chunk_metadata {
     static constexpr int bits = traits_of(kv_format_of<Format>).code_bits;
     static constexpr bool may_be_compact = bits >= 2 && bits <= 4;
 
     const affine_slots* decoded = nullptr;
 
-    KV1_INLINE block_metadata(const block_view& view, affine_slots& room) {
+    KV1_INLINE chunk_metadata(const chunk_view& view, affine_slots& room) {
         if (!may_be_compact)
             return;
         if (view.layout->axis == quantization_axis::per_channel) {
@@ -119,12 +119,12 @@ struct single_dots {
     KV1_INLINE void add(key_walk<N>& walk, const section_layout& s, i32 (&total)[R][N]) const {
         constexpr format_traits t = traits_of(kv_format_of<Format>);
         if constexpr (t.codebook())
-            add_dots<2, 0, false, t.top_level()>(walk, s.part_lines(0), codes[0], total);
+            add_dots<2, 0, false, t.top_level()>(walk, s.slice_lines(0), codes[0], total);
         else
-            add_dots<t.parts[0].bits, t.parts[0].shift, false>(walk, s.part_lines(0), codes[0], total);
-        if constexpr (t.part_count() == 2) {
-            KV1_UNROLL for (std::size_t n = 0; n < N; ++n) { walk.first[n] += s.second_part() * line_lanes; }
-            add_dots<t.parts[1].bits, t.parts[1].shift, false>(walk, s.part_lines(1), codes[1], total);
+            add_dots<t.slices[0].bits, t.slices[0].shift, false>(walk, s.slice_lines(0), codes[0], total);
+        if constexpr (t.slice_count() == 2) {
+            KV1_UNROLL for (std::size_t n = 0; n < N; ++n) { walk.first[n] += s.second_slice() * line_lanes; }
+            add_dots<t.slices[1].bits, t.slices[1].shift, false>(walk, s.slice_lines(1), codes[1], total);
         }
     }
 };
@@ -138,8 +138,8 @@ struct score_rows {
 // Computes the scores of R rows for N registers of tokens, from register `at` of the chunk on. A tile has `pieces`
 // registers.
 template <class Format, std::size_t R, std::size_t N, class Dots>
-KV1_INLINE void fast_score_step(const block_view& view, const section_layout& s,
-                                const block_metadata<Format>& metadata, const Dots& dots,
+KV1_INLINE void fast_score_step(const chunk_view& view, const section_layout& s,
+                                const chunk_metadata<Format>& metadata, const Dots& dots,
                                 const score_rows<R>& q, std::size_t at, float* scores, f32 (&top)[R]) {
     constexpr auto top_level = static_cast<float>(traits_of(kv_format_of<Format>).top_level());
     key_walk<N> walk;
@@ -173,12 +173,12 @@ KV1_INLINE void fast_score_step(const block_view& view, const section_layout& s,
 }
 
 template <class Format, std::size_t R, class Dots>
-inline void fast_scores(const block_view& block, const block_metadata<Format>& known, const query_rows& q,
+inline void fast_scores(const chunk_view& chunk, const chunk_metadata<Format>& known, const query_rows& q,
                         std::size_t row, float* scores, float* tops) {
     constexpr std::size_t at_once = registers_at_once<R>;
-    const block_view view = block;
-    const section_layout layout = *block.layout;
-    const block_metadata<Format> metadata = known;
+    const chunk_view view = chunk;
+    const section_layout layout = *chunk.layout;
+    const chunk_metadata<Format> metadata = known;
     const Dots dots(q, row);
     score_rows<R> rows{};
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
@@ -205,15 +205,15 @@ struct field_reader {
     static constexpr std::size_t fields = t.fields_per_lane();
     static constexpr std::size_t lines0 = fields * static_cast<std::size_t>(t.field_bits(0)) / 32;
 
-    u32 part0[lines0];
-    u32 part1;
+    u32 slice0[lines0];
+    u32 slice1;
 
     // unit: the first line of the walk, offset to this register's lanes. Decodes run n of `fields` fields.
-    KV1_INLINE void load(const std::uint32_t* unit, std::size_t part1_line, std::size_t n) {
+    KV1_INLINE void load(const std::uint32_t* unit, std::size_t slice1_line, std::size_t n) {
         for (std::size_t l = 0; l < lines0; ++l)
-            part0[l] = u32::load_aligned(unit + (n * lines0 + l) * line_lanes);
-        if constexpr (t.part_count() == 2)
-            part1 = u32::load_aligned(unit + (part1_line + n) * line_lanes);
+            slice0[l] = u32::load_aligned(unit + (n * lines0 + l) * line_lanes);
+        if constexpr (t.slice_count() == 2)
+            slice1 = u32::load_aligned(unit + (slice1_line + n) * line_lanes);
     }
 
     template <bool Keys>
@@ -221,18 +221,18 @@ struct field_reader {
         constexpr int bits = t.field_bits(0);
         constexpr std::size_t per_lane = static_cast<std::size_t>(32 / bits);
         if constexpr (t.id == kv_format::fp32) {
-            return xs::bitwise_cast<float>(part0[0]);
+            return xs::bitwise_cast<float>(slice0[0]);
         } else {
             const int shift =
                 Keys ? key_field_shift(bits, i % per_lane) : value_field_shift(bits, i % per_lane);
-            const u32 field = (part0[i / per_lane] >> shift) & u32(field_mask(bits));
+            const u32 field = (slice0[i / per_lane] >> shift) & u32(field_mask(bits));
             if constexpr (t.id == kv_format::fp16) {
                 return half_to_float(field);
-            } else if constexpr (t.part_count() == 2) {
+            } else if constexpr (t.slice_count() == 2) {
                 const int high_shift =
-                    Keys ? key_field_shift(t.parts[1].bits, i) : value_field_shift(t.parts[1].bits, i);
-                const u32 high = (part1 >> high_shift) & u32(field_mask(t.parts[1].bits));
-                return decode(field | (high << t.parts[1].shift), slope, base);
+                    Keys ? key_field_shift(t.slices[1].bits, i) : value_field_shift(t.slices[1].bits, i);
+                const u32 high = (slice1 >> high_shift) & u32(field_mask(t.slices[1].bits));
+                return decode(field | (high << t.slices[1].shift), slope, base);
             } else {
                 return decode(field, slope, base);
             }
@@ -253,7 +253,7 @@ template <class Format>
 inline constexpr std::size_t exact_registers = traits_of(kv_format_of<Format>).code_bits == 0 ? 2 : 1;
 
 template <class Format, std::size_t R, std::size_t N>
-KV1_INLINE void exact_score_step(const block_view& view, const block_metadata<Format>& metadata,
+KV1_INLINE void exact_score_step(const chunk_view& view, const chunk_metadata<Format>& metadata,
                                  const query_rows& q, std::size_t row, std::size_t at, float* scores,
                                  f32 (&top)[R]) {
     using reader = field_reader<Format>;
@@ -279,7 +279,7 @@ KV1_INLINE void exact_score_step(const block_view& view, const block_metadata<Fo
     for (std::size_t run = 0; run < runs; ++run, query += reader::fields) {
         reader lane[N];
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
-            lane[n].load(first[n], s.second_part(), run);
+            lane[n].load(first[n], s.second_slice(), run);
             if (n % pieces == 0)
                 prefetch(next[n] + run * reader::lines0 * line_bytes);
         }
@@ -305,7 +305,7 @@ KV1_INLINE void exact_score_step(const block_view& view, const block_metadata<Fo
 }
 
 template <class Format, std::size_t R>
-inline void exact_scores(const block_view& view, const block_metadata<Format>& metadata, const query_rows& q,
+inline void exact_scores(const chunk_view& view, const chunk_metadata<Format>& metadata, const query_rows& q,
                          std::size_t row, float* scores, float* tops) {
     f32 top[R];
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r) { top[r] = f32(lowest_score); }
@@ -356,20 +356,20 @@ KV1_INLINE void for_row_tiles(std::size_t rows, const F& function) {
 }
 
 template <class Format, class Dots>
-inline void key_scores_fast(const block_view& view, const query_rows& q, float* scores,
+inline void key_scores_fast(const chunk_view& view, const query_rows& q, float* scores,
                             float* tops) noexcept {
     affine_slots room;
-    const block_metadata<Format> metadata(view, room);
+    const chunk_metadata<Format> metadata(view, room);
     for_row_tiles(q.rows, [&](auto size, std::size_t row) {
         fast_scores<Format, size(), Dots>(view, metadata, q, row, scores, tops);
     });
 }
 
 template <class Format>
-inline void key_scores_exact(const block_view& view, const query_rows& q, float* scores,
+inline void key_scores_exact(const chunk_view& view, const query_rows& q, float* scores,
                              float* tops) noexcept {
     affine_slots room;
-    const block_metadata<Format> metadata(view, room);
+    const chunk_metadata<Format> metadata(view, room);
     const auto some = [&](auto size, std::size_t row) {
         exact_scores<Format, size()>(view, metadata, q, row, scores, tops);
     };

@@ -29,8 +29,8 @@ inline float softmax_rescale(float before, float after) noexcept {
 }
 
 // Adds exp(sink) to the denominator; returns the factor for the weighted sums.
-inline float add_sink(softmax_state& s, float sink) noexcept {
-    const float logit = sink * log2_e;
+inline float add_sink_logit(softmax_state& s, float sink_logit) noexcept {
+    const float logit = sink_logit * log2_e;
     const float maximum = logit > s.maximum ? logit : s.maximum;
     const float factor = softmax_rescale(s.maximum, maximum);
     s.denominator = s.denominator * factor + std::exp2(logit - maximum);

@@ -5,7 +5,7 @@
 //
 // A register holds 16 / pieces channels, one a lane; a lane's fields are tokens. With decoded value
 // v = slope * c + base (c a level), softmax weight p, u = p * slope rounded to u ~ step * i (one step per row and
-// block; i an unsigned byte, up to 127 where codes themselves take 8 bits; interface.hpp: few_codes), levels centred
+// chunk; i an unsigned byte, up to 127 where codes themselves take 8 bits; interface.hpp: few_codes), levels centred
 // at z = top / 2:
 //
 //   sum p v = step * (sum i c - z sum i) + sum p (base + z * slope)
@@ -36,7 +36,7 @@ KV1_LAZY KV1_INLINE f32 softmax_shift(float maximum) {
 // The weights of a chunk for R rows, rounded for the integer path. Codes lie by bit slice, in a row tile's order.
 template <std::size_t R>
 struct rounded_weights {
-    alignas(64) std::int8_t codes[2][R * max_block_slots];
+    alignas(64) std::int8_t codes[2][R * max_chunk_slots];
     float step[R];
     std::int32_t code_sum[R];
     float affine_sum[R];
@@ -58,7 +58,7 @@ KV1_INLINE void store_weight_codes(const std::uint8_t* codes, std::size_t k, std
 }
 
 template <class Format, std::size_t R>
-KV1_INLINE void round_weights(const block_view& view, const block_metadata<Format>& metadata,
+KV1_INLINE void round_weights(const chunk_view& view, const chunk_metadata<Format>& metadata,
                               const softmax_rows& w, std::size_t row, rounded_weights<R>& out) {
     constexpr format_traits t = traits_of(kv_format_of<Format>);
     constexpr auto top_level = static_cast<float>(t.top_level());
@@ -112,9 +112,9 @@ KV1_INLINE void round_weights(const block_view& view, const block_metadata<Forma
     const auto store = [&](const i32(&code)[pieces], std::size_t k, std::size_t r) {
         alignas(16) std::uint8_t codes[tile_tokens];
         store_line_u8(code, codes);
-        store_weight_codes<t.parts[0].bits, R>(codes, k, r, out.codes[0]);
-        if constexpr (t.part_count() == 2)
-            store_weight_codes<t.parts[1].bits, R>(codes, k, r, out.codes[1]);
+        store_weight_codes<t.slices[0].bits, R>(codes, k, r, out.codes[0]);
+        if constexpr (t.slice_count() == 2)
+            store_weight_codes<t.slices[1].bits, R>(codes, k, r, out.codes[1]);
     };
     for (std::size_t k = 0; k < view.count && !few; ++k) {
         KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
@@ -148,13 +148,13 @@ KV1_INLINE void round_weights(const block_view& view, const block_metadata<Forma
 
 // The lines of a chunk for channels 0 ... 15, by bit slice, and the lines of K to prefetch while they are walked.
 struct value_lines {
-    const std::byte* at[2][max_block_slots / 4];
-    const std::byte* next[max_block_slots / 4];
+    const std::byte* at[2][max_chunk_slots / 4];
+    const std::byte* next[max_chunk_slots / 4];
     std::size_t count[2];
 };
 
 template <int Bits>
-KV1_INLINE std::size_t list_lines(const block_view& view, std::size_t first_line, const std::byte** at) {
+KV1_INLINE std::size_t list_lines(const chunk_view& view, std::size_t first_line, const std::byte** at) {
     constexpr std::size_t run = 32 / Bits;
     const std::size_t count = view.count * tile_tokens / run;
     for (std::size_t l = 0; l < count; ++l) {
@@ -166,13 +166,13 @@ KV1_INLINE std::size_t list_lines(const block_view& view, std::size_t first_line
 }
 
 template <class Format>
-KV1_INLINE void list_lines(const block_view& view, value_lines& lines) {
+KV1_INLINE void list_lines(const chunk_view& view, value_lines& lines) {
     constexpr format_traits t = traits_of(kv_format_of<Format>);
-    lines.count[0] = list_lines<t.parts[0].bits>(view, 0, lines.at[0]);
+    lines.count[0] = list_lines<t.slices[0].bits>(view, 0, lines.at[0]);
     lines.count[1] = 0;
-    if constexpr (t.part_count() == 2)
-        lines.count[1] = list_lines<t.parts[1].bits>(view, view.layout->part_lines(0), lines.at[1]);
-    constexpr std::size_t run = 32 / t.parts[0].bits;
+    if constexpr (t.slice_count() == 2)
+        lines.count[1] = list_lines<t.slices[1].bits>(view, view.layout->slice_lines(0), lines.at[1]);
+    constexpr std::size_t run = 32 / t.slices[0].bits;
     const std::size_t groups = view.layout->units();
     for (std::size_t l = 0; l < lines.count[0]; ++l) {
         const std::size_t tile = l * run / tile_tokens;
@@ -204,12 +204,12 @@ KV1_INLINE void fast_sum_step(const section_layout& s, const value_lines& lines,
     if constexpr (t.codebook())
         add_dots<2, 0, true, top_level>(walk, lines.count[0], rounded.codes[0], total);
     else
-        add_dots<t.parts[0].bits, t.parts[0].shift, (top_weight > 127)>(walk, lines.count[0],
-                                                                        rounded.codes[0], total);
-    if constexpr (t.part_count() == 2) {
+        add_dots<t.slices[0].bits, t.slices[0].shift, (top_weight > 127)>(walk, lines.count[0],
+                                                                          rounded.codes[0], total);
+    if constexpr (t.slice_count() == 2) {
         walk.lines = lines.at[1];
-        add_dots<t.parts[1].bits, t.parts[1].shift, (top_weight > 127)>(walk, lines.count[1],
-                                                                        rounded.codes[1], total);
+        add_dots<t.slices[1].bits, t.slices[1].shift, (top_weight > 127)>(walk, lines.count[1],
+                                                                          rounded.codes[1], total);
     }
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
@@ -222,7 +222,7 @@ KV1_INLINE void fast_sum_step(const section_layout& s, const value_lines& lines,
 }
 
 template <class Format, std::size_t R>
-inline void fast_sums(const block_view& view, const block_metadata<Format>& metadata,
+inline void fast_sums(const chunk_view& view, const chunk_metadata<Format>& metadata,
                       const value_lines& lines, const softmax_rows& w, std::size_t row, float* sums,
                       std::size_t sum_stride) {
     constexpr std::size_t at_once = registers_at_once<R>;
@@ -259,7 +259,7 @@ KV1_INLINE void exponentiate(std::size_t slots, const softmax_rows& w, std::size
 }
 
 template <class Format, std::size_t R, std::size_t N>
-KV1_INLINE void exact_sum_step(const block_view& view, const affine_slots& affine, const softmax_rows& w,
+KV1_INLINE void exact_sum_step(const chunk_view& view, const affine_slots& affine, const softmax_rows& w,
                                std::size_t row, std::size_t channel, float* sums, std::size_t sum_stride) {
     using reader = field_reader<Format>;
     constexpr bool coded = reader::t.code_bits != 0;
@@ -287,7 +287,7 @@ KV1_INLINE void exact_sum_step(const block_view& view, const affine_slots& affin
         }
         reader lane[N];
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
-            lane[n].load(reinterpret_cast<const std::uint32_t*>(ref.page + offset[n]), s.part_lines(0),
+            lane[n].load(reinterpret_cast<const std::uint32_t*>(ref.page + offset[n]), s.slice_lines(0),
                          (ref.token + slot % tile_tokens) / reader::fields);
             if (n % pieces == 0)
                 prefetch(next + next_offset + (channel + n * lanes) / line_lanes * line_bytes);
@@ -315,7 +315,7 @@ KV1_INLINE void exact_sum_step(const block_view& view, const affine_slots& affin
 }
 
 template <class Format, std::size_t R>
-inline void exact_sums(const block_view& view, const affine_slots& affine, const softmax_rows& w,
+inline void exact_sums(const chunk_view& view, const affine_slots& affine, const softmax_rows& w,
                        std::size_t row, float* sums, std::size_t sum_stride) {
     exponentiate<R>(view.count * tile_tokens, w, row);
     const std::size_t channels = round_up(view.layout->channels, line_lanes);
@@ -329,23 +329,23 @@ inline void exact_sums(const block_view& view, const affine_slots& affine, const
 }
 
 template <class Format>
-inline void value_sums_fast(const block_view& view, const softmax_rows& w, float* sums,
+inline void value_sums_fast(const chunk_view& view, const softmax_rows& w, float* sums,
                             std::size_t stride) noexcept {
     value_lines lines;
     list_lines<Format>(view, lines);
     affine_slots room;
-    const block_metadata<Format> metadata(view, room);
+    const chunk_metadata<Format> metadata(view, room);
     for_row_tiles(w.rows, [&](auto size, std::size_t row) {
         fast_sums<Format, size()>(view, metadata, lines, w, row, sums, stride);
     });
 }
 
 template <class Format>
-inline void value_sums_exact(const block_view& view, const softmax_rows& w, float* sums,
+inline void value_sums_exact(const chunk_view& view, const softmax_rows& w, float* sums,
                              std::size_t stride) noexcept {
     affine_slots affine;
     if constexpr (traits_of(kv_format_of<Format>).code_bits != 0) {
-        const block_metadata<Format> metadata(view, affine);
+        const chunk_metadata<Format> metadata(view, affine);
         for (std::size_t k = 0; k < view.count; ++k) {
             prefetch_metadata(view, k);
             for (std::size_t i = 0; i < tile_tokens && metadata.decoded == nullptr; i += lanes) {

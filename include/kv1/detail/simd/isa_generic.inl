@@ -106,14 +106,14 @@ KV1_LAZY KV1_INLINE void store_quarters(u32 x, std::uint32_t* const (&to)[lanes 
         std::memcpy(to[q], all + 4 * q, 16);
 }
 KV1_LAZY KV1_INLINE u32 transpose_bytes(u32 x) {
-    alignas(64) std::uint32_t all[lanes], turned[lanes];
+    alignas(64) std::uint32_t all[lanes], transposed[lanes];
     x.store_aligned(all);
     for (std::size_t i = 0; i < lanes; ++i) {
-        turned[i] = 0;
+        transposed[i] = 0;
         for (std::size_t k = 0; k < 4; ++k)
-            turned[i] |= (all[i / 4 * 4 + k] >> (8 * (i % 4)) & 0xffu) << (8 * k);
+            transposed[i] |= (all[i / 4 * 4 + k] >> (8 * (i % 4)) & 0xffu) << (8 * k);
     }
-    return u32::load_aligned(turned);
+    return u32::load_aligned(transposed);
 }
 // Numbers from and from + 1 of each quarter of a and of b, in turns.
 template <std::size_t From>

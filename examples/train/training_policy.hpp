@@ -18,7 +18,7 @@ struct trained_side {
     bool round_metadata = false; ///< scale and minimum through fp16, as a cache stores them
 };
 
-struct kv_policy {
+struct training_policy {
     kv1::cache_policy cache{.common = {{.format = kv1::kv_format::fp32}, {.format = kv1::kv_format::fp32}}};
     bool round_metadata = false;
 
@@ -26,11 +26,11 @@ struct kv_policy {
     [[nodiscard]] trained_side value(std::size_t layer) const {
         return {cache.of(layer).value, round_metadata};
     }
-    friend bool operator==(const kv_policy&, const kv_policy&) = default;
+    friend bool operator==(const training_policy&, const training_policy&) = default;
 };
 
 /// The policy that leaves keys and values as they are, as a 16-bit cache nearly does.
-inline const kv_policy plain_kv{};
+inline const training_policy plain_kv{};
 
 /// Whether the format leaves values as they are (the rounding of fp16 is negligible beside that of bf16).
 [[nodiscard]] constexpr bool is_plain(kv1::kv_format f) noexcept {
@@ -40,12 +40,12 @@ inline const kv_policy plain_kv{};
 /// A policy as `--kv` takes it (kv1/cache_policy.hpp). Throws input_error, which names `option`, for what is
 /// none, and for what training does not know: error weights, groups of channels, keys per channel, fp16
 /// tokens, pages.
-[[nodiscard]] kv_policy parse_policy(std::string_view text, std::string_view option);
+[[nodiscard]] training_policy parse_policy(std::string_view text, std::string_view option);
 
 /// Throws input_error for a layer that a model of so many does not have.
-void check_layers(const kv_policy& p, std::size_t layers, std::string_view option);
+void check_layers(const training_policy& p, std::size_t layers, std::string_view option);
 
 /// "c3+ls+had,c2+ls+had round_metadata", for logs.
-[[nodiscard]] std::string to_string(const kv_policy& p);
+[[nodiscard]] std::string to_string(const training_policy& p);
 
 } // namespace kv1_train

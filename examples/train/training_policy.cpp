@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "kv_policy.hpp"
+#include "training_policy.hpp"
 
 #include "error.hpp"
 
@@ -27,12 +27,12 @@ const char* untrained(const kv1::layer_policy& layer) {
 
 } // namespace
 
-kv_policy parse_policy(std::string_view text, std::string_view option) {
+training_policy parse_policy(std::string_view text, std::string_view option) {
     const std::string place = std::string(option).append(" '").append(text).append("'");
     kv1::result<kv1::cache_policy> parsed = kv1::try_parse_policy(text);
     if (!parsed)
         throw kv1_lm::input_error(place, parsed.reason().message());
-    kv_policy p;
+    training_policy p;
     p.cache = std::move(*parsed);
     const char* why = untrained(p.cache.common);
     for (const kv1::layer_exception& differs : p.cache.layers)
@@ -44,14 +44,14 @@ kv_policy parse_policy(std::string_view text, std::string_view option) {
     return p;
 }
 
-void check_layers(const kv_policy& p, std::size_t layers, std::string_view option) {
+void check_layers(const training_policy& p, std::size_t layers, std::string_view option) {
     if (!p.cache.layers.empty() && p.cache.layers.back().layer >= layers)
         throw kv1_lm::input_error(std::string(option),
                                   "layer " + std::to_string(p.cache.layers.back().layer) +
                                       ": the model has layers 0 to " + std::to_string(layers - 1));
 }
 
-std::string to_string(const kv_policy& p) {
+std::string to_string(const training_policy& p) {
     return to_string(p.cache) + (p.round_metadata ? " round_metadata" : "");
 }
 

@@ -22,24 +22,24 @@
 namespace kv1::inline KV1_ABI::detail {
 
 // The encoding of a layer's keys, or of its values. Kernels get pointers into it.
-struct vector_codec {
-    encode_recipe recipe{};
-    buffer<float> means;    // [kv_heads][channels], or empty
-    buffer<float> feedback; // [kv_heads][channels][channels], or empty: factor_weights()
-    bool by_recipe = false; // encode_rows chooses codes; else the format's own rule does
+struct prepared_encoding {
+    encoding_params params{};
+    buffer<float> means;         // [kv_heads][channels], or empty
+    buffer<float> feedback;      // [kv_heads][channels][channels], or empty: factor_weights()
+    bool chooses_levels = false; // encode_vectors chooses codes; else the format's own rule does
 
-    [[nodiscard]] bool prepares() const noexcept { return recipe.hadamard != 0 || !means.empty(); }
+    [[nodiscard]] bool prepares() const noexcept { return params.hadamard != 0 || !means.empty(); }
     [[nodiscard]] const float* mean(std::size_t head) const noexcept {
-        return means.empty() ? nullptr : means.data() + head * recipe.channels;
+        return means.empty() ? nullptr : means.data() + head * params.channels;
     }
-    [[nodiscard]] encode_row row(const float* x, std::size_t head) const noexcept {
+    [[nodiscard]] vector_to_encode input(const float* x, std::size_t head) const noexcept {
         return {x, mean(head),
-                feedback.empty() ? nullptr : feedback.data() + head * recipe.channels * recipe.channels};
+                feedback.empty() ? nullptr : feedback.data() + head * params.channels * params.channels};
     }
     // Undoes what was done to a vector before it was stored: rotates it back and adds its mean.
     void restore(std::span<float> x, std::size_t head) const noexcept {
-        if (recipe.hadamard != 0)
-            hadamard_transform(x, recipe.hadamard);
+        if (params.hadamard != 0)
+            hadamard_transform(x, params.hadamard);
         if (const float* m = mean(head))
             for (std::size_t c = 0; c < x.size(); ++c)
                 x[c] += m[c];
@@ -54,7 +54,7 @@ struct vector_codec {
 
 // Factors the error weights of one KV head for the encoder (encode_reference.hpp).
 //
-//   input    weights W, [n][n], symmetric. W is first rotated as vectors are, if block is not 0.
+//   input    weights W, [n][n], symmetric. W is first rotated as vectors are, if width is not 0.
 //   factors  W = R^T D R, R upper triangular with ones on its diagonal, D diagonal (a Cholesky factorization)
 //   output   feedback, [n][n]:  below the diagonal  feedback[i][j] = R[j][i]
 //                               on it               feedback[j][j] = D[j] / (mean of W's diagonal)
@@ -66,7 +66,7 @@ struct vector_codec {
 // A hundredth of the mean diagonal is added to W's diagonal first. Without it a channel whose errors cost
 // nothing would have D = 0, and no other could divide by it. Errors: invalid_argument if W is not positive
 // semidefinite, out_of_memory.
-inline status factor_weights(std::span<const float> weights, std::size_t n, std::size_t block,
+inline status factor_weights(std::span<const float> weights, std::size_t n, std::size_t width,
                              float* feedback) noexcept {
     constexpr status indefinite(errc::invalid_argument, "error weights are positive semidefinite");
     buffer<double> w;
@@ -74,14 +74,14 @@ inline status factor_weights(std::span<const float> weights, std::size_t n, std:
     if (!w.resize(weights.size()) || !line_buffer.resize(n))
         return {errc::out_of_memory, "an allocation failed"};
     std::copy(weights.begin(), weights.end(), w.begin());
-    if (block != 0) { // rows, then columns
+    if (width != 0) { // rows, then columns
         const std::span<float> line(line_buffer.data(), n);
         for (const bool columns : {false, true})
             for (std::size_t i = 0; i < n; ++i) {
                 const std::size_t first = columns ? i : i * n, step = columns ? n : 1;
                 for (std::size_t k = 0; k < n; ++k)
                     line[k] = static_cast<float>(w[first + k * step]);
-                hadamard_transform(line, block);
+                hadamard_transform(line, width);
                 for (std::size_t k = 0; k < n; ++k)
                     w[first + k * step] = line[k];
             }
@@ -119,8 +119,8 @@ inline status factor_weights(std::span<const float> weights, std::size_t n, std:
 
 // Checks an encoding and makes it ready. heads: KV heads. channels: of a vector. group: channels that share
 // metadata, 0: all. Errors: invalid_argument, shape_mismatch, non_finite, out_of_memory.
-inline status make_codec(kv_format format, const vector_encoding& e, std::size_t heads, std::size_t channels,
-                         std::size_t group, vector_codec& out) noexcept {
+inline status prepare_encoding(kv_format format, const vector_encoding& e, std::size_t heads,
+                               std::size_t channels, std::size_t group, prepared_encoding& out) noexcept {
     const format_traits& t = traits_of(format);
     if (e == vector_encoding{} && t.metadata != metadata_kind::compact)
         return {};
@@ -129,7 +129,7 @@ inline status make_codec(kv_format format, const vector_encoding& e, std::size_t
     if (e.levels != level_choice::min_max && !t.fits_levels())
         return {errc::invalid_argument, "levels can be chosen for affine and compact formats"};
     if (e.hadamard != 0 && (!std::has_single_bit(e.hadamard) || channels % e.hadamard != 0))
-        return {errc::invalid_argument, "a Hadamard block is a power of two that divides the head dim"};
+        return {errc::invalid_argument, "a Hadamard width is a power of two that divides the head dim"};
     if (!e.means.empty() && e.means.size() != heads * channels)
         return {errc::shape_mismatch, "means are one a channel of each KV head"};
     if (!e.error_weights.empty() && e.error_weights.size() != heads * channels * channels)
@@ -141,8 +141,8 @@ inline status make_codec(kv_format format, const vector_encoding& e, std::size_t
     for (const std::vector<float>* all : {&e.means, &e.error_weights})
         if (first_non_finite(*all) != all->size())
             return {errc::non_finite, "means and error weights are finite"};
-    out.recipe = {format, e.levels, channels, group == 0 ? channels : group, e.hadamard};
-    out.by_recipe = e.levels != level_choice::min_max || t.metadata == metadata_kind::compact;
+    out.params = {format, e.levels, channels, group == 0 ? channels : group, e.hadamard};
+    out.chooses_levels = e.levels != level_choice::min_max || t.metadata == metadata_kind::compact;
     if (!out.means.assign(e.means) || !out.feedback.resize(e.error_weights.size()))
         return {errc::out_of_memory, "an allocation failed"};
     const std::size_t matrix = channels * channels;
@@ -156,10 +156,10 @@ inline status make_codec(kv_format format, const vector_encoding& e, std::size_t
 
 // What restores the first n channels of keys, for values that lie in keys. The n channels are whole Hadamard
 // blocks. Errors: out_of_memory.
-inline status make_first_channels(const vector_codec& keys, std::size_t heads, std::size_t n,
-                                  vector_codec& out) noexcept {
-    out.recipe = keys.recipe;
-    out.recipe.channels = n;
+inline status make_first_channels(const prepared_encoding& keys, std::size_t heads, std::size_t n,
+                                  prepared_encoding& out) noexcept {
+    out.params = keys.params;
+    out.params.channels = n;
     if (keys.means.empty())
         return {};
     if (!out.means.resize(heads * n))
