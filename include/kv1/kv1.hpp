@@ -6,6 +6,7 @@
 #include <kv1/cache_file.hpp>
 #include <kv1/cache_io.hpp>
 #include <kv1/cache_policy.hpp>
+#include <kv1/calibration_file.hpp>
 #include <kv1/convert.hpp>
 #include <kv1/fake_quantize.hpp>
 #include <kv1/kv_cache.hpp>

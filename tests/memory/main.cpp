@@ -6,6 +6,7 @@
 #include "failing_new.hpp"
 
 #include <kv1/cache_file.hpp>
+#include <kv1/calibration_file.hpp>
 #include <kv1/kv1.hpp>
 
 #include <array>
@@ -156,6 +157,64 @@ void policies() {
            "a policy without layers");
 }
 
+void calibrations() {
+    const auto policy = kv1::try_parse_policy("c3+ls+had+mean+ew,c2+ls+had+ew@4:8");
+    const kv1::cache_description shape = kv1::uniform_cache(2, {2, 8, 4}, 64);
+    const std::vector<float> w(6 * 4 * 4, 0.5f), x(40 * 4 * 8, 0.25f);
+    const auto begun = [&] {
+        auto c = kv1::calibrator::create(*policy, shape);
+        for (std::size_t layer = 0; c && layer < 2; ++layer)
+            expect(static_cast<bool>(c->try_set_output_projection(layer, {w.data(), 6, 4, 4})), "projection");
+        return c;
+    };
+    const auto add = [&](kv1::calibrator& c, std::size_t layer) {
+        return c.try_add(layer, {x.data(), 40, 4, 8}, {x.data(), 40, 2, 8}, {x.data(), 40, 2, 4}).code();
+    };
+    fails_cleanly(
+        "a calibrator", [] { return 0; },
+        [&](int) { return kv1::calibrator::create(*policy, shape).code(); });
+    fails_cleanly("an output projection", begun, [&](kv1::result<kv1::calibrator>& c) {
+        return c->try_set_output_projection(0, {w.data(), 6, 4, 4}).code();
+    });
+    fails_cleanly("tokens of a calibration", begun,
+                  [&](kv1::result<kv1::calibrator>& c) { return add(*c, 0); });
+    auto c = begun();
+    if (!c)
+        return;
+    expect(add(*c, 0) == kv1::errc::ok && add(*c, 1) == kv1::errc::ok, "tokens of a calibration");
+    fails_cleanly(
+        "parts of a calibration", [] { return 0; }, [&](int) { return c->try_finish().code(); });
+    const auto found = c->try_finish();
+    expect(static_cast<bool>(found), "parts of a calibration");
+    if (!found)
+        return;
+    std::vector<std::byte> memory(1 << 14);
+    const auto save = [&] { return kv1::try_save_calibration(*found, kv1::memory_sink(memory)).code(); };
+    const auto describe = [&](kv1::cache_description& d) {
+        return kv1::try_describe_cache(*found, std::move(d)).code();
+    };
+#if KV1_EXCEPTIONS
+    fails_cleanly(
+        "save a calibration", [] { return 0; }, [&](int) { return save(); });
+    fails_cleanly(
+        "the cache of a calibration", [&] { return shape; }, describe);
+#else
+    kv1::cache_description d = shape;
+    kv1::errc saved{}, described{};
+    {
+        const kv1_test::failing_new guard(0);
+        saved = save();
+        described = describe(d);
+    }
+    expect(saved == kv1::errc::out_of_memory, "memory for a policy's text is sought");
+    expect(described == kv1::errc::out_of_memory, "memory for calibrated parts is sought");
+    expect(save() == kv1::errc::ok, "save a calibration");
+#endif
+    fails_cleanly(
+        "load a calibration", [] { return 0; },
+        [&](int) { return kv1::try_load_calibration(kv1::memory_source(memory)).code(); });
+}
+
 void steps_of_layers_of_every_kind() {
     auto made = kv1::kv_cache::create(everything());
     expect(static_cast<bool>(made), "create");
@@ -287,6 +346,7 @@ void life_of_a_cache() {
 int main() {
     create_and_grow();
     policies();
+    calibrations();
     steps_of_layers_of_every_kind();
     long_attention();
     life_of_a_cache();
