@@ -3,9 +3,13 @@
 // A communicator whose ranks agree before they go on. Every collective call of a distributed cache begins
 // with agree(): one MPI_Allreduce of 32 bytes in which each rank says what it was called with, as a digest,
 // and whether it can do its part. Where one can not, or digests differ, all ranks throw the same rank_error
-// and none enters the collectives that would have followed, whose sizes might not have fitted. A rank that
-// never comes is an error, too, once `patience` is over.
+// and none enters the collectives that would have followed, whose sizes might not have fitted.
+//
+// A rank that does not come, to this or to any other collective, is an error on those that wait, once
+// `patience` is over. They can not agree on anything after that: every later call is that error, too.
 #pragma once
+
+#include "mpi_error.hpp"
 
 #include <kv1/status.hpp>
 
@@ -17,11 +21,12 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
-#include <memory>
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 namespace context_parallel {
 
@@ -70,20 +75,10 @@ struct traffic {
     std::uint64_t bytes = 0; ///< handed to them, or received
 };
 
-/// MPI's errors as statuses have no rule for them: thrown on the rank that meets them.
-inline void require_mpi(int result) {
-    if (result == MPI_SUCCESS)
-        return;
-    std::array<char, MPI_MAX_ERROR_STRING> text{};
-    int length = 0;
-    MPI_Error_string(result, text.data(), &length);
-    throw std::runtime_error("MPI: " + std::string(text.data(), static_cast<std::size_t>(length)));
-}
-
 class agreement {
 public:
     /// A duplicate of `parent`, so that nobody else's messages are met. Collective. `patience`: how long a
-    /// rank waits for the others in agree(); zero: for ever.
+    /// rank waits for the others in a collective; zero: for ever.
     explicit agreement(MPI_Comm parent, std::chrono::duration<double> patience = {}) : patience_(patience) {
         require_mpi(MPI_Comm_dup(parent, &comm_));
         MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN);
@@ -93,10 +88,8 @@ public:
     agreement(const agreement&) = delete;
     agreement& operator=(const agreement&) = delete;
     ~agreement() {
-        if (!lost_)
+        if (!lost_) // what never ended still needs it
             MPI_Comm_free(&comm_);
-        else
-            static_cast<void>(votes_.release()); // a reduction that never ended may still write there
     }
 
     [[nodiscard]] MPI_Comm comm() const noexcept { return comm_; }
@@ -110,15 +103,22 @@ public:
     void agree(const digest& told, const kv1::status& here, bool& changed) {
         if (lost_)
             throw lost();
-        votes& mine = votes_->mine;
-        mine = {here ? 0u : static_cast<std::uint64_t>(size_ - rank_), told.value(), ~told.value(),
-                changed ? 1u : 0u};
-        timed(sizeof mine, [&] { reduce(); });
-        const votes& all = votes_->all;
-        changed = all[3] != 0;
-        if (all[0] != 0)
-            throw failure(size_ - static_cast<int>(all[0]), here);
-        if (all[1] != ~all[2])
+        votes_ = {here ? 0u : static_cast<std::uint64_t>(size_ - rank_), told.value(), ~told.value(),
+                  changed ? 1u : 0u};
+        run(
+            votes_.size() * sizeof votes_[0],
+            [&](MPI_Request* pending) {
+                const int n = static_cast<int>(votes_.size());
+                return pending == nullptr
+                           ? MPI_Allreduce(MPI_IN_PLACE, votes_.data(), n, MPI_UINT64_T, MPI_MAX, comm_)
+                           : MPI_Iallreduce(MPI_IN_PLACE, votes_.data(), n, MPI_UINT64_T, MPI_MAX, comm_,
+                                            pending);
+            },
+            votes_);
+        changed = votes_[3] != 0;
+        if (votes_[0] != 0)
+            throw failure(size_ - static_cast<int>(votes_[0]), here);
+        if (votes_[1] != ~votes_[2])
             throw rank_error(-1, kv1::errc::invalid_argument, {},
                              "ranks disagree: they make different calls, or with different arguments");
     }
@@ -127,60 +127,61 @@ public:
         agree(told, here, changed);
     }
 
-    /// Runs a collective of MPI's, and counts it.
-    template <class Call>
-    void timed(std::size_t bytes, Call&& call) {
-        const double start = MPI_Wtime();
-        call();
-        spent_.seconds += MPI_Wtime() - start;
+    /// Runs a collective of MPI's to its end, and counts it. start(pending) gives MPI's result: with a request
+    /// it begins a call that does not wait, with nullptr it makes one that does. `touched` are the vectors
+    /// that it reads and writes. Where a rank is lost MPI may do so at any time after: they are never freed.
+    template <class Start, class... Vectors>
+    void run(std::size_t bytes, Start&& start, Vectors&... touched) {
+        const double begin = MPI_Wtime();
+        if (patience_.count() <= 0.0) {
+            require_mpi(start(static_cast<MPI_Request*>(nullptr)));
+        } else {
+            MPI_Request request = MPI_REQUEST_NULL;
+            require_mpi(start(&request));
+            for (int done = 0; done == 0;) {
+                require_mpi(MPI_Test(&request, &done, MPI_STATUS_IGNORE));
+                if (done == 0 && MPI_Wtime() - begin > patience_.count()) {
+                    lost_ = true;
+                    static_cast<void>(new std::tuple<Vectors...>(std::move(touched)...));
+                    throw lost();
+                }
+            }
+        }
+        spent_.seconds += MPI_Wtime() - begin;
         spent_.bytes += bytes;
         ++spent_.calls;
     }
 
 private:
-    using votes = std::array<std::uint64_t, 4>; // who fails; what was told, and its complement; who changed
-    struct vote_buffers {
-        votes mine{}, all{};
-    };
     struct report {
         std::uint8_t code = 0;
         kv1::error_location where{};
         std::array<char, 240> text{};
     };
 
-    void reduce() {
-        auto& [mine, all] = *votes_;
-        if (patience_.count() <= 0.0) {
-            require_mpi(MPI_Allreduce(mine.data(), all.data(), 4, MPI_UINT64_T, MPI_MAX, comm_));
-            return;
-        }
-        MPI_Request request;
-        require_mpi(MPI_Iallreduce(mine.data(), all.data(), 4, MPI_UINT64_T, MPI_MAX, comm_, &request));
-        const double end = MPI_Wtime() + patience_.count();
-        for (int done = 0;;) {
-            require_mpi(MPI_Test(&request, &done, MPI_STATUS_IGNORE));
-            if (done != 0)
-                return;
-            if (MPI_Wtime() > end) {
-                lost_ = true;
-                throw lost();
-            }
-        }
-    }
     [[nodiscard]] static rank_error lost() {
         return {-1, kv1::errc::io_error, {}, "a rank does not answer: the others go on without an agreement"};
     }
+    // The error of the first rank that failed, on all ranks.
     [[nodiscard]] rank_error failure(int rank, const kv1::status& here) {
-        report r;
+        report& r = report_.front() = {};
         if (rank == rank_) {
             r.code = static_cast<std::uint8_t>(here.code());
             r.where = here.where();
             const std::string text = here.message();
             std::copy_n(text.begin(), std::min(text.size(), r.text.size() - 1), r.text.begin());
         }
-        timed(sizeof r, [&] { require_mpi(MPI_Bcast(&r, sizeof r, MPI_BYTE, rank, comm_)); });
-        return {rank, static_cast<kv1::errc>(r.code), r.where,
-                "rank " + std::to_string(rank) + ": " + r.text.data()};
+        run(
+            sizeof(report),
+            [&](MPI_Request* pending) {
+                report* const all = report_.data();
+                return pending == nullptr ? MPI_Bcast(all, sizeof(report), MPI_BYTE, rank, comm_)
+                                          : MPI_Ibcast(all, sizeof(report), MPI_BYTE, rank, comm_, pending);
+            },
+            report_);
+        const report& said = report_.front();
+        return {rank, static_cast<kv1::errc>(said.code), said.where,
+                "rank " + std::to_string(rank) + ": " + said.text.data()};
     }
 
     MPI_Comm comm_ = MPI_COMM_NULL;
@@ -188,7 +189,9 @@ private:
     std::chrono::duration<double> patience_;
     bool lost_ = false;
     traffic spent_;
-    std::unique_ptr<vote_buffers> votes_ = std::make_unique<vote_buffers>();
+    // Who fails; what was told, and its complement; who changed something. The largest of all ranks' decide.
+    std::vector<std::uint64_t> votes_ = std::vector<std::uint64_t>(4);
+    std::vector<report> report_ = std::vector<report>(1);
 };
 
 } // namespace context_parallel

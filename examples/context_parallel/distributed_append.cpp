@@ -3,7 +3,7 @@
 // Keys and values go to the ranks that own their positions.
 #include "distributed_cache.hpp"
 
-#include "local_parts.hpp"
+#include "calls.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -13,38 +13,33 @@ namespace context_parallel {
 
 namespace {
 
-// Whether rounding to fp16 lost a number.
-bool became_infinite(const void* from, kv1::scalar_type type, const std::byte* half, std::size_t channel) {
-    const float x = type == kv1::scalar_type::fp32
-                        ? static_cast<const float*>(from)[channel]
-                        : static_cast<float>(static_cast<const kv1::bfloat16*>(from)[channel]);
-    std::uint16_t bits = 0;
-    std::memcpy(&bits, half + 2 * channel, 2);
-    return std::isfinite(x) && std::isinf(static_cast<float>(kv1::float16::from_bits(bits)));
+float number_at(const void* data, kv1::scalar_type type, std::size_t channel) {
+    return type == kv1::scalar_type::fp32
+               ? static_cast<const float*>(data)[channel]
+               : static_cast<float>(static_cast<const kv1::bfloat16*>(data)[channel]);
+}
+
+// Rounds rows to fp16, as the layer's fp16 tokens ask for. Gives the place of a number that does not fit.
+std::optional<kv1::error_location> round_to_fp16(dealt_rows& d, std::size_t count) {
+    const kv1::tensor_view x = d.received(count);
+    for (std::size_t i = 0; i < count * x.heads() && !d.halves.empty(); ++i) {
+        const void* const from = x.at(i / x.heads(), i % x.heads());
+        std::byte* const to = d.halves.data() + i * x.channels() * 2;
+        for (std::size_t c = 0; c < x.channels(); ++c) {
+            const float number = number_at(from, x.type(), c);
+            const kv1::float16 half(number);
+            if (std::isfinite(number) && std::isinf(static_cast<float>(half)))
+                return kv1::error_location{.kv_head = static_cast<std::int64_t>(i % x.heads()),
+                                           .token = static_cast<std::int64_t>(i / x.heads()),
+                                           .channel = static_cast<std::int64_t>(c)};
+            const std::uint16_t bits = half.bits();
+            std::memcpy(to + 2 * c, &bits, 2);
+        }
+    }
+    return std::nullopt;
 }
 
 } // namespace
-
-// This rank's share of the keys, or values, of an append.
-struct distributed_cache::dealt_rows {
-    explicit dealt_rows(const kv1::tensor_view& tensor) : source(tensor) {}
-
-    kv1::tensor_view source;                    // of all tokens
-    bool to_fp16 = false;                       // as the layer asks for
-    std::vector<std::vector<std::size_t>> rows; // by rank: which tokens of the source
-    std::vector<std::size_t> indptr;            // of this rank's rows
-    std::vector<std::byte> sent, bytes, halves; // the root's, by owner; this rank's; and in fp16
-
-    [[nodiscard]] std::size_t row_bytes() const {
-        return source.heads() * source.channels() * bytes_of(source.type());
-    }
-    // This rank's rows, ready to be appended.
-    [[nodiscard]] kv1::tensor_view view(std::size_t count) const {
-        return to_fp16 && source.type() != kv1::scalar_type::fp16
-                   ? view_of(halves.data(), kv1::scalar_type::fp16, count, source.heads(), source.channels())
-                   : view_of(bytes.data(), source.type(), count, source.heads(), source.channels());
-    }
-};
 
 kv1::status distributed_cache::check_batch(std::span<const sequence> batch, std::size_t layer,
                                            std::span<const std::size_t> indptr, std::size_t rows) noexcept {
@@ -74,104 +69,112 @@ void distributed_cache::append(sequence s, std::size_t layer, kv1::tensor_view k
 void distributed_cache::append(std::span<const sequence> batch, std::size_t layer,
                                std::span<const std::size_t> indptr, kv1::tensor_view keys,
                                kv1::tensor_view values) {
-    const kv1::error_location where{.layer = static_cast<std::int64_t>(layer)};
-    dealt_rows k{keys}, v{values};
-    std::vector<std::size_t> lengths;
-    const kv1::status ready = guarded([&]() -> kv1::status {
-        if (const kv1::status s = check_batch(batch, layer, indptr, keys.tokens()); !s)
-            return s;
-        const kv1::layer_description& l = whole_.layers[layer];
-        if (keys.has_negative_extent() || values.has_negative_extent() || values.tokens() != keys.tokens() ||
-            keys.heads() != l.kv_heads || values.heads() != l.kv_heads || keys.channels() != l.key_dim ||
-            values.channels() != l.value_dim || keys.tokens() > most_rows)
-            return {kv1::errc::shape_mismatch, "keys and values have the layer's shape", where};
-        if (!receives() && keys.tokens() != 0 && (keys.data() == nullptr || values.data() == nullptr))
-            return {kv1::errc::invalid_argument, "keys and values are not null", where};
-        for (const sequence s : batch)
-            lengths.push_back(find(s)->lengths[layer]);
-        k = deal(batch, layer, indptr, keys);
-        v = deal(batch, layer, indptr, values);
-        return {};
-    });
-    digest told = told_of(collective::appending, batch, layer, indptr);
-    add_shape(told, keys);
-    add_shape(told, values);
-    told.add_all(std::span<const std::size_t>(lengths));
-    ranks_.agree(told, ready);
-
+    append_call call{batch, layer, indptr, dealt_rows(keys), dealt_rows(values)};
+    const kv1::status ready = guarded([&] { return prepare(call); });
+    ranks_.agree(told(call), ready);
+    receive(call);
     bool changed = false;
-    if (from_root_) {
-        receive(k);
-        receive(v);
-    }
-    const kv1::status here = append_local(batch, layer, k, v, changed);
+    const kv1::status here = carry_out(call, changed);
     try {
         ranks_.agree(told_of(collective::appended, batch, layer, indptr), here, changed);
     } catch (const rank_error&) {
         if (changed)
-            undo_append(batch, lengths);
+            undo(call);
         throw;
     }
-    for (std::size_t i = 0; i < batch.size(); ++i)
-        find(batch[i])->lengths[layer] += indptr[i + 1] - indptr[i];
+    finish(call);
 }
 
-// Whose the rows are, and room for them; where nothing is to be received, also the rows.
-distributed_cache::dealt_rows distributed_cache::deal(std::span<const sequence> batch, std::size_t layer,
-                                                      std::span<const std::size_t> indptr,
-                                                      const kv1::tensor_view& tensor) {
-    dealt_rows d{tensor};
-    const kv1::layer_description& l = whole_.layers[layer];
-    d.to_fp16 = (whole_.fp16_sinks != 0 || whole_.fp16_window != 0) && has_copies(l);
-    const auto mine = static_cast<std::size_t>(ranks_.rank());
-    d.rows.resize(positions_.ranks());
-    d.indptr.push_back(0);
-    for (std::size_t i = 0; i < batch.size(); ++i) {
-        const std::size_t first = find(batch[i])->lengths[layer];
-        for (std::size_t row = indptr[i]; row < indptr[i + 1]; ++row)
-            d.rows[positions_.owner(first + row - indptr[i])].push_back(row);
-        d.indptr.push_back(d.rows[mine].size());
+kv1::status distributed_cache::prepare(append_call& c) {
+    const kv1::tensor_view keys = c.keys.source, values = c.values.source;
+    if (const kv1::status s = check_batch(c.batch, c.layer, c.indptr, keys.tokens()); !s)
+        return s;
+    const kv1::error_location where{.layer = static_cast<std::int64_t>(c.layer)};
+    const kv1::layer_description& l = whole_.layers[c.layer];
+    const bool in_keys = l.values_in_keys;
+    if (keys.has_negative_extent() || values.has_negative_extent() || keys.heads() != l.kv_heads ||
+        keys.channels() != l.key_dim || keys.tokens() > most_rows ||
+        values.tokens() != (in_keys ? 0 : keys.tokens()) ||
+        (!in_keys && (values.heads() != l.kv_heads || values.channels() != l.value_dim)))
+        return {kv1::errc::shape_mismatch, "keys and values have the layer's shape", where};
+    if (!receives() && keys.tokens() != 0 &&
+        (keys.data() == nullptr || (!in_keys && values.data() == nullptr)))
+        return {kv1::errc::invalid_argument, "keys and values are not null", where};
+
+    c.rows.resize(positions_.ranks());
+    c.own_indptr.push_back(0);
+    for (std::size_t i = 0; i < c.batch.size(); ++i) {
+        const std::size_t first = find(c.batch[i])->lengths[c.layer];
+        c.lengths.push_back(first);
+        for (std::size_t row = c.indptr[i]; row < c.indptr[i + 1]; ++row)
+            c.rows[positions_.owner(first + row - c.indptr[i])].push_back(row);
+        c.own_indptr.push_back(c.rows[static_cast<std::size_t>(ranks_.rank())].size());
     }
-    const std::size_t vector_bytes = tensor.channels() * bytes_of(tensor.type());
-    const auto pack = [&](std::vector<std::byte>& to, std::size_t at, std::size_t row) {
-        for (std::size_t h = 0; h < tensor.heads(); ++h)
-            copy_vector(tensor.at(row, h), tensor.type(), tensor.channels(), false,
-                        to.data() + at * d.row_bytes() + h * vector_bytes);
-    };
-    d.bytes.resize(d.rows[mine].size() * d.row_bytes());
-    d.halves.resize(d.to_fp16 ? d.rows[mine].size() * tensor.heads() * tensor.channels() * 2 : 0);
-    if (from_root_ && mine == 0) {
-        d.sent.resize(tensor.tokens() * d.row_bytes());
+    deal(c, c.keys);
+    if (!in_keys)
+        deal(c, c.values);
+    return {};
+}
+
+// Room for this rank's rows; where nothing is to be received, also the rows.
+void distributed_cache::deal(append_call& c, dealt_rows& d) const {
+    d.to_fp16 =
+        (whole_.fp16_sinks != 0 || whole_.fp16_window != 0) && rank_cache::has_copies(whole_.layers[c.layer]);
+    const std::vector<std::size_t>& mine = c.rows[static_cast<std::size_t>(ranks_.rank())];
+    d.bytes.resize(mine.size() * d.row_bytes());
+    if (d.to_fp16 && d.source.type() != kv1::scalar_type::fp16)
+        d.halves.resize(mine.size() * d.source.heads() * d.source.channels() * 2);
+    if (!from_root_) {
+        for (std::size_t at = 0; at < mine.size(); ++at)
+            copy_row(d.source, mine[at], d.bytes.data() + at * d.row_bytes());
+    } else if (ranks_.rank() == 0) {
+        d.sent.resize(d.source.tokens() * d.row_bytes());
         std::size_t at = 0;
-        for (const auto& rows : d.rows)
+        for (const auto& rows : c.rows)
             for (const std::size_t row : rows)
-                pack(d.sent, at++, row);
-    } else if (!from_root_) {
-        for (std::size_t at = 0; at < d.rows[mine].size(); ++at)
-            pack(d.bytes, at, d.rows[mine][at]);
+                copy_row(d.source, row, d.sent.data() + at++ * d.row_bytes());
     }
+}
+
+digest distributed_cache::told(const append_call& c) {
+    digest d = told_of(collective::appending, c.batch, c.layer, c.indptr);
+    add_shape(d, c.keys.source);
+    add_shape(d, c.values.source);
+    d.add_all(std::span<const std::size_t>(c.lengths));
     return d;
 }
 
-void distributed_cache::receive(dealt_rows& d) {
+void distributed_cache::receive(append_call& c) {
+    if (!from_root_)
+        return;
+    receive(c, c.keys);
+    receive(c, c.values);
+}
+
+void distributed_cache::receive(const append_call& c, dealt_rows& d) {
+    if (d.source.tokens() == 0 || d.row_bytes() == 0)
+        return;
     std::vector<int> counts, begins;
-    for (const auto& rows : d.rows) {
+    for (const auto& rows : c.rows) {
         begins.push_back(begins.empty() ? 0 : begins.back() + counts.back());
         counts.push_back(static_cast<int>(rows.size()));
     }
-    if (d.row_bytes() == 0)
-        return;
-    const bytes_type row(d.row_bytes());
-    ranks_.timed(ranks_.rank() == 0 ? d.sent.size() : d.bytes.size(), [&] {
-        require_mpi(MPI_Scatterv(d.sent.data(), counts.data(), begins.data(), row.get(), d.bytes.data(),
-                                 counts[static_cast<std::size_t>(ranks_.rank())], row.get(), 0,
-                                 ranks_.comm()));
-    });
+    const contiguous_type row(d.row_bytes(), MPI_BYTE);
+    const int own = counts[static_cast<std::size_t>(ranks_.rank())];
+    ranks_.run(
+        ranks_.rank() == 0 ? d.sent.size() : d.bytes.size(),
+        [&](MPI_Request* pending) {
+            return pending == nullptr
+                       ? MPI_Scatterv(d.sent.data(), counts.data(), begins.data(), row.get(), d.bytes.data(),
+                                      own, row.get(), 0, ranks_.comm())
+                       : MPI_Iscatterv(d.sent.data(), counts.data(), begins.data(), row.get(), d.bytes.data(),
+                                       own, row.get(), 0, ranks_.comm(), pending);
+        },
+        d.sent, d.bytes, counts, begins);
 }
 
-kv1::status distributed_cache::append_local(std::span<const sequence> batch, std::size_t layer,
-                                            dealt_rows& keys, dealt_rows& values, bool& changed) {
-    const std::vector<std::size_t>& rows = keys.rows[static_cast<std::size_t>(ranks_.rank())];
+kv1::status distributed_cache::carry_out(append_call& c, bool& changed) {
+    const std::vector<std::size_t>& rows = c.rows[static_cast<std::size_t>(ranks_.rank())];
     if (rows.empty())
         return {};
     const auto placed = [&](const kv1::status& s) -> kv1::status { // rows as the caller counts them
@@ -180,47 +183,38 @@ kv1::status distributed_cache::append_local(std::span<const sequence> batch, std
             where.token = static_cast<std::int64_t>(rows[static_cast<std::size_t>(where.token)]);
         return {s.code(), s.rule(), where};
     };
-    for (dealt_rows* const d : {&keys, &values}) {
-        const kv1::tensor_view x =
-            view_of(d->bytes.data(), d->source.type(), rows.size(), d->source.heads(), d->source.channels());
-        for (std::size_t i = 0; i < rows.size() * x.heads() && !d->halves.empty(); ++i) {
-            const std::size_t row = i / x.heads(), head = i % x.heads();
-            std::byte* const to = d->halves.data() + i * x.channels() * 2;
-            copy_vector(x.at(row, head), x.type(), x.channels(), true, to);
-            for (std::size_t c = 0; c < x.channels() && x.type() != kv1::scalar_type::fp16; ++c)
-                if (became_infinite(x.at(row, head), x.type(), to, c))
-                    return placed({kv1::errc::not_representable,
-                                   "fp16 sinks and windows take values that fit fp16",
-                                   {static_cast<std::int64_t>(layer), static_cast<std::int64_t>(head),
-                                    static_cast<std::int64_t>(row), static_cast<std::int64_t>(c)}});
+    for (dealt_rows* const d : {&c.keys, &c.values})
+        if (std::optional<kv1::error_location> where = round_to_fp16(*d, rows.size())) {
+            where->layer = static_cast<std::int64_t>(c.layer);
+            return placed(
+                {kv1::errc::not_representable, "fp16 sinks and windows take values that fit fp16", *where});
         }
-    }
     return guarded([&]() -> kv1::status {
-        std::vector<kv1::sequence_id> bodies, recents;
-        for (const sequence s : batch) {
-            bodies.push_back(find(s)->here.body);
-            recents.push_back(find(s)->here.recent);
-        }
-        const kv1::tensor_view k = keys.view(rows.size()), v = values.view(rows.size());
-        if (const kv1::status s = body_->try_append(bodies, layer, keys.indptr, k, v, run_); !s)
-            return placed(s);
-        changed = true;
-        if (recent_layer_[layer] == none)
-            return {};
-        return placed(recent_->try_append(recents, recent_layer_[layer], keys.indptr, k, v, run_));
+        std::vector<rank_sequence> batch;
+        for (const sequence s : c.batch)
+            batch.push_back(find(s)->here);
+        const kv1::tensor_view values =
+            whole_.layers[c.layer].values_in_keys ? no_values() : c.values.view(rows.size());
+        return placed(
+            own_.append(batch, c.layer, c.own_indptr, c.keys.view(rows.size()), values, run_, changed));
     });
+}
+
+void distributed_cache::finish(const append_call& c) {
+    for (std::size_t i = 0; i < c.batch.size(); ++i)
+        find(c.batch[i])->lengths[c.layer] += c.indptr[i + 1] - c.indptr[i];
 }
 
 // Some ranks have appended, others have not. Where that was the first layer of a step, those that have can
 // cut it off again; else the step is lost.
-void distributed_cache::undo_append(std::span<const sequence> batch, std::span<const std::size_t> lengths) {
+void distributed_cache::undo(const append_call& c) {
     kv1::status here;
     bool first_of_step = true;
-    for (const sequence s : batch)
+    for (const sequence s : c.batch)
         first_of_step = first_of_step && find(s)->at_commit_point();
-    for (std::size_t i = 0; first_of_step && here && i < batch.size(); ++i) {
+    for (std::size_t i = 0; first_of_step && here && i < c.batch.size(); ++i) {
         bool cut = false;
-        here = truncate_local(find(batch[i])->here, owned(lengths[i]), cut);
+        here = own_.truncate(find(c.batch[i])->here, c.lengths[i], cut);
     }
     try {
         if (first_of_step) {
@@ -229,7 +223,7 @@ void distributed_cache::undo_append(std::span<const sequence> batch, std::span<c
         }
     } catch (const rank_error&) { // the first error says more
     }
-    for (const sequence s : batch)
+    for (const sequence s : c.batch)
         find(s)->is = condition::step_failed;
 }
 

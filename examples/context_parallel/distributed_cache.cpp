@@ -3,7 +3,7 @@
 // Sequences: made, forked, cut and committed on all ranks, or on none.
 #include "distributed_cache.hpp"
 
-#include "local_parts.hpp"
+#include "calls.hpp"
 
 #include <algorithm>
 #include <utility>
@@ -15,8 +15,6 @@ namespace {
 digest told_of(collective what, sequence s) {
     return digest().add(static_cast<std::uint64_t>(what)).add(s.number);
 }
-
-bool plain(kv1::kv_format f) { return f == kv1::kv_format::fp32 || f == kv1::kv_format::fp16; }
 
 std::size_t whole_pages(std::size_t tokens, std::size_t page) { return (tokens + page - 1) / page * page; }
 
@@ -39,7 +37,11 @@ distributed_cache::distributed_cache(MPI_Comm ranks, const kv1::cache_descriptio
       positions_(options.positions.value_or(distribution::pages(
           static_cast<std::size_t>(ranks_.size()), std::max<std::size_t>(1, whole.page_tokens)))),
       from_root_(options.from == inputs::of_root), join_(options.join), run_(std::move(options.run)) {
-    ranks_.agree(told_of_description(), guarded([&] { return make_caches(); }));
+    ranks_.agree(told_of_description(), guarded([&]() -> kv1::status {
+                     if (positions_.ranks() != static_cast<std::size_t>(ranks_.size()))
+                         return {kv1::errc::invalid_argument, "positions are dealt to all ranks"};
+                     return own_.open(whole_, positions_, static_cast<std::size_t>(ranks_.rank()));
+                 }));
 }
 
 digest distributed_cache::told_of_description() const {
@@ -66,63 +68,6 @@ digest distributed_cache::told_of_description() const {
     return d;
 }
 
-kv1::status distributed_cache::make_caches() {
-    if (positions_.ranks() != static_cast<std::size_t>(ranks_.size()) || whole_.page_tokens == 0 ||
-        positions_.block_tokens() % whole_.page_tokens != 0)
-        return {kv1::errc::invalid_argument, "positions are dealt to all ranks in whole pages"};
-    const std::size_t page = whole_.page_tokens;
-    const auto share = [&](std::size_t tokens) {
-        return tokens == 0 ? 0 : std::max(page, whole_pages(owned(tokens), page));
-    };
-    // Everything as it is quantized, and the sinks, which are the first tokens of whoever holds them.
-    kv1::cache_description body = whole_;
-    body.fp16_window = 0;
-    body.fp16_sinks = owned(whole_.fp16_sinks);
-    body.capacity_tokens = share(whole_.capacity_tokens);
-    body.window_capacity_tokens = share(whole_.window_capacity_tokens);
-    body.fp16_capacity_tokens = share(whole_.fp16_capacity_tokens);
-    // What one cache would keep, whose pages end elsewhere, and room for a call's queries.
-    for (kv1::layer_description& l : body.layers) {
-        if (l.values_in_keys)
-            return {kv1::errc::invalid_argument, "layers with values in keys are not for ranks"};
-        if (l.sliding_window == 0)
-            continue;
-        l.sliding_window = positions_.most_owned(l.sliding_window) + 1 + page;
-        l.window_retention = positions_.most_owned(l.window_retention + page);
-    }
-
-    kv1::cache_description recent;
-    recent.page_tokens = page;
-    recent.capacity_tokens =
-        share(whole_.fp16_capacity_tokens != 0 ? whole_.fp16_capacity_tokens : whole_.capacity_tokens);
-    recent_layer_.assign(whole_.layers.size(), none);
-    for (std::size_t i = 0; i < whole_.layers.size() && whole_.fp16_window != 0; ++i) {
-        const kv1::layer_description& l = whole_.layers[i];
-        if (!has_copies(l))
-            continue;
-        recent_layer_[i] = recent.layers.size();
-        recent.layers.push_back(
-            {l.kv_heads, l.key_dim, l.value_dim, kv1::kv_format::fp16, kv1::kv_format::fp16});
-    }
-
-    kv1::result<kv1::kv_cache> made = kv1::kv_cache::create(std::move(body));
-    if (!made)
-        return made.reason();
-    body_.emplace(std::move(*made));
-    if (recent.layers.empty())
-        return {};
-    made = kv1::kv_cache::create(std::move(recent));
-    if (!made)
-        return made.reason();
-    recent_.emplace(std::move(*made));
-    return {};
-}
-
-// Of fp16 sinks and windows, where the cache has any.
-bool distributed_cache::has_copies(const kv1::layer_description& l) noexcept {
-    return l.sliding_window == 0 && !(plain(l.key_format) && plain(l.value_format));
-}
-
 distributed_cache::record* distributed_cache::find(sequence s) noexcept {
     const auto found = sequences_.find(s.number);
     return found == sequences_.end() ? nullptr : &found->second;
@@ -140,98 +85,11 @@ kv1::status distributed_cache::usable(const record* r, bool also_failed_steps) c
 
 // Whether this rank has the tokens that it should have.
 kv1::status distributed_cache::holds_all(const record& r, std::size_t layer) const noexcept {
-    const std::size_t wanted = owned(r.lengths[layer]);
-    const auto body = body_->try_length(r.here.body, layer);
-    bool there = body && *body == wanted;
-    if (recent_layer_[layer] != none) {
-        const auto recent = recent_->try_length(r.here.recent, recent_layer_[layer]);
-        there = there && recent && *recent + r.here.recent_base == wanted;
-    }
-    if (there)
+    if (own_.holds(r.here, layer, r.lengths[layer]))
         return {};
     return {
         kv1::errc::broken_invariant, "the rank has lost tokens", {.layer = static_cast<std::int64_t>(layer)}};
 }
-
-// ---- this rank's caches
-
-kv1::result<distributed_cache::local_sequence> distributed_cache::create_local() {
-    local_sequence s;
-    const auto body = body_->try_create_sequence();
-    if (!body)
-        return body.reason();
-    s.body = *body;
-    if (recent_) {
-        const auto recent = recent_->try_create_sequence();
-        if (!recent) {
-            destroy_local(s);
-            return recent.reason();
-        }
-        s.recent = *recent;
-    }
-    return s;
-}
-
-kv1::result<distributed_cache::local_sequence> distributed_cache::fork_local(const local_sequence& from) {
-    local_sequence s = from;
-    s.recent = {};
-    const auto body = body_->try_fork(from.body);
-    if (!body)
-        return body.reason();
-    s.body = *body;
-    if (recent_) {
-        const auto recent = recent_->try_fork(from.recent);
-        if (!recent) {
-            destroy_local(s);
-            return recent.reason();
-        }
-        s.recent = *recent;
-    }
-    return s;
-}
-
-void distributed_cache::destroy_local(const local_sequence& s) noexcept {
-    static_cast<void>(body_->try_destroy_sequence(s.body)); // one that is gone already is no matter
-    if (recent_)
-        static_cast<void>(recent_->try_destroy_sequence(s.recent));
-}
-
-// Cuts to the first `tokens` places. Where the fp16 tokens begin later than that, they begin anew.
-kv1::status distributed_cache::truncate_local(local_sequence& s, std::size_t tokens, bool& changed) {
-    if (const kv1::status cut = body_->try_truncate(s.body, tokens); !cut)
-        return cut;
-    changed = true;
-    if (!recent_)
-        return {};
-    if (tokens >= s.recent_base) {
-        const kv1::status cut = recent_->try_truncate(s.recent, tokens - s.recent_base);
-        if (cut || cut.code() != kv1::errc::dropped_tokens)
-            return cut;
-    }
-    const auto fresh = recent_->try_create_sequence();
-    if (!fresh)
-        return fresh.reason();
-    static_cast<void>(recent_->try_destroy_sequence(s.recent));
-    s.recent = *fresh;
-    s.recent_base = tokens;
-    return {};
-}
-
-// `fp16_from`: the position before which no later query sees fp16.
-kv1::status distributed_cache::commit_local(local_sequence& s, std::size_t fp16_from) {
-    if (const auto done = body_->try_commit(s.body); !done)
-        return done.reason();
-    if (!recent_)
-        return {};
-    if (const auto done = recent_->try_commit(s.recent); !done)
-        return done.reason();
-    const std::size_t place = owned(fp16_from);
-    return place <= s.recent_base
-               ? kv1::status{}
-               : recent_->try_drop_pages(s.recent, 0, (place - s.recent_base) / whole_.page_tokens);
-}
-
-// ---- all ranks
 
 sequence distributed_cache::create_sequence() {
     record r;
@@ -240,7 +98,7 @@ sequence distributed_cache::create_sequence() {
     const kv1::status here = guarded([&]() -> kv1::status {
         r.lengths.assign(whole_.layers.size(), 0);
         r.given_up = r.lengths;
-        const auto made = create_local();
+        const auto made = own_.create();
         if (!made)
             return made.reason();
         r.here = *made;
@@ -250,8 +108,8 @@ sequence distributed_cache::create_sequence() {
     try {
         ranks_.agree(told_of(collective::creating, s), here);
     } catch (...) {
-        if (r.here != local_sequence{})
-            destroy_local(r.here);
+        if (r.here != rank_sequence{})
+            own_.destroy(r.here);
         if (room != sequences_.end())
             sequences_.erase(room);
         throw;
@@ -263,7 +121,7 @@ sequence distributed_cache::create_sequence() {
 void distributed_cache::destroy_sequence(sequence s) {
     record* const r = find(s);
     ranks_.agree(told_of(collective::destroying, s), r != nullptr ? kv1::status{} : usable(r));
-    destroy_local(r->here);
+    own_.destroy(r->here);
     sequences_.erase(s.number);
 }
 
@@ -273,11 +131,11 @@ sequence distributed_cache::fork(sequence s) {
     if (here && !r->at_commit_point())
         here = {kv1::errc::layers_disagree, "layers hold different numbers of tokens"};
     const sequence twin{next_};
-    local_sequence copy;
+    rank_sequence copy;
     auto room = sequences_.end();
     if (here)
         here = guarded([&]() -> kv1::status {
-            const auto forked = fork_local(r->here);
+            const auto forked = own_.fork(r->here);
             if (!forked)
                 return forked.reason();
             copy = *forked;
@@ -288,8 +146,8 @@ sequence distributed_cache::fork(sequence s) {
     try {
         ranks_.agree(told_of(collective::forking, s).add(twin.number), here);
     } catch (...) {
-        if (copy != local_sequence{})
-            destroy_local(copy);
+        if (copy != rank_sequence{})
+            own_.destroy(copy);
         if (room != sequences_.end())
             sequences_.erase(room);
         throw;
@@ -329,27 +187,27 @@ void distributed_cache::cut(sequence s, std::size_t tokens, digest told, kv1::st
                     {.layer = static_cast<std::int64_t>(i)}};
     }
     if (r == nullptr || (r->at_commit_point() && r->is == condition::whole)) {
-        local_sequence twin;
+        rank_sequence twin;
         if (here) {
-            const auto forked = fork_local(r->here);
+            const auto forked = own_.fork(r->here);
             here = forked ? kv1::status{} : forked.reason();
             if (forked) {
                 twin = *forked;
-                here = truncate_local(twin, owned(tokens), changed);
+                here = own_.truncate(twin, tokens, changed);
             }
         }
         try {
             ranks_.agree(told, here);
         } catch (...) {
-            if (twin != local_sequence{})
-                destroy_local(twin);
+            if (twin != rank_sequence{})
+                own_.destroy(twin);
             throw;
         }
-        destroy_local(r->here);
+        own_.destroy(r->here);
         r->here = twin;
     } else {
         ranks_.agree(told, here);
-        here = truncate_local(r->here, owned(tokens), changed);
+        here = own_.truncate(r->here, tokens, changed);
         try {
             ranks_.agree(told, here, changed);
         } catch (...) {
@@ -378,7 +236,7 @@ std::size_t distributed_cache::commit(sequence s) {
     const std::size_t n = r->lengths.front(), w = whole_.fp16_window;
     const std::size_t from = w == 0 ? n : n + 1 > w ? n + 1 - w : 0;
     const std::size_t fp16_from = std::max(r->fp16_from, from);
-    here = commit_local(r->here, fp16_from);
+    here = own_.commit(r->here, fp16_from);
     bool changed = static_cast<bool>(here);
     try {
         ranks_.agree(told_of(collective::committed, s), here, changed);
@@ -403,9 +261,5 @@ std::size_t distributed_cache::length(sequence s, std::size_t layer) const {
 }
 
 std::size_t distributed_cache::length(sequence s) const { return sequences_.at(s.number).shortest(); }
-
-std::size_t distributed_cache::bytes_in_use() const noexcept {
-    return body_->statistics().bytes_in_use + (recent_ ? recent_->statistics().bytes_in_use : 0);
-}
 
 } // namespace context_parallel

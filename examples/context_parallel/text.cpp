@@ -12,8 +12,7 @@ std::vector<std::int32_t> continue_greedily(const kv1_lm::model& model, distribu
     const kv1_lm::model::attention attend = [&](std::size_t layer, kv1::tensor_view queries,
                                                 kv1::tensor_view keys, kv1::tensor_view values,
                                                 kv1::mutable_tensor_view outputs) {
-        cache.append(s, layer, keys, values);
-        cache.attend(s, layer, queries, outputs, {.mode = precision});
+        cache.append_and_attend(s, layer, keys, values, queries, outputs, {.mode = precision});
     };
     const std::vector<std::int32_t>& ends = model.config().end_tokens;
     std::vector<std::int32_t> text(prompt.begin(), prompt.end());

@@ -3,7 +3,8 @@
 // What a query sees, in positions of the whole sequence, and how a rank asks its own cache for its share.
 // Positions between two bounds are places between two bounds in every rank's cache (distribution.hpp). From
 // query to query a bound stands still or moves by one place, depending on whose page it lies in: queries
-// whose bounds move alike are one call.
+// whose bounds move alike are one call. Under an explicit mask each call has the part of the mask that
+// concerns the rank's places.
 #pragma once
 
 #include "distribution.hpp"
@@ -12,7 +13,10 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <limits>
+#include <span>
+#include <vector>
 
 namespace context_parallel {
 
@@ -33,11 +37,17 @@ struct layer_rules {
 /// The positions that each of some queries sees; the rules are kv_cache.hpp's and attention.hpp's.
 class query_sight {
 public:
-    query_sight(std::size_t length, std::size_t queries, const kv1::attention_options& options,
-                const layer_rules& rules) noexcept
-        : length_(length), causal_(options.mask.is_causal()),
-          first_(options.mask.first_position().value_or(length - std::min(length, queries))),
-          range_(options.range), asked_(options.window), rules_(rules) {}
+    /// `length`: of the layer. `mask` is the sequence's own, whatever the options say.
+    query_sight(std::size_t length, std::size_t queries, const kv1::attention_mask& mask,
+                const kv1::attention_options& options, const layer_rules& rules) noexcept
+        : length_(length), causal_(mask.is_causal()),
+          first_(mask.first_position()
+                     ? static_cast<std::ptrdiff_t>(*mask.first_position())
+                     : static_cast<std::ptrdiff_t>(length) - static_cast<std::ptrdiff_t>(queries)),
+          keys_(mask.explicit_keys()), visible_(mask.visible()), range_(options.range),
+          asked_(bounded(options.window)), rules_(rules) {
+        rules_.sliding_window = bounded(rules_.sliding_window);
+    }
 
     /// Positions that are attended to as they were quantized, those of fp16 sinks included.
     [[nodiscard]] token_span quantized(std::size_t i) const noexcept {
@@ -48,36 +58,64 @@ public:
         return tidy(std::max(lower(i), window_from(i)), upper(i));
     }
 
-    /// Positions from lower(i) to upper(i) - 1 are seen.
+    /// Positions from lower(i) to upper(i) - 1 are seen, as far as the mask shows them.
     /// @{
     [[nodiscard]] std::size_t upper(std::size_t i) const noexcept {
         return std::min(causal_ ? own(i) : length_, range_.last);
     }
     [[nodiscard]] std::size_t lower(std::size_t i) const noexcept {
-        return std::max(
-            {range_.first, behind(own(i), rules_.sliding_window), behind(first_ + i + 1, asked_)});
+        const std::ptrdiff_t asked = asked_ == 0 ? 0 : end_position(i) - static_cast<std::ptrdiff_t>(asked_);
+        return std::max({range_.first, rules_.sliding_window == 0 ? 0 : back(i, rules_.sliding_window),
+                         asked > 0 ? static_cast<std::size_t>(asked) : 0});
     }
     /// @}
+
+    /// Whether there is an explicit mask; the position from which on it decides; whether it shows position t
+    /// to a query.
+    /// @{
+    [[nodiscard]] bool by_mask() const noexcept { return !visible_.empty(); }
+    [[nodiscard]] std::size_t masked_from() const noexcept { return by_mask() ? length_ - keys_ : length_; }
+    [[nodiscard]] bool shows(std::size_t i, std::size_t t) const noexcept {
+        return t < masked_from() || visible_[i * keys_ + (t - masked_from())] != 0;
+    }
+    /// @}
+    [[nodiscard]] const layer_rules& rules() const noexcept { return rules_; }
 
 private:
     static token_span tidy(std::size_t first, std::size_t last) noexcept {
         return first < last ? token_span{first, last} : token_span{};
     }
-    static std::size_t behind(std::size_t end, std::size_t window) noexcept {
-        return window != 0 && end > window ? end - window : 0;
+    // A window that no position reaches is none.
+    static std::size_t bounded(std::size_t window) noexcept {
+        return window < std::numeric_limits<std::size_t>::max() / 4 ? window : 0;
     }
-    // One past the query's own token, from which windows count back.
-    [[nodiscard]] std::size_t own(std::size_t i) const noexcept { return std::min(first_ + i + 1, length_); }
+    // One past the query's position.
+    [[nodiscard]] std::ptrdiff_t end_position(std::size_t i) const noexcept {
+        return first_ + static_cast<std::ptrdiff_t>(i) + 1;
+    }
+    // The number of tokens up to the query's own.
+    [[nodiscard]] std::size_t own(std::size_t i) const noexcept {
+        return static_cast<std::size_t>(
+            std::clamp(end_position(i), std::ptrdiff_t{0}, static_cast<std::ptrdiff_t>(length_)));
+    }
+    // The first of the last `window` tokens, up to the query's own, that the mask shows it.
+    [[nodiscard]] std::size_t back(std::size_t i, std::size_t window) const noexcept {
+        std::size_t end = own(i), left = window;
+        for (; end > masked_from() && left != 0; --end)
+            left -= shows(i, end - 1) ? 1u : 0u;
+        return end > left ? end - left : 0;
+    }
     [[nodiscard]] std::size_t window_from(std::size_t i) const noexcept {
         const std::size_t r = rules_.fp16_window;
-        return r == 0
-                   ? upper(i)
-                   : std::min(upper(i), std::max({rules_.fp16_sinks, behind(own(i), r), rules_.fp16_from}));
+        return r == 0 ? upper(i)
+                      : std::min(upper(i), std::max({rules_.fp16_sinks, back(i, r), rules_.fp16_from}));
     }
 
     std::size_t length_;
     bool causal_;
-    std::size_t first_; // position of the first query
+    std::ptrdiff_t first_; // position of the first query
+    std::size_t keys_;
+    std::span<const std::uint8_t> visible_;
     kv1::token_range range_;
     std::size_t asked_;
     layer_rules rules_;
@@ -123,6 +161,40 @@ void for_each_local_call(std::size_t queries, std::size_t longest, Places&& plac
             c.range.first = from.first;
         call(c);
         i += count;
+    }
+}
+
+/// As above where an explicit mask decides, and the ends of places(i) may be any: shows(i, place) says whether
+/// the query sees a place of them, and shows it everywhere before `masked`. The rank has `length` places.
+/// `visible` is room for the calls' masks.
+template <class Places, class Shows, class Call>
+void for_each_masked_call(std::size_t queries, std::size_t length, std::size_t masked, Places&& places,
+                          Shows&& shows, std::vector<std::uint8_t>& visible, Call&& call) {
+    constexpr std::size_t longest = 64; // bounds the mask
+    for (std::size_t first = 0; first < queries; first += longest) {
+        const std::size_t count = std::min(longest, queries - first);
+        std::size_t low = length, high = 0;
+        for (std::size_t i = first; i < first + count; ++i)
+            if (const token_span p = places(i); !p.empty()) {
+                low = std::min(low, p.first);
+                high = std::max(high, p.last);
+            }
+        if (low >= high)
+            continue;
+        // All of these queries see the places low ... alike - 1.
+        std::size_t alike = high;
+        for (std::size_t i = first; i < first + count && alike > low; ++i) {
+            const token_span p = places(i);
+            alike = p.empty() || p.first != low ? low : std::min({alike, p.last, std::max(low, masked)});
+        }
+        const std::size_t keys = length - alike;
+        visible.assign(count * keys, 0);
+        for (std::size_t i = 0; i < count; ++i) {
+            const token_span p = places(first + i);
+            for (std::size_t t = std::max(p.first, alike); t < p.last; ++t)
+                visible[i * keys + (t - alike)] = shows(first + i, t) ? 1 : 0;
+        }
+        call(local_call{first, count, kv1::attention_mask::explicit_for_last(keys, visible), {low, high}, 0});
     }
 }
 

@@ -63,6 +63,10 @@ std::vector<case_of_cache> cases() {
         3, 17);
     kv1::layer_description by_channel = layer(kv_format::affine2, kv_format::affine2);
     by_channel.key_axis = kv1::quantization_axis::per_channel;
+    kv1::layer_description latent{1, key_dim, value_dim, kv_format::compact3, kv_format::compact3};
+    latent.values_in_keys = true;
+    add("values in keys", {latent}, 0, 0);
+    add("values in keys, sinks and a window", {latent, layer(kv_format::affine2, kv_format::affine2)}, 3, 20);
     add("keys per channel", {by_channel}, 0, 0);
     add("keys per channel, sinks and a window", {by_channel}, 5, 20);
     return all;
@@ -83,8 +87,10 @@ void exercise(const case_of_cache& c, const cache_options& options, std::uint64_
         case 0: // decode and commit
         case 1:
             for (int i = 0; i < 3; ++i) {
-                both.append(p, 1, step);
-                both.check(p, 1);
+                side_by_side::pair* const batch = &p;
+                const std::size_t count = 1;
+                for (std::size_t l = 0; l < c.d.layers.size(); ++l)
+                    both.append_and_check({&batch, 1}, l, {&count, 1}, step, {});
                 both.commit(p);
             }
             break;
@@ -103,8 +109,15 @@ void exercise(const case_of_cache& c, const cache_options& options, std::uint64_
                 counts.push_back(g.between(1, 20));
             }
             for (std::size_t l = 0; l < c.d.layers.size(); ++l) {
-                both.append(batch, l, counts, step);
-                both.check(batch, l, counts, g.chance(0.5) ? 0 : g.between(1, 30), g.chance(0.5));
+                side_by_side::question ask{g.chance(0.5) ? 0 : g.between(1, 30), g.chance(0.5), 0};
+                if (c.d.layers[l].sliding_window == 0 && g.chance(0.4))
+                    ask.masks = g.between(1, 1000000);
+                if (g.chance(0.5)) {
+                    both.append_and_check(batch, l, counts, step, ask);
+                } else {
+                    both.append(batch, l, counts, step);
+                    both.check(batch, l, counts, ask);
+                }
             }
             if (g.chance(0.7))
                 for (side_by_side::pair& one : alive)

@@ -72,7 +72,7 @@ TEST_CASE("a rank's calls show each query the places that it sees, once", "[visi
             options.range = {g.below(length), g.between(1, length)};
         const context_parallel::layer_rules rules{g.chance(0.3) ? g.between(1, 60) : 0, g.below(6),
                                                   g.chance(0.5) ? g.below(30) : 0, g.below(length)};
-        const context_parallel::query_sight sight(length, queries, options, rules);
+        const context_parallel::query_sight sight(length, queries, options.mask, options, rules);
         for (std::size_t r = 0; r < ranks; ++r) {
             const auto places = [&](std::size_t i) -> context_parallel::token_span {
                 const auto seen = sight.quantized(i);
@@ -99,6 +99,48 @@ TEST_CASE("a rank's calls show each query the places that it sees, once", "[visi
             for (std::size_t i = 0; i < queries; ++i)
                 t.expect(called[i] == (places(i).empty() ? 0 : 1), "query", i, "is called once");
         }
+    }
+    KV1_REQUIRE_CLEAN(t);
+}
+
+TEST_CASE("under an explicit mask a rank's calls show each query the places that it sees, once",
+          "[visibility]") {
+    kv1_test::generator g(6);
+    kv1_test::tally t;
+    for (int round = 0; round < 200; ++round) {
+        const std::size_t length = g.between(1, 90), queries = g.between(1, 130),
+                          masked = g.below(length + 1);
+        // what each query sees, and the same as ends and a mask
+        std::vector<context_parallel::token_span> ends(queries);
+        std::vector<std::vector<bool>> seen(queries, std::vector<bool>(length, false));
+        const std::size_t common = g.below(length);
+        for (std::size_t i = 0; i < queries; ++i) {
+            const std::size_t first = g.chance(0.8) ? common : g.below(length), last = g.between(0, length);
+            ends[i] =
+                first < last ? context_parallel::token_span{first, last} : context_parallel::token_span{};
+            for (std::size_t p = ends[i].first; p < ends[i].last; ++p)
+                seen[i][p] = p < masked || g.chance(0.5);
+        }
+        std::vector<std::uint8_t> room;
+        std::vector<int> called(queries, 0);
+        context_parallel::for_each_masked_call(
+            queries, length, masked, [&](std::size_t i) { return ends[i]; },
+            [&](std::size_t i, std::size_t p) { return static_cast<bool>(seen[i][p]); }, room,
+            [&](const context_parallel::local_call& c) {
+                const std::size_t keys = c.mask.explicit_keys(), from = length - keys;
+                t.expect(c.mask.visible().size() == keys * c.count, "a mask of", keys, "keys");
+                for (std::size_t i = 0; i < c.count; ++i) { // what attention_mask.hpp says of it
+                    for (std::size_t p = 0; p < length; ++p) {
+                        const bool shown = p >= c.range.first && p < c.range.last &&
+                                           (p < from || c.mask.visible()[i * keys + p - from] != 0);
+                        t.expect(shown == seen[c.first + i][p], "query", c.first + i, "and place", p, "of",
+                                 length);
+                    }
+                    ++called[c.first + i];
+                }
+            });
+        for (std::size_t i = 0; i < queries; ++i)
+            t.expect(called[i] == 1 || (called[i] == 0 && ends[i].empty()), "query", i, "is called once");
     }
     KV1_REQUIRE_CLEAN(t);
 }

@@ -12,6 +12,7 @@
 #include <functional>
 #include <limits>
 #include <string>
+#include <thread>
 #include <vector>
 
 using context_parallel::distributed_cache;
@@ -276,11 +277,14 @@ TEST_CASE("what ranks do not join is refused", "[failure]") {
     append(cache, s, 0, tokens(20));
     const std::vector<float> q = tokens(1), slope{0.5f};
     std::vector<float> out(dim);
-    const std::vector<std::uint8_t> visible{1};
+    const std::vector<std::uint8_t> visible{1, 0, 1};
+    const std::vector<kv1::attention_mask> two_masks(2);
     const auto code = [&](const kv1::attention_options& o) {
         return failing([&] { cache.attend(s, 0, {q.data(), 1, 1, dim}, {out.data(), 1, 1, dim}, o); }).code;
     };
-    REQUIRE(code({.mask = kv1::attention_mask::explicit_for_last(1, visible)}) == errc::invalid_argument);
+    REQUIRE(code({.mask = kv1::attention_mask::explicit_for_last(3, visible)}) == errc::ok);
+    REQUIRE(code({.mask = kv1::attention_mask::explicit_for_last(4, visible)}) == errc::shape_mismatch);
+    REQUIRE(code({.masks = two_masks}) == errc::shape_mismatch);
     REQUIRE(code({.alibi_slopes = slope}) == errc::invalid_argument);
     REQUIRE(code({.soft_cap = not_a_number}) == errc::invalid_argument);
     REQUIRE(code({}) == errc::ok);
@@ -291,6 +295,113 @@ TEST_CASE("what ranks do not join is refused", "[failure]") {
             }).code == errc::shape_mismatch);
     REQUIRE(failing([&] { append(cache, s, 2, tokens(1)); }).code == errc::out_of_range);
     REQUIRE(same_on_all(attend(cache, s, 0)));
+}
+
+TEST_CASE("with a sliding window masks over ranks are causal", "[failure]") {
+    kv1::cache_description d = two_layers();
+    d.layers[0].sliding_window = 10;
+    distributed_cache cache(MPI_COMM_WORLD, d);
+    const auto s = cache.create_sequence();
+    append(cache, s, 0, tokens(20));
+    const std::vector<float> q = tokens(1);
+    std::vector<float> out(dim);
+    const std::vector<std::uint8_t> visible{1};
+    for (const kv1::attention_mask& mask :
+         {kv1::attention_mask::none(), kv1::attention_mask::explicit_for_last(1, visible)})
+        REQUIRE(failing([&] {
+                    cache.attend(s, 0, {q.data(), 1, 1, dim}, {out.data(), 1, 1, dim}, {.mask = mask});
+                }).code == errc::invalid_argument);
+}
+
+TEST_CASE("masks that differ are an error on all ranks", "[failure]") {
+    if (last_rank() == 0)
+        return;
+    distributed_cache cache(MPI_COMM_WORLD, two_layers());
+    const auto s = cache.create_sequence();
+    append(cache, s, 0, tokens(20));
+    const std::vector<float> q = tokens(1);
+    std::vector<float> out(dim);
+    std::vector<std::uint8_t> visible(12, 1);
+    if (is_last())
+        visible[9] = 0;
+    const failure f = failing([&] {
+        cache.attend(s, 0, {q.data(), 1, 1, dim}, {out.data(), 1, 1, dim},
+                     {.mask = kv1::attention_mask::explicit_for_last(12, visible)});
+    });
+    REQUIRE(f.code == errc::invalid_argument);
+    REQUIRE(f.rank == -1);
+}
+
+TEST_CASE("appending and attending in one call: what fails on one rank leaves none with its tokens",
+          "[failure]") {
+    using context_parallel::inputs;
+    using context_parallel::joining;
+    for (const inputs from : {inputs::of_every_rank, inputs::of_root})
+        for (const joining join : {joining::in_rank_order, joining::reduced}) {
+            const kv1::cache_description d = two_layers();
+            distributed_cache cache(MPI_COMM_WORLD, d, {.from = from, .join = join}),
+                never_failed(MPI_COMM_WORLD, d, {.from = from, .join = join});
+            const auto s = cache.create_sequence(), t = never_failed.create_sequence();
+            const auto step = [](distributed_cache& c, context_parallel::sequence which, std::size_t layer,
+                                 const std::vector<float>& x) {
+                std::vector<float> out(x.size());
+                const std::size_t n = x.size() / dim;
+                c.append_and_attend(which, layer, {x.data(), n, 1, dim}, {x.data(), n, 1, dim},
+                                    {x.data(), n, 1, dim}, {out.data(), n, 1, dim});
+                return out;
+            };
+            for (std::size_t layer = 0; layer < 2; ++layer) {
+                step(cache, s, layer, tokens(20));
+                step(never_failed, t, layer, tokens(20));
+            }
+            cache.commit(s);
+            never_failed.commit(t);
+            // the first layer of a step: undone at once
+            const failure first = failing([&] { step(cache, s, 0, tokens(60, 45)); });
+            REQUIRE(first.code == errc::non_finite);
+            REQUIRE(first.rank == static_cast<int>(cache.positions().owner(65)));
+            REQUIRE(cache.length(s, 0) == 20);
+            // a later layer: undone by a rollback
+            step(cache, s, 0, tokens(60));
+            REQUIRE(failing([&] { step(cache, s, 1, tokens(60, 45)); }).code == errc::non_finite);
+            if (last_rank() > 0)
+                REQUIRE(failing([&] { step(cache, s, 1, tokens(60)); }).code == errc::broken_invariant);
+            cache.rollback(s);
+            cache.local().validate();
+            for (std::size_t layer = 0; layer < 2; ++layer)
+                REQUIRE(kv1_test::same_bits(step(cache, s, layer, tokens(60)),
+                                            step(never_failed, t, layer, tokens(60))));
+            REQUIRE(cache.commit(s) == 80);
+        }
+}
+
+TEST_CASE("a rank that stops in the middle of a call is an error on those that wait", "[failure]") {
+    using context_parallel::joining;
+    if (last_rank() == 0)
+        return;
+    for (const joining join : {joining::in_rank_order, joining::reduced}) {
+        context_parallel::cache_options options{.join = join, .patience = std::chrono::duration<double>(0.3)};
+        bool asleep = false;
+        options.run = [&asleep](std::size_t count, kv1::task_view task) {
+            if (asleep)
+                std::this_thread::sleep_for(std::chrono::milliseconds(900));
+            kv1::inline_executor{}(count, task);
+        };
+        distributed_cache cache(MPI_COMM_WORLD, two_layers(), options);
+        const auto s = cache.create_sequence();
+        append(cache, s, 0, tokens(page * static_cast<std::size_t>(kv1_test::ranks_of_world())));
+        asleep = is_last();
+        try {
+            attend(cache, s, 0);
+            REQUIRE(is_last()); // the others had sent it their rows
+        } catch (const rank_error& e) {
+            REQUIRE(!is_last());
+            REQUIRE(e.code() == errc::io_error);
+            REQUIRE(e.rank() == -1);
+            REQUIRE_THROWS_AS(cache.commit(s), rank_error); // at once: nothing can be agreed on any more
+        }
+        MPI_Barrier(MPI_COMM_WORLD);
+    }
 }
 
 TEST_CASE("a rank that does not come is an error on those that wait", "[failure]") {
