@@ -29,7 +29,7 @@ using namespace context_parallel;
 
 struct options {
     std::string kv = "2", join = "in_rank_order", deal = "pages";
-    bool from_root = false;
+    bool from_root = false, compare = false;
     std::size_t threads = 1, layers = 36, tokens = 16384, steps = 16, new_tokens = 60;
     double patience = 60.0;
     std::string model = KV1_LM_DEFAULT_MODEL_DIR, prompt = "The history of the city";
@@ -60,11 +60,40 @@ cache_options cache_options_of(const options& o, const kv1::cache_description& s
     return how;
 }
 
+double least(const std::vector<double>& x) { return *std::ranges::min_element(x); }
+
+void print(const measurement& m) {
+    const auto [fewest, most] = std::ranges::minmax(m.bytes);
+    std::printf("filled in %.2f s; bytes a rank: %s to %s\n", m.fill_seconds,
+                kv1::human_bytes(fewest).c_str(), kv1::human_bytes(most).c_str());
+    const double token = median(m.token_seconds), within = median(m.communication_seconds);
+    std::printf("%.3f ms a token; within MPI %.3f ms (%.0f %%), %llu collectives, %s of rank 0's\n",
+                token * 1e3, within * 1e3, 100.0 * within / token,
+                static_cast<unsigned long long>(m.collectives),
+                kv1::human_bytes(static_cast<std::size_t>(m.communication_bytes)).c_str());
+}
+
+// Medians of all steps, and the least.
+void print_comparison(const std::vector<measurement>& all) {
+    std::printf("| ranks | ms a token | least | within MPI | least | collectives | bytes a rank |\n"
+                "| --- | --- | --- | --- | --- | --- | --- |\n");
+    for (const measurement& m : all) {
+        const std::string ranks = m.ranks == 0 ? "kv_cache alone" : std::to_string(m.ranks);
+        std::printf("| %s | %.2f | %.2f | %.2f | %.2f | %llu | %s |\n", ranks.c_str(),
+                    median(m.token_seconds) * 1e3, least(m.token_seconds) * 1e3,
+                    median(m.communication_seconds) * 1e3, least(m.communication_seconds) * 1e3,
+                    static_cast<unsigned long long>(m.collectives),
+                    kv1::human_bytes(std::ranges::max(m.bytes)).c_str());
+    }
+}
+
 void decode(const options& o) {
     constexpr std::size_t heads = 32, kv_heads = 8, head_dim = 128; // Qwen3-8B's attention
     const kv1::cache_policy policy = kv1_lm::parse_policy(o.kv, "--kv");
     if (policy.needs_means() || policy.needs_error_weights())
         throw kv1_lm::input_error("--kv: random tokens have no means and no error weights");
+    if (o.compare && o.deal != "pages")
+        throw kv1_lm::input_error("--compare deals pages");
     kv1_lm::thread_pool pool(o.threads);
     workload work;
     kv1::result<kv1::cache_description> shape = kv1::try_describe_cache(
@@ -76,18 +105,16 @@ void decode(const options& o) {
     work.heads = heads;
     work.tokens = o.tokens;
     work.steps = o.steps;
-    const measurement m = measure(MPI_COMM_WORLD, work);
+    const std::vector<measurement> all =
+        o.compare ? compare(MPI_COMM_WORLD, work) : std::vector{measure(MPI_COMM_WORLD, work)};
     if (!is_root())
         return;
-    const auto [least, most] = std::ranges::minmax(m.bytes);
-    std::printf("%zu ranks, %zu tokens, %zu layers, cache %s, %s, %s\n", m.bytes.size(), o.tokens, o.layers,
-                o.kv.c_str(), o.deal.c_str(), o.join.c_str());
-    std::printf("filled in %.2f s; bytes a rank: %s to %s\n", m.fill_seconds, kv1::human_bytes(least).c_str(),
-                kv1::human_bytes(most).c_str());
-    std::printf("%.3f ms a token; within MPI %.3f ms (%.0f %%), %.0f collectives, %s of rank 0's\n",
-                m.token_seconds * 1e3, m.communication_seconds * 1e3,
-                100.0 * m.communication_seconds / m.token_seconds, m.collectives,
-                kv1::human_bytes(static_cast<std::size_t>(m.communication_bytes)).c_str());
+    std::printf("%d ranks, %zu tokens, %zu layers, cache %s, %s, %s\n", size_of(MPI_COMM_WORLD), o.tokens,
+                o.layers, o.kv.c_str(), o.deal.c_str(), o.join.c_str());
+    if (o.compare)
+        print_comparison(all);
+    else
+        print(all.front());
 }
 
 void generate(const options& o, bool own_kv) {
@@ -144,6 +171,8 @@ int run(int argc, char** argv) {
     decode_command->add_option("--steps", o.steps, "Decoded tokens that are timed")
         ->check(CLI::Range(1, 1000000))
         ->capture_default_str();
+    decode_command->add_flag("--compare", o.compare,
+                             "Take turns: one kv_cache without MPI, and 1, 2, 4, ... ranks");
     generate_command->add_option("--model", o.model, "Model folder")->capture_default_str();
     generate_command->add_option("--prompt", o.prompt, "The text to continue")->capture_default_str();
     generate_command->add_option("--max-new-tokens", o.new_tokens, "New tokens at the most")
