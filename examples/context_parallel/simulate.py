@@ -3,7 +3,8 @@
 """What a decoded token's attention takes over many ranks, on networks of a stated latency and bandwidth.
 
 usage: simulate.py            prints tables
-       simulate.py FIGURE.svg draws them, too (needs matplotlib)
+       simulate.py FIGURE.svg draws them, too (needs matplotlib). A dot: the shortest context, of powers of two, at
+                              which communication is less than half of the time
 
 Every rank has a clock, and every message of a collective moves those of its two ends: a step of a collective ends
 latency + bytes / bandwidth after the later of both. Collectives are those that distributed_cache makes, as recursive
@@ -89,9 +90,7 @@ def simulate(tokens, ranks, network, join="reduced", head_groups=1, steps=2):
         pages, rest = divmod(length, PAGE)
         for layer in range(LAYERS):
             for column in columns:
-                column.all_reduce(AGREEMENT, 0)  # append: what it was called with
-                column.all_reduce(AGREEMENT, 0)  # append: how it ended
-                column.all_reduce(AGREEMENT, 0)  # attend
+                column.all_reduce(AGREEMENT, 0)  # what append_and_attend was called with
                 for place, rank in enumerate(column.members):
                     own = pages // context_ranks * PAGE
                     own += PAGE if place < pages % context_ranks else rest if place == pages % context_ranks else 0
@@ -199,15 +198,20 @@ def figure(path):
     for ax, network in zip(axes, NETWORKS):
         for ranks, colour in zip((1, 4, 16, 64), colours):
             results = [simulate(s, ranks, network) for s in sizes]
-            ax.plot([s / 2**20 for s in sizes], [t * 1e3 for t, _ in results], color=colour, label=f"{ranks} ranks")
+            label = "1 rank" if ranks == 1 else f"{ranks} ranks"
+            ax.plot([s / 2**20 for s in sizes], [t * 1e3 for t, _ in results], color=colour, label=label)
             if ranks > 1:
                 ax.plot([s / 2**20 for s in sizes], [c * 1e3 for _, c in results], color=colour, ls=":", lw=1)
+                half = crossing(ranks, network)
+                if half in sizes:
+                    ax.plot(half / 2**20, results[sizes.index(half)][0] * 1e3, "o", color=colour, ms=4)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.set_title(network, fontsize=10)
-        ax.set_xlabel("tokens (millions of 1,024²)")
+        ax.set_xticks([2**-6, 2**-3, 1, 8], ["16 Ki", "128 Ki", "1 Mi", "8 Mi"])
+        ax.set_xlabel("tokens")
         ax.grid(alpha=0.3)
-    axes[0].set_ylabel("ms a token (dotted: communication)")
+    axes[0].set_ylabel("ms a token, of it communication dotted")
     axes[0].legend(fontsize=8)
     drawn.savefig(path, metadata={"Date": None})
 
