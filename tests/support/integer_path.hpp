@@ -83,7 +83,7 @@ inline range_correction correct_range(std::span<const std::size_t> of, std::span
     return all;
 }
 
-// A block's weights as they are rounded (detail/kernels/interface.hpp: few_codes).
+// A chunk's weights as they are rounded (detail/kernels/weight_codes.hpp: few_codes).
 class weight_rounding {
 public:
     // total: of the weights, in steps, off by `doubt` of it at most

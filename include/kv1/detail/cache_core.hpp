@@ -10,6 +10,7 @@
 #include <kv1/detail/block_table.hpp>
 #include <kv1/cache_description.hpp>
 #include <kv1/cache_views.hpp>
+#include <kv1/detail/append_pages.hpp>
 #include <kv1/detail/cache_append.hpp>
 #include <kv1/detail/cache_attention.hpp>
 #include <kv1/detail/cache_inspection.hpp>
@@ -20,6 +21,8 @@
 #endif
 #include <kv1/detail/kernels/registry.hpp>
 #include <kv1/detail/memory_source.hpp>
+#include <kv1/detail/sequence_edits.hpp>
+#include <kv1/detail/stored_prefixes.hpp>
 #include <kv1/executor.hpp>
 #include <kv1/layout.hpp>
 #include <kv1/prefix_index.hpp>
@@ -114,21 +117,21 @@ public:
             return stale();
         if (const status s = state_.agreed(*q); !s)
             return s;
-        return state_.fork(*q);
+        return sequence_edits(state_).fork(*q);
     }
 
     status truncate(sequence_id id, std::size_t tokens) noexcept {
         sequence_state* q = state_.find(id);
         if (q == nullptr)
             return stale();
-        return state_.truncate(*q, tokens);
+        return sequence_edits(state_).truncate(*q, tokens);
     }
 
     status drop_pages(sequence_id id, std::size_t first_page, std::size_t pages) noexcept {
         sequence_state* q = state_.find(id);
         if (q == nullptr)
             return stale();
-        return state_.drop_pages(*q, first_page, pages);
+        return sequence_edits(state_).drop_pages(*q, first_page, pages);
     }
 
     result<std::size_t> commit(sequence_id id) noexcept {
@@ -137,7 +140,7 @@ public:
             return stale();
         if (const status s = state_.agreed(*q); !s)
             return s;
-        return state_.commit(*q);
+        return sequence_edits(state_).commit(*q);
     }
 
     status rollback(sequence_id id) noexcept {
@@ -146,7 +149,7 @@ public:
             return stale();
         if (!q->committed)
             return {errc::nothing_committed, "the sequence has no commit to return to"};
-        return state_.truncate(*q, (std::min)(*q->committed, q->shortest(layers())));
+        return sequence_edits(state_).truncate(*q, (std::min)(*q->committed, q->shortest(layers())));
     }
 
     // ---- append
@@ -162,10 +165,10 @@ public:
             return s;
         if (keys.tokens() == 0)
             return {};
-        if (const status s = state_.begin_append(*q, layer, keys.tokens()); !s)
+        if (const status s = append_pages(state_).begin_append(*q, layer, keys.tokens()); !s)
             return s;
         const status s = append_of(id, layer, keys, values)(run);
-        state_.end_append(*q, layer, keys.tokens(), static_cast<bool>(s));
+        append_pages(state_).end_append(*q, layer, keys.tokens(), static_cast<bool>(s));
         // on failure what was written lies past the sequence's length, where nobody reads it
         return s ? s : placed(s, layer);
     }
@@ -183,7 +186,7 @@ public:
         status s;
         for (; s && opened < ids.size(); opened += s ? 1 : 0)
             if (tokens_of(opened) != 0)
-                s = state_.begin_append(*state_.find(ids[opened]), layer, tokens_of(opened));
+                s = append_pages(state_).begin_append(*state_.find(ids[opened]), layer, tokens_of(opened));
         if (!s)
             s = at_row(s, indptr[opened]);
         const plane& body = state_.body_of(layer);
@@ -213,7 +216,8 @@ public:
         }
         for (std::size_t i = 0; i < opened; ++i)
             if (tokens_of(i) != 0)
-                state_.end_append(*state_.find(ids[i]), layer, tokens_of(i), static_cast<bool>(s));
+                append_pages(state_).end_append(*state_.find(ids[i]), layer, tokens_of(i),
+                                                static_cast<bool>(s));
         return s ? s : placed(s, layer);
     }
 
@@ -244,7 +248,7 @@ public:
                 return placed(s, layer);
         if (tokens == 0)
             return {};
-        if (const status s = state_.begin_append(*q, layer, tokens); !s)
+        if (const status s = append_pages(state_).begin_append(*q, layer, tokens); !s)
             return s;
         const layer_store store = state_.store_of(layer);
         for (std::size_t i = 0; i < rows; ++i) {
@@ -254,7 +258,7 @@ public:
             if (!keys_alone)
                 store.write_row(kv_side::value, to, i % body.kv_heads, values, i);
         }
-        state_.end_append(*q, layer, tokens, true);
+        append_pages(state_).end_append(*q, layer, tokens, true);
         return {};
     }
 
@@ -440,12 +444,12 @@ public:
             return s;
         if (tokens.size() > q->length(0))
             return status{errc::out_of_range, "the sequence holds fewer tokens"};
-        return state_.store_prefix(*q, tokens, salt, partial);
+        return stored_prefixes(state_).store_prefix(*q, tokens, salt, partial);
     }
 
     [[nodiscard]] result<prefix_match> create_from_prefix(std::span<const token_id> tokens,
                                                           prefix_salt salt) noexcept {
-        return state_.create_from_prefix(tokens, salt);
+        return stored_prefixes(state_).create_from_prefix(tokens, salt);
     }
 
     [[nodiscard]] prefix_index& prefixes() noexcept { return state_.index; }

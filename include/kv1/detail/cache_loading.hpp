@@ -9,9 +9,10 @@
 #include <kv1/detail/cache_state.hpp>
 #include <kv1/detail/crc32c.hpp>
 #include <kv1/detail/saved_form.hpp>
+#include <kv1/detail/stored_prefixes.hpp>
 #include <kv1/layout.hpp>
 #include <kv1/model_fingerprint.hpp>
-#include <kv1/prefix_index.hpp>
+#include <kv1/detail/prefix_tree.hpp>
 #include <kv1/sequence_id.hpp>
 #include <kv1/status.hpp>
 
@@ -338,7 +339,7 @@ private:
             std::size_t offset = 0;
             for (std::size_t g = 0; g < groups; offset += counts_[g], ++g) {
                 const auto number = r.number<std::uint32_t>();
-                if ((number != saved_none) != cache_.prefix_has_page(g, depth, n.tokens) ||
+                if ((number != saved_none) != stored_prefixes(cache_).has_page(g, depth, n.tokens) ||
                     (number != saved_none && number >= counts_[g]))
                     return wrong();
                 if (number != saved_none)
@@ -436,7 +437,7 @@ private:
             std::size_t offset = 0;
             for (std::size_t g = 0; g < counts_.size(); offset += counts_[g], ++g) {
                 std::uint32_t& block = prefixes_.blocks[i * counts_.size() + g];
-                block = block == saved_none ? prefix_index::no_block : blocks_[offset + block];
+                block = block == saved_none ? prefix_tree::no_block : blocks_[offset + block];
             }
         }
     }

@@ -10,7 +10,7 @@
 #include <kv1/detail/saved_form.hpp>
 #include <kv1/layout.hpp>
 #include <kv1/model_fingerprint.hpp>
-#include <kv1/prefix_index.hpp>
+#include <kv1/detail/prefix_tree.hpp>
 #include <kv1/sequence_id.hpp>
 #include <kv1/status.hpp>
 
@@ -125,7 +125,7 @@ private:
     }
     [[nodiscard]] bool collect_prefixes(std::size_t g) noexcept {
         for (std::size_t i = 0; i < prefixes_.nodes.size(); ++i)
-            if (const std::uint32_t block = prefix_block(i, g); block != prefix_index::no_block)
+            if (const std::uint32_t block = prefix_block(i, g); block != prefix_tree::no_block)
                 if (!pages_[g].add(block, prefixes_.nodes[i].tokens))
                     return false;
         return true;
@@ -200,8 +200,7 @@ private:
             first += n.tokens;
             for (std::size_t g = 0; g < cache_.groups().size(); ++g) {
                 const std::uint32_t block = prefix_block(i, g);
-                fine =
-                    fine && w.number(block == prefix_index::no_block ? saved_none : pages_[g].place[block]);
+                fine = fine && w.number(block == prefix_tree::no_block ? saved_none : pages_[g].place[block]);
             }
         }
         return fine;

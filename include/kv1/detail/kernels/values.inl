@@ -5,7 +5,7 @@
 //
 // A register holds 16 / pieces channels, one a lane; a lane's fields are tokens. With decoded value
 // v = slope * c + base (c a level), softmax weight p, u = p * slope rounded to u ~ step * i (one step per row and
-// chunk; i an unsigned byte, up to 127 where codes themselves take 8 bits; interface.hpp: few_codes), levels centred
+// chunk; i an unsigned byte, up to 127 where codes themselves take 8 bits; weight_codes.hpp: few_codes), levels centred
 // at z = top / 2:
 //
 //   sum p v = step * (sum i c - z sum i) + sum p (base + z * slope)

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// prefix_index by itself: two pools, blocks of four tokens.
+// prefix_tree by itself: two pools, blocks of four tokens.
 #include "failing_new.hpp"
 #include "random.hpp"
 
 #include <catch2/catch_test_macros.hpp>
 
-#include <kv1/prefix_index.hpp>
+#include <kv1/detail/prefix_tree.hpp>
 
 #include <array>
 #include <map>
@@ -17,10 +17,10 @@
 
 using kv1::prefix_event;
 using kv1::prefix_event_kind;
-using kv1::prefix_index;
 using kv1::prefix_salt;
 using kv1::token_id;
 using kv1::detail::page_pool;
+using kv1::detail::prefix_tree;
 
 namespace {
 
@@ -31,9 +31,9 @@ std::uint64_t one_hash(std::uint64_t, std::span<const token_id>) noexcept { retu
 
 struct world {
     page_pool first, second;
-    prefix_index index;
+    prefix_tree index;
     explicit world(std::uint32_t capacity = 64, std::size_t events = 0,
-                   kv1::token_hash hash = kv1::hash_tokens)
+                   kv1::detail::token_hash hash = kv1::hash_tokens)
         : first(capacity), second(capacity), index(hash) {
         const std::array<page_pool*, 2> pools{&first, &second};
         REQUIRE(index.initialize(4, pools, events));
@@ -316,7 +316,7 @@ TEST_CASE("an index and one that took in its snapshot know the same, in the same
     for (std::uint64_t seed = 0; seed < 40; ++seed) {
         kv1_test::generator g(seed);
         world w(800);
-        prefix_index copy(seed % 2 == 0 ? kv1::hash_tokens : one_hash); // hashes are not part of it
+        prefix_tree copy(seed % 2 == 0 ? kv1::hash_tokens : one_hash); // hashes are not part of it
         const std::array<page_pool*, 2> pools{&w.first, &w.second};
         REQUIRE(copy.initialize(4, pools));
         std::vector<tokens> prompts(12);
@@ -328,14 +328,14 @@ TEST_CASE("an index and one that took in its snapshot know the same, in the same
         }
         for (int i = 0; i < 5; ++i)
             w.match(prompts[g.below(12)], {0, g.below(2)});
-        kv1::prefix_snapshot all;
+        kv1::detail::prefix_snapshot all;
         REQUIRE(w.index.snapshot(all));
         REQUIRE(copy.merge(all));
         REQUIRE(copy.merge(all)); // nothing new
         w.index.release(all);
         REQUIRE(copy.valid());
         REQUIRE(copy.pages() == w.index.pages());
-        kv1::prefix_snapshot again;
+        kv1::detail::prefix_snapshot again;
         REQUIRE(copy.snapshot(again));
         copy.release(again);
         REQUIRE(std::equal(again.tokens.begin(), again.tokens.end(), all.tokens.begin(), all.tokens.end()));
