@@ -1,6 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Which cached tokens a query sees: masks, and the visibility of token trees and bidirectional blocks.
+//
+// A tree of guessed tokens is appended as if it were a text, and attended to under its mask:
+//
+//   const kv1::token_visibility tree = kv1::tree_mask(std::array{-1, 0, 0});  // token 0, then 1 or 2
+//   cache.attend(sequence, layer, q, out, {.mask = kv1::attention_mask::explicit_for_last(3, tree)});
+//
+// Tokens take the positions in which they were appended; the caller gives keys and queries the RoPE of their
+// depth in the tree. Accepted tokens that do not follow each other are appended anew: rollback(), or
+// truncate(), then append those that were accepted.
 #pragma once
 
 #include <kv1/detail/buffer.hpp>

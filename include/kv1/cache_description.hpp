@@ -1,6 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The shape of a cache, and its cost. Plain data, which is checked when a cache is made from it.
+//
+// Cost. Example: 36 layers, 8 KV heads of 128 channels, keys in compact3, values in compact2 (the policies
+// `safe` and `balanced`, cache_policy.hpp).
+//
+//   a key, a value        row_bytes(compact3, 128) = 50, row_bytes(compact2, 128) = 34 bytes
+//   a token               36 * 8 * (50 + 34) = 24,192 bytes
+//   131,072 tokens        131,072 * 24,192 = 3,170,893,824 bytes = 2.95 GiB; fp16 takes 18 GiB
+//   in whole pages of 64  bytes_per_page() = 64 * 24,192; capacity_for_bytes() goes the other way
+//   fp16 sinks, window    4 and 32 tokens: at most 3 pages of fp16 a sequence, 3 * 64 * 147,456 bytes = 27 MiB,
+//                         and the new tokens of a step until its commit
+//   error weights         8 * 128 * 128 floats for the keys, and for the values, of a layer: 36 MiB in all,
+//                         once for the cache, and as much again in its description
+//
+// cache_statistics says what a cache takes while it runs.
 #pragma once
 
 #include <kv1/encoding.hpp>
@@ -48,8 +62,8 @@ struct layer_description {
     /// The values are the first value_dim channels of the keys, and are stored as part of them: the shared
     /// latent of multi-head latent attention (MLA; DeepSeek-V2, 2024). Outputs are sums of keys as they are
     /// decoded. value_format and value_group are then the keys' own, value_encoding is empty, and a group of
-    /// channels or a Hadamard block lies on one side of value_dim. Not with keys per channel, whose scales
-    /// belong to pages. latent_layer() makes such a layer.
+    /// channels, or a run of channels that is rotated together, lies on one side of value_dim. Not with keys
+    /// per channel, whose scales belong to pages. latent_layer() makes such a layer.
     bool values_in_keys = false;
     /// Whether all fields are the same.
     friend bool operator==(const layer_description&, const layer_description&) = default;
@@ -84,6 +98,8 @@ struct cache_description {
     /// Capacity of layers with a sliding window; capacity of fp16 copies and of fp16 keys of open pages (two
     /// pages are enough for the open pages of a sequence). 0: capacity_tokens. Memory that is never used is
     /// reserved only, so smaller numbers matter if address space is short or the system does not overcommit.
+    /// Example: a sequence that decodes token by token under a window of 1,024, in pages of 64, holds at most
+    /// 17 pages of such a layer, 1,088 tokens. A prompt is there in full until its commit.
     /// @{
     std::size_t window_capacity_tokens = 0;
     std::size_t fp16_capacity_tokens = 0;

@@ -22,6 +22,12 @@
 // A page that saved sequences and prefixes share is saved once, and shared again after loading. Checksums are
 // CRC-32C.
 //
+// Which cache can load it. The loading cache has as many layers, and the same page_tokens, fp16 sinks and
+// window. Each layer has the same KV heads, head dims, sliding window and retention, formats, groups, axis of
+// keys, rotation and means. Else a load fails with different_cache. Capacity, error weights, target, threads
+// and the template's arguments may differ. Means and error weights are not in the file: keep them with the
+// model.
+//
 // Models. A description says what a cache looks like, not whose numbers it holds: two models of one shape
 // have equal descriptions. A fingerprint (model_fingerprint.hpp) in save_options is stored, and a load
 // succeeds only with the same one in load_options. No fingerprint counts as one of its own: what was saved

@@ -1,7 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // A cache policy: how keys and values are kept, whatever the model. As a value, and as text of one line for
-// options and configuration files:
+// options and configuration files. A cache of the policy `safe` for 36 layers, 8 KV heads of 128 channels and
+// 131,072 tokens:
+//
+//   kv1::cache_description shape = kv1::uniform_cache(36, {8, 128, 128}, 131072);
+//   kv1::kv_cache cache(kv1::describe_cache(kv1::parse_policy("safe"), shape));
+//
+// +mean and +ew, and so the presets that have them, need a calibration: numbers that are taken from the model
+// once, while it reads some text (calibration.hpp).
 //
 //   policy   SIDES[/LAYER:SIDES]...[@SINKS:WINDOW][#TOKENS], or a preset in the place of the first SIDES
 //   SIDES    KEYS,VALUES, or one for both
@@ -9,7 +16,8 @@
 //   FORMAT   a short name (format.hpp): 1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4 (compact), cb2 (codebook)
 //
 //   +ls, +cs   levels by least squares, by a clip search; neither: the vector's minimum and maximum
-//   +had       rotated by a Hadamard transform in the widest blocks that the head dim has
+//   +had       rotated by a Hadamard transform, as many channels together as the head dim permits
+//              (rotation_width())
 //   +mean      less the means of the channels (calibrated)
 //   +ew        error weights choose the codes (calibrated); with +ls or +cs
 //   +channel   keys alone: a scale and minimum for each channel of a page
@@ -19,8 +27,9 @@
 //   #256       pages of 256 tokens
 //
 // Presets (policy_presets). Bytes are those of a vector of 64 and of 128 channels, averaged over K and V, with
-// all metadata; fp16 takes 128 and 256. The fp16 tokens are a constant number and not in them. The KL
-// divergence is in nats a token from the same model with an fp32 cache, on WikiText-2:
+// all metadata; fp16 takes 128 and 256. So a token of 8 KV heads of 128 channels takes 2 * 8 * 42 bytes a layer
+// in `safe`. The fp16 tokens are a constant number and not in them. The other figures are the KL divergence
+// from the same model with an fp32 cache, in nats a token, on WikiText-2:
 //
 //   name           bytes   SmolLM2  kv1-8m  policy
 //   safe           22, 42  -        0.015   c3+ls+had,c2+ls+had@4:32: any model, nothing calibrated

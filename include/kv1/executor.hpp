@@ -6,15 +6,32 @@
 //   void operator()(std::size_t count, kv1::task_view task);
 //
 // that calls task(0) ... task(count - 1), each once, in any order, on any threads, and returns when all are
-// done. Tasks do not throw and do not block. How work is split depends on shapes alone, not on the executor,
-// so results are the same bits for any number of threads.
+// done. An engine lends its pool with five lines, and names it in each call:
+//
+//   struct lent_threads {
+//       engine::thread_pool& pool;
+//       void operator()(std::size_t count, kv1::task_view task) const { pool.run(count, task); }
+//   };
+//   cache.append(sequence, layer, k, v, lent_threads{pool});
+//   cache.attend(sequence, layer, q, out, {}, lent_threads{pool});
+//
+// Calls without an executor run on the calling thread. Tasks do not throw and do not wait for each other. The
+// executor does not throw: it is called from functions that are noexcept. How work is split depends on shapes
+// alone, not on the executor, so results are the same bits for any number of threads.
+//
+// Number of tasks. Append makes at most one for each KV head of each sequence. Attend makes 64 or more where
+// there is work for them, and then one for each query row to merge their results (detail/schedule.hpp). One
+// query token of 32 query heads on 8 KV heads, with 32,768 tokens cached, makes 64 and then 32. In a batch,
+// short sequences are a task each.
 //
 // Stack. A call of the library, a task included, needs at most 64 KiB of its thread's stack. Builds without
 // optimization need 256, since compilers then give each value a place of its own. A thread also needs what
 // the thread library keeps on its stack (glibc: 5 KiB, and the program's thread-local variables) and what the
-// caller's own functions take. Tasks need more memory than that. They take it from the cache: it has one
-// piece from the start, a task that runs beside others may allocate another, and up to 128 are kept for later
-// tasks.
+// caller's own functions take.
+//
+// Scratch memory. Tasks need more memory than that. They take it from the cache, in pieces of 430 KiB. A cache
+// has one piece from the start. A task that runs beside others may allocate another, and up to 128 are kept
+// for later tasks.
 #pragma once
 
 #include <kv1/detail/config.hpp>

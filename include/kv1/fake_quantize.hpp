@@ -48,8 +48,8 @@ struct fake_quantize_options {
     level_choice levels = level_choice::min_max;              ///< affine and compact formats have a choice
     gradient_rule gradient = gradient_rule::straight_through; ///< of the backward pass
     bool round_metadata = true;                               ///< as a cache stores it
-    /// Quantize in the basis of an orthonormal Hadamard matrix, over blocks of the largest power of two that
-    /// divides the number of channels.
+    /// Rotate vectors by a Hadamard transform before quantizing, and back afterwards; rotation_width(channels)
+    /// channels are rotated together.
     bool hadamard = false;
     /// Means, [channels]: taken off before quantizing and added afterwards; empty: none. A constant to the
     /// gradient.

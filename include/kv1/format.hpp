@@ -7,7 +7,6 @@
 // minimum. (Keys may instead have metadata for each channel of a page: layer_description::key_axis.) A
 // compact word is 16 bits with scale and offset.
 //
-//
 //   format          code bits  metadata (fp16)  bytes per vector of D channels  value
 //   affine<b>       b          scale, minimum   ceil(D*b/8) + 4                 scale*code + minimum
 //   compact<b>      b          compact word     ceil(D*b/8) + 2                 scale*(code + offset)
@@ -86,7 +85,7 @@ struct bit_slice {
 };
 
 // What a format is made of: a row of format_table. code_bits is 0 for plain formats; slices[1].bits is 0 where
-// one part is enough.
+// one slice is enough.
 struct format_traits {
     kv_format id{};
     std::string_view name = "unknown"; // the enumerator's
@@ -107,12 +106,12 @@ struct format_traits {
     [[nodiscard]] constexpr std::uint32_t level(std::uint32_t code) const noexcept {
         return codebook() ? 5 * code - (code >> 1) : code;
     }
-    // width of a stored field of part p: codes, or whole plain values
+    // width of a stored field of bit slice p; of plain formats slice 0 is the whole value
     [[nodiscard]] constexpr int field_bits(int p) const noexcept {
         return code_bits == 0 ? (p == 0 ? plain_bits : 0) : slices[static_cast<std::size_t>(p)].bits;
     }
     [[nodiscard]] constexpr int slice_count() const noexcept { return slices[1].bits != 0 ? 2 : 1; }
-    // fields of the narrowest part that fill a lane: K channels and V tokens are padded to a multiple of it
+    // fields of the narrowest slice that fill a lane: K channels and V tokens are padded to a multiple of it
     [[nodiscard]] constexpr std::size_t fields_per_lane() const noexcept {
         const int narrowest = slice_count() == 2 ? slices[1].bits : field_bits(0);
         return static_cast<std::size_t>(32 / narrowest);
@@ -181,7 +180,7 @@ inline constexpr auto format_table = table_of(
     coded_row<codebook2>(     kv_format::codebook2,     "codebook2",     "cb2", 12, 2, metadata_kind::compact, code_levels::codebook));
 // clang-format on
 
-// What no format is made of: stands for numbers that are no enumerator.
+// Stands for numbers that are no enumerator.
 inline constexpr format_traits no_format{};
 
 constexpr const format_traits& traits_of(kv_format f) noexcept {
@@ -189,7 +188,7 @@ constexpr const format_traits& traits_of(kv_format f) noexcept {
     return place < format_table.rows.size() ? format_table.rows[place] : no_format;
 }
 
-// What kernels take for granted: widths of fields, and which metadata stand beside which codes.
+// Whether kernels can take the format: widths of fields, and which metadata stand beside which codes.
 constexpr bool kernels_know(const format_traits& row) noexcept {
     if (row.code_bits == 0)
         return row.plain_bits == 16 || row.plain_bits == 32;

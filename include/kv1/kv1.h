@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * kv1 for C, and for languages that call C. The library behind it is kv1_c (CMake: -DKV1_BUILD_C=ON, target
- * kv1::c), or one C++ file of yours that includes kv1/c_api.hpp.
+ * kv1::c), or one C++ file of yours that includes kv1/c_api.hpp. With -DBUILD_SHARED_LIBS=ON it is a shared
+ * library, as Python's ctypes wants it (tests/c/flow.py).
  *
  *   kv1_layer layer = {.struct_size = sizeof layer, .kv_heads = 8, .key_dim = 128, .value_dim = 128,
  *                      .key_format = KV1_AFFINE2, .value_format = KV1_AFFINE2};
@@ -21,7 +22,16 @@
  *       kv1_commit(cache, sequence, &error);
  *
  * kv1/kv_cache.hpp says what formats, encodings, windows, commits and prefixes are: everything here does what
- * its namesake there does.
+ * its namesake there does. cache.append(sequence, layer, keys, values, executor) is kv1_append(cache, sequence,
+ * layer, keys, values, executor, &error), and kv1_append_batch for several sequences. These have other names:
+ *
+ *   create_sequence, destroy_sequence, contains   kv1_sequence_create, kv1_sequence_destroy, kv1_sequence_lives
+ *   length of a layer, of a sequence              kv1_length, kv1_sequence_length
+ *   store_prefix, create_from_prefix              kv1_prefix_store, kv1_prefix_create
+ *   prefixes().pin, .unpin, .evict, ...           kv1_prefix_pin_tokens, kv1_prefix_unpin, kv1_prefix_evict, ...
+ *   grow, validate, statistics                    kv1_cache_grow, kv1_cache_validate, kv1_cache_statistics;
+ *                                                 of one sequence: kv1_sequence_statistics
+ *   a cache's layers, layout, available_pages     kv1_cache_layers, kv1_cache_layout, kv1_cache_available_pages
  *
  * Errors. A call that can fail returns a code. Where `error` is not null, it also says there which rule was
  * broken and where; a call that succeeds leaves it alone. A failed call leaves the cache as it was, and sets

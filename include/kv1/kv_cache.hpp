@@ -24,9 +24,11 @@
 //   prefixes   store_prefix() keeps the pages of a prompt under its tokens. create_from_prefix() begins a new
 //              sequence with the longest prefix that is known (prefix_index.hpp); cache_io.hpp saves them
 //
-// Commit points. Within a step, layers are appended to in any order, and their lengths may differ. A sequence
-// is at a commit point when all its layers hold the same number of tokens. commit(), fork(), store_prefix(),
-// saving and swapping need one; elsewhere they fail with layers_disagree and name the first layer that lags.
+// Commit points. A step appends the same new tokens to every layer: a token of each sequence that decodes, or
+// a chunk of a prompt. Within a step, layers are appended to in any order, and their lengths may differ. A
+// sequence is at a commit point when all its layers hold the same number of tokens. commit(), fork(),
+// store_prefix(), saving and swapping need one; elsewhere they fail with layers_disagree and name the first
+// layer that lags.
 // commit() marks the length that rollback() returns to. It is also the only call that lets windows free
 // pages, and nothing returns to a length that needs freed pages.
 //
@@ -43,8 +45,10 @@
 // quantized from that fp16. With s = 4, r = 32 and t = 99 that is fp16 for tokens 0-3 and 68-99, codes for
 // 4-67. Prefill and decoding do the same. Under a mask the last r are counted as those of a sliding window.
 // A token is quantized once, when it is appended. commit() frees the fp16 copy of a token that the window has
-// passed: queries at earlier positions then see it quantized. Truncating does not bring a copy back. Keys and
-// values must fit fp16. read() and export_rows() give the quantized vectors.
+// passed: queries at earlier positions then see it quantized. So a prompt of 4,096 tokens that is appended in
+// one step needs room for 4,096 copies (fp16_capacity_tokens) until its commit; in steps of 512 it needs room
+// for 512 and the window. Truncating does not bring a copy back. Keys and values must fit fp16. read() and
+// export_rows() give the quantized vectors.
 //
 // Keys per channel. In a layer whose key_axis is per_channel, a query sees the keys of full pages as codes
 // and those of the open page in fp16. The codes of a page depend on its tokens alone, however they were
@@ -66,6 +70,12 @@
 // must be finite. NaN, infinity and values that the format's fp16 metadata, or fp16 itself, cannot hold are
 // refused, and the error names layer, KV head, token and channel. Queries are not checked: a NaN or infinity
 // in a query makes its own output NaN or meaningless, and no other output.
+//
+// A failed step. An append to several sequences changes all of them or none. But the layers that came before
+// it keep the step's tokens. Example: 8 sequences decode a token, and the append to layer 5 fails with
+// capacity_exceeded. Layers 0 to 4 of each hold a token more than layer 5. Call rollback() for each of the 8;
+// it takes the tokens off. A sequence that was never committed has nothing to roll back to: truncate(id, 0)
+// empties it. Then make room (destroy or swap out a sequence, try_grow()) and run the step again.
 //
 // Memory. A cache holds its arenas, what sequences need, and scratch memory that tasks work in. Scratch comes
 // from operator new, 430 KiB for each task that runs at the same time; pages that no task touches cost no
@@ -463,9 +473,9 @@ public:
 
     /// Quantizes and stores the next tokens of one layer. keys are [tokens][kv_heads][key_dim], values
     /// [tokens][kv_heads][value_dim], in fp32, fp16 or bf16. Many tokens at once give the same bytes as one
-    /// by one. The executor gets one task per KV head. If it throws, nothing was appended. Throws kv1::error:
-    /// invalid_sequence; out_of_range for the layer; shape_mismatch, invalid_argument for the tensors;
-    /// capacity_exceeded; out_of_memory; non_finite, not_representable for a value, naming its place.
+    /// by one. The executor gets one task per KV head. If the call throws, nothing was appended. Throws
+    /// kv1::error: invalid_sequence; out_of_range for the layer; shape_mismatch, invalid_argument for the
+    /// tensors; capacity_exceeded; out_of_memory; non_finite, not_representable for a value, naming its place.
     template <executor E = inline_executor>
     void append(sequence_id id, std::size_t layer, tensor_view keys, tensor_view values, E&& run = {}) {
         detail::throw_if_error(try_append(id, layer, keys, values, run));

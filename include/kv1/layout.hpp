@@ -183,7 +183,7 @@ private:
         return fields * static_cast<std::size_t>(traits().field_bits(p)) / 32;
     }
 
-    std::array<std::size_t, 2> lines_{}; // by part
+    std::array<std::size_t, 2> lines_{}; // by bit slice
     std::size_t second_slice_ = 0, unit_lines_ = 0;
 };
 

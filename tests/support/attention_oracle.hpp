@@ -1,28 +1,40 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Attention in double precision from what the cache says it holds, with bounds on how far a kernel may be
-// off.
+// Attention of one query row in double precision, from what the cache says it holds, with bounds on how far a kernel
+// may be off. The bounds are derived, not tuned.
 //
-// Bounds are derived, not tuned. u = 2^-24, gamma(n) = n u / (1 - n u).
+// expect_row() gives two rows, each with its bounds:
 //
-// exact path   a score is a sum of D products of fp32 numbers: |error| <= gamma(D + 3) sum |q_d k_d|, the 3 for
-//              the scaled query and the padded sum's last additions. A weight is exp(score - maximum), times
-//              a factor exp(m - m') for every later block whose maximum m' is larger; each subtraction rounds
-//              its result, and the results add up to (final maximum - score); they are taken in units of
-//              log2, by a constant that is 0.22 u off, so the exponent's error is at most 1.25 u (max -
-//              score); each exp and each product adds its own rounding. Together: weight = true weight * e^h,
-//              |h| <= H_t. Sums of N terms add gamma(N + blocks), the division 2 u. With normalized weights
-//              w, sum w e^h (v - out) / sum w e^h bounds the output's error.
-// fast path    codes i of the query satisfy |q_d - step i_d| <= step / 2, and meet bases as well as codes, so
-// a
-//              score moves by at most step / 2 * sum |k_d|. What scores of a range are off by on the whole is
-//              then taken off the log-sum-exp (detail/kernels/softmax.hpp): no error there is more than twice
-//              the largest of a score. Codes j of a block's weights carry what they leave: |p slope - step j|
-//              <= step, and the block's step changes by what is left at its end. In pairs
-//              (detail/kernels/pairs.inl) a pair's share moves by slope * R' / 255, R' = m max R / 127. The
-//              path is also followed step by step in double, with the very codes that its definition gives; a
-//              kernel then has to agree with that up to fp32 rounding. A weight whose quotient lies so near
-//              to a tie that fp32 rounding may decide it is allowed either code.
+//   truth  attention by its definition. On the fast path its bounds hold the rounding to 8 bits.
+//   path   what the path that was asked for computes, step by step. On the fast path it takes the very codes that the
+//          path's definition gives, so a kernel agrees with it up to fp32 rounding. On the exact path it is the truth.
+//
+// u = 2^-24 is half a unit in the last place of fp32. gamma(n) = n u / (1 - n u) bounds the relative error of n
+// roundings in a row. D is the number of channels, N the number of tokens.
+//
+// Exact path.
+//
+//   score   A sum of D products of fp32 numbers: |error| <= gamma(D + 3) sum |q_d k_d|. The 3 are the scaled query and
+//           the last additions of the padded sum.
+//   weight  exp(score - maximum), times exp(m - m') for every later chunk whose maximum m' is larger than the m before
+//           it. Each subtraction rounds its result, and the results add up to (final maximum - score). They are taken
+//           in units of log2, by a constant that is 0.22 u off. So the exponent's error is at most
+//           1.25 u (maximum - score). Each exp and each product adds a rounding of its own. Together:
+//           weight = true weight * e^h, |h| <= H_t.
+//   output  Sums of N terms add gamma(N + chunks), the division adds 2 u. With normalized weights w,
+//           sum w e^h (v - out) / sum w e^h bounds the output's error.
+//
+// Fast path.
+//
+//   score        Codes i of the query satisfy |q_d - step i_d| <= step / 2, and meet bases as well as levels. So a
+//                score moves by at most step / 2 * sum |k_d|. With 1.27 the largest channel of a query, the step is
+//                0.01.
+//   pairs        The share of a channel pair moves by slope * R' / 255, R' = m max R / 127 (detail/kernels/pairs.inl).
+//   weight       Codes j of a chunk's weights carry what they leave: |p slope - step j| <= step. The chunk's step
+//                changes by what is left at its end. A weight whose quotient lies so near to a tie that fp32 rounding
+//                may decide it is allowed either code.
+//   log-sum-exp  What the scores of a range are off by on the whole is taken off it (detail/kernels/softmax.hpp). So
+//                no error there is more than twice the largest of a score.
 #pragma once
 
 #include "compare.hpp"
@@ -360,7 +372,7 @@ private:
 } // namespace oracle
 
 /// On the target in use. query: the row as given, widened to fp32; tokens: those it sees, ascending;
-/// block_starts: where blocks of weights begin, ascending.
+/// block_starts: where chunks begin, whose weights are rounded together, ascending.
 inline expected_row expect_row(std::span<const float> query, float scale, const cached_side& keys,
                                const cached_side& values, std::span<const std::size_t> tokens,
                                std::span<const std::size_t> block_starts, kv1::precision mode,
@@ -574,7 +586,7 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
         return r;
     }
 
-    // the integer path of values, block by block and group by group
+    // the integer path of values, chunk by chunk and group by group
     const std::size_t group_dim = channels / values.groups;
     std::vector<double> numerator(channels, 0.0), error(channels, 0.0), coarse(channels, 0.0),
         magnitude(channels, 0.0);

@@ -133,7 +133,7 @@ struct world {
         sink_logits = normal_values(g, heads(), 2.0f);
     }
     [[nodiscard]] std::size_t heads() const { return p.kv_heads * p.group; }
-    /// Where ranges of tokens begin that are attended to apart, and blocks of weights in them.
+    /// Where ranges of tokens begin that are attended to apart, and chunks in them.
     struct starts {
         std::vector<std::size_t> ranges, blocks;
     };

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Two steps of the integer path in double, as their definitions say: how the log-sum-exp of a range is corrected, and
-// how a block's weights are rounded. For the attention oracle.
+// how a chunk's weights are rounded. For the attention oracle.
 #pragma once
 
 #include "compare.hpp"

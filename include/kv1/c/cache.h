@@ -53,7 +53,7 @@ enum kv1_levels_values {
 typedef struct kv1_encoding {
     size_t struct_size; /**< sizeof(kv1_encoding) */
     kv1_levels levels;  /**< affine and compact formats have a choice */
-    /** Channels of a block of the Hadamard transform, a power of two that divides the head dim; 0: none. */
+    /** Channels that are rotated together, a power of two that divides the head dim; 0: no rotation. */
     size_t hadamard;
     const float* means; /**< [kv_heads][dim], taken off every vector; or null */
     /** [kv_heads][dim][dim], symmetric and positive semidefinite: what errors cost; or null. Not with
@@ -67,7 +67,7 @@ static inline void kv1_encoding_init(kv1_encoding* encoding) {
     encoding->struct_size = sizeof *encoding;
 }
 
-/** The widest block of the Hadamard transform for vectors of so many channels. */
+/** The most of so many channels that can be rotated together: the largest power of two that divides them. */
 KV1_C_API size_t kv1_rotation_width(size_t channels);
 
 /** A cache of one or more layers and any number of sequences. */

@@ -24,17 +24,17 @@ typedef struct kv1_prefix_pin {
     size_t tokens;  /**< that are pinned */
 } kv1_prefix_pin;
 
-/** What happened to a block of tokens: one of kv1_prefix_event_values. */
+/** What happened to a node, the tokens of one page: one of kv1_prefix_event_values. */
 typedef int32_t kv1_prefix_event_kind;
 /** Values of kv1_prefix_event_kind, which are kv1::prefix_event_kind's. */
 enum kv1_prefix_event_values { KV1_PREFIX_STORED, KV1_PREFIX_EVICTED };
 
-/** A block of tokens came into the index or left it. */
+/** A node came into the index or left it. */
 typedef struct kv1_prefix_event {
     kv1_prefix_event_kind kind; /**< which */
-    uint32_t tokens;            /**< of this block */
-    uint64_t hash;              /**< of all tokens up to the block's end, salt included */
-    uint64_t previous;          /**< the hash before the block */
+    uint32_t tokens;            /**< of this node */
+    uint64_t hash;              /**< of all tokens up to the node's end, salt included */
+    uint64_t previous;          /**< the hash before the node */
 } kv1_prefix_event;
 
 /** Keeps the pages of a prompt, which the sequence holds from position 0 on, for others that begin alike.
@@ -50,7 +50,7 @@ KV1_C_API kv1_code kv1_prefix_store(kv1_cache* cache, kv1_sequence sequence, con
 KV1_C_API kv1_code kv1_prefix_create(kv1_cache* cache, const int32_t* tokens, size_t count,
                                      kv1_prefix_salt salt, kv1_sequence* sequence, size_t* matched,
                                      kv1_error* error);
-/** Pins the longest beginning that is known in whole blocks. Errors: KV1_OUT_OF_RANGE where none is. */
+/** Pins the longest beginning whose nodes are known in full. Errors: KV1_OUT_OF_RANGE where none is. */
 KV1_C_API kv1_code kv1_prefix_pin_tokens(kv1_cache* cache, const int32_t* tokens, size_t count,
                                          kv1_prefix_salt salt, kv1_prefix_pin* pin, kv1_error* error);
 /** Gives a pin back. Errors: KV1_OUT_OF_RANGE for one that was given back before. */

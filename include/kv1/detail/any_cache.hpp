@@ -35,7 +35,7 @@ class cache_state;
 // In the namespace that all translation units share, as what they link with is (registry.hpp).
 namespace kv1::KV1_KERNELS_ABI {
 
-// cache_core has the same functions.
+// The calls of a cache, which basic_kv_cache documents. cache_core implements them.
 class any_cache {
 public:
     any_cache() = default;
@@ -123,6 +123,7 @@ namespace kv1::inline KV1_ABI::detail {
 
 using KV1_KERNELS_ABI::any_cache;
 
+// What make_cache() asks external_caches for, and what comes back.
 struct cache_request {
     cache_description* description; // moved from
     std::unique_ptr<memory_source> memory;

@@ -20,6 +20,7 @@
 
 namespace kv1::inline KV1_ABI::detail {
 
+// What an append to one layer of one sequence is told.
 struct append_job {
     const target_kernels* kernels;
     const page_layout* layout;

@@ -13,6 +13,7 @@
 
 namespace kv1::inline KV1_ABI::detail {
 
+// An append to one layer of one sequence.
 class sequence_append {
 public:
     // Preconditions: the layer exists; begin_append() was called for as many tokens.

@@ -27,6 +27,7 @@
 
 namespace kv1::inline KV1_ABI::detail {
 
+// Attention of one call over one layer of one sequence.
 class sequence_attention {
 public:
     // Precondition: the layer exists.
@@ -47,9 +48,10 @@ public:
             return s;
         const std::size_t dropped = length_ - table_.kept_before(length_, page());
         const std::size_t holes_end = table_.holes().empty() ? 0 : table_.holes().back().last * page();
-        // whole: one run of positions per query, whose ends move in step
+        // whole: each query sees one run of positions, and the runs move in step
         // past_holes: every run begins after the last hole, so places lie as far apart as positions
-        // ends_past_holes: every run ends after the last hole, and lower ends do not move or past_holes
+        // ends_past_holes: every run ends after the last hole. Runs that begin before it all begin at the same
+        // position.
         const bool whole = !copied_ && sight.in_step();
         const bool past_holes = dropped == 0 || (sight.lower(0) >= holes_end && sight.limit(0) >= holes_end);
         const bool ends_past_holes = past_holes || (sight.limit(0) >= holes_end && sight.window() == 0);

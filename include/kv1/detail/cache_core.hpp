@@ -44,6 +44,7 @@
 
 namespace kv1::inline KV1_ABI::detail {
 
+// A cache. basic_kv_cache documents the calls, which have the same names there.
 class cache_core final
 #if defined(KV1_EXTERNAL_KERNELS)
     : public any_cache // whose functions these are

@@ -57,6 +57,7 @@ struct layer_planes : layer_encodings {
     std::size_t open = no_plane; // fp16 keys of open pages; no_plane: keys are not quantized per channel
 };
 
+// The planes of all layers, and the block groups that they form.
 class cache_storage {
 public:
     [[nodiscard]] const cache_description& description() const noexcept { return description_; }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Keys quantized per channel (quantization_axis). While a page is open its keys are kept in fp16; when it is
-// full, seal_keys() makes codes of them, channel by channel. Both pages hold keys less their means and
-// rotated.
+// full, seal_keys() makes codes of them, channel by channel. A sequence of 150 tokens in pages of 64 has codes
+// in pages 0 and 1, and 22 keys in fp16 in page 2. Both kinds of page hold keys less their means and rotated.
 #pragma once
 
 #include <kv1/detail/kernels/interface.hpp>

@@ -41,6 +41,7 @@
 
 namespace kv1::inline KV1_ABI::detail {
 
+// One layer's blocks in one layout, and the arena that they lie in.
 struct plane {
     page_layout layout;
     std::size_t layer = 0;

@@ -154,8 +154,8 @@ inline status prepare_encoding(kv_format format, const vector_encoding& e, std::
     return {};
 }
 
-// What restores the first n channels of keys, for values that lie in keys. The n channels are whole Hadamard
-// blocks. Errors: out_of_memory.
+// What restores the first n channels of keys, for values that lie in keys. Precondition: n is a multiple of
+// the channels that are rotated together. Errors: out_of_memory.
 inline status make_first_channels(const prepared_encoding& keys, std::size_t heads, std::size_t n,
                                   prepared_encoding& out) noexcept {
     out.params = keys.params;

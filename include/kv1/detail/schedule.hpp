@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Splits attention into tasks: over KV heads, over blocks of at most 16 query rows and, if that gives fewer
+// Splits attention into tasks: over KV heads, over query rows (at most 16 a task) and, if that gives fewer
 // than 64 tasks, over ranges of tokens. Ranges give partial results, which are merged in order by their
 // maxima. The split depends on shapes alone, so results do not depend on the number of threads.
 //
 // Example: one query token, 32 query heads, 8 KV heads, 32,768 tokens in pages of 64. A KV head has 4 query
-// rows: one block. That makes 8 tasks, so the tokens are split into 8 ranges of 4,096: 64 tasks, and 32
-// merges.
+// rows, which fit a task. That makes 8 tasks, so the tokens are split into 8 ranges of 4,096: 64 tasks, and 32
+// merges, one a query head.
 #pragma once
 
 #include <kv1/detail/arena.hpp>
@@ -31,6 +31,8 @@ namespace kv1::inline KV1_ABI::detail {
 inline constexpr std::size_t wanted_tasks = 64;
 inline constexpr std::size_t smallest_range = 2048; // tokens; shorter ones cost more than they gain
 
+// How a call is split. Each KV head has row_splits * ranges tasks. A range has range_tokens tokens; the last
+// may have fewer.
 struct attention_split {
     std::size_t rows_per_task, row_splits, first_token, range_tokens, ranges;
 };
@@ -78,6 +80,8 @@ struct head_options {
     const float* sink_logits = nullptr;
 };
 
+// Attends for all KV heads. `common` is the job of KV head 0, with all of its query rows and tokens. Errors:
+// out_of_memory.
 inline status attend_heads(const attention_job& common, std::size_t kv_heads, const tensor_view& queries,
                            const mutable_tensor_view& outputs, const head_options& heads,
                            std::span<float> log_sum_exp, executor_view run) noexcept {

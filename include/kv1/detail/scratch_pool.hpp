@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Memory that a task works in, too large for a thread's stack. It comes in blocks of one size that belong to
-// the cache. A task takes a block when it begins and gives it back when it ends; if none is free, it
-// allocates one. A cache begins with one block, so tasks that run one after the other allocate nothing. A
-// block's contents do not outlive the task.
+// Memory that a task works in, too large for a thread's stack. It comes in pieces of one size that belong to
+// the cache. A task takes a piece when it begins and gives it back when it ends; if none is free, it
+// allocates one. A cache begins with one piece, so tasks that run one after the other allocate nothing. A
+// piece's contents do not outlive the task.
 #pragma once
 
 #include <kv1/detail/kernels/interface.hpp>
@@ -19,7 +19,7 @@
 
 namespace kv1::inline KV1_ABI::detail {
 
-// The block of a task that appends.
+// The piece of a task that appends.
 struct append_scratch {
     alignas(64) float converted[max_vector_length]; // one vector as floats, or a batch of shorter ones
     alignas(64) float prepared[max_vector_length];  // one vector, less its mean and rotated
@@ -45,7 +45,7 @@ public:
             discard(p.block.load(std::memory_order_relaxed));
     }
 
-    // Allocates the first block. False: no memory.
+    // Allocates the first piece. False: no memory.
     [[nodiscard]] bool begin() noexcept {
         void* block = make();
         if (block != nullptr)
@@ -53,7 +53,7 @@ public:
         return block != nullptr;
     }
 
-    // Takes a block that nobody else has. Null: no memory. Thread-safe.
+    // Takes a piece that nobody else has. Null: no memory. Thread-safe.
     [[nodiscard]] void* take() noexcept {
         const std::size_t own = own_place();
         for (std::size_t i = 0; i < places_.size(); ++i) {
@@ -78,7 +78,7 @@ public:
 private:
     static constexpr std::size_t alignment = (std::max)(alignof(attention_scratch), alignof(append_scratch));
 
-    // A free block lies in a place. Each place has a cache line of its own, so that threads that begin at
+    // A free piece lies in a place. Each place has a cache line of its own, so that threads that begin at
     // different places do not slow each other down.
     struct alignas(64) place {
         std::atomic<void*> block{nullptr};
@@ -89,7 +89,7 @@ private:
     }
     static void discard(void* block) noexcept { ::operator delete (block, std::align_val_t{alignment}); }
 
-    // The place at which this thread begins to look. A thread finds the block that it gave back, still in its
+    // The place at which this thread begins to look. A thread finds the piece that it gave back, still in its
     // cache.
     static std::size_t own_place() noexcept {
         static thread_local char mark; // its address tells threads apart
@@ -100,7 +100,7 @@ private:
     std::array<place, 128> places_;
 };
 
-// A block for the time of a task. It tests as false if there was no memory.
+// A piece for the time of a task. It tests as false if there was no memory.
 class scratch_lease {
 public:
     explicit scratch_lease(scratch_pool& pool) noexcept : pool_(pool), piece_(pool.take()) {}
@@ -112,7 +112,7 @@ public:
     }
 
     explicit operator bool() const noexcept { return piece_ != nullptr; }
-    // The block as an attention_scratch or append_scratch; its contents are unspecified.
+    // The piece as an attention_scratch or append_scratch; its contents are unspecified.
     template <class T>
     [[nodiscard]] T& as() const noexcept {
         static_assert(sizeof(T) <= scratch_pool::piece_bytes && std::is_trivially_destructible_v<T>);

@@ -42,6 +42,7 @@ struct sequence_pages {
     std::uint32_t spare = no_block;
 };
 
+// A sequence: its pages in every block group, and how many tokens each layer holds.
 struct sequence_state {
     std::unique_ptr<sequence_pages[]> pages;             // [block group]
     std::unique_ptr<std::atomic<std::size_t>[]> lengths; // [layer]: tokens

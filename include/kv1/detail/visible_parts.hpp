@@ -107,6 +107,7 @@ query_run next_query_run(std::size_t first, std::size_t queries, std::size_t lon
     return q;
 }
 
+// Attention of one call over the parts of one layer of one sequence.
 class part_attention {
 public:
     part_attention(std::size_t kv_heads, std::size_t page_tokens, std::span<const float> alibi_slopes,
@@ -202,7 +203,7 @@ public:
 
 private:
     // The positions of a part that any of some queries sees. From differ_from on not all of them see the
-    // same.
+    // same. Two queries that see positions 4-67 and 4-68 have first 4, last 69 and differ_from 68.
     struct joint_span {
         std::size_t first = 0, last = 0, differ_from = 0;
     };

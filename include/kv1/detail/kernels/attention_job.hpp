@@ -38,7 +38,7 @@ struct query_rows {
     std::size_t stride;  // floats between rows: channels, padded
     const float* values; // [rows][stride]
     const float* sums;   // [rows]: sum of the values
-    // values / code_scale rounded (fast only), by part; in row tiles, stride bytes a row. On the scalar
+    // values / code_scale rounded (fast only), by bit slice; in row tiles, stride bytes a row. On the scalar
     // target: plain [rows][stride]. Of pairs (kernels/pairs.inl): their multipliers, [0] alone.
     const std::int8_t* codes[2];
     const std::uint8_t* tables; // of pairs, in row tiles, 8 stride bytes a row; null where not in pairs

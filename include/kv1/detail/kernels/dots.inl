@@ -2,16 +2,16 @@
 //
 // The inner loop of the integer path, shared by keys and values. Parsed once per target.
 //
-//   total[r][n] += (codes in the lanes of register n) . (8-bit numbers of row r), over the lines of one part
+//   total[r][n] += (codes in the lanes of register n) . (8-bit numbers of row r), over the lines of one bit slice
 //
-// A line's lanes are unpacked once into 8 / Bits planes of bytes; plane f of line l meets the four bytes at
-// ((l * R + r) * planes + f) * 4, broadcast. R rows and N registers make R * N independent chains, enough to hide
-// the latency of the dot product, and each broadcast serves N of them.
+// A byte holds 8 / Bits codes, so a register of a line is unpacked into as many registers with one code a byte. Here
+// they are called planes: at 2 bits, plane f has bits 2 f and 2 f + 1 of each byte. Plane f of line l meets the four
+// bytes of row r at ((l * R + r) * planes + f) * 4, broadcast to all lanes. R rows and N registers make R * N
+// independent chains, enough to hide the latency of the dot product, and each broadcast serves N of them.
 //
-// Per line and N registers, with VNNI at 2 bits, R = N = 4: 64 vpdpbusd (ports FP0, FP1; one 512-bit a cycle),
-// 12 shifts and 16 masks (FP1, FP2; any), 16 broadcasts and 4 loads (load ports): 112 operations in 64 cycles, so
-// that the dot products alone set the pace. Masking in place instead of shifting saves nothing here, and would
-// need accumulators of their own for every plane.
+// Per line and N registers, with VNNI at 2 bits, R = N = 4: 64 vpdpbusd (ports FP0, FP1; one 512-bit a cycle), 12
+// shifts and 16 masks (FP1, FP2; any), 16 broadcasts and 4 loads (load ports): 112 operations in 64 cycles. So the dot
+// products alone set the pace. To mask without shifting saves nothing here, and needs accumulators for every plane.
 
 // Into the second-level cache: two sections of a chunk and their scores do not fit the first.
 KV1_LAZY KV1_INLINE void prefetch(const void* p) {
@@ -22,8 +22,8 @@ KV1_LAZY KV1_INLINE void prefetch(const void* p) {
 #endif
 }
 
-// Where the lines of N registers lie: register n of line l, and what to fetch meanwhile.
-// Keys: N registers of tiles, lines one after the other.
+// A walk says where register n of line l lies, and what to prefetch meanwhile. Of keys: N registers of tokens, whose
+// lines follow one another.
 template <std::size_t N>
 struct key_walk {
     const std::uint32_t* first[N];
@@ -33,7 +33,7 @@ struct key_walk {
     }
     KV1_INLINE const std::byte* ahead(std::size_t l, std::size_t n) const { return next[n] + l * line_bytes; }
 };
-// Values: the lines of a channel group by a table, the other groups at fixed distances.
+// Of values: a table has the lines of the first 16 channels, and those of other runs of 16 lie at fixed distances.
 template <std::size_t N>
 struct value_walk {
     const std::byte* const* lines;

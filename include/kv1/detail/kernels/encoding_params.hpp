@@ -36,6 +36,7 @@ struct encoding_params {
     [[nodiscard]] constexpr std::size_t groups() const noexcept { return channels / group; }
 };
 
+// A vector as it was given, and what its KV head's encoding needs.
 struct vector_to_encode {
     const float* x;
     const float* mean; // null: none

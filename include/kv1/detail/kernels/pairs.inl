@@ -1,13 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Scores against keys of 2 bits by channel pairs. Parsed once per target; empty unless the target can look bytes of a
-// register up in a table of 64 (AVX-512 VBMI).
+// register up in a table of 64 (AVX-512 VBMI). It lies in the region of AVX-512 VNNI, and best_tables hands it out
+// (tables.inl). tests/support/attention_oracle.hpp has the same rounding in plain C++ (paired_query).
 //
 // Let a and b be the query's numbers for the two channels of a pair, and c_a and c_b their codes. The pair adds
 // f = a (c_a - 3/2) + b (c_b - 3/2) to the score. f takes sixteen values, within +-R, R = 3/2 (|a| + |b|). With a step
 // that all pairs of the query row share, and a multiplier m of the pair,
 //
 //   step = 2 max R / (127 * 255), m = ceil(127 R / max R), f ~ step * m * (t - 255/2), t = 0 ... 255
+//
+// Example: a = 2, b = 1, and no pair of the row is larger: R = max R = 4.5, m = 127, step * m = 9 / 255. Codes 3 and 0
+// add f = 2 * 1.5 - 1 * 1.5 = 1.5, which is t = 170.
 //
 // So the four bits of a pair's codes are an index into a table of t. Four pairs make one table of 64 bytes. One vpermb
 // and one vpdpbusd do what two vpdpbusd do with single codes, on other ports (vpermb: FP1, FP2; vpdpbusd: FP0, FP1).

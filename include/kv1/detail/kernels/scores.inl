@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Scores of query rows against the keys of a chunk of tokens. Parsed once per target.
+// Scores of query rows against the keys of a chunk of tokens. Parsed once per target. pairs.inl has another way to
+// take the dot products, for keys of 2 bits with AVX-512 VBMI.
 //
-// A register holds 16 / pieces tokens, one a lane, so a chain of dot products over the channels ends with one score in
-// each lane. A decoded key is k = slope * c + base, with levels c centred at z = top / 2. A query is rounded to
-// q ~ step * i, with i in 8 bits. Then
+// A line of K has 16 tokens, one a lane, and fills `pieces` registers: one with AVX-512, two with AVX2. A chain of dot
+// products over the channels ends with one score in each lane. A decoded key is k = slope * c + base, with levels c. z
+// is the middle of the levels: 3/2 at 2 bits. A query is rounded to q ~ step * i, with i in 8 bits. Then
 //
 //   score = slope * step * (sum i c - z sum i) + (base + z * slope) * sum q
 //
 // sum i c is exact in 32 bits: at most 4096 channels * 127 * 255 = 1.3e8. It is converted to a float, which is exact
-// up to 2^24: for 518 channels of 8 bits, and for any number of 2 bits. step * (...) is one fma with step * z * sum i,
-// a product that is rounded before.
+// up to 2^24: for 518 channels of 8 bits, and for any number of 2 bits. step * (...) is one fma. It takes the product
+// step * z * sum i, which was rounded before.
 //
 // Cost of the fast path: per line (16 tokens x 32/b channels) and query row 8/b dot4; shifts and masks are shared by
 // up to 4 rows. Per tile and row 1 conversion, 3 multiplications, 1 maximum and a store.

@@ -18,6 +18,7 @@ inline constexpr float log2_e = 1.44269504f;
 inline constexpr float ln_2 = 0.693147181f;
 inline constexpr float lowest_score = std::numeric_limits<float>::lowest(); // of a token that is not seen
 
+// The largest score of a row so far, and the sum of its weights.
 struct softmax_state {
     float maximum = lowest_score; // in units of log2; lowest_score: nothing seen
     float denominator = 0.0f;

@@ -3,16 +3,17 @@
 // Softmax weights from the scores of a chunk, and sums of its values by these weights. Parsed once per target, after
 // scores.inl.
 //
-// A register holds 16 / pieces channels, one a lane; a lane's fields are tokens. With decoded value
-// v = slope * c + base (c a level), softmax weight p, u = p * slope rounded to u ~ step * i (one step per row and
-// chunk; i an unsigned byte, up to 127 where codes themselves take 8 bits; weight_codes.hpp: few_codes), levels centred
-// at z = top / 2:
+// A line of V has 16 channels, one a lane, and fills `pieces` registers. A lane's fields are tokens. A decoded value
+// is v = slope * c + base, with levels c. z is the middle of the levels: 3/2 at 2 bits. Softmax gives a token the
+// weight p. The product p * slope is rounded to step * i: one step for each row and chunk, and i a byte
+// (weight_codes.hpp). Then
 //
 //   sum p v = step * (sum i c - z sum i) + sum p (base + z * slope)
 //
 // The last term does not depend on the channel.
-// Cost of the fast path per line (16 channels x 32/b tokens) and row: 8/b dot4; per tile and row the exponential
-// (7 multiplications, 4 others) and 13 operations around it, 17 where codes are few.
+//
+// Cost of the fast path: per line (16 channels x 32/b tokens) and row 8/b dot4. Per tile and row the exponential (7
+// multiplications, 4 others) and 13 operations around it, 17 where codes are few (few_codes).
 
 // 2^t for t <= 0, within 3 units of 2^-24. t = n + f with |f| <= 1/2. A polynomial for 2^f errs by 1.54 units at most
 // (minimax of degree 5 with constant term 1), and its rounding adds 1.2. The result is zero far below 2^-126.

@@ -11,8 +11,19 @@
 // xsimd is parsed once for the baseline (its real namespace, which users share), once for AVX2, once for
 // AVX-512: its include guards and settings are forgotten in between. The SSE4.1 target shares the baseline's
 // xsimd, the AVX-VNNI target that of AVX2, the AVX-512 VNNI target that of AVX-512; each has its own region.
-// The VNNI targets share their kernels without dot products, too. g++ and clang attach a region's target to
-// the functions and templates that are defined in it; tests/codegen checks the outcome on object files.
+// The VNNI targets share their kernels without dot products, too. AVX-512 VBMI has no region: its kernels are
+// those of AVX-512 VNNI that take keys by channel pairs (kernels/pairs.inl; best_tables in kernels/tables.inl).
+// g++ and clang attach a region's target to the functions and templates that are defined in it; tests/codegen
+// checks the outcome on object files.
+//
+// Off x86-64, and with KV1_STATIC_DISPATCH, there are no regions: the baseline is all.
+//
+// What a region tells its kernels:
+//
+//   KV1_ISA_VNNI, KV1_ISA_SSE41, KV1_ISA_DOTPROD   1 or 0: whether dots_*.inl or isa_*.inl may use these
+//   KV1_ISA_PDEP                                   1 or 0: whether BMI2's pdep may be used (kernels/append.inl)
+//   KV1_ISA_PAIRS                                  defined: keys of 2 bits may go by channel pairs
+//   KV1_ISA_GENERIC                                defined as 1: fp16 is converted without instructions for it
 #pragma once
 
 #include <kv1/detail/kernels/interface.hpp>
@@ -87,8 +98,6 @@
 #else
 #define KV1_UNROLL
 #endif
-
-// KV1_ISA_PAIRS, where it is defined: keys of 2 bits may be taken in pairs (kernels/pairs.inl).
 
 // Keeps g++ from rearranging a chain of additions into a tree, whose leaves it then spills.
 #if defined(__GNUC__) && !defined(__clang__)
