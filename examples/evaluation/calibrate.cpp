@@ -2,36 +2,25 @@
 #include "calibrate.hpp"
 
 #include "error.hpp"
-#include "error_weights.hpp"
 #include "file.hpp"
-#include "float_tensors.hpp"
 #include "json_file.hpp"
 #include "model.hpp"
 #include "model_cache.hpp"
 #include "output_file.hpp"
+#include "thread_pool.hpp"
 #include "tokenizer.hpp"
 
-#include <kv1/encoding.hpp>
+#include <kv1/calibration_file.hpp>
 #include <kv1/kv_cache.hpp>
 
 #include <algorithm>
-#include <optional>
 #include <ostream>
 #include <span>
-#include <string>
-#include <system_error>
-#include <utility>
 #include <vector>
 
 namespace kv1_lm {
 
 namespace {
-
-void add_layers(std::vector<float_tensor>& file, const char* name, const std::vector<std::size_t>& shape,
-                const std::vector<std::vector<float>>& layers) {
-    for (std::size_t i = 0; i < layers.size(); ++i)
-        file.push_back({"layers." + std::to_string(i) + "." + name, shape, layers[i]});
-}
 
 // Error weights where they can be: beside fitted levels, one scale to a vector.
 void weigh_errors(layer_policy& layer) {
@@ -42,39 +31,24 @@ void weigh_errors(layer_policy& layer) {
 
 } // namespace
 
-calibration calibrate(const model& m, std::vector<std::int32_t> tokens, std::size_t chunk,
-                      bool error_weights) {
-    const model_config& c = m.config();
-    std::vector<kv1::mean_estimator> keys(c.layers, kv1::mean_estimator(c.kv_heads, c.head_dim)),
-        values = keys;
-    std::optional<error_weight_estimator> weights;
-    if (error_weights)
-        weights.emplace(m);
-    kv1::kv_cache cache(m.cache_shape({kv1::kv_format::fp32, kv1::kv_format::fp32}, chunk));
-    thread_pool pool(1);
-    for (std::size_t at = 0; at < tokens.size(); at += chunk) {
+kv1::calibration calibrate(const model& m, std::span<const std::int32_t> tokens, std::size_t chunk,
+                           const cache_policy& policy, const kv1::model_fingerprint& name,
+                           thread_pool& pool) {
+    const kv1::cache_description shape = m.cache_shape({kv1::kv_format::fp32, kv1::kv_format::fp32}, chunk);
+    kv1::calibrator found(policy, shape, {.model = name});
+    for (std::size_t i = 0; i < shape.layers.size(); ++i)
+        found.set_output_projection(i, m.output_projection(i), pool);
+    kv1::kv_cache cache(shape);
+    thread_pool alone(1); // the model's results do not depend on the number of threads
+    for (; !tokens.empty(); tokens = tokens.subspan(std::min(chunk, tokens.size()))) {
         const kv1::sequence_id sequence = cache.create_sequence();
-        static_cast<void>(
-            m.forward(std::span(tokens).subspan(at, std::min(chunk, tokens.size() - at)), cache, sequence,
-                      kv1::precision::exact, pool,
-                      [&](std::size_t layer, kv1::tensor_view q, kv1::tensor_view k, kv1::tensor_view v) {
-                          if (weights)
-                              weights->add(layer, q, k, v);
-                          keys[layer].add(k);
-                          values[layer].add(v);
-                      }));
+        static_cast<void>(m.forward(tokens.first(std::min(chunk, tokens.size())), cache, sequence,
+                                    kv1::precision::exact, alone,
+                                    [&](std::size_t layer, kv1::tensor_view q, kv1::tensor_view k,
+                                        kv1::tensor_view v) { found.add(layer, q, k, v, 0, pool); }));
         cache.destroy_sequence(sequence);
     }
-    calibration result;
-    for (std::size_t i = 0; i < c.layers; ++i) {
-        result.key_means.push_back(keys[i].means());
-        result.value_means.push_back(values[i].means());
-        if (!weights)
-            continue;
-        result.key_weights.push_back(weights->key_weights(i));
-        result.value_weights.push_back(weights->value_weights(i));
-    }
-    return result;
+    return found.finish(pool);
 }
 
 void calibrate_folder(const calibrate_options& options, std::ostream& out) {
@@ -91,10 +65,6 @@ void calibrate_folder(const calibrate_options& options, std::ostream& out) {
     if (!policy.needs_error_weights())
         text.fail(
             "error weights are for levels by least squares or a clip search (+ls, +cs), of whole vectors");
-    std::error_code unreadable;
-    const bool lacks_means =
-        policy.needs_means() && !std::filesystem::exists(options.model / means_file, unreadable);
-
     const model m = model::read(options.model);
     const model_config& c = m.config();
     std::vector<std::int32_t> tokens =
@@ -102,21 +72,14 @@ void calibrate_folder(const calibrate_options& options, std::ostream& out) {
     tokens.resize(std::min(tokens.size(), options.tokens));
     if (tokens.empty())
         throw input_error(options.text.string(), "no tokens to calibrate on");
-    const std::size_t used = tokens.size();
-    const calibration found = calibrate(m, std::move(tokens), c.max_positions, true);
-
-    std::vector<float_tensor> weights, means;
-    add_layers(weights, "key_weights", {c.kv_heads, c.head_dim, c.head_dim}, found.key_weights);
-    add_layers(weights, "value_weights", {c.kv_heads, c.head_dim, c.head_dim}, found.value_weights);
-    output_file(options.model / error_weights_file).commit(to_safetensors(weights));
-    if (lacks_means) {
-        add_layers(means, "key_means", {c.kv_heads, c.head_dim}, found.key_means);
-        add_layers(means, "value_means", {c.kv_heads, c.head_dim}, found.value_means);
-        output_file(options.model / means_file).commit(to_safetensors(means));
-    }
+    thread_pool pool(options.threads);
+    const kv1::calibration found =
+        calibrate(m, tokens, c.max_positions, policy, fingerprint_of_model(options.model), pool);
+    if (const kv1::status s = kv1::try_save_calibration(found, options.model / calibration_file); !s)
+        throw input_error((options.model / calibration_file).string(), s.message());
     document.value["kv1"]["policy"] = to_string(policy);
     output_file(config_file).commit(document.value.dump(2) + "\n");
-    out << "error weights from " << used << " tokens; the model's cache is now "
+    out << "error weights from " << tokens.size() << " tokens; the model's cache is now "
         << to_string(choose_cache(options.model, c, {}).policy) << '\n';
 }
 

@@ -18,12 +18,15 @@
 #include <chrono>
 #include <cmath>
 #include <iomanip>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <ostream>
 #include <span>
 #include <sstream>
+#include <tuple>
+#include <utility>
 
 namespace kv1_lm {
 
@@ -72,19 +75,7 @@ public:
         wanted_ = options.chunks == 0 ? chunks_.size() : std::min(options.chunks, chunks_.size());
         if (chunks_.empty())
             throw input_error(options.text.string() + ": fewer than two tokens, nothing to measure");
-        calibration calibrated;
-        const bool weighted = std::ranges::any_of(policies, &cache_policy::needs_error_weights);
-        if (weighted || std::ranges::any_of(policies, &cache_policy::needs_means)) {
-            if (options.calibration_text.empty())
-                throw input_error("means and error weights need --calibrate FILE");
-            std::vector<std::int32_t> sample = words.encode(read_text_file(options.calibration_text));
-            sample.resize(std::min(sample.size(), options.calibration_tokens));
-            if (sample.empty())
-                throw input_error(options.calibration_text.string() + ": no tokens to calibrate on");
-            calibrated = calibrate(model_, std::move(sample), options.seq_len, weighted);
-        }
-        for (const cache_policy& p : policies)
-            descriptions_.push_back(describe(model_.config(), p, calibrated, options.seq_len));
+        calibrate_policies(words);
         done_.assign(policies.size(), policy_chunks(chunks_.size()));
     }
 
@@ -97,7 +88,8 @@ public:
                 {"seq_len", options_.seq_len},
                 {"attention", options_.precision == kv1::precision::exact ? "exact" : "fast"},
                 {"calibration", options_.calibration_text.filename().string()},
-                {"calibration_tokens", options_.calibration_tokens}};
+                {"calibration_tokens", options_.calibration_tokens},
+                {"error_weights_of", "quantized tokens"}};
     }
 
     void restore(const nlohmann::ordered_json& results) {
@@ -134,6 +126,43 @@ public:
             const comparison sums = reference.compare(run(descriptions_[p]), pool);
             const std::lock_guard lock(mutex_);
             done_[p][i] = sums;
+        }
+    }
+
+    // Describes the caches. Policies that leave the same tokens in fp16 share a calibration.
+    void calibrate_policies(const tokenizer& words) {
+        std::vector<std::int32_t> sample;
+        if (std::ranges::any_of(policies_, &cache_policy::needs_error_weights) ||
+            std::ranges::any_of(policies_, &cache_policy::needs_means)) {
+            if (options_.calibration_text.empty())
+                throw input_error("means and error weights need --calibrate FILE");
+            sample = words.encode(read_text_file(options_.calibration_text));
+            sample.resize(std::min(sample.size(), options_.calibration_tokens));
+            if (sample.empty())
+                throw input_error(options_.calibration_text.string() + ": no tokens to calibrate on");
+        }
+        thread_pool pool(options_.threads);
+        std::map<std::pair<std::size_t, std::size_t>, calibration> found; // by fp16 sinks and window
+        for (const cache_policy& p : policies_) {
+            if (!p.needs_means() && !p.needs_error_weights()) {
+                descriptions_.push_back(describe(model_.config(), p, {}, options_.seq_len));
+                continue;
+            }
+            // without error weights, fp16 tokens do not matter
+            const std::pair key = p.needs_error_weights() ? std::pair(p.fp16_sinks, p.fp16_window)
+                                  : found.empty()         ? std::pair(std::size_t{0}, std::size_t{0})
+                                                          : found.begin()->first;
+            if (!found.contains(key)) {
+                cache_policy all;
+                const bool weighted = std::ranges::any_of(policies_, &cache_policy::needs_error_weights);
+                for (kv1::vector_policy* side : {&all.common.key, &all.common.value}) {
+                    side->means = true;
+                    side->error_weights = weighted;
+                }
+                std::tie(all.fp16_sinks, all.fp16_window) = key;
+                found[key] = parts_of(calibrate(model_, sample, options_.seq_len, all, {}, pool));
+            }
+            descriptions_.push_back(describe(model_.config(), p, found[key], options_.seq_len));
         }
     }
 

@@ -190,6 +190,10 @@ int run_or_throw(int argc, const char* const* argv, std::istream& in, std::ostre
     calibrate_command->get_option("--model")->required();
     calibrate_command->add_option("--text", c.text, "UTF-8 text; not one to measure on")->required();
     add_count(*calibrate_command, "--tokens", c.tokens, "Tokens of it to use");
+    c.threads = k.threads;
+    calibrate_command->add_option("--threads", c.threads, "Threads")
+        ->check(CLI::Range(1, 1024))
+        ->capture_default_str();
 
     CLI::App* info_command = app.add_subcommand("info", "Show a model's shape and what its cache costs");
     add_common(*info_command, info_model);

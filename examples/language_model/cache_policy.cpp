@@ -31,6 +31,17 @@ cache_policy parse_policy(std::string_view text, std::string_view what) {
     return std::move(*policy);
 }
 
+calibration parts_of(const kv1::calibration& found) {
+    calibration c;
+    for (std::size_t i = 0; i < found.layers(); ++i) {
+        c.key_means.push_back(found.means(i, kv1::kv_side::key));
+        c.value_means.push_back(found.means(i, kv1::kv_side::value));
+        c.key_weights.push_back(found.error_weights(i, kv1::kv_side::key));
+        c.value_weights.push_back(found.error_weights(i, kv1::kv_side::value));
+    }
+    return c;
+}
+
 kv1::cache_description describe(const model_config& config, const cache_policy& policy, const calibration& c,
                                 std::size_t tokens) {
     std::vector<kv1::layer_calibration> layers(config.layers);

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <kv1/cache_policy.hpp>
+#include <kv1/calibration.hpp>
 
 #include <cstddef>
 #include <string>
@@ -27,6 +28,9 @@ struct calibration {
     std::vector<std::vector<float>> key_means, value_means;     ///< [kv_heads][head_dim]
     std::vector<std::vector<float>> key_weights, value_weights; ///< [kv_heads][head_dim][head_dim]
 };
+
+/// The parts of a calibration, which are empty where it does not have them.
+[[nodiscard]] calibration parts_of(const kv1::calibration& found);
 
 /// The cache of a policy. Throws input_error for a layer the model does not have, for calibrated parts that
 /// are missing, and for what no cache takes.

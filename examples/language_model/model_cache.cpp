@@ -2,13 +2,17 @@
 #include "model_cache.hpp"
 
 #include "error.hpp"
+#include "file.hpp"
 #include "json_file.hpp"
 #include "safetensors.hpp"
 
+#include <kv1/calibration_file.hpp>
+
 #include <algorithm>
 #include <cmath>
-#include <span>
+#include <cstddef>
 #include <string>
+#include <system_error>
 #include <vector>
 
 namespace kv1_lm {
@@ -38,21 +42,18 @@ void no_more_than(const safetensors& file, std::size_t tensors) {
         throw input_error(file.origin(), "has tensors that are not this model's");
 }
 
-// Checks that a matrix can be a sum of squares: it is symmetric, and |w_ij| is at most sqrt(w_ii w_jj).
-void check_weights(const safetensors& file, const char* name, std::span<const std::vector<float>> layers,
-                   const model_config& config) {
-    const std::size_t n = config.head_dim;
-    for (std::size_t layer = 0; layer < layers.size(); ++layer)
-        for (std::size_t head = 0; head < config.kv_heads; ++head) {
-            const auto m = std::span(layers[layer]).subspan(head * n * n, n * n);
-            for (std::size_t i = 0; i < n; ++i)
-                for (std::size_t j = 0; j <= i; ++j) {
-                    const double ii = m[i * n + i], jj = m[j * n + j], ij = m[i * n + j];
-                    if (m[j * n + i] != m[i * n + j] || ii < 0.0 || ij * ij > 1.001 * ii * jj)
-                        throw input_error(file.origin() + ": layers." + std::to_string(layer) + "." + name +
-                                          ", head " + std::to_string(head) + ": is no matrix of costs");
-                }
-        }
+// The calibration in a model's folder, for a model of this shape.
+calibration read_calibration(const std::filesystem::path& folder, const model_config& config) {
+    const std::filesystem::path file = folder / calibration_file;
+    auto found = kv1::try_load_calibration(file, fingerprint_of_model(folder));
+    if (!found)
+        throw input_error(file.string(), found.reason().message());
+    found->set_policy({}); // which takes no parts: shapes alone are compared
+    const auto same = kv1::try_describe_cache(
+        *found, kv1::uniform_cache(config.layers, {config.kv_heads, config.head_dim, config.head_dim}, 1));
+    if (!same)
+        throw input_error(file.string(), same.reason().message());
+    return parts_of(*found);
 }
 
 // The policy that config.json names; two bits if it names none.
@@ -70,27 +71,27 @@ cache_policy read_policy(const std::filesystem::path& folder, const model_config
 
 } // namespace
 
+kv1::model_fingerprint fingerprint_of_model(const std::filesystem::path& folder) {
+    const std::vector<std::byte> weights = read_binary_file(folder / "model.safetensors");
+    return kv1::fingerprint_of(weights);
+}
+
 model_cache choose_cache(const std::filesystem::path& folder, const model_config& config,
                          const std::optional<cache_policy>& kv) {
     model_cache choice;
     choice.policy = kv ? *kv : read_policy(folder, config);
-    if (choice.policy.needs_means()) {
+    const auto exists = [&](const char* file) {
+        std::error_code unknown;
+        return std::filesystem::exists(folder / file, unknown);
+    };
+    const bool trained = choice.policy.needs_means() && (exists(means_file) || !exists(calibration_file));
+    if (choice.policy.needs_error_weights() || (choice.policy.needs_means() && !trained))
+        choice.calibrated = read_calibration(folder, config);
+    if (trained) {
         const safetensors file = safetensors::read(folder / means_file);
         const std::vector<std::size_t> shape{config.kv_heads, config.head_dim};
         choice.calibrated.key_means = read_tensors(file, config.layers, "key_means", shape);
         choice.calibrated.value_means = read_tensors(file, config.layers, "value_means", shape);
-        no_more_than(file, 2 * config.layers);
-    }
-    if (choice.policy.needs_error_weights()) {
-        const safetensors file = safetensors::read(folder / error_weights_file);
-        const auto read = [&](const char* name) {
-            auto weights =
-                read_tensors(file, config.layers, name, {config.kv_heads, config.head_dim, config.head_dim});
-            check_weights(file, name, weights, config);
-            return weights;
-        };
-        choice.calibrated.key_weights = read("key_weights");
-        choice.calibrated.value_weights = read("value_weights");
         no_more_than(file, 2 * config.layers);
     }
     return choice;

@@ -5,15 +5,18 @@
 //   config.json              "kv1": {"policy": "c3+ls+had+mean+ew,c2+ls+had+mean+ew"}, as kv1/cache_policy.hpp
 //                            has it
 //   kv1_means.safetensors    with +mean: layers.I.key_means and layers.I.value_means, [kv_heads][head_dim]
-//   kv1_error_weights.safetensors    with +ew: layers.I.key_weights and layers.I.value_weights,
-//                            [kv_heads][head_dim][head_dim] (error_weights.hpp)
+//   kv1_calibration.bin      with +ew: error weights; with +mean where there is no kv1_means.safetensors: means
+//                            (kv1/calibration_file.hpp), named after model.safetensors
 //
-// kv1-train writes all but error weights, which `kv1-lm calibrate` adds.
+// kv1-train writes all but the calibration, which `kv1-lm calibrate` adds. Means that a model was trained with come
+// before those of a calibration.
 #pragma once
 
 #include "cache_policy.hpp"
 #include "kv_option.hpp"
 #include "model_config.hpp"
+
+#include <kv1/model_fingerprint.hpp>
 
 #include <filesystem>
 #include <optional>
@@ -21,7 +24,10 @@
 namespace kv1_lm {
 
 inline constexpr const char* means_file = "kv1_means.safetensors";
-inline constexpr const char* error_weights_file = "kv1_error_weights.safetensors";
+inline constexpr const char* calibration_file = "kv1_calibration.bin";
+
+/// The fingerprint of the weights in a model's folder. Throws input_error.
+[[nodiscard]] kv1::model_fingerprint fingerprint_of_model(const std::filesystem::path& folder);
 
 struct model_cache {
     cache_policy policy;

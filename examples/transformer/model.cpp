@@ -162,20 +162,9 @@ std::vector<float> model::forward(std::span<const std::int32_t> tokens, std::siz
     return normed;
 }
 
-std::vector<double> model::output_products(std::size_t index) const {
-    const std::size_t d = config_.head_dim, group = config_.heads / config_.kv_heads;
-    std::vector<double> sums(config_.heads * group * d * d);
-    for (std::size_t o = 0; o < config_.hidden_size; ++o) {
-        const std::span<const float> row = weights_.layers[index].output.row(o);
-        std::size_t at = 0;
-        for (std::size_t a = 0; a < config_.heads; ++a)
-            for (std::size_t b = a / group * group; b < (a / group + 1) * group; ++b)
-                for (std::size_t i = 0; i < d; ++i)
-                    for (std::size_t j = 0; j < d; ++j)
-                        sums[at++] +=
-                            static_cast<double>(row[a * d + i]) * static_cast<double>(row[b * d + j]);
-    }
-    return sums;
+kv1::tensor_view model::output_projection(std::size_t index) const noexcept {
+    return {weights_.layers[index].output.row(0).data(), config_.hidden_size, config_.heads,
+            config_.head_dim};
 }
 
 void model::logits(std::span<const float> hidden, std::span<float> out, thread_pool& pool) const {

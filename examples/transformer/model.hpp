@@ -57,9 +57,8 @@ public:
     /// `attend` throws ends the run.
     [[nodiscard]] std::vector<float> forward(std::span<const std::int32_t> tokens, std::size_t first,
                                              const attention& attend, thread_pool& pool) const;
-    /// Of every two query heads that share a KV head, W^T W' of their parts of the output projection:
-    /// [kv_heads][heads a KV head]^2[head_dim]^2. Precondition: a layer of the model.
-    [[nodiscard]] std::vector<double> output_products(std::size_t index) const;
+    /// The output projection of a layer, [hidden_size][heads][head_dim]. Precondition: a layer of the model.
+    [[nodiscard]] kv1::tensor_view output_projection(std::size_t index) const noexcept;
     /// Logits [rows][vocab_size] of hidden states [rows][hidden_size].
     void logits(std::span<const float> hidden, std::span<float> out, thread_pool& pool) const;
 

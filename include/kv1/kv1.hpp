@@ -10,6 +10,7 @@
 #include <kv1/convert.hpp>
 #include <kv1/fake_quantize.hpp>
 #include <kv1/kv_cache.hpp>
+#include <kv1/layer_choice.hpp>
 #include <kv1/packed_vector.hpp>
 #include <kv1/rotary_embedding.hpp>
 #include <kv1/row.hpp>

@@ -35,6 +35,8 @@ AT(kv1_page_layout, keys, 24);
 AT(kv1_page_layout, values, 112);
 AT(kv1_save_options, model, 16);
 AT(kv1_load_options, model, 8);
+AT(kv1_calibrator_options, policy, 8);
+AT(kv1_calibrator_options, scale, 32);
 _Static_assert(sizeof(kv1_error) == 48 && sizeof(kv1_sequence) == 8 && sizeof(kv1_tensor) == 56 &&
                    sizeof(kv1_output) == 56 && sizeof(kv1_executor) == 16 && sizeof(kv1_memory) == 24 &&
                    sizeof(kv1_mask) == 32 && sizeof(kv1_range) == 16 && sizeof(kv1_attention_part) == 16 &&

@@ -4,10 +4,12 @@
 #include "calibrate.hpp"
 #include "command_line.hpp"
 #include "file.hpp"
+#include "float_tensors.hpp"
 #include "json_file.hpp"
 #include "model_cache.hpp"
 #include "shipped_model.hpp"
 #include "temporary_folder.hpp"
+#include "thread_pool.hpp"
 #include "tokenizer.hpp"
 
 #include <catch2/catch_test_macros.hpp>
@@ -71,36 +73,47 @@ TEST_CASE("calibrate adds error weights to a model's cache, which then costs les
     REQUIRE(r.code == 0);
     CHECK_THAT(r.out, ContainsSubstring("error weights from 2048 tokens"));
     CHECK_THAT(r.out, ContainsSubstring("c2+ls+had+ew,c2+ls+had+ew"));
-    CHECK_FALSE(std::filesystem::exists(m.path() / kv1_lm::means_file)); // the cache has no use for them
+    CHECK(m.cache().calibrated.key_means[0].empty()); // the cache has no use for them
 
     const kv1_lm::model& shipped = kv1_test::shipped_model();
     std::vector<std::int32_t> tokens = kv1_lm::tokenizer::read(m.path() / "tokenizer.json")
                                            .encode(kv1_lm::read_text_file(m.path() / "other.txt"));
     tokens.resize(2048);
     const kv1_lm::model_cache cache = m.cache();
-    const kv1_lm::calibration found = calibrate(shipped, tokens, 1024, true);
-    CHECK(cache.calibrated.key_weights == found.key_weights);
-    CHECK(cache.calibrated.value_weights == found.value_weights);
+    kv1_lm::thread_pool pool(2);
+    const kv1::calibration found = calibrate(shipped, tokens, 1024, cache.policy, {}, pool);
+    CHECK(cache.calibrated.key_weights == kv1_lm::parts_of(found).key_weights);
+    CHECK(cache.calibrated.value_weights == kv1_lm::parts_of(found).value_weights);
     CHECK(kv1::kv_cache::create(describe(shipped.config(), cache.policy, cache.calibrated, 64)));
     CHECK(m.divergence() < 0.95 * before);
 }
 
-TEST_CASE("calibrate takes means where a cache lacks them, and leaves those that are there", "[calibrate]") {
+TEST_CASE("calibrate takes the means that a cache names; those that a model was trained with come first",
+          "[calibrate]") {
     json centred = fitted;
     centred["policy"] = "c2+ls+had+mean/3:16,2";
     const writable_model m(centred);
     REQUIRE(m.calibrate().code == 0);
     CHECK(to_string(m.cache().policy) == "c2+ls+had+mean+ew,c2+ls+had+mean+ew/3:16,2");
-    CHECK(m.cache().calibrated.value_means.size() == 8);
+    CHECK(m.cache().calibrated.value_means[0].size() == 64);
+    CHECK(m.cache().calibrated.value_means[3].empty());
 
-    const auto means = kv1_lm::read_binary_file(m.path() / kv1_lm::means_file);
-    const auto weights = kv1_lm::read_binary_file(m.path() / kv1_lm::error_weights_file);
+    const auto calibration = kv1_lm::read_binary_file(m.path() / kv1_lm::calibration_file);
     const std::string config = kv1_lm::read_text_file(m.path() / "config.json");
     m.write("third.txt", "Another text, which is short.");
     REQUIRE(m.calibrate("third.txt").code == 0);
-    CHECK(kv1_lm::read_binary_file(m.path() / kv1_lm::means_file) == means);
-    CHECK(kv1_lm::read_binary_file(m.path() / kv1_lm::error_weights_file) != weights);
+    CHECK(kv1_lm::read_binary_file(m.path() / kv1_lm::calibration_file) != calibration);
     CHECK(kv1_lm::read_text_file(m.path() / "config.json") == config);
+
+    std::vector<kv1_lm::float_tensor> trained;
+    for (std::size_t i = 0; i < 8; ++i)
+        for (const char* side : {"key", "value"})
+            trained.push_back({"layers." + std::to_string(i) + "." + side + "_means",
+                               {2, 32},
+                               std::vector<float>(64, 0.5f)});
+    m.write(kv1_lm::means_file, kv1_lm::to_safetensors(trained));
+    CHECK(m.cache().calibrated.value_means[0] == std::vector<float>(64, 0.5f));
+    CHECK(m.cache().calibrated.key_weights[0].size() == 2048);
 }
 
 TEST_CASE("calibrate refuses a cache that has no use for weights, and an empty text", "[calibrate]") {
@@ -112,7 +125,7 @@ TEST_CASE("calibrate refuses a cache that has no use for weights, and an empty t
         CHECK(r.code == 2);
         CHECK_THAT(r.err, ContainsSubstring(why));
         CHECK(kv1_lm::read_text_file(m.path() / "config.json") == config);
-        CHECK_FALSE(std::filesystem::exists(m.path() / kv1_lm::error_weights_file));
+        CHECK_FALSE(std::filesystem::exists(m.path() / kv1_lm::calibration_file));
     };
     refused(nullptr, "other.txt", "config.json: kv1 names no cache");
     json min_max = fitted;

@@ -3,14 +3,16 @@
 // The cache that a model's folder names.
 #include "model_cache.hpp"
 
+#include "calibrate.hpp"
 #include "command_line.hpp"
 #include "file.hpp"
-#include "float_tensors.hpp"
 #include "json_file.hpp"
 #include "refusal.hpp"
 #include "shipped_model.hpp"
 #include "temporary_folder.hpp"
+#include "thread_pool.hpp"
 
+#include <kv1/calibration_file.hpp>
 #include <kv1/hadamard.hpp>
 
 #include <catch2/catch_test_macros.hpp>
@@ -33,8 +35,7 @@ namespace {
 struct trained_model {
     json config = kv1_lm::read_json_file(std::filesystem::path(KV1_LM_MODEL_DIR) / "config.json").value;
     std::vector<std::pair<std::string, std::vector<std::size_t>>> means;
-    float value = 0.125f;                      // of every mean
-    std::vector<kv1_lm::float_tensor> weights; // written where there are any
+    float value = 0.125f; // of every mean
 
     trained_model() {
         config["kv1"] = {{"policy", "c3+ls+had+mean,c2+ls+had+mean"}, {"round_metadata", true}};
@@ -58,28 +59,23 @@ struct trained_model {
         std::string file(sizeof length, '\0');
         std::memcpy(file.data(), &length, sizeof length);
         folder.write("kv1_means.safetensors", file + text + data);
-        if (!weights.empty())
-            folder.write("kv1_error_weights.safetensors", kv1_lm::to_safetensors(weights));
-    }
-
-    // With error weights: layer + 1 on the diagonal, for values twice that; a half beside it.
-    void weigh_errors() {
-        config["kv1"]["policy"] = "c3+ls+had+mean+ew,c2+ls+had+mean+ew";
-        for (std::size_t layer = 0; layer < 8; ++layer) {
-            for (const char* side : {"key", "value"}) {
-                std::vector<float> w(2 * 32 * 32);
-                for (std::size_t i = 0; i < w.size(); ++i) {
-                    const std::size_t row = i / 32 % 32, column = i % 32;
-                    w[i] = row == column ? static_cast<float>((layer + 1) * (*side == 'v' ? 2 : 1))
-                           : row + 1 == column || column + 1 == row ? 0.5f
-                                                                    : 0.0f;
-                }
-                weights.push_back(
-                    {"layers." + std::to_string(layer) + "." + side + "_weights", {2, 32, 32}, w});
-            }
-        }
     }
 };
+
+// Puts the weights and a calibration of their first tokens into a folder.
+kv1::calibration calibrate(const kv1_test::temporary_folder& folder, const char* policy = "c2+ls+mean+ew") {
+    std::filesystem::create_symlink(std::filesystem::path(KV1_LM_MODEL_DIR) / "model.safetensors",
+                                    folder.path() / "model.safetensors");
+    std::vector<std::int32_t> tokens;
+    for (std::int32_t i = 0; i < 48; ++i)
+        tokens.push_back(100 + 37 * i);
+    kv1_lm::thread_pool pool(1);
+    kv1::calibration found =
+        kv1_lm::calibrate(kv1_test::shipped_model(), tokens, 48, kv1::parse_policy(policy),
+                          kv1_lm::fingerprint_of_model(folder.path()), pool);
+    kv1::save_calibration(found, folder.path() / kv1_lm::calibration_file);
+    return found;
+}
 
 kv1_lm::model_cache cache_of(const kv1_test::temporary_folder& folder,
                              const std::optional<kv1_lm::cache_policy>& kv = {}) {
@@ -139,48 +135,57 @@ TEST_CASE("a model's folder names any cache: layers of their own, keys per chann
 TEST_CASE("a model's folder names error weights", "[model_cache]") {
     const kv1_test::temporary_folder folder;
     trained_model m;
-    m.weigh_errors();
     m.config["kv1"]["policy"] = "c3+ls+had+mean+ew,c2+ls+had+mean+ew/3:16,c2+ls+had+mean+ew";
     m.write(folder);
+    const kv1::calibration found = calibrate(folder);
     const kv1_lm::model_cache cache = cache_of(folder);
     const kv1_lm::model& shipped = kv1_test::shipped_model();
     const kv1::cache_description d = describe(shipped.config(), cache.policy, cache.calibrated, 64);
     CHECK(kv1::kv_cache::create(d));
     for (const std::size_t i : {0u, 7u}) {
-        CHECK(d.layers[i].key_encoding.error_weights == m.weights[2 * i].values);
-        CHECK(d.layers[i].value_encoding.error_weights == m.weights[2 * i + 1].values);
+        CHECK(d.layers[i].key_encoding.error_weights == found.error_weights(i, kv1::kv_side::key));
+        CHECK(d.layers[i].value_encoding.error_weights == found.error_weights(i, kv1::kv_side::value));
+        CHECK(d.layers[i].key_encoding.means == std::vector<float>(64, m.value)); // it was trained with them
     }
     CHECK(d.layers[3].key_encoding == kv1::vector_encoding{});
+    std::filesystem::remove(folder.path() / kv1_lm::means_file);
+    CHECK(cache_of(folder).calibrated.key_means[5] == found.means(5, kv1::kv_side::key));
 }
 
-TEST_CASE("error weights that are not this model's are refused", "[model_cache]") {
-    const auto refuses_weights = [](const std::function<void(trained_model&)>& spoil,
-                                    const std::string& what) {
-        refuses(
-            [&](trained_model& m) {
-                m.weigh_errors();
-                spoil(m);
-            },
-            what);
-    };
-    const auto entry = [](std::size_t tensor, std::size_t at, float value) {
-        return [tensor, at, value](trained_model& m) { m.weights[tensor].values[at] = value; };
-    };
-    refuses_weights([](trained_model& m) { m.weights.clear(); }, "kv1_error_weights.safetensors");
-    refuses_weights([](trained_model& m) { m.weights.pop_back(); },
-                    "tensor layers.7.value_weights is missing");
-    refuses_weights([](trained_model& m) { m.weights[6].shape = {32, 2, 32}; }, "layers.3.key_weights");
-    refuses_weights(
-        [](trained_model& m) {
-            m.weights.push_back({"layers.8.key_weights", {1}, {1.0f}});
-        },
-        "has tensors that are not this model's");
-    refuses_weights(entry(4, 5, std::numeric_limits<float>::quiet_NaN()), "not finite");
-    const char* no_cost = "layers.2.key_weights, head 1: is no matrix of costs";
-    refuses_weights(entry(4, 1024 + 7, 0.25f), no_cost);  // not symmetric
-    refuses_weights(entry(4, 1024 + 33, -1.0f), no_cost); // a negative square
-    refuses_weights(entry(4, 1024 + 33, 0.0f), no_cost);  // a channel that is zero has no products
-    refuses_weights(entry(5, 3, 0.25f), "layers.2.value_weights, head 0: is no matrix of costs");
+TEST_CASE("a calibration that is not this model's is refused", "[model_cache]") {
+    const auto refused =
+        [](const std::function<void(const kv1_test::temporary_folder&, trained_model&)>& spoil) {
+            const kv1_test::temporary_folder folder;
+            trained_model m;
+            m.config["kv1"]["policy"] = "c3+ls+ew,c2+ls+ew";
+            calibrate(folder);
+            spoil(folder, m);
+            m.write(folder);
+            return refusal([&] {
+                (void)describe(kv1_lm::model_config::read(folder.path() / "config.json"),
+                               cache_of(folder).policy, cache_of(folder).calibrated, 64);
+            });
+        };
+    CHECK_THAT(refused([](auto& folder, auto&) {
+                   std::filesystem::remove(folder.path() / kv1_lm::calibration_file);
+               }),
+               ContainsSubstring("kv1_calibration.bin") && ContainsSubstring("no such file"));
+    CHECK_THAT(refused([](auto& folder, auto&) {
+                   std::filesystem::remove(folder.path() / "model.safetensors");
+                   folder.write("model.safetensors", "other weights");
+               }),
+               ContainsSubstring("kv1_calibration.bin") && ContainsSubstring("of another model"));
+    CHECK_THAT(refused([](auto& folder, auto&) { folder.write(kv1_lm::calibration_file, "KV1CALIB"); }),
+               ContainsSubstring("truncated"));
+    CHECK_THAT(refused([](auto&, auto& m) { m.config["num_hidden_layers"] = 7; }),
+               ContainsSubstring("more layers, or fewer"));
+    CHECK_THAT(refused([](auto&, auto& m) { m.config["num_key_value_heads"] = 4; }),
+               ContainsSubstring("KV heads") && ContainsSubstring("layer 0"));
+    CHECK_THAT(refused([](auto& folder, auto&) {
+                   std::filesystem::remove(folder.path() / "model.safetensors");
+                   calibrate(folder, "c2+ls+mean");
+               }),
+               ContainsSubstring("error weights") && ContainsSubstring("layer 0"));
 }
 
 TEST_CASE("--kv takes the place of the cache that a model names", "[model_cache]") {
@@ -197,17 +202,17 @@ TEST_CASE("--kv takes the place of the cache that a model names", "[model_cache]
 TEST_CASE("--kv may name any cache; means and error weights are the folder's", "[model_cache]") {
     const kv1_test::temporary_folder folder;
     trained_model m;
-    m.weigh_errors();
     m.write(folder);
-    const kv1_lm::model_cache cache = cache_of(folder, kv1_lm::parse_policy("c2+ls+mean,c2+ls+ew+g32@2:6"));
+    const kv1::calibration found = calibrate(folder);
+    const kv1_lm::model_cache cache = cache_of(folder, kv1_lm::parse_policy("c2+ls+mean,c2+ls+ew@2:6"));
     const kv1::cache_description d =
         describe(kv1_test::shipped_model().config(), cache.policy, cache.calibrated, 64);
     CHECK(d.layers[5].key_encoding.means == std::vector<float>(64, m.value));
-    CHECK(d.layers[5].value_encoding.error_weights == m.weights[11].values);
+    CHECK(d.layers[5].value_encoding.error_weights == found.error_weights(5, kv1::kv_side::value));
     CHECK(d.fp16_window == 6);
-    std::filesystem::remove(folder.path() / "kv1_error_weights.safetensors");
+    std::filesystem::remove(folder.path() / kv1_lm::calibration_file);
     CHECK_THAT(refusal([&] { (void)cache_of(folder, kv1_lm::parse_policy("c2+ls+ew")); }),
-               ContainsSubstring("kv1_error_weights.safetensors"));
+               ContainsSubstring("kv1_calibration.bin"));
     CHECK(to_string(cache_of(folder, kv1_lm::parse_policy("2+ls+had")).policy) == "2+ls+had,2+ls+had");
 }
 

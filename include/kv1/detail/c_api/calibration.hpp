@@ -4,8 +4,10 @@
 #pragma once
 
 #include <kv1/c/calibration.h>
-#include <kv1/detail/c_api/support.hpp>
+#include <kv1/detail/c_api/error.hpp>
+#include <kv1/detail/c_api/saving.hpp>
 
+#include <kv1/calibration_file.hpp>
 #include <kv1/detail/arena.hpp>
 #include <kv1/encoding.hpp>
 #include <kv1/row.hpp>
@@ -13,6 +15,10 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
+#include <new>
+#include <string>
+#include <utility>
 #include <vector>
 
 /// The handles of kv1/kv1.h.
@@ -24,6 +30,12 @@ struct kv1_mean_estimator {
 struct kv1_moment_estimator {
     std::size_t heads, channels;     ///< KV heads, and channels of a query
     kv1::moment_estimator estimator; ///< of these
+};
+struct kv1_calibrator {
+    kv1::calibrator calibrator; ///< of a model
+};
+struct kv1_calibration {
+    kv1::calibration calibration; ///< of a model
 };
 /// @}
 
@@ -65,9 +77,172 @@ kv1_code c_give_values(float* out, kv1_error* error, Take&& take) noexcept {
                     error);
 }
 
+// A handle of what a call made; null where it failed.
+template <class Handle, class Made>
+kv1_code c_give_handle(result<Made>&& made, Handle** out, kv1_error* error) noexcept {
+    if (!made)
+        return c_report(made.reason(), error);
+    *out = new (std::nothrow) Handle{std::move(*made)};
+    return c_report(*out != nullptr ? status{} : c_no_memory(), error);
+}
+
+inline result<calibrator> c_make_calibrator(const kv1_cache_options& shape,
+                                            const kv1_calibrator_options& given) noexcept {
+    kv1_calibrator_options o;
+    if (const status s = c_take(given, o); !s)
+        return s;
+    if (o.policy == nullptr)
+        return status(errc::invalid_argument, "a pointer is null");
+    c_description d;
+    if (const status s = c_take_options(shape, d); !s)
+        return s;
+    result<cache_policy> policy = try_parse_policy(o.policy);
+    if (!policy)
+        return policy.reason();
+    return calibrator::create(std::move(*policy), d.description,
+                              {.model = c_model(o.model),
+                               .query_stride = (std::max)(o.query_stride, std::size_t{1}),
+                               .scale = o.scale});
+}
+
 } // namespace kv1::inline KV1_ABI::detail
 
 extern "C" {
+
+kv1_code kv1_calibrator_create(const kv1_cache_options* shape, const kv1_calibrator_options* options,
+                               kv1_calibrator** calibrator, kv1_error* error) {
+    using namespace kv1::detail;
+    if (c_any_null(shape, options, calibrator))
+        return c_refuse_null(error);
+    *calibrator = nullptr;
+    return c_give_handle(c_make_calibrator(*shape, *options), calibrator, error);
+}
+
+void kv1_calibrator_destroy(kv1_calibrator* calibrator) { delete calibrator; }
+
+kv1_code kv1_calibrator_set_output_projection(kv1_calibrator* calibrator, size_t layer, kv1_tensor projection,
+                                              const kv1_executor* executor, kv1_error* error) {
+    using namespace kv1::detail;
+    if (calibrator == nullptr)
+        return c_refuse_null(error);
+    if (const kv1::status s = c_check_types(projection); !s)
+        return c_report(s, error);
+    return c_report(
+        calibrator->calibrator.try_set_output_projection(layer, c_view(projection), c_executor{executor}),
+        error);
+}
+
+kv1_code kv1_calibrator_set_output_products(kv1_calibrator* calibrator, size_t layer, const float* products,
+                                            size_t count, kv1_error* error) {
+    using namespace kv1::detail;
+    if (calibrator == nullptr || (products == nullptr && count != 0))
+        return c_refuse_null(error);
+    return c_report(calibrator->calibrator.try_set_output_products(layer, {products, count}), error);
+}
+
+kv1_code kv1_calibrator_add(kv1_calibrator* calibrator, size_t layer, kv1_tensor queries, kv1_tensor keys,
+                            kv1_tensor values, size_t first_position, const kv1_executor* executor,
+                            kv1_error* error) {
+    using namespace kv1::detail;
+    if (calibrator == nullptr)
+        return c_refuse_null(error);
+    if (const kv1::status s = c_check_types(queries, keys, values); !s)
+        return c_report(s, error);
+    return c_report(calibrator->calibrator.try_add(layer, c_view(queries), c_view(keys), c_view(values),
+                                                   first_position, c_executor{executor}),
+                    error);
+}
+
+kv1_code kv1_calibrator_finish(const kv1_calibrator* calibrator, const kv1_executor* executor,
+                               kv1_calibration** calibration, kv1_error* error) {
+    using namespace kv1::detail;
+    if (c_any_null(calibrator, calibration))
+        return c_refuse_null(error);
+    *calibration = nullptr;
+    return c_give_handle(calibrator->calibrator.try_finish(c_executor{executor}), calibration, error);
+}
+
+void kv1_calibration_destroy(kv1_calibration* calibration) { delete calibration; }
+
+size_t kv1_calibration_policy(const kv1_calibration* calibration, char* text, size_t size) {
+    kv1::detail::c_text out(text, size);
+    if (calibration == nullptr)
+        return 0;
+    std::string policy;
+    if (!kv1::detail::write_policy(calibration->calibration.policy(), policy))
+        return 0;
+    out.add(policy);
+    return out.length();
+}
+
+kv1_code kv1_calibration_set_policy(kv1_calibration* calibration, const char* policy, kv1_error* error) {
+    using namespace kv1::detail;
+    if (c_any_null(calibration, policy))
+        return c_refuse_null(error);
+    kv1::result<kv1::cache_policy> parsed = kv1::try_parse_policy(policy);
+    if (parsed)
+        calibration->calibration.set_policy(std::move(*parsed));
+    return c_report(parsed.reason(), error);
+}
+
+kv1_code kv1_calibration_save_file(const kv1_calibration* calibration, const char* path, kv1_error* error) {
+    using namespace kv1::detail;
+    if (c_any_null(calibration, path))
+        return c_refuse_null(error);
+    return c_report(c_with_path(path,
+                                [&](const std::filesystem::path& native) {
+                                    return kv1::try_save_calibration(calibration->calibration, native);
+                                }),
+                    error);
+}
+
+kv1_code kv1_calibration_save(const kv1_calibration* calibration, kv1_sink sink, kv1_error* error) {
+    using namespace kv1::detail;
+    if (c_any_null(calibration, sink.write))
+        return c_refuse_null(error);
+    return c_report(kv1::try_save_calibration(calibration->calibration, c_byte_sink{sink}), error);
+}
+
+kv1_code kv1_calibration_load_file(const char* path, const kv1_fingerprint* model,
+                                   kv1_calibration** calibration, kv1_error* error) {
+    using namespace kv1::detail;
+    if (c_any_null(path, calibration))
+        return c_refuse_null(error);
+    *calibration = nullptr;
+    kv1::result<kv1::calibration> loaded = kv1::status(kv1::errc::io_error, "");
+    const kv1::status s = c_with_path(path, [&](const std::filesystem::path& native) {
+        loaded = kv1::try_load_calibration(native, c_model(model));
+        return loaded.reason();
+    });
+    return s ? c_give_handle(std::move(loaded), calibration, error) : c_report(s, error);
+}
+
+kv1_code kv1_calibration_load(kv1_source source, const kv1_fingerprint* model, kv1_calibration** calibration,
+                              kv1_error* error) {
+    using namespace kv1::detail;
+    if (c_any_null(calibration, source.read))
+        return c_refuse_null(error);
+    *calibration = nullptr;
+    return c_give_handle(kv1::try_load_calibration(c_byte_source{source}, c_model(model)), calibration,
+                         error);
+}
+
+kv1_code kv1_cache_create_calibrated(const kv1_calibration* calibration, const kv1_cache_options* options,
+                                     kv1_cache** cache, kv1_error* error) {
+    using namespace kv1::detail;
+    if (c_any_null(calibration, options, cache))
+        return c_refuse_null(error);
+    *cache = nullptr;
+    c_description d;
+    if (const kv1::status s = c_take_options(*options, d); !s)
+        return c_report(s, error);
+    kv1::result<kv1::cache_description> described =
+        kv1::try_describe_cache(calibration->calibration, std::move(d.description));
+    if (!described)
+        return c_report(described.reason(), error);
+    d.description = std::move(*described);
+    return c_give_handle(c_make(std::move(d)), cache, error);
+}
 
 kv1_code kv1_mean_estimator_create(size_t heads, size_t channels, kv1_mean_estimator** estimator,
                                    kv1_error* error) {

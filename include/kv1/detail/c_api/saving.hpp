@@ -61,6 +61,13 @@ kv1_code c_load(kv1_sequence* out, std::size_t capacity, std::size_t* count, con
     return c_report(loaded.reason(), error);
 }
 
+struct c_byte_sink {
+    kv1_sink to;
+
+    bool operator()(std::span<const std::byte> bytes) noexcept {
+        return bytes.empty() || to.write(to.context, bytes.data(), bytes.size()) != 0;
+    }
+};
 struct c_byte_source {
     kv1_source from;
 
@@ -127,10 +134,7 @@ kv1_code kv1_save(const kv1_cache* cache, const kv1_sequence* sequences, size_t 
     c_saving saving;
     if (const kv1::status s = saving.take(sequences, count, options); !s)
         return c_report(s, error);
-    const auto write = [&](std::span<const std::byte> bytes) noexcept {
-        return bytes.empty() || sink.write(sink.context, bytes.data(), bytes.size()) != 0;
-    };
-    return c_report(kv1::try_save(cache->cache, saving.ids.view(), write, saving.options), error);
+    return c_report(kv1::try_save(cache->cache, saving.ids.view(), c_byte_sink{sink}, saving.options), error);
 }
 
 kv1_code kv1_save_memory(const kv1_cache* cache, const kv1_sequence* sequences, size_t count, void* memory,

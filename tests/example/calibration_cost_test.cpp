@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Error weights say what small errors of a key or value change in the hidden states, squared: keys and values
-// of the shipped model are changed one at a time and attention over them is computed again, in double.
-#include "error_weights.hpp"
-
+// Error weights of the shipped model (kv1/calibration.hpp) say what small errors of a key or value change in the
+// hidden states, squared: its keys and values are changed one at a time, and attention over them is computed again, in
+// double.
 #include "random.hpp"
 #include "safetensors.hpp"
 #include "shipped_model.hpp"
+
+#include <kv1/calibration.hpp>
 
 #include <catch2/catch_test_macros.hpp>
 #include <catch2/matchers/catch_matchers_floating_point.hpp>
@@ -18,7 +19,7 @@
 #include <span>
 #include <vector>
 
-using Catch::Matchers::WithinRel;
+using Catch::Matchers::WithinAbs;
 
 namespace {
 
@@ -61,7 +62,16 @@ struct attended_layer {
     }
 };
 
-attended_layer first_tokens(std::size_t n, kv1_lm::error_weight_estimator& weights) {
+kv1::calibrator calibrator_of_model(const char* policy) {
+    const kv1_lm::model& m = kv1_test::shipped_model();
+    kv1::calibrator c(kv1::parse_policy(policy),
+                      m.cache_shape({kv1::kv_format::fp32, kv1::kv_format::fp32}, 64));
+    for (std::size_t i = 0; i < m.config().layers; ++i)
+        c.set_output_projection(i, m.output_projection(i));
+    return c;
+}
+
+attended_layer first_tokens(std::size_t n, kv1::calibrator& weights) {
     const kv1_lm::model& m = kv1_test::shipped_model();
     std::vector<std::int32_t> tokens;
     for (std::size_t i = 0; i < n; ++i)
@@ -72,9 +82,9 @@ attended_layer first_tokens(std::size_t n, kv1_lm::error_weight_estimator& weigh
     static_cast<void>(
         m.forward(tokens, cache, cache.create_sequence(), kv1::precision::exact, pool,
                   [&](std::size_t i, kv1::tensor_view q, kv1::tensor_view k, kv1::tensor_view v) {
+                      weights.add(i, q, k, v);
                       if (i != layer)
                           return;
-                      weights.add(layer, q, k, v);
                       seen.q = as_doubles(q);
                       seen.k = as_doubles(k);
                       seen.v = as_doubles(v);
@@ -86,12 +96,13 @@ attended_layer first_tokens(std::size_t n, kv1_lm::error_weight_estimator& weigh
     return seen;
 }
 
-// The mean over queries of what an error of each token's vector in turn changes, squared.
+// The mean over queries of what an error of each token's vector in turn changes, squared. A query is spared that of the
+// first tokens, and of its window.
 double cost_by_trial(attended_layer& l, std::vector<double> attended_layer::*side,
-                     std::span<const double> error) {
+                     std::span<const double> error, std::size_t sinks, std::size_t window) {
     constexpr double step = 1e-4; // central differences: what is left out is of its square
     double sum = 0.0;
-    for (std::size_t j = 0; j < l.tokens; ++j) {
+    for (std::size_t j = sinks; j < l.tokens; ++j) {
         const auto shift = [&](double by) {
             for (std::size_t c = 0; c < dim; ++c)
                 (l.*side)[(j * kv_heads + kv_head) * dim + c] += by * error[c];
@@ -101,7 +112,7 @@ double cost_by_trial(attended_layer& l, std::vector<double> attended_layer::*sid
         shift(-2.0 * step);
         const std::vector<double> below = l.hidden_states();
         shift(step);
-        for (std::size_t i = 0; i < above.size(); ++i) {
+        for (std::size_t i = std::min(l.tokens, j + window) * hidden; i < above.size(); ++i) {
             const double slope = (above[i] - below[i]) / (2.0 * step);
             sum += slope * slope;
         }
@@ -117,39 +128,34 @@ double cost_by_weights(std::span<const float> weights, std::span<const double> e
     return sum;
 }
 
-} // namespace
-
-TEST_CASE("error weights cost what small errors do", "[error_weights]") {
-    kv1_lm::error_weight_estimator weights(kv1_test::shipped_model());
-    attended_layer l = first_tokens(24, weights);
-    kv1_test::generator g(7);
-    for (int trial = 0; trial < 3; ++trial) {
-        const std::vector<float> random = kv1_test::normal_values(g, dim);
-        const std::vector<double> error(random.begin(), random.end());
-        // distances of values from outputs are differences of fp32 sums
-        CHECK_THAT(cost_by_weights(weights.key_weights(layer), error),
-                   WithinRel(cost_by_trial(l, &attended_layer::k, error), 1e-3));
-        CHECK_THAT(cost_by_weights(weights.value_weights(layer), error),
-                   WithinRel(cost_by_trial(l, &attended_layer::v, error), 1e-4));
-    }
+// W = L L^T, and each number of L is in fp16, off by a part in 2^11: e^T W e by up to 2^-10 sum |e_i L_ik L_jk e_j|, and
+// the rows of L have the lengths sqrt(W_ii).
+double rounding_of(std::span<const float> weights, std::span<const double> error) {
+    double sum = 0.0;
+    for (std::size_t i = 0; i < dim; ++i)
+        sum += std::sqrt(static_cast<double>(weights[(kv_head * dim + i) * dim + i])) * std::fabs(error[i]);
+    return 0x1p-10 * sum * sum;
 }
 
-TEST_CASE("error weights of two runs are the mean over their queries", "[error_weights]") {
-    kv1_lm::error_weight_estimator one(kv1_test::shipped_model()), other = one, both = one;
-    CHECK(std::ranges::all_of(one.key_weights(layer), [](float x) { return x == 0.0f; }));
-    static_cast<void>(first_tokens(5, one));
-    static_cast<void>(first_tokens(15, other));
-    static_cast<void>(first_tokens(5, both));
-    static_cast<void>(first_tokens(15, both));
-    for (const auto of :
-         {&kv1_lm::error_weight_estimator::key_weights, &kv1_lm::error_weight_estimator::value_weights}) {
-        const std::vector<float> a = (one.*of)(layer), b = (other.*of)(layer), c = (both.*of)(layer);
-        REQUIRE(c.size() == kv_heads * dim * dim);
-        for (std::size_t i = 0; i < c.size(); ++i) {
-            const float mean = 0.25f * a[i] + 0.75f * b[i];
-            // three roundings to fp32
-            CHECK(std::fabs(c[i] - mean) <= 3e-7f * (0.25f * std::fabs(a[i]) + 0.75f * std::fabs(b[i])));
-            CHECK(c[i] == c[i - i % (dim * dim) + i % dim * dim + i / dim % dim]); // symmetric
+} // namespace
+
+TEST_CASE("error weights cost what small errors do, of tokens that are quantized", "[calibration]") {
+    for (const std::size_t spared : {0u, 3u}) {
+        kv1::calibrator weights = calibrator_of_model(spared == 0 ? "c2+ls+ew" : "c2+ls+ew@3:3");
+        attended_layer l = first_tokens(24, weights);
+        const kv1::calibration found = weights.finish();
+        const std::vector<float> keys = found.error_weights(layer, kv1::kv_side::key),
+                                 values = found.error_weights(layer, kv1::kv_side::value);
+        kv1_test::generator g(7);
+        for (int trial = 0; trial < 3; ++trial) {
+            const std::vector<float> random = kv1_test::normal_values(g, dim);
+            const std::vector<double> error(random.begin(), random.end());
+            const double key = cost_by_trial(l, &attended_layer::k, error, spared, spared),
+                         value = cost_by_trial(l, &attended_layer::v, error, spared, spared);
+            // a step of 1e-4 leaves out terms of its square
+            CHECK_THAT(cost_by_weights(keys, error), WithinAbs(key, rounding_of(keys, error) + 1e-6 * key));
+            CHECK_THAT(cost_by_weights(values, error),
+                       WithinAbs(value, rounding_of(values, error) + 1e-6 * value));
         }
     }
 }
