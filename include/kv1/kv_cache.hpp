@@ -2,7 +2,8 @@
 //
 // A paged KV cache that computes attention straight from its packed bits.
 //
-//   kv1::kv2_cache cache(kv1::uniform_cache(layers, {kv_heads, head_dim, head_dim}, capacity_tokens));
+//   kv1::cache_description shape = kv1::uniform_cache(layers, {kv_heads, head_dim, head_dim}, capacity_tokens);
+//   kv1::kv_cache cache(kv1::describe_cache(kv1::parse_policy("safe"), shape)); // cache_policy.hpp
 //   auto sequence = cache.create_sequence();
 //   for each step:
 //       for each layer:
@@ -12,8 +13,9 @@
 //       cache.commit(sequence); // windows free what they have passed; rollback() returns to here
 //
 // Keys are cached as they are given, that is after RoPE where a model uses it. Every vector is quantized
-// before anything attends to it, the newest included. A cached key cannot be moved to another position
-// (context shift): that would rotate it, and 2-bit codes cannot be rotated without loss.
+// before anything attends to it, the newest included; fp16 sinks and an fp16 window are the exception (below).
+// A cached key cannot be moved to another position (context shift): that would rotate it, and 2-bit codes
+// cannot be rotated without loss.
 //
 // Sequences. A sequence is a list of pages of page_tokens tokens: with 64 a page, token 130 lies in page 2.
 // Sequences share pages where they can (ARCHITECTURE.md has a drawing):
