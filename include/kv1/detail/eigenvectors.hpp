@@ -74,8 +74,9 @@ inline void symmetric_eigenvectors(std::span<double> m, std::size_t n, std::span
         for (std::size_t k = 1; k < n; ++k)
             if (std::fabs(row[k]) > std::fabs(row[main]))
                 main = k;
-        for (std::size_t k = 0; row[main] < 0.0 && k < n; ++k)
-            row[k] = -row[k];
+        const double sign = row[main] < 0.0 ? -1.0 : 1.0;
+        for (std::size_t k = 0; k < n; ++k)
+            row[k] *= sign;
     }
 }
 
