@@ -35,6 +35,14 @@ static inline float uniform(void) {
     return (float)(state >> 8) / 8388608.0f - 1.0f;
 }
 
+/* The formats there are: those that have a name. */
+static inline int formats(void) {
+    int n = 0;
+    while (strcmp(kv1_format_name((kv1_format)n), "unknown") != 0)
+        ++n;
+    return n;
+}
+
 static inline void fill(float* x, size_t n) {
     size_t i;
     for (i = 0; i < n; ++i)
