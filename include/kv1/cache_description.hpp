@@ -20,6 +20,7 @@
 #include <kv1/encoding.hpp>
 #include <kv1/format.hpp>
 #include <kv1/layout.hpp>
+#include <kv1/rotary_embedding.hpp>
 
 #include <cstddef>
 #include <vector>
@@ -65,6 +66,13 @@ struct layer_description {
     /// channels, or a run of channels that is rotated together, lies on one side of value_dim. Not with keys
     /// per channel, whose scales belong to pages. latent_layer() makes such a layer.
     bool values_in_keys = false;
+    /// How keys turn with their position (rotary_embedding.hpp). With it, key_encoding.means are the means of
+    /// keys before rotary embedding, such as a key projection's bias as it stands. At position p a key is
+    /// stored without its head's mean as RoPE turns it there, and attention gives the mean's share of each
+    /// score back. Pairs of channels whose means are zero cost nothing, so keep the largest: about 16 have
+    /// nearly all of it. Empty: the means are those of keys as they are stored, the same at every position.
+    /// Of values in keys, the channels that turn come after the values.
+    rotary_embedding rotary = {};
     /// Whether all fields are the same.
     friend bool operator==(const layer_description&, const layer_description&) = default;
 };
@@ -109,6 +117,9 @@ struct cache_description {
     bool huge_pages = false;
     /// The number of events of the prefix index that are kept until they are taken; 0: none are recorded.
     std::size_t prefix_events = 0;
+    /// The position that rotary embedding gives to the first token of a sequence
+    /// (layer_description::rotary); a token of a sequence has this plus its place in it. Less than 2^48.
+    std::size_t first_position = 0;
 };
 
 /// The layout of a page of one layer and KV head.

@@ -5,6 +5,9 @@
 //
 //   means          A mean vector is taken off every vector. Keys: a shift that all keys share does not change a
 //                  softmax. Values: weights sum to one, so the output gets the mean back.
+//   basis          Vectors are turned into another basis, one for each KV head: channels become their products
+//                  with the rows of an orthogonal matrix. Queries are turned alike, and outputs are turned
+//                  back.
 //   hadamard       Vectors are rotated, this many channels together (hadamard.hpp). Queries are rotated alike,
 //                  and outputs are rotated back.
 //   levels         min_max: from the minimum to the maximum of a vector. least_squares: fitted to it
@@ -52,13 +55,21 @@ struct vector_encoding {
     /// Channels that are rotated together, a power of two that divides the head dim (rotation_width() gives
     /// the largest); 0: no rotation.
     std::size_t hadamard = 0;
-    /// [kv_heads][dim]; empty: no means.
+    /// [kv_heads][dim]; empty: no means. Of keys that turn with their position: as they are before they turn
+    /// (layer_description::rotary).
     std::vector<float> means = {};
     /// [kv_heads][dim][dim], each matrix W symmetric and positive semidefinite: an error e of a vector costs
     /// e^T W e. Empty: all errors cost the same. Not with min_max. calibration.hpp takes those that measured best.
     /// Plain second moments of queries (moment_estimator), and for values the sum of W_o^T W_o over the query heads
     /// that share the KV head, W_o being a head's columns of the output projection, cost 3 to 6 % more.
     std::vector<float> error_weights = {};
+    /// [kv_heads][dim][dim], each matrix B orthogonal: B B^T is the unit matrix to 0.002 in each number, which
+    /// rounding to fp16 leaves it. A vector less its mean becomes B x, and is then rotated (hadamard). The
+    /// eigenvectors of what errors cost are a good choice: of the queries' second moment for keys, of the
+    /// values' weighted by scores for values. Empty: none. An engine that folds the values' matrix into its
+    /// projections leaves it empty. A call of attend takes dim^2 products more a query and an output, and a
+    /// stored vector dim^2. Not for values that lie in keys.
+    std::vector<float> basis = {};
 
     /// Whether all fields are the same.
     friend bool operator==(const vector_encoding&, const vector_encoding&) = default;

@@ -288,6 +288,7 @@ public:
 
     /// Stores tokens that are quantized already, bit for bit. The buffers hold rows in the order
     /// [tokens][kv_heads], each as export_rows gives it. Where values lie in keys, their buffers are empty.
+    /// Rows of keys whose means turn (layer_description::rotary) hold for the positions that they came from.
     /// O(values). Errors: those of try_append; shape_mismatch for a buffer's size; non_finite for metadata or
     /// plain values that are no numbers; invalid_argument for a layer with fp16 copies, which rows do not
     /// have, and for one with keys quantized per channel.
@@ -509,7 +510,8 @@ public:
     }
 
     /// Stores tokens that are quantized already, bit for bit: rows [tokens][kv_heads], each as export_rows
-    /// gives it. Throws kv1::error: invalid_sequence, out_of_range, capacity_exceeded, out_of_memory;
+    /// gives it. Rows of keys whose means turn (layer_description::rotary) hold for the positions that they
+    /// came from. Throws kv1::error: invalid_sequence, out_of_range, capacity_exceeded, out_of_memory;
     /// shape_mismatch for a buffer's size; non_finite for metadata or plain values; invalid_argument for a
     /// layer with fp16 copies or keys quantized per channel.
     void append_rows(sequence_id id, std::size_t layer, std::size_t tokens, const_row_buffers keys,

@@ -164,6 +164,19 @@ kv1::vector_encoding weighted(std::size_t heads, std::size_t dim) {
     return e;
 }
 
+// A basis of channels that lie dim / 4 apart, four by four: rows of a unit quaternion's matrix.
+std::vector<float> quaternion_basis(std::size_t heads, std::size_t dim) {
+    constexpr float a = 0.1f, b = 0.3f, c = 0.5f, d = 0.80622577f;
+    constexpr float matrix[4][4] = {{a, -b, -c, -d}, {b, a, -d, c}, {c, d, a, -b}, {d, -c, b, a}};
+    std::vector<float> all(heads * dim * dim);
+    for (std::size_t i = 0; i < heads * dim; ++i)
+        for (std::size_t k = 0; k < 4; ++k) {
+            const std::size_t row = i % dim, apart = dim / 4;
+            all[i * dim + k * apart + row % apart] = matrix[row / apart][k];
+        }
+    return all;
+}
+
 std::vector<float> vectors(kind k, generator& g, std::size_t count, std::size_t dim) {
     std::vector<float> x(count * dim);
     for (std::size_t i = 0; i < count; ++i)
@@ -172,7 +185,8 @@ std::vector<float> vectors(kind k, generator& g, std::size_t count, std::size_t 
 }
 
 // What a cache stores of tokens that are appended many at once.
-void append(kv1::target t, kv1::kv_format format, bool weights) {
+enum class encoded { no, weighted, turning_in_basis };
+void append(kv1::target t, kv1::kv_format format, encoded how) {
     for (const kind k : kinds) {
         generator g{static_cast<std::uint64_t>(k) + 77};
         digest d;
@@ -180,8 +194,16 @@ void append(kv1::target t, kv1::kv_format format, bool weights) {
         for (const std::size_t dim : {std::size_t{20}, std::size_t{64}, std::size_t{128}}) {
             constexpr std::size_t tokens = 150, heads = 2;
             kv1::layer_description layer{heads, dim, dim, format, format};
-            if (weights)
+            if (how != encoded::no)
                 layer.key_encoding = layer.value_encoding = weighted(heads, dim);
+            if (how == encoded::turning_in_basis) {
+                layer.key_encoding.basis = layer.value_encoding.basis = quaternion_basis(heads, dim);
+                for (std::size_t i = 0; i < heads * dim; ++i)
+                    layer.key_encoding.means.push_back(scaled(static_cast<std::int32_t>(i % 37) - 18, -4));
+                for (std::size_t i = 0; i < dim / 2; ++i)
+                    layer.rotary.frequencies.push_back(
+                        scaled(1000 + static_cast<std::int32_t>(i), -static_cast<int>(i)));
+            }
             auto cache = cache_type::create(kv1::uniform_cache(1, layer, 2 * tokens));
             const auto sequence = cache->try_create_sequence();
             const std::vector<float> x = vectors(k, g, tokens * heads, dim);
@@ -208,7 +230,10 @@ void append(kv1::target t, kv1::kv_format format, bool weights) {
                 }
         }
         std::printf("%s append %s%s %s: %016llx, %zu refused\n", to_string(t).data(),
-                    kv1::to_string(format).data(), weights ? " weighted" : "",
+                    kv1::to_string(format).data(),
+                    how == encoded::no         ? ""
+                    : how == encoded::weighted ? " weighted"
+                                               : " turning, in a basis",
                     kind_names[static_cast<int>(k)], static_cast<unsigned long long>(d.value()), refused);
     }
 }
@@ -299,9 +324,10 @@ int main(int argc, char** argv) {
         encode<kv1::least_squares<kv1::compact<2>>>("least_squares compact", t);
         encode<kv1::clip_search<kv1::affine<2>>>("clip_search affine", t);
         encode<kv1::clip_search<kv1::compact<2>>>("clip_search compact", t);
-        append(t, kv1::kv_format::affine2, false);
-        append(t, kv1::kv_format::affine2, true);
-        append(t, kv1::kv_format::codebook2, true);
+        append(t, kv1::kv_format::affine2, encoded::no);
+        append(t, kv1::kv_format::affine2, encoded::weighted);
+        append(t, kv1::kv_format::codebook2, encoded::weighted);
+        append(t, kv1::kv_format::codebook2, encoded::turning_in_basis);
         seal(t, kv1::kv_format::affine2, false);
         seal(t, kv1::kv_format::affine2, true);
         seal(t, kv1::kv_format::codebook2, true);

@@ -101,8 +101,13 @@ std::optional<kv1::cache_description> describe(kv_format f, kind k) {
                 e->error_weights.assign(heads * dim * dim, 0.25f);
                 for (std::size_t i = 0; i < heads * dim; ++i)
                     e->error_weights[i * dim + i % dim] += 1.0f;
+                e->basis.assign(heads * dim * dim, 0.0f);
+                for (std::size_t i = 0; i < heads * dim; ++i) // channels in another order
+                    e->basis[i * dim + (i * 5 + 1) % dim] = 1.0f;
             }
         }
+        if (weighted)
+            l.rotary.frequencies = kv1::rotary_frequencies(10000.0, dim / 2);
     };
     const bool by_channel = levels_differ && t.code_bits <= 4;
     switch (k) {

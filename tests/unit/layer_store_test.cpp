@@ -156,7 +156,7 @@ TEST_CASE("slots that are written to in any order, and over others, hold what a 
             }
 
         std::vector<float> row(l.key_dim), expected(l.key_dim);
-        store.read(kv_side::key, {table[2], 5}, 1, row);
+        store.read(kv_side::key, {table[2], 5}, 1, 2 * page + 5, row);
         cache.read(id, 0, kv_side::key, 1, 2 * page + 5, 1, expected);
         REQUIRE(row == expected);
     }
@@ -226,8 +226,8 @@ TEST_CASE("slots are moved as they are stored, blocks copied and cleared", "[slo
         store.read_row(kv_side::value, {1, 20}, 0, {packed, scales, minima}, 0);
         store.write_row(kv_side::value, {5, 3}, 1, {packed, scales, minima}, 0);
         std::vector<float> from(l.value_dim), to(l.value_dim);
-        store.read(kv_side::value, {1, 20}, 0, from);
-        store.read(kv_side::value, {5, 3}, 1, to);
+        store.read(kv_side::value, {1, 20}, 0, 20, from);
+        store.read(kv_side::value, {5, 3}, 1, 3, to);
         REQUIRE(from == to);
 
         mine.body.copy(1, 6);

@@ -31,6 +31,7 @@ struct append_job {
     tensor_view keys, values;          // values are ignored if the layout's values lie in its keys
     scratch_pool* scratches = nullptr; // of the cache; affine2_batch needs none
     bool through_fp16 = false;         // vectors are rounded to fp16 before they are quantized
+    std::size_t position_shift = 0;    // a token's position less its slot
     // the encodings of the body; null for fp16 copies
     const prepared_encoding* key_encoding = nullptr;
     const prepared_encoding* value_encoding = nullptr;
@@ -46,6 +47,7 @@ struct append_job {
     [[nodiscard]] std::size_t slot(std::size_t i) const noexcept {
         return slots != nullptr ? slots[i] : first_token + i;
     }
+    [[nodiscard]] std::uint64_t position(std::size_t i) const noexcept { return slot(i) + position_shift; }
     [[nodiscard]] const prepared_encoding* encoding(const section_layout& s) const noexcept {
         return s.keys ? key_encoding : value_encoding;
     }
@@ -163,6 +165,27 @@ inline const float* row_of(const append_job& job, const tensor_view& source, std
     return converted;
 }
 
+// New vector i with its mean and error weights. Where there is a basis, the mean is taken off, for enter_basis().
+// room: [channels], for a mean that turns, or for the vector less its mean.
+inline vector_to_encode input_of(const append_job& job, const prepared_encoding& encoding, const float* x,
+                                 std::size_t i, std::size_t head, float* room) noexcept {
+    const float* mean = encoding.mean_at(head, job.position(i), room, job.kernels->turn_mean);
+    if (encoding.basis.empty())
+        return {x, mean, encoding.feedback_of(head)};
+    for (std::size_t c = 0; c < encoding.params.channels; ++c)
+        room[c] = mean == nullptr ? x[c] : x[c] - mean[c];
+    return {room, nullptr, encoding.feedback_of(head)};
+}
+// What an encoder asks of a vector. In a basis channels are no longer the caller's, so it is asked before.
+inline encode_result check_vector(std::span<const float> x) noexcept {
+    if (const std::size_t bad = first_non_finite(x); bad != x.size())
+        return {errc::non_finite, rule_finite, bad, {}};
+    for (std::size_t c = 0; c < x.size(); ++c)
+        if (!(std::fabs(x[c]) <= largest_half))
+            return {errc::not_representable, rule_fp16_value, c, {}};
+    return {};
+}
+
 // Gathers 2-bit vectors into batches for append_affine2.
 class affine2_batch {
 public:
@@ -217,8 +240,14 @@ public:
             if (const status flushed = flush(); !flushed)
                 return flushed;
         const tensor_view& source = section_.keys ? job_.keys : job_.values;
-        rows_[count_] =
-            encoding_.input(row_of(job_, source, i, head, scratch_.converted + count_ * stride_), head);
+        const std::size_t at = count_ * stride_;
+        const float* x = row_of(job_, source, i, head, scratch_.converted + at);
+        if (!encoding_.basis.empty())
+            if (const encode_result r = check_vector({x, section_.channels}); r.code != errc::ok) {
+                const status before = flush(); // the first vector that is refused is named
+                return before ? append_error(r, head, i) : before;
+            }
+        rows_[count_] = input_of(job_, encoding_, x, i, head, scratch_.means + at);
         heads_[count_] = head;
         tokens_[count_++] = i;
         return {};
@@ -229,10 +258,14 @@ public:
         count_ = 0;
         if (count == 0)
             return {};
+        if (!encoding_.basis.empty())
+            enter_basis(count);
         std::size_t failed = 0;
-        const encode_result r =
+        encode_result r =
             job_.kernels->encode_vectors(encoding_.params, rows_, count, scratch_.codes, stride_,
                                          scratch_.metadata, failed, scratch_.encoder());
+        if (!encoding_.basis.empty())
+            r.channel = no_channel;
         if (r.code != errc::ok)
             return append_error(r, heads_[failed], tokens_[failed]);
         const std::size_t page_tokens = job_.layout->page_tokens(), groups = section_.groups();
@@ -247,6 +280,19 @@ public:
     }
 
 private:
+    // Vectors of one head side by side are taken together.
+    void enter_basis(std::size_t count) noexcept {
+        for (std::size_t first = 0, last = 0; first < count; first = last) {
+            for (last = first + 1;
+                 last < count && stride_ == section_.channels && heads_[last] == heads_[first];)
+                ++last;
+            job_.kernels->enter_basis(encoding_.basis.of(heads_[first]), rows_[first].x, last - first,
+                                      scratch_.converted + first * stride_);
+        }
+        for (std::size_t k = 0; k < count; ++k)
+            rows_[k].x = scratch_.converted + k * stride_;
+    }
+
     const append_job& job_;
     const section_layout& section_;
     const prepared_encoding& encoding_;
@@ -256,6 +302,19 @@ private:
     std::size_t heads_[tile_tokens], tokens_[tile_tokens];
     std::size_t count_ = 0;
 };
+
+// New vector i as it is stored, but for its codes: less its mean, in the basis, rotated. x may lie in
+// scratch.converted, the result lies in scratch.prepared.
+inline const float* prepared_row(const append_job& job, const prepared_encoding& encoding, const float* x,
+                                 std::size_t i, std::size_t head, append_scratch& scratch) noexcept {
+    vector_to_encode row = input_of(job, encoding, x, i, head, scratch.means);
+    if (const basis_view basis = encoding.basis.of(head)) {
+        job.kernels->enter_basis(basis, row.x, 1, scratch.converted);
+        row.x = scratch.converted;
+    }
+    prepare_vector(encoding.params, row, scratch.prepared);
+    return scratch.prepared;
+}
 
 // Appends keys quantized per channel of one KV head. They go to the page of fp16 keys; a page that they fill
 // is turned into codes.
@@ -268,15 +327,14 @@ inline status append_channel_keys(const append_job& job, std::size_t head, appen
         if (encoding.prepares()) {
             if (const std::size_t bad = first_non_finite({x, s.channels}); bad != s.channels)
                 return append_error({errc::non_finite, rule_finite, bad, {}}, head, i);
-            prepare_vector(encoding.params, encoding.input(x, head), scratch.prepared);
-            x = scratch.prepared;
+            x = prepared_row(job, encoding, x, i, head, scratch);
         }
         const std::size_t token = job.first_token + i, index = token / s.tokens, slot = token % s.tokens;
         const bool begun = i < slot; // before these tokens
         std::byte* page = const_cast<std::byte*>(begun ? job.open_before : job.open_after) +
                           head * job.open_layout->bytes();
         encode_result r = insert_plain(*job.kernels, open, page, slot, x, scratch.halves);
-        if (encoding.params.hadamard != 0)
+        if (encoding.params.hadamard != 0 || !encoding.basis.empty())
             r.channel = no_channel; // each rotated channel is a mix of many
         if (r.code == errc::ok && slot + 1 == s.tokens)
             r = seal_keys(*job.kernels, encoding, head, s, page_of(job, head, index), open, page, scratch);
@@ -323,8 +381,7 @@ inline status append_section(const append_job& job, const section_layout& s, std
         if (encoding != nullptr && encoding->prepares()) {
             if (const std::size_t bad = first_non_finite({x, s.channels}); bad != s.channels)
                 return append_error({errc::non_finite, rule_finite, bad, {}}, head, i);
-            prepare_vector(encoding->params, encoding->input(x, head), scratch.prepared);
-            x = scratch.prepared;
+            x = prepared_row(job, *encoding, x, i, head, scratch);
         }
         const encode_result r = insert_vector(*job.kernels, s, page_of(job, head, token / s.tokens),
                                               token % s.tokens, x, scratch);

@@ -12,6 +12,7 @@
 #pragma once
 
 #include <kv1/detail/buffer.hpp>
+#include <kv1/detail/page_hole.hpp>
 
 #include <algorithm>
 #include <cstddef>
@@ -20,14 +21,6 @@
 #include <span>
 
 namespace kv1::inline KV1_ABI::detail {
-
-/// Pages first ... last - 1 are dropped.
-struct page_hole {
-    std::uint32_t first = 0; ///< page
-    std::uint32_t last = 0;  ///< one past the last page
-    /// Whether both ends are the same.
-    friend bool operator==(page_hole, page_hole) = default;
-};
 
 /// Blocks by page, with holes. Not synchronized.
 class block_table {

@@ -25,6 +25,7 @@ public:
             return {table.blocks().data(), table.kept_before(q.length(layer), cache.page_tokens())};
         };
         to_.body = next(store_.body());
+        to_.position_shift = cache.storage.description().first_position + q.length(layer) - to_.body.first;
         if (store_.copies() != nullptr)
             to_.copies = next(*store_.copies());
         if (store_.open_keys() != nullptr) {

@@ -216,7 +216,11 @@ private:
     }
 
     [[nodiscard]] attention_job job_for(const plane& p, std::size_t query_heads) const noexcept {
-        attention_job job = store_.job(p, q_.pages[p.group].table.blocks().data(), query_heads, options_);
+        const block_table& table = q_.pages[p.group].table;
+        attention_job job = store_.job(p, table.blocks().data(), query_heads, options_);
+        job.first_position_of_keys = cache_.storage.description().first_position;
+        job.holes = table.holes().data();
+        job.hole_count = table.holes().size();
         if (&p == &body_ && store_.open_keys() != nullptr && length_ % page() != 0)
             store_.read_open_keys(job, cache_.open_block(q_, layer_),
                                   table_.kept_before(length_ / page() * page(), page()));

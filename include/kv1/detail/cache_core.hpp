@@ -353,11 +353,12 @@ public:
         for (std::size_t i = 0; i < count; ++i) {
             const std::span<float> row = out.subspan(i * section.channels, section.channels);
             const std::size_t token = first + i;
+            const std::size_t position = state_.storage.description().first_position + token;
             if (per_channel && token / state_.page_tokens() == q.length(layer) / state_.page_tokens())
                 store.read_open_key({state_.open_block(q, layer), token % state_.page_tokens()}, kv_head,
-                                    row);
+                                    position, row);
             else
-                store.read(side, place_of(q, layer, token), kv_head, row);
+                store.read(side, place_of(q, layer, token), kv_head, position, row);
         }
         return {};
     }

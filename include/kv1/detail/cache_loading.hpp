@@ -206,6 +206,8 @@ private:
             return differs("another number of tokens a page");
         if (r.number<std::uint64_t>() != d.fp16_sinks || r.number<std::uint64_t>() != d.fp16_window)
             return differs("other fp16 sinks or window");
+        if (r.number<std::uint64_t>() != d.first_position)
+            return differs("another position of the first token");
         for (std::size_t i = 0; i < d.layers.size(); ++i) {
             const layer_description& l = d.layers[i];
             if (r.number<std::uint32_t>() != l.kv_heads || r.number<std::uint32_t>() != l.key_dim ||
@@ -228,9 +230,11 @@ private:
                     return differs("keys quantized along another axis", i);
             }
             for (const prepared_encoding* c : {&cache_.planes_of(i).keys, &cache_.planes_of(i).values}) {
-                const auto hadamard = r.number<std::uint32_t>(), means = r.number<std::uint32_t>();
-                if (hadamard != c->params.hadamard || means != c->means_checksum())
-                    return differs("another rotation, or other means", i);
+                const auto hadamard = r.number<std::uint32_t>(), means = r.number<std::uint32_t>(),
+                           basis = r.number<std::uint32_t>();
+                if (hadamard != c->params.hadamard || means != c->means_checksum ||
+                    basis != c->basis.checksum())
+                    return differs("another rotation or basis, or other means", i);
             }
             const auto key_group = r.number<std::uint32_t>(), value_group = r.number<std::uint32_t>();
             if (key_group != layout.keys().group_channels || value_group != layout.values().group_channels)

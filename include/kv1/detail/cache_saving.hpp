@@ -142,7 +142,8 @@ private:
     template <class Writer>
     bool write_shape(Writer& w) const {
         const cache_description& d = cache_.storage.description();
-        bool fine = w.number(u64(d.fp16_sinks)) && w.number(u64(d.fp16_window));
+        bool fine =
+            w.number(u64(d.fp16_sinks)) && w.number(u64(d.fp16_window)) && w.number(u64(d.first_position));
         for (std::size_t i = 0; fine && i < d.layers.size(); ++i) {
             const layer_description& l = d.layers[i];
             fine = w.number(u32(l.kv_heads)) && w.number(u32(l.key_dim)) && w.number(u32(l.value_dim)) &&
@@ -156,7 +157,8 @@ private:
                        w.number(saved_axis(half->axis)) && w.number(static_cast<std::uint8_t>(t.metadata));
             }
             for (const prepared_encoding* c : {&cache_.planes_of(i).keys, &cache_.planes_of(i).values})
-                fine = fine && w.number(u32(c->params.hadamard)) && w.number(c->means_checksum());
+                fine = fine && w.number(u32(c->params.hadamard)) && w.number(c->means_checksum) &&
+                       w.number(c->basis.checksum());
             fine = fine && w.number(u32(layout.keys().group_channels)) &&
                    w.number(u32(layout.values().group_channels)) &&
                    w.number(u32(layout.values_in_keys() ? 1 : 0));

@@ -79,6 +79,8 @@ public:
                 return {errc::invalid_argument, "more than 2^32 - 2 pages"};
         if (d.fp16_sinks > max_window_tokens || d.fp16_window > max_window_tokens)
             return {errc::invalid_argument, "fp16 sinks and windows are less than 2^48 tokens"};
+        if (d.first_position > max_window_tokens)
+            return {errc::invalid_argument, "the first position is less than 2^48"};
         description_ = std::move(d);
         const std::size_t count = description_.layers.size();
         if (!layers_.reserve(count) || !planes_.reserve(3 * count) || !groups_.reserve(count + 2))

@@ -135,7 +135,7 @@ inline encode_result seal_keys(const target_kernels& kernels, const prepared_enc
                                const section_layout& open, const std::byte* open_page,
                                append_scratch& scratch) noexcept {
     std::memset(page + s.offset, 0, s.bytes());
-    if (const float* feedback = encoding.input(nullptr, head).feedback)
+    if (const float* feedback = encoding.feedback_of(head))
         return seal_weighted_keys(kernels, encoding, feedback, s, page, open, open_page, scratch);
     constexpr std::size_t room = 4 * max_vector_length;
     float* const x = scratch.page; // [channel of the batch][token]

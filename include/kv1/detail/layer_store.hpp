@@ -112,9 +112,15 @@ struct layer_encodings {
         if (l.values_in_keys)
             if (const char* rule = broken_latent_rule(l))
                 return {errc::invalid_argument, rule};
+        if (const char* rule = broken_rotary_rule(l))
+            return {errc::invalid_argument, rule};
+        if (first_non_finite(l.rotary.frequencies) != l.rotary.frequencies.size())
+            return {errc::non_finite, "rotary frequencies are finite"};
         if (status s =
                 prepare_encoding(l.key_format, l.key_encoding, l.kv_heads, l.key_dim, l.key_group, keys);
             !s)
+            return s;
+        if (status s = prepare_turning(l.rotary, l.kv_heads, keys); !s)
             return s;
         if (l.values_in_keys)
             return make_first_channels(keys, l.kv_heads, l.value_dim, values);
@@ -140,6 +146,18 @@ private:
         return nullptr;
     }
 
+    // The rule for rotary embeddings that the layer breaks; null: none.
+    [[nodiscard]] static const char* broken_rotary_rule(const layer_description& l) noexcept {
+        const rotary_embedding& r = l.rotary;
+        if (r.empty())
+            return nullptr;
+        if (r.frequencies.size() > l.key_dim / 2 || r.first_channel > l.key_dim - r.channels())
+            return "the channels that turn are channels of a key";
+        if (l.values_in_keys && r.first_channel < l.value_dim)
+            return "values in keys do not turn: the channels that turn come after them";
+        return nullptr;
+    }
+
     // The rule for values in keys that the layer breaks; null: none.
     [[nodiscard]] static const char* broken_latent_rule(const layer_description& l) noexcept {
         if (l.value_dim > l.key_dim)
@@ -148,6 +166,8 @@ private:
             return "values in keys have the keys' format and groups of channels";
         if (l.value_encoding != vector_encoding{})
             return "values in keys have the keys' encoding, and none of their own";
+        if (!l.key_encoding.basis.empty())
+            return "values in keys have no basis of their own, nor have the keys";
         if (l.key_axis != quantization_axis::per_token)
             return "keys per channel hold no values: their scales change from page to page";
         if (l.key_encoding.hadamard != 0 && l.value_dim % l.key_encoding.hadamard != 0)
@@ -192,6 +212,9 @@ public:
     struct destination {
         slot_run body;
         slot_run copies{}; // of the fp16 copies, if the layer has any
+        // The position of a slot of the body less its number: where the sequence begins, and the tokens that
+        // were dropped before the slots. It matters to keys whose means turn with their position.
+        std::size_t position_shift = 0;
         // Blocks of open keys, if the layer has any: open_begun for the page that the first slot lies in, if
         // that page holds tokens already; open_later for the pages after it.
         std::uint32_t open_begun = 0, open_later = 0;
@@ -240,7 +263,10 @@ public:
             job.key_hadamard = encodings_.keys.params.hadamard;
             job.value_hadamard = encodings_.values.params.hadamard;
             job.key_means = encodings_.keys.mean(0);
+            job.key_turning = encodings_.keys.turning.data();
             job.value_means = encodings_.values.mean(0);
+            job.key_basis = encodings_.keys.basis.of(0);
+            job.value_basis = encodings_.values.basis.of(0);
         }
         return job;
     }
@@ -276,15 +302,18 @@ public:
     [[nodiscard]] const section_layout& section(kv_side side) const noexcept {
         return side == kv_side::key ? body_.layout.keys() : body_.layout.values();
     }
-    // Decodes a vector; rotation and mean are undone. Precondition: the body holds its codes.
-    void read(kv_side side, const slot_place& at, std::size_t kv_head, std::span<float> out) const noexcept {
+    // Decodes a vector; rotation and mean, that of its position, are undone. Precondition: the body holds its
+    // codes.
+    void read(kv_side side, const slot_place& at, std::size_t kv_head, std::size_t position,
+              std::span<float> out) const noexcept {
         decode_row(section(side), body_.page(at.block, kv_head), at.token, out);
-        encoding(side).restore(out, kv_head);
+        encoding(side).restore(out, kv_head, position);
     }
-    // Decodes a key of an open page; rotation and mean are undone.
-    void read_open_key(const slot_place& at, std::size_t kv_head, std::span<float> out) const noexcept {
+    // Decodes a key of an open page; rotation and mean, that of its position, are undone.
+    void read_open_key(const slot_place& at, std::size_t kv_head, std::size_t position,
+                       std::span<float> out) const noexcept {
         decode_row(open_keys_->layout.keys(), open_keys_->page(at.block, kv_head), at.token, out);
-        encodings_.keys.restore(out, kv_head);
+        encodings_.keys.restore(out, kv_head, position);
     }
     // Copies a row out bit for bit.
     void read_row(kv_side side, const slot_place& at, std::size_t kv_head, const row_buffers& out,
@@ -306,6 +335,7 @@ private:
                 return s;
         append_job job = append_to(body_, to.body, keys, values);
         job.through_fp16 = copies_ != nullptr;
+        job.position_shift = to.position_shift;
         job.key_encoding = &encodings_.keys;
         job.value_encoding = &encodings_.values;
         if (open_keys_ != nullptr) {

@@ -7,6 +7,8 @@
 #include <kv1/detail/buffer.hpp>
 #include <kv1/detail/crc32c.hpp>
 #include <kv1/detail/kernels/interface.hpp>
+#include <kv1/detail/orthogonal_basis.hpp>
+#include <kv1/detail/turning_means.hpp>
 #include <kv1/encoding.hpp>
 #include <kv1/hadamard.hpp>
 #include <kv1/quantizer.hpp>
@@ -24,29 +26,52 @@ namespace kv1::inline KV1_ABI::detail {
 // The encoding of a layer's keys, or of its values. Kernels get pointers into it.
 struct prepared_encoding {
     encoding_params params{};
-    buffer<float> means;         // [kv_heads][channels], or empty
+    buffer<float> means;         // [kv_heads][channels], or empty; zero in channels that turn
+    turning_means turning;       // of keys that turn with their position
+    basis_matrices basis;        // or empty
     buffer<float> feedback;      // [kv_heads][channels][channels], or empty: factor_weights()
     bool chooses_levels = false; // encode_vectors chooses codes; else the format's own rule does
 
-    [[nodiscard]] bool prepares() const noexcept { return params.hadamard != 0 || !means.empty(); }
+    // Of the means and of how they turn, which a saved cache must find again when it is loaded. 0: no means.
+    std::uint32_t means_checksum = 0;
+
+    [[nodiscard]] bool prepares() const noexcept {
+        return params.hadamard != 0 || has_means() || !basis.empty();
+    }
+    [[nodiscard]] bool has_means() const noexcept { return !means.empty() || !turning.empty(); }
+    // The part of a mean that all positions share; null: none.
     [[nodiscard]] const float* mean(std::size_t head) const noexcept {
         return means.empty() ? nullptr : means.data() + head * params.channels;
     }
-    [[nodiscard]] vector_to_encode input(const float* x, std::size_t head) const noexcept {
-        return {x, mean(head),
-                feedback.empty() ? nullptr : feedback.data() + head * params.channels * params.channels};
+    // The mean of a vector at a position; null: none. room: [channels], which the result may point to.
+    template <class TurnMean>
+    [[nodiscard]] const float* mean_at(std::size_t head, std::uint64_t position, float* room,
+                                       const TurnMean& turn) const noexcept {
+        if (turning.empty())
+            return mean(head);
+        if (means.empty())
+            std::fill_n(room, params.channels, 0.0f);
+        else
+            std::copy_n(mean(head), params.channels, room);
+        turn(turning.data()[head], position, room);
+        return room;
     }
-    // Undoes what was done to a vector before it was stored: rotates it back and adds its mean.
-    void restore(std::span<float> x, std::size_t head) const noexcept {
+    [[nodiscard]] const float* feedback_of(std::size_t head) const noexcept {
+        return feedback.empty() ? nullptr : feedback.data() + head * params.channels * params.channels;
+    }
+    // Undoes what was done to a vector before it was stored: rotates it back, leaves the basis, and adds the
+    // mean of its position.
+    void restore(std::span<float> x, std::size_t head, std::uint64_t position) const noexcept {
         if (params.hadamard != 0)
             hadamard_transform(x, params.hadamard);
-        if (const float* m = mean(head))
+        float room[max_vector_length];
+        if (const basis_view b = basis.of(head)) {
+            std::copy(x.begin(), x.end(), room);
+            leave_basis(b, room, x.data());
+        }
+        if (const float* m = mean_at(head, position, room, turn_mean))
             for (std::size_t c = 0; c < x.size(); ++c)
                 x[c] += m[c];
-    }
-    // Of the means, which a saved cache must find again when it is loaded. 0: no means.
-    [[nodiscard]] std::uint32_t means_checksum() const noexcept {
-        return means.empty() ? 0 : crc32c(0, std::as_bytes(means.view()));
     }
 };
 
@@ -54,7 +79,8 @@ struct prepared_encoding {
 
 // Factors the error weights of one KV head for the encoder (encode_reference.hpp).
 //
-//   input    weights W, [n][n], symmetric. W is first rotated as vectors are, if width is not 0.
+//   input    weights W, [n][n], symmetric. First W is taken into the basis, if there is one, and rotated as
+//            vectors are, if width is not 0.
 //   factors  W = R^T D R, R upper triangular with ones on its diagonal, D diagonal (a Cholesky factorization)
 //   output   feedback, [n][n]:  below the diagonal  feedback[i][j] = R[j][i]
 //                               on it               feedback[j][j] = D[j] / (mean of W's diagonal)
@@ -67,21 +93,26 @@ struct prepared_encoding {
 // nothing would have D = 0, and no other could divide by it. Errors: invalid_argument if W is not positive
 // semidefinite, out_of_memory.
 inline status factor_weights(std::span<const float> weights, std::size_t n, std::size_t width,
-                             float* feedback) noexcept {
+                             float* feedback, const basis_view& basis = {}) noexcept {
     constexpr status indefinite(errc::invalid_argument, "error weights are positive semidefinite");
     buffer<double> w;
     buffer<float> line_buffer;
-    if (!w.resize(weights.size()) || !line_buffer.resize(n))
+    if (!w.resize(weights.size()) || !line_buffer.resize(2 * n))
         return {errc::out_of_memory, "an allocation failed"};
     std::copy(weights.begin(), weights.end(), w.begin());
-    if (width != 0) { // rows, then columns
-        const std::span<float> line(line_buffer.data(), n);
+    if (basis || width != 0) { // rows, then columns
+        const std::span<float> line(line_buffer.data(), n), inside(line_buffer.data() + n, n);
         for (const bool columns : {false, true})
             for (std::size_t i = 0; i < n; ++i) {
                 const std::size_t first = columns ? i : i * n, step = columns ? n : 1;
                 for (std::size_t k = 0; k < n; ++k)
                     line[k] = static_cast<float>(w[first + k * step]);
-                hadamard_transform(line, width);
+                if (basis) {
+                    enter_basis(basis, line.data(), inside.data());
+                    std::copy(inside.begin(), inside.end(), line.begin());
+                }
+                if (width != 0)
+                    hadamard_transform(line, width);
                 for (std::size_t k = 0; k < n; ++k)
                     w[first + k * step] = line[k];
             }
@@ -138,19 +169,44 @@ inline status prepare_encoding(kv_format format, const vector_encoding& e, std::
         return {errc::invalid_argument, "error weights need least squares or a clip search"};
     if (!e.error_weights.empty() && group != 0 && group != channels)
         return {errc::invalid_argument, "error weights need one scale for all channels of a vector"};
-    for (const std::vector<float>* all : {&e.means, &e.error_weights})
+    if (!e.basis.empty() && e.basis.size() != heads * channels * channels)
+        return {errc::shape_mismatch, "a basis is a square matrix for each KV head"};
+    for (const std::vector<float>* all : {&e.means, &e.error_weights, &e.basis})
         if (first_non_finite(*all) != all->size())
-            return {errc::non_finite, "means and error weights are finite"};
+            return {errc::non_finite, "means, error weights and bases are finite"};
+    for (std::size_t first = 0; first < e.basis.size(); first += channels * channels)
+        if (!is_orthogonal(std::span(e.basis).subspan(first, channels * channels), channels))
+            return {errc::invalid_argument, "a basis is an orthogonal matrix, to 0.002 in each number"};
     out.params = {format, e.levels, channels, group == 0 ? channels : group, e.hadamard};
     out.chooses_levels = e.levels != level_choice::min_max || t.metadata == metadata_kind::compact;
-    if (!out.means.assign(e.means) || !out.feedback.resize(e.error_weights.size()))
+    if (!out.means.assign(e.means) || (!e.basis.empty() && !out.basis.assign(e.basis, channels)) ||
+        !out.feedback.resize(e.error_weights.size()))
         return {errc::out_of_memory, "an allocation failed"};
+    out.means_checksum = e.means.empty() ? 0 : crc32c(0, std::as_bytes(out.means.view()));
     const std::size_t matrix = channels * channels;
     for (std::size_t first = 0; first < e.error_weights.size(); first += matrix)
-        if (const status s = factor_weights(std::span(e.error_weights).subspan(first, matrix), channels,
-                                            e.hadamard, out.feedback.data() + first);
+        if (const status s =
+                factor_weights(std::span(e.error_weights).subspan(first, matrix), channels, e.hadamard,
+                               out.feedback.data() + first, out.basis.of(first / matrix));
             !s)
             return s;
+    return {};
+}
+
+// Takes the means of channels that turn apart from the others. Precondition: rotary turns channels of a key.
+// Errors: out_of_memory.
+inline status prepare_turning(const rotary_embedding& rotary, std::size_t heads,
+                              prepared_encoding& keys) noexcept {
+    if (rotary.empty() || keys.means.empty())
+        return {};
+    const std::span<float> means(keys.means.data(), keys.means.size());
+    if (!keys.turning.take(rotary, heads, keys.params.channels, means))
+        return {errc::out_of_memory, "an allocation failed"};
+    if (std::all_of(means.begin(), means.end(), [](float x) { return x == 0.0f; }))
+        keys.means.clear();
+    const std::uint64_t kind[] = {static_cast<std::uint64_t>(rotary.pairs), rotary.first_channel};
+    keys.means_checksum = crc32c(keys.means_checksum, std::as_bytes(std::span(rotary.frequencies)));
+    keys.means_checksum = crc32c(keys.means_checksum, std::as_bytes(std::span(kind)));
     return {};
 }
 

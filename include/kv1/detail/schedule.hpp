@@ -107,6 +107,13 @@ inline status attend_heads(const attention_job& common, std::size_t kv_heads, co
             return {errc::out_of_memory, "no memory for partial results"};
     }
 
+    std::unique_ptr<float[]> queries_in_basis; // [KV head][row][channels]
+    if (common.key_basis) {
+        queries_in_basis.reset(new (std::nothrow) float[kv_heads * rows * layout.keys().channels]);
+        if (queries_in_basis == nullptr)
+            return {errc::out_of_memory, "no memory for queries in another basis"};
+    }
+
     const auto head_offset = [&](std::size_t kv_head) { return kv_head * common.head_group; };
     const auto job_for = [&](std::size_t kv_head, std::size_t row_split) {
         attention_job job = common;
@@ -129,6 +136,14 @@ inline status attend_heads(const attention_job& common, std::size_t kv_heads, co
         job.sink_logits = heads.sink_logits == nullptr ? nullptr : heads.sink_logits + head_offset(kv_head);
         if (common.key_means != nullptr)
             job.key_means = common.key_means + kv_head * layout.keys().channels;
+        if (common.key_basis) {
+            job.key_basis.columns += kv_head * common.key_basis.n * common.key_basis.stride;
+            job.queries_in_basis = queries_in_basis.get() + kv_head * rows * layout.keys().channels;
+        }
+        if (common.value_basis)
+            job.value_basis.columns += kv_head * common.value_basis.n * common.value_basis.stride;
+        if (common.key_turning != nullptr)
+            job.key_turning = common.key_turning + kv_head;
         if (common.value_means != nullptr)
             job.value_means = common.value_means + kv_head * channels;
         return job;
@@ -140,6 +155,32 @@ inline status attend_heads(const attention_job& common, std::size_t kv_heads, co
     };
 
     std::atomic<bool> starved{false}; // a task had no scratch
+    if (common.key_basis) {           // once for all ranges
+        auto enter_task = [&](std::size_t task) {
+            const scratch_lease scratch(*common.scratches);
+            if (!scratch) {
+                starved.store(true, std::memory_order_relaxed);
+                return;
+            }
+            const std::size_t n = layout.keys().channels;
+            const attention_job job = job_for(task / split.row_splits, task % split.row_splits);
+            float* const own = scratch.as<attention_scratch>().query;
+            for (std::size_t r = 0; r < job.rows; ++r) {
+                const std::size_t row = job.first_row + r;
+                common.target->load_floats(
+                    queries.type(),
+                    queries.at(row / common.head_group,
+                               head_offset(task / split.row_splits) + row % common.head_group),
+                    n, own + r * n);
+            }
+            common.target->enter_basis(job.key_basis, own, job.rows,
+                                       queries_in_basis.get() +
+                                           (task / split.row_splits * rows + job.first_row) * n);
+        };
+        run(kv_heads * split.row_splits, task_view(enter_task));
+        if (starved.load(std::memory_order_relaxed))
+            return no_scratch();
+    }
     auto attend_task = [&](std::size_t task) {
         const scratch_lease scratch(*common.scratches);
         if (!scratch) {
@@ -190,7 +231,7 @@ inline status attend_heads(const attention_job& common, std::size_t kv_heads, co
         for (std::size_t c = 0; c < channels; ++c)
             partial[2 + c] = state.denominator > 0.0f ? partial[2 + c] * factor / state.denominator : 0.0f;
         restore_output(job, state.denominator > 0.0f ? factor * seen_weights / state.denominator : 0.0f,
-                       partial + 2, common.target->rotate);
+                       partial + 2);
         common.target->store_outputs(outputs.type(), partial + 2, channels,
                                      outputs.at(row / common.head_group, head));
         if (!log_sum_exp.empty())

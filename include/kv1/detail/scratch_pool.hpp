@@ -23,6 +23,7 @@ namespace kv1::inline KV1_ABI::detail {
 struct append_scratch {
     alignas(64) float converted[max_vector_length]; // one vector as floats, or a batch of shorter ones
     alignas(64) float prepared[max_vector_length];  // one vector, less its mean and rotated
+    alignas(64) float means[max_vector_length];     // where means turn: of a vector, or of a batch
     alignas(64) std::uint16_t halves[max_vector_length];
     alignas(64) std::uint8_t codes[4 * max_vector_length]; // of a batch
     row_metadata metadata[max_groups];                     // [vector][group]

@@ -16,9 +16,11 @@ namespace kv1::inline KV1_ABI::detail {
 // The number of bytes that the containers of a copy allocate.
 inline std::size_t copied_bytes(const cache_description& d) noexcept {
     std::size_t bytes = d.layers.size() * sizeof(layer_description);
-    for (const layer_description& l : d.layers)
+    for (const layer_description& l : d.layers) {
+        bytes += l.rotary.frequencies.size() * sizeof(float);
         for (const vector_encoding* e : {&l.key_encoding, &l.value_encoding})
-            bytes += (e->means.size() + e->error_weights.size()) * sizeof(float);
+            bytes += (e->means.size() + e->error_weights.size() + e->basis.size()) * sizeof(float);
+    }
     return bytes;
 }
 

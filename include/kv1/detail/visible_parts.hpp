@@ -262,6 +262,7 @@ private:
     [[nodiscard]] attention_job job_from(attention_job job, visible_run& from) const noexcept {
         const std::size_t skipped = from.first / page_;
         job.block_table += skipped;
+        job.skipped_pages += skipped;
         job.open_from -= (std::min)(skipped * page_, job.open_from);
         from.first -= skipped * page_;
         from.last -= skipped * page_;

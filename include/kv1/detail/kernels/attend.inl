@@ -5,10 +5,16 @@
 // per target.
 
 KV1_LAZY KV1_INLINE float maximum_of(const float* scores, std::size_t slots, float start) {
-    f32 largest(start);
-    for (std::size_t i = 0; i < slots; i += lanes)
-        largest = xs::max(largest, f32::load_aligned(scores + i));
-    return xs::reduce_max(largest);
+    f32 first(start), second(start); // that do not wait for each other
+    std::size_t i = 0;
+    for (; i + 4 * lanes <= slots; i += 4 * lanes) {
+        first = xs::max(first, xs::max(f32::load_aligned(scores + i), f32::load_aligned(scores + i + lanes)));
+        second = xs::max(second, xs::max(f32::load_aligned(scores + i + 2 * lanes),
+                                         f32::load_aligned(scores + i + 3 * lanes)));
+    }
+    for (; i < slots; i += lanes)
+        first = xs::max(first, f32::load_aligned(scores + i));
+    return xs::reduce_max(xs::max(first, second));
 }
 
 // Copies channels of one query row, in the order of a lane's bytes and their fields, into its runs among those of
@@ -60,7 +66,6 @@ KV1_LAZY inline void round_query(const float* query, std::size_t padded, const f
 
 // The tiles of tokens first ... last - 1, and tiles that complete their granules. token[k] is the first token of tile
 // k; no_token: the tile completes a granule. Precondition: first is a multiple of the granule within its page.
-inline constexpr std::size_t no_token = ~std::size_t{0};
 struct chunk_tiles {
     tile_ref tiles[max_chunk_tiles];
     std::size_t token[max_chunk_tiles];
@@ -359,9 +364,10 @@ KV1_LAZY KV1_NOINLINE inline void copy_tile(const float* scores, std::size_t row
             f32::load_aligned(scores + r * score_stride + slot + i).store_aligned(out + r * tile_tokens + i);
 }
 
-// Exact scores of one tile, of all rows of q.
+// Exact scores of one tile, of all rows of q, which are the job's from first_row on.
 KV1_LAZY KV1_NOINLINE inline void exact_tile(const attention_job& job, const query_rows& q,
-                                             const top_tile& top, float* scores) noexcept {
+                                             std::size_t first_row, const top_tile& top,
+                                             float* scores) noexcept {
     constexpr auto exact = static_cast<std::size_t>(precision::exact);
     const section_layout& keys = job.layout->keys();
     chunk_tiles chunk;
@@ -377,6 +383,8 @@ KV1_LAZY KV1_NOINLINE inline void exact_tile(const attention_job& job, const que
         job.key_kernels->key_scores[exact](view, q, scores, tops);
     else
         add_group_scores(*job.key_kernels, exact, view, q, scores, job.scratch->group_scores, tops);
+    if (job.key_turning != nullptr)
+        add_mean_scores(job, chunk.tiles, chunk.token, 1, first_row, q.rows, scores);
 }
 
 KV1_LAZY KV1_NOINLINE inline float correction_of(const attention_job& job, std::size_t r,
@@ -420,7 +428,7 @@ KV1_LAZY KV1_NOINLINE inline void correct_maxima(const attention_job& job, const
     }
     alignas(64) float exact[max_rows * tile_tokens];
     if (is_shared && last.tile.page != nullptr) {
-        exact_tile(job, q, last, scores);
+        exact_tile(job, q, 0, last, scores);
         copy_tile(scores, job.rows, 0, exact);
     }
     for (std::size_t r = 0; r < job.rows; ++r) {
@@ -437,7 +445,7 @@ KV1_LAZY KV1_NOINLINE inline void correct_maxima(const attention_job& job, const
             query_rows one = q;
             one.rows = 1;
             one.values = query;
-            exact_tile(job, one, top, scores);
+            exact_tile(job, one, r, top, scores);
             its = scores;
         } else {
             std::memcpy(top.scores, shared + r * tile_tokens, sizeof top.scores);
@@ -515,6 +523,11 @@ inline void attend_rows(const attention_job& job) noexcept {
         load_floats(job.query_type, static_cast<const std::byte*>(job.queries) + at * size, keys.channels,
                     row);
         shifts[r] = key_shift(job, row);
+        if (job.key_turning != nullptr)
+            make_waves(job, row, r);
+        if (job.key_basis)
+            std::memcpy(row, job.queries_in_basis + (job.first_row + r) * keys.channels,
+                        keys.channels * sizeof(float));
         if (job.key_hadamard != 0)
             rotate(row, keys.channels, job.key_hadamard);
         for (std::size_t i = keys.channels; i < key_stride; ++i)
@@ -589,16 +602,18 @@ inline void attend_rows(const attention_job& job) noexcept {
             job.key_kernels->key_scores[mode](key_view, q, scores, tops);
         else
             add_group_scores(*job.key_kernels, mode, key_view, q, scores, job.scratch->group_scores, tops);
+        if (job.key_turning != nullptr)
+            add_mean_scores(job, chunk.tiles, chunk.token, chunk.count, 0, job.rows, scores);
 
         const bool masked = job.mask != nullptr && last > job.mask_first;
         const bool whole =
             !adjusted && !masked && last - first == slots && first >= all.first && last <= all.last;
         for (std::size_t r = 0; r < job.rows; ++r) {
             float* row = scores + r * score_stride;
-            if (!whole) {
+            if (!whole)
                 adjust_scores(job, r, seen[r], chunk, shifts[r], row);
+            if (!whole || job.key_turning != nullptr)
                 tops[r] = maximum_of(row, slots, lowest_score);
-            }
             const float largest = tops[r];
             if (corrected && largest > top_tiles[r].score)
                 find_top(chunk, row, largest, top_tiles[r]);
@@ -652,8 +667,7 @@ inline void attend_rows(const attention_job& job) noexcept {
         const f32 inverse(state.denominator > 0.0f ? factor / state.denominator : 0.0f);
         for (std::size_t i = 0; i < value_stride; i += lanes)
             (f32::load_aligned(row + i) * inverse).store_aligned(row + i);
-        restore_output(job, state.denominator > 0.0f ? factor * seen_weights / state.denominator : 0.0f, row,
-                       rotate<>);
+        restore_output(job, state.denominator > 0.0f ? factor * seen_weights / state.denominator : 0.0f, row);
         const std::ptrdiff_t at = static_cast<std::ptrdiff_t>(token) * job.output_token_stride +
                                   static_cast<std::ptrdiff_t>(head) * job.output_head_stride;
         const std::ptrdiff_t size = job.output_type == scalar_type::fp32 ? 4 : 2;

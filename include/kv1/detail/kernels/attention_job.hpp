@@ -5,6 +5,9 @@
 #pragma once
 
 #include <kv1/detail/kernels/chunk.hpp>
+#include <kv1/detail/orthogonal_basis.hpp>
+#include <kv1/detail/page_hole.hpp>
+#include <kv1/detail/turning_means.hpp>
 #include <kv1/format.hpp>
 #include <kv1/layout.hpp>
 #include <kv1/precision.hpp>
@@ -27,6 +30,8 @@ struct attention_scratch {
     // of keys quantized per channel: queries times a page's scales, and its metadata
     alignas(64) float scaled[scratch_floats];
     alignas(64) float slopes[max_vector_length], bases[max_vector_length];
+    // of means that turn: the waves that a row's query makes of them at position 0, and at a run of tokens
+    alignas(64) float still_waves[scratch_floats], waves[scratch_floats];
     alignas(64) std::byte transposed[transposed_room]; // a chunk's values, where they lie in keys
 };
 
@@ -124,6 +129,14 @@ struct attention_job {
     // What encodings did to keys and values, which attention undoes.
     std::size_t key_hadamard, value_hadamard; // channels rotated together; 0: not rotated
     const float *key_means, *value_means;     // [channels] of this KV head, or null
+    const turning_mean* key_turning;          // of this KV head, or null
+    basis_view key_basis, value_basis;        // of this KV head, or none
+    const float* queries_in_basis;            // [row][channels], where keys have a basis; not rotated yet
+    // Positions of tokens, which key_turning asks for (position_of()).
+    std::size_t first_position_of_keys; // of the sequence's first token
+    std::size_t skipped_pages;          // pages that are not dropped before the first of block_table
+    const page_hole* holes;             // of the sequence, in order
+    std::size_t hole_count;
 
     // The result goes to outputs [token][head][channel], or to partials if that is set. A partial result of a
     // row is {maximum, sum, weighted sums}, with the maximum in units of log2 (softmax.hpp) and without sink
@@ -135,5 +148,14 @@ struct attention_job {
     std::size_t partial_stride;
     float* log_sum_exp; // may be null: [row] natural log of the softmax denominator
 };
+
+// The position of the token at a place, an index among a job's tokens.
+inline std::uint64_t position_of(const attention_job& job, std::size_t place) noexcept {
+    const std::size_t page_tokens = job.layout->page_tokens(), kept = place / page_tokens + job.skipped_pages;
+    std::size_t gone = 0; // pages dropped before it
+    for (std::size_t i = 0; i < job.hole_count && job.holes[i].first <= kept + gone; ++i)
+        gone += job.holes[i].last - job.holes[i].first;
+    return job.first_position_of_keys + place + (job.skipped_pages + gone) * page_tokens;
+}
 
 } // namespace kv1::inline KV1_ABI::detail

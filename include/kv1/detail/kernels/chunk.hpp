@@ -114,6 +114,9 @@ struct tile_ref {
     std::size_t token;
 };
 
+// In the place of a tile's first token: the tile only completes a granule.
+inline constexpr std::size_t no_token = static_cast<std::size_t>(-1);
+
 // The tiles of a chunk, in K's or V's section of their pages. Lanes past the stored tokens hold finite
 // garbage. A tile that only completes a granule refers to the tile before it, and no row sees it.
 struct chunk_view {

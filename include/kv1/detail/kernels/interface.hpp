@@ -11,6 +11,8 @@
 #include <kv1/detail/kernels/chunk.hpp>
 #include <kv1/detail/kernels/encoding_params.hpp>
 #include <kv1/detail/kernels/weight_codes.hpp>
+#include <kv1/detail/orthogonal_basis.hpp>
+#include <kv1/detail/turning_means.hpp>
 
 #include <cstddef>
 #include <cstdint>
@@ -51,6 +53,11 @@ struct target_kernels {
     // y[r * stride + i] += factors[r] * x[i] for each of n, a multiple of tile_tokens; products are rounded
     void (*add_multiples)(float* y, std::size_t stride, const float* factors, std::size_t rows,
                           const float* x, std::size_t n) noexcept;
+    // the mean at a position: turn_mean()
+    void (*turn_mean)(const turning_mean& m, std::uint64_t position, float* mean) noexcept;
+    // enter_basis() and leave_basis(), bit for bit the former alone; `rows` vectors, n and n apart
+    void (*enter_basis)(const basis_view& b, const float* x, std::size_t rows, float* y) noexcept;
+    void (*leave_basis)(const basis_view& b, const float* y, float* x) noexcept;
     // hadamard_transform() of n channels
     void (*rotate)(float* x, std::size_t n, std::size_t width) noexcept;
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Undoes means and rotation of stored keys and values in attention. It runs once a query row, so it is plain
+// Undoes means, rotation and basis of stored keys and values in attention. It runs once a query row, so it is plain
 // C++ outside the targets' regions. With the mean mu of keys or values:
 //
 //   q . (k + mu) = q . k + q . mu         all scores of a row shift by q . mu: weights do not change, but a soft cap,
@@ -10,6 +10,9 @@
 
 #include <kv1/detail/kernels/interface.hpp>
 #include <kv1/detail/kernels/softmax.hpp>
+
+#include <algorithm>
+#include <cstddef>
 
 namespace kv1::inline KV1_ABI::detail {
 
@@ -30,13 +33,17 @@ inline void shift_maximum(const attention_job& job, float shift, softmax_state& 
         state.maximum += shift * log2_e;
 }
 
-// Rotates an output back and adds weight times the mean of the values. weight: the sum of the row's weights,
+// Rotates an output back, leaves the basis of the values, and adds weight times the mean of the values. weight: the sum of the row's weights,
 // 1 unless a sink logit has a share.
-template <class Rotate>
-void restore_output(const attention_job& job, float weight, float* output, const Rotate& rotate) noexcept {
+inline void restore_output(const attention_job& job, float weight, float* output) noexcept {
     const std::size_t n = job.layout->values().channels;
     if (job.value_hadamard != 0)
-        rotate(output, n, job.value_hadamard);
+        job.target->rotate(output, n, job.value_hadamard);
+    if (job.value_basis) {
+        float inside[max_vector_length];
+        std::copy_n(output, n, inside);
+        job.target->leave_basis(job.value_basis, inside, output);
+    }
     if (job.value_means != nullptr)
         for (std::size_t c = 0; c < n; ++c)
             output[c] += weight * job.value_means[c];

@@ -163,6 +163,11 @@ inline void add_multiples(float* y, std::size_t stride, const float* factors, st
 
 inline void rotate(float* x, std::size_t n, std::size_t width) noexcept { hadamard_transform({x, n}, width); }
 
+inline void enter_basis(const basis_view& b, const float* x, std::size_t rows, float* y) noexcept {
+    for (std::size_t r = 0; r < rows; ++r)
+        detail::enter_basis(b, x + r * b.n, y + r * b.n);
+}
+
 // Slot i of a chunk.
 struct slot_place {
     const std::byte* page;
@@ -387,6 +392,17 @@ inline void attend_rows(const attention_job& job) noexcept {
                             query_size,
                     keys.channels, query);
         const float shift = key_shift(job, query);
+        // the mean that turns, for its share of each score
+        const turning_mean* const turning = job.key_turning;
+        float* const waves = job.scratch->waves; // [pair][2]
+        for (std::size_t j = 0; turning != nullptr && j < turning->count; ++j) {
+            const float a = job.scale * query[turning->first_channel[j]],
+                        b = job.scale * query[turning->second_channel[j]];
+            waves[2 * j] = a * turning->first[j] + b * turning->second[j];
+            waves[2 * j + 1] = b * turning->first[j] - a * turning->second[j];
+        }
+        if (job.key_basis)
+            std::copy_n(job.queries_in_basis + (job.first_row + r) * keys.channels, keys.channels, query);
         if (job.key_hadamard != 0)
             rotate(query, keys.channels, job.key_hadamard);
         for (std::size_t g = 0; g < key_groups; ++g) {
@@ -433,6 +449,11 @@ inline void attend_rows(const attention_job& job) noexcept {
                 if (!sees(job, token, t)) {
                     s = lowest_score;
                     continue;
+                }
+                for (std::size_t j = 0; turning != nullptr && j < turning->count; ++j) {
+                    const unit_vector u = unit_at(
+                        static_cast<std::uint32_t>(turning->half_turns[j] * (2 * position_of(job, t)) >> 32));
+                    s += waves[2 * j] * u.cosine + waves[2 * j + 1] * u.sine;
                 }
                 if (job.soft_cap > 0.0f)
                     s = job.soft_cap * std::tanh((s + shift) / job.soft_cap);
@@ -508,8 +529,8 @@ inline void attend_rows(const attention_job& job) noexcept {
         const float factor = job.sink_logits != nullptr ? add_sink_logit(state, job.sink_logits[head]) : 1.0f;
         for (std::size_t c = 0; c < values.channels; ++c)
             sums[c] = state.denominator > 0.0f ? sums[c] * factor / state.denominator : 0.0f;
-        restore_output(job, state.denominator > 0.0f ? factor * seen_weights / state.denominator : 0.0f, sums,
-                       rotate);
+        restore_output(job, state.denominator > 0.0f ? factor * seen_weights / state.denominator : 0.0f,
+                       sums);
         const std::ptrdiff_t output_size = job.output_type == scalar_type::fp32 ? 4 : 2;
         store_outputs(job.output_type, sums, values.channels,
                       static_cast<std::byte*>(job.outputs) +
@@ -522,10 +543,23 @@ inline void attend_rows(const attention_job& job) noexcept {
 }
 
 inline const target_kernels& kernels() noexcept {
-    static constexpr target_kernels table{
-        load_floats,    store_floats,  store_outputs, encode_affine, encode<scaled_binary>,
-        encode<binary>, pack,          unpack,        insert_codes,  append_affine2,
-        encode_vectors, add_multiples, rotate,        attend_rows};
+    static constexpr target_kernels table{load_floats,
+                                          store_floats,
+                                          store_outputs,
+                                          encode_affine,
+                                          encode<scaled_binary>,
+                                          encode<binary>,
+                                          pack,
+                                          unpack,
+                                          insert_codes,
+                                          append_affine2,
+                                          encode_vectors,
+                                          add_multiples,
+                                          detail::turn_mean,
+                                          enter_basis,
+                                          detail::leave_basis,
+                                          rotate,
+                                          attend_rows};
     return table;
 }
 

@@ -5,9 +5,9 @@
 
 KV1_LAZY const target_kernels& kernels() noexcept {
     static constexpr target_kernels table{
-        load_floats,    store_floats,  store_outputs, encode_affine,     encode_scaled_binary,
-        encode_binary,  pack,          unpack,        insert_codes,      append_affine2,
-        encode_vectors, add_multiples, rotate,        attend_rows<false>};
+        load_floats, store_floats, store_outputs, encode_affine,  encode_scaled_binary, encode_binary,
+        pack,        unpack,       insert_codes,  append_affine2, encode_vectors,       add_multiples,
+        turn_mean,   enter_basis,  leave_basis,   rotate,         attend_rows<false>};
     return table;
 }
 
@@ -32,9 +32,9 @@ inline const format_kernels& kernels_for() noexcept {
 #if defined(KV1_ISA_PAIRS)
 KV1_LAZY const target_kernels& best_kernels() noexcept {
     static constexpr target_kernels table{
-        load_floats,    store_floats,  store_outputs, encode_affine,    encode_scaled_binary,
-        encode_binary,  pack,          unpack,        insert_codes,     append_affine2,
-        encode_vectors, add_multiples, rotate,        attend_rows<true>};
+        load_floats, store_floats, store_outputs, encode_affine,  encode_scaled_binary, encode_binary,
+        pack,        unpack,       insert_codes,  append_affine2, encode_vectors,       add_multiples,
+        turn_mean,   enter_basis,  leave_basis,   rotate,         attend_rows<true>};
     return table;
 }
 

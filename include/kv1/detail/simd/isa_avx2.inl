@@ -72,6 +72,10 @@ KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
 }
 // Transposes a square of lanes x lanes numbers.
 KV1_LAZY KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }
+// Lanes in the opposite order.
+KV1_LAZY KV1_INLINE f32 reversed(f32 x) {
+    return f32(_mm256_permutevar8x32_ps(__m256(x), _mm256_setr_epi32(7, 6, 5, 4, 3, 2, 1, 0)));
+}
 // Rounds to the nearest integer, ties to even.
 KV1_LAZY KV1_INLINE f32 nearest(f32 x) { return xs::nearbyint(x); }
 KV1_LAZY KV1_INLINE i32 round_to_int(f32 x) { return i32(_mm256_cvtps_epi32(__m256(x))); }

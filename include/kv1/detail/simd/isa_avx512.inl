@@ -92,6 +92,11 @@ KV1_LAZY KV1_INLINE u32 last_in_turns(u32 a, u32 b) {
 KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
     return u32(_mm512_shuffle_epi8(_mm512_set1_epi32(packed_codebook), __m512i(codes)));
 }
+// Lanes in the opposite order.
+KV1_LAZY KV1_INLINE f32 reversed(f32 x) {
+    const __m512i order = _mm512_setr_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return f32(_mm512_permutexvar_ps(order, __m512(x)));
+}
 // Rounds to the nearest integer, ties to even.
 KV1_LAZY KV1_INLINE f32 nearest(f32 x) { return xs::nearbyint(x); }
 KV1_LAZY KV1_INLINE i32 round_to_int(f32 x) { return i32(_mm512_cvtps_epi32(__m512(x))); }

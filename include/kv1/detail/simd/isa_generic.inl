@@ -129,6 +129,14 @@ KV1_LAZY KV1_INLINE u32 first_in_turns(u32 a, u32 b) { return in_turns<0>(a, b);
 KV1_LAZY KV1_INLINE u32 last_in_turns(u32 a, u32 b) { return in_turns<2>(a, b); }
 // Transposes a square of lanes x lanes numbers.
 KV1_LAZY KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }
+// Lanes in the opposite order.
+KV1_LAZY KV1_INLINE f32 reversed(f32 x) {
+    alignas(64) float all[lanes], turned[lanes];
+    x.store_aligned(all);
+    for (std::size_t i = 0; i < lanes; ++i)
+        turned[i] = all[lanes - 1 - i];
+    return f32::load_aligned(turned);
+}
 // Rounds to the nearest integer, ties to even.
 KV1_LAZY KV1_INLINE f32 nearest(f32 x) { return xs::nearbyint(x); }
 KV1_LAZY KV1_INLINE i32 round_to_int(f32 x) { return xs::to_int(xs::nearbyint(x)); }

@@ -123,6 +123,11 @@ KV1_LAZY KV1_INLINE u32 first_in_turns(u32 a, u32 b) { return u32(vzip1q_u32(uin
 KV1_LAZY KV1_INLINE u32 last_in_turns(u32 a, u32 b) { return u32(vzip2q_u32(uint32x4_t(a), uint32x4_t(b))); }
 // Transposes a square of lanes x lanes numbers.
 KV1_LAZY KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }
+// Lanes in the opposite order.
+KV1_LAZY KV1_INLINE f32 reversed(f32 x) {
+    const float32x4_t halves = vrev64q_f32(float32x4_t(x));
+    return f32(vextq_f32(halves, halves, 2));
+}
 // Rounds to the nearest integer, ties to even.
 KV1_LAZY KV1_INLINE f32 nearest(f32 x) { return f32(vrndnq_f32(float32x4_t(x))); }
 KV1_LAZY KV1_INLINE i32 round_to_int(f32 x) { return i32(vcvtnq_s32_f32(float32x4_t(x))); }

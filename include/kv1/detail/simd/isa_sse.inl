@@ -154,6 +154,10 @@ KV1_LAZY KV1_INLINE u32 last_in_turns(u32 a, u32 b) {
 }
 // Transposes a square of lanes x lanes numbers.
 KV1_LAZY KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }
+// Lanes in the opposite order.
+KV1_LAZY KV1_INLINE f32 reversed(f32 x) {
+    return f32(_mm_shuffle_ps(__m128(x), __m128(x), _MM_SHUFFLE(0, 1, 2, 3)));
+}
 // Rounds to the nearest integer, ties to even.
 KV1_LAZY KV1_INLINE i32 round_to_int(f32 x) { return i32(_mm_cvtps_epi32(__m128(x))); }
 // x * 2^n for integral n >= exp2_zero_from, which gives zero.

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Means that turn with their key's position (detail/turning_means.hpp). When a key is stored, the mean at its position is
+// taken off, bit for bit as turn_mean() defines it. In attention a query (a, b) in a pair of channels meets the mean
+// (m, n) of a key at position p with
+//
+//   a (m cos tp - n sin tp) + b (m sin tp + n cos tp) = C cos tp + S sin tp,   C = a m + b n,   S = b m - a n
+//
+// This is a wave of the pair's frequency t. A row's waves are turned to the middle of a run of at most 256 tokens, by
+//
+//   C, S at position p:   C cos tp + S sin tp,   S cos tp - C sin tp
+//
+// From there the cosine terms of all pairs are the same in both directions, and the sine terms are opposite. So they are
+// added up for half of the tokens, and their sum and difference serve two tokens each. Waves are turned from position 0
+// anew for every run, so rounding does not add up.
+//
+// Pairs that turn little within a run are folded into four waves of polynomials.
+//
+// Cost of a pair and row: one multiplication with addition a token, on 16 lanes 16 for 256 tokens, beside three loads for
+// four of them; of a slow pair 2. Parsed once per target.
+
+#include <kv1/detail/precise_math_begin.inl>
+
+// Cosines and sines of a register of angles; see unit_at().
+struct unit_vectors {
+    f32 cosine, sine;
+};
+KV1_LAZY KV1_INLINE unit_vectors units_at(u32 phase) {
+    const u32 quarter = (phase + u32(1u << 29)) >> 30;
+    const i32 rest = xs::bitwise_cast<std::int32_t>(phase - (quarter << 30));
+    const f32 x = product_of(xs::to_float(rest), f32(phase_step)), z = product_of(x, x);
+    f32 c(cosine_terms[0]), s(sine_terms[0]);
+    KV1_UNROLL for (std::size_t i = 1; i < 5; ++i) {
+        c = sum_of(product_of(c, z), f32(cosine_terms[i]));
+        s = sum_of(product_of(s, z), f32(sine_terms[i]));
+    }
+    s = product_of(s, x);
+    const auto odd = xs::batch_bool_cast<float>((quarter & u32(1u)) != u32(0u));
+    const u32 across = xs::bitwise_cast<std::uint32_t>(xs::select(odd, s, c));
+    const u32 along = xs::bitwise_cast<std::uint32_t>(xs::select(odd, c, s));
+    return {xs::bitwise_cast<float>(across ^ (((quarter + u32(1u)) & u32(2u)) << 30)),
+            xs::bitwise_cast<float>(along ^ ((quarter & u32(2u)) << 30))};
+}
+
+// Of pairs from ... from + lanes - 1 at half a position times `halves`.
+KV1_LAZY KV1_INLINE unit_vectors units_of(const turning_mean& m, std::size_t from, std::uint64_t halves) {
+    alignas(64) std::uint32_t phases[lanes];
+    for (std::size_t i = 0; i < lanes; ++i)
+        phases[i] = static_cast<std::uint32_t>(m.half_turns[from + i] * halves >> 32);
+    return units_at(u32::load_aligned(phases));
+}
+
+KV1_LAZY inline void turn_mean(const turning_mean& m, std::uint64_t position, float* mean) noexcept {
+    alignas(64) float first[lanes], second[lanes];
+    for (std::size_t from = 0; from < m.count; from += lanes) {
+        const unit_vectors u = units_of(m, from, 2 * position);
+        const f32 a = f32::load_aligned(m.first + from), b = f32::load_aligned(m.second + from);
+        difference_of(product_of(a, u.cosine), product_of(b, u.sine)).store_aligned(first);
+        sum_of(product_of(a, u.sine), product_of(b, u.cosine)).store_aligned(second);
+        for (std::size_t i = 0; i < lanes && from + i < m.count; ++i) {
+            mean[m.first_channel[from + i]] = first[i];
+            mean[m.second_channel[from + i]] = second[i];
+        }
+    }
+}
+
+#include <kv1/detail/precise_math_end.inl>
+
+// The waves of row r at position 0: C and S of each pair, [2][padded]. query: as it came.
+KV1_LAZY inline void make_waves(const attention_job& job, const float* query, std::size_t r) noexcept {
+    const turning_mean& m = *job.key_turning;
+    float* const waves = job.scratch->still_waves + 2 * r * m.padded;
+    for (std::size_t j = 0; j < m.padded; ++j) {
+        const float a = job.scale * query[m.first_channel[j]], b = job.scale * query[m.second_channel[j]];
+        waves[j] = a * m.first[j] + b * m.second[j];
+        waves[m.padded + j] = b * m.first[j] - a * m.second[j];
+    }
+}
+
+// Turns the waves of some rows from position 0 to half a position times `halves`.
+KV1_LAZY inline void turn_waves(const turning_mean& m, std::uint64_t halves, std::size_t rows,
+                                const float* still, float* waves) noexcept {
+    for (std::size_t from = 0; from < m.padded; from += lanes) {
+        const unit_vectors u = units_of(m, from, halves);
+        for (std::size_t r = 0; r < rows; ++r) {
+            const std::size_t at = 2 * r * m.padded + from;
+            const f32 c = f32::load_aligned(still + at), s = f32::load_aligned(still + at + m.padded);
+            xs::fma(c, u.cosine, s * u.sine).store_aligned(waves + at);
+            xs::fms(s, u.cosine, c * u.sine).store_aligned(waves + at + m.padded);
+        }
+    }
+}
+
+// Folds the waves of slow pairs into those of polynomials.
+KV1_LAZY inline void fold_waves(const turning_mean& m, std::size_t rows, float* waves) noexcept {
+    const std::size_t quick = m.quick();
+    for (std::size_t r = 0; r < rows; ++r, waves += 2 * m.padded) {
+        f32 even[2] = {f32(0.0f), f32(0.0f)},
+            odd[2] = {f32(0.0f), f32(0.0f)}; // sums that do not wait for each other
+        const float* shares = m.shares;
+        for (std::size_t j = quick; j < m.count; ++j, shares += 2 * slow_terms) {
+            const std::size_t k = (j - quick) % 2;
+            even[k] = xs::fma(f32(waves[j]), f32::load_unaligned(shares), even[k]);
+            odd[k] = xs::fma(f32(waves[m.padded + j]), f32::load_unaligned(shares + slow_terms), odd[k]);
+        }
+        alignas(64) float sums[2][lanes];
+        (even[0] + even[1]).store_aligned(sums[0]);
+        (odd[0] + odd[1]).store_aligned(sums[1]);
+        std::memcpy(waves + quick, sums[0], slow_terms * sizeof(float));
+        std::memcpy(waves + m.padded + quick, sums[1], slow_terms * sizeof(float));
+    }
+}
+
+// Adds the waves of Rows rows to their scores in Registers registers on each side of the middle, from a distance on.
+// middle: the first row's scores there. count: how many of the last register's lanes are tokens of the run.
+template <std::size_t Rows, std::size_t Registers>
+KV1_INLINE void add_waves(const turning_mean& m, const float* waves, std::size_t from, float* middle,
+                          std::size_t count = lanes) {
+    f32 even[Rows][Registers], odd[Rows][Registers];
+    KV1_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
+        KV1_UNROLL for (std::size_t k = 0; k < Registers; ++k) { even[r][k] = odd[r][k] = f32(0.0f); }
+    }
+    for (std::size_t j = 0; j < m.terms; ++j) {
+        const float* table = m.waves[j] + from;
+        KV1_UNROLL for (std::size_t k = 0; k < Registers; ++k) {
+            const f32 cosine = f32::load_aligned(table + k * lanes);
+            const f32 sine = f32::load_aligned(table + wave_tokens + k * lanes);
+            KV1_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
+                even[r][k] = xs::fma(f32(waves[2 * r * m.padded + j]), cosine, even[r][k]);
+                odd[r][k] = xs::fma(f32(waves[(2 * r + 1) * m.padded + j]), sine, odd[r][k]);
+            }
+        }
+    }
+    KV1_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
+        KV1_UNROLL for (std::size_t k = 0; k < Registers; ++k) {
+            float* const after = middle + r * score_stride + from + k * lanes;
+            float* const before = middle + r * score_stride - from - (k + 1) * lanes;
+            const f32 sum = even[r][k] + odd[r][k], difference = even[r][k] - odd[r][k];
+            if (k + 1 == Registers && count < lanes) {
+                alignas(64) float sums[lanes], differences[lanes];
+                sum.store_aligned(sums);
+                difference.store_aligned(differences);
+                for (std::size_t i = 0; i < count; ++i) {
+                    after[i] += sums[i];
+                    before[lanes - 1 - i] += differences[i];
+                }
+                continue;
+            }
+            (f32::load_unaligned(after) + sum).store_unaligned(after);
+            (f32::load_unaligned(before) + reversed(difference)).store_unaligned(before);
+        }
+    }
+}
+
+// Adds the waves of Rows rows to their scores of a run of tokens.
+template <std::size_t Rows>
+KV1_INLINE void add_run(const turning_mean& m, const float* waves, std::size_t tokens, float* scores) {
+    constexpr std::size_t registers =
+        many_registers ? 4 : 2; // on each side, that the sums of two rows fit in
+    const std::size_t half = tokens / 2;
+    std::size_t from = 0;
+    for (; from + registers * lanes <= half; from += registers * lanes)
+        add_waves<Rows, registers>(m, waves, from, scores + half);
+    for (; from + lanes <= half; from += lanes)
+        add_waves<Rows, 1>(m, waves, from, scores + half);
+    if (from < half)
+        add_waves<Rows, 1>(m, waves, from, scores + half, half - from);
+}
+
+// Adds what the turning mean gives to the scores of rows first_row ... first_row + rows - 1 in tiles. places: of each
+// tile's first token.
+KV1_LAZY KV1_NOINLINE inline void add_mean_scores(const attention_job& job, const tile_ref* tiles,
+                                                  const std::size_t* places, std::size_t count,
+                                                  std::size_t first_row, std::size_t rows,
+                                                  float* scores) noexcept {
+    constexpr std::size_t longest = 2 * wave_tokens / tile_tokens; // run, in tiles
+    const turning_mean& m = *job.key_turning;
+    const float* const still = job.scratch->still_waves + 2 * first_row * m.padded;
+    float* const waves = job.scratch->waves;
+    for (std::size_t first = 0, last = 0; first < count; first = last) {
+        last = first + 1;
+        if (places[first] == no_token)
+            continue;
+        const std::uint64_t position = position_of(job, places[first]);
+        while (last < count && last - first < longest && places[last] != no_token &&
+               (job.hole_count == 0 || tiles[last].token != 0 ||
+                position_of(job, places[last]) == position + (last - first) * tile_tokens))
+            ++last;
+        const std::size_t tokens = (last - first) * tile_tokens;
+        turn_waves(m, 2 * position + tokens - 1, rows, still, waves);
+        if (m.shares != nullptr)
+            fold_waves(m, rows, waves);
+        std::size_t r = 0;
+        for (; r + 2 <= rows; r += 2)
+            add_run<2>(m, waves + 2 * r * m.padded, tokens, scores + r * score_stride + first * tile_tokens);
+        for (; r < rows; ++r)
+            add_run<1>(m, waves + 2 * r * m.padded, tokens, scores + r * score_stride + first * tile_tokens);
+    }
+}
