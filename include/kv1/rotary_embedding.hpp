@@ -57,13 +57,17 @@ struct rotary_embedding {
     friend bool operator==(const rotary_embedding&, const rotary_embedding&) = default;
 };
 
-/// The frequencies of plain RoPE for so many channels, an even number: theta^(-2 j / channels) for pair j.
-/// Throws std::bad_alloc.
+/// The frequency of a pair in plain RoPE over so many channels: theta^(-2 pair / channels).
+[[nodiscard]] inline float rotary_frequency(double theta, std::size_t channels, std::size_t pair) noexcept {
+    return static_cast<float>(
+        std::pow(theta, -2.0 * static_cast<double>(pair) / static_cast<double>(channels)));
+}
+
+/// The frequencies of plain RoPE over so many channels, an even number. Throws std::bad_alloc.
 [[nodiscard]] inline std::vector<float> rotary_frequencies(double theta, std::size_t channels) {
     std::vector<float> f(channels / 2);
     for (std::size_t j = 0; j < f.size(); ++j)
-        f[j] = static_cast<float>(
-            std::pow(theta, -2.0 * static_cast<double>(j) / static_cast<double>(channels)));
+        f[j] = rotary_frequency(theta, channels, j);
     return f;
 }
 

@@ -168,6 +168,96 @@ static void error_weights(void) {
     CHECK(kv1_cache_create(&options, &cache, &error) == KV1_INVALID_ARGUMENT && error.layer == 0);
 }
 
+/* Keys about a mean that turns with their position, as RoPE turns them: they are stored as keys about zero are, and the
+ * mean comes back. The bias of a channel is 300. */
+static void turning_means(void) {
+    enum { pairs = dim / 2, first = 1000 };
+    kv1_layer layer = layer_of(heads, dim, KV1_COMPACT4);
+    kv1_encoding encoding;
+    kv1_rotary rotary;
+    kv1_cache_options options;
+    const kv1_tensor tensor = kv1_contiguous(shifted, KV1_FP32, tokens, heads, dim);
+    float frequencies[pairs];
+    kv1_cache* cache;
+    kv1_sequence s;
+    double largest = 0.0;
+    size_t t, h, j;
+    kv1_rotary_frequencies(10000.0, dim, frequencies);
+    CHECK(frequencies[0] == 1.0f && fabs((double)frequencies[pairs / 2] - 0.01) < 1e-8);
+    fill_grid(means, row);
+    means[3] = 300.0f;
+    for (t = 0; t < tokens; ++t)
+        for (h = 0; h < heads; ++h)
+            for (j = 0; j < pairs; ++j) {
+                const float *from = x + t * row + h * dim, *mean = means + h * dim;
+                float* to = shifted + t * row + h * dim;
+                const double angle = (double)frequencies[j] * (double)(first + t), c = cos(angle),
+                             d = sin(angle);
+                const double a = (double)from[j] + (double)mean[j];
+                const double b = (double)from[pairs + j] + (double)mean[pairs + j];
+                to[j] = (float)(a * c - b * d);
+                to[pairs + j] = (float)(a * d + b * c);
+            }
+    kv1_encoding_init(&encoding);
+    encoding.levels = KV1_LEVELS_LEAST_SQUARES;
+    encoding.means = means;
+    layer.key_encoding = &encoding;
+    kv1_rotary_init(&rotary);
+    rotary.frequencies = frequencies;
+    rotary.pair_count = pairs;
+    layer.rotary = &rotary;
+    options = options_for(&layer, 1, 64, 16);
+    options.first_position = first;
+    cache = made(&options);
+    s = sequence_of(cache);
+    CHECK(kv1_append(cache, s, 0, tensor, tensor, NULL, &error) == KV1_OK);
+    for (h = 0; h < heads; ++h) {
+        CHECK(kv1_read(cache, s, 0, KV1_KEYS, h, 0, tokens, stored, &error) == KV1_OK);
+        for (t = 0; t < tokens * dim; ++t) {
+            const double off = fabs((double)stored[t] - (double)shifted[t / dim * row + h * dim + t % dim]);
+            largest = off > largest ? off : largest;
+        }
+    }
+    /* numbers in [-1, 1) that RoPE mixes by pairs: 16 levels over at most 2 sqrt(2), and half a step at most */
+    CHECK(largest < 0.15);
+    kv1_cache_destroy(cache);
+    rotary.first_channel = 1; /* past the last channel */
+    CHECK(kv1_cache_create(&options, &cache, &error) == KV1_INVALID_ARGUMENT && error.layer == 0);
+    rotary.first_channel = 0;
+    frequencies[2] = INFINITY;
+    CHECK(kv1_cache_create(&options, &cache, &error) == KV1_NON_FINITE && error.layer == 0);
+    rotary.frequencies = NULL;
+    CHECK(kv1_cache_create(&options, &cache, &error) == KV1_INVALID_ARGUMENT && error.layer == 0);
+}
+
+/* Channels in another order are a basis: rows come back as they would without, in that order. */
+static void basis(void) {
+    kv1_layer layer = layer_of(heads, dim, KV1_AFFINE4);
+    kv1_encoding encoding;
+    kv1_cache *turned, *as_it_is;
+    kv1_sequence a, b;
+    const kv1_cache_options options = options_for(&layer, 1, 64, 16);
+    static float order[heads * dim * dim];
+    size_t i, h;
+    for (i = 0; i < heads * dim; ++i)
+        order[i * dim + (i * 5 + 2) % dim] = 1.0f;
+    as_it_is = NULL;
+    b = cache_with(&layer, x, &as_it_is);
+    kv1_encoding_init(&encoding);
+    encoding.basis = order;
+    layer.key_encoding = &encoding;
+    a = cache_with(&layer, x, &turned);
+    for (h = 0; h < heads; ++h) { /* minimum and maximum do not ask for an order */
+        CHECK(kv1_read(turned, a, 0, KV1_KEYS, h, 0, tokens, stored, &error) == KV1_OK);
+        CHECK(kv1_read(as_it_is, b, 0, KV1_KEYS, h, 0, tokens, plain, &error) == KV1_OK);
+        CHECK(memcmp(stored, plain, sizeof stored) == 0);
+    }
+    kv1_cache_destroy(turned);
+    kv1_cache_destroy(as_it_is);
+    order[7] += 0.1f;
+    CHECK(kv1_cache_create(&options, &turned, &error) == KV1_INVALID_ARGUMENT && error.layer == 0);
+}
+
 /* Few enough tokens are all seen in fp16, which holds these numbers exactly. */
 static void fp16_copies(void) {
     const kv1_layer coarse = layer_of(heads, dim, KV1_AFFINE2), exact = layer_of(heads, dim, KV1_PLAIN_FP16);
@@ -262,6 +352,8 @@ int main(void) {
     levels_and_rotation();
     centring();
     error_weights();
+    turning_means();
+    basis();
     fp16_copies();
     sliding_windows();
     return report();

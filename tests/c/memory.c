@@ -135,8 +135,19 @@ static void fails_cleanly(const char* what, kv1_code (*call)(void)) {
 static void failing(void) {
     kv1_layer layer = layer_of(kv_heads, dim, KV1_COMPACT3);
     kv1_encoding encoding;
+    kv1_rotary rotary;
+    float frequencies[dim / 2];
+    static float basis[kv_heads * dim * dim];
     size_t i;
+    for (i = 0; i < kv_heads * dim; ++i) /* channels in another order */
+        basis[i * dim + (i * 7 + 1) % dim] = 1.0f;
+    kv1_rotary_frequencies(10000.0, dim, frequencies);
+    kv1_rotary_init(&rotary);
+    rotary.frequencies = frequencies;
+    rotary.pair_count = dim / 2;
+    layer.rotary = &rotary;
     kv1_encoding_init(&encoding);
+    encoding.basis = basis;
     encoding.levels = KV1_LEVELS_LEAST_SQUARES;
     encoding.hadamard = dim;
     encoding.means = x;

@@ -19,13 +19,18 @@ AT(kv1_tensor, head_stride, 48);
 AT(kv1_output, head_stride, 48);
 AT(kv1_encoding, levels, 8);
 AT(kv1_encoding, error_weights, 32);
+AT(kv1_encoding, basis, 40);
+AT(kv1_rotary, frequencies, 8);
+AT(kv1_rotary, first_channel, 32);
 AT(kv1_layer, key_format, 32);
 AT(kv1_layer, key_encoding, 40);
 AT(kv1_layer, sliding_window, 72);
 AT(kv1_layer, key_axis, 88);
+AT(kv1_layer, rotary, 96);
 AT(kv1_cache_options, page_tokens, 40);
 AT(kv1_cache_options, huge_pages, 80);
 AT(kv1_cache_options, memory, 96);
+AT(kv1_cache_options, first_position, 104);
 AT(kv1_statistics, sequences, 8);
 AT(kv1_statistics, pages_indexed, 112);
 AT(kv1_attention, scale, 8);
@@ -47,8 +52,9 @@ _Static_assert(sizeof(kv1_error) == 48 && sizeof(kv1_sequence) == 8 && sizeof(kv
                "a structure without struct_size never changes");
 #endif
 _Static_assert(sizeof(kv1_code) == 4 && sizeof(kv1_format) == 4 && sizeof(kv1_scalar) == 4 &&
-                   sizeof(kv1_axis) == 4 && sizeof(kv1_levels) == 4 && sizeof(kv1_mask_kind) == 4 &&
-                   sizeof(kv1_precision) == 4 && sizeof(kv1_side) == 4 && sizeof(kv1_prefix_event_kind) == 4,
+                   sizeof(kv1_axis) == 4 && sizeof(kv1_rotary_pairs) == 4 && sizeof(kv1_levels) == 4 &&
+                   sizeof(kv1_mask_kind) == 4 && sizeof(kv1_precision) == 4 && sizeof(kv1_side) == 4 &&
+                   sizeof(kv1_prefix_event_kind) == 4,
                "enumerations are 32 bits wide");
 
 enum { dim = 32, tokens = 20 };
@@ -82,8 +88,12 @@ static void sizes(void) {
     options.struct_size = 0;
     CHECK(kv1_cache_create(&options, &cache, &error) == KV1_INVALID_ARGUMENT && cache == NULL);
     CHECK(strcmp(error.rule, "struct_size is the size of the structure") == 0 && error.layer == -1);
-    options.struct_size = sizeof options - 1;
+    options.struct_size = offsetof(kv1_cache_options, first_position) - 1;
     CHECK(kv1_cache_create(&options, &cache, &error) == KV1_INVALID_ARGUMENT);
+    options.struct_size = offsetof(kv1_cache_options, first_position); /* as the first version had it */
+    options.first_position = SIZE_MAX;                                 /* is not read */
+    CHECK(kv1_cache_create(&options, &cache, &error) == KV1_OK);
+    kv1_cache_destroy(cache);
 
     /* fields of a later version are refused where they ask for something */
     memset(&later, 0, sizeof later);
@@ -144,6 +154,7 @@ static void enumerators(void) {
     for (i = 0; i < sizeof none / sizeof none[0]; ++i) {
         kv1_layer layer = good;
         kv1_encoding encoding;
+        kv1_rotary rotary;
         kv1_tensor typed = x;
         kv1_output typed_output = output;
         kv1_attention attention;
@@ -154,6 +165,11 @@ static void enumerators(void) {
         CHECK(refused(layer, KV1_UNSUPPORTED_FORMAT));
         layer = good;
         layer.key_axis = none[i];
+        CHECK(refused(layer, KV1_INVALID_ARGUMENT));
+        layer = good;
+        kv1_rotary_init(&rotary);
+        rotary.pairs = none[i];
+        layer.rotary = &rotary;
         CHECK(refused(layer, KV1_INVALID_ARGUMENT));
         layer = good;
         kv1_encoding_init(&encoding);

@@ -55,10 +55,15 @@ typedef struct kv1_encoding {
     kv1_levels levels;  /**< affine and compact formats have a choice */
     /** Channels that are rotated together, a power of two that divides the head dim; 0: no rotation. */
     size_t hadamard;
-    const float* means; /**< [kv_heads][dim], taken off every vector; or null */
+    /** [kv_heads][dim], taken off every vector; or null. Of keys that turn with their position (kv1_rotary): as
+     * they are before they turn. */
+    const float* means;
     /** [kv_heads][dim][dim], symmetric and positive semidefinite: what errors cost; or null. Not with
      * KV1_LEVELS_MIN_MAX. */
     const float* error_weights;
+    /** [kv_heads][dim][dim], each matrix orthogonal: vectors become their products with its rows, before they
+     * are rotated, and attention turns them back; or null. Not for values in keys. */
+    const float* basis;
 } kv1_encoding;
 
 /** Sets struct_size, and all else to zero. */
@@ -69,6 +74,33 @@ static inline void kv1_encoding_init(kv1_encoding* encoding) {
 
 /** The most of so many channels that can be rotated together: the largest power of two that divides them. */
 KV1_C_API size_t kv1_rotation_width(size_t channels);
+
+/** Which channels make a pair: one of kv1_rotary_pairs_values. */
+typedef int32_t kv1_rotary_pairs;
+/** Values of kv1_rotary_pairs, which are kv1::rotary_pairs'. */
+enum kv1_rotary_pairs_values {
+    KV1_ROTARY_HALF_SPLIT, /**< pair j of n: channels j and n + j */
+    KV1_ROTARY_INTERLEAVED /**< pair j: channels 2 j and 2 j + 1 */
+};
+
+/** How keys turn with their position (kv1/rotary_embedding.hpp). The array is read by kv1_cache_create
+ * alone. */
+typedef struct kv1_rotary {
+    size_t struct_size;       /**< sizeof(kv1_rotary) */
+    const float* frequencies; /**< [pair_count], radians a position */
+    size_t pair_count;        /**< 2 * pair_count channels turn */
+    kv1_rotary_pairs pairs;   /**< which of them make a pair */
+    size_t first_channel;     /**< the first channel that turns */
+} kv1_rotary;
+
+/** Sets struct_size, and all else to zero. */
+static inline void kv1_rotary_init(kv1_rotary* rotary) {
+    memset(rotary, 0, sizeof *rotary);
+    rotary->struct_size = sizeof *rotary;
+}
+
+/** Writes the frequencies of plain RoPE, [channels / 2]: theta^(-2 j / channels) for pair j. Null is ignored. */
+KV1_C_API void kv1_rotary_frequencies(double theta, size_t channels, float* frequencies);
 
 /** A cache of one or more layers and any number of sequences. */
 typedef struct kv1_cache kv1_cache;
@@ -107,6 +139,9 @@ typedef struct kv1_layer {
     /** Not 0: values are the first value_dim channels of keys (multi-head latent attention) and are stored
      * once. Their format and group are the keys', value_encoding is null. */
     int32_t values_in_keys;
+    /** How keys turn with their position: the means of key_encoding are then those of keys before they turn;
+     * null: they do not, or means are those of keys as they are stored. */
+    const kv1_rotary* rotary;
 } kv1_layer;
 
 /** Sets struct_size, and all else to zero. */
@@ -139,6 +174,7 @@ typedef struct kv1_cache_options {
     int32_t huge_pages;            /**< not 0: asks the system for large pages (Linux) */
     size_t prefix_events;          /**< events of the prefix index that are kept until they are taken */
     const kv1_memory* memory;      /**< null: operator new. Copied; its context outlives the cache */
+    size_t first_position;         /**< position of a sequence's first token, for kv1_rotary */
 } kv1_cache_options;
 
 /** Sets struct_size, and all else to zero. */

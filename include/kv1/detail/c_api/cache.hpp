@@ -77,6 +77,30 @@ public:
     }
 };
 
+template <>
+inline constexpr std::size_t c_first_size<kv1_encoding> = offsetof(kv1_encoding, basis);
+template <>
+inline constexpr std::size_t c_first_size<kv1_layer> = offsetof(kv1_layer, rotary);
+template <>
+inline constexpr std::size_t c_first_size<kv1_cache_options> = offsetof(kv1_cache_options, first_position);
+
+// May throw std::bad_alloc.
+inline status c_take_rotary(const kv1_rotary* given, std::size_t dim, rotary_embedding& out) {
+    if (given == nullptr)
+        return {};
+    kv1_rotary r;
+    if (const status s = c_take(*given, r); !s)
+        return s;
+    if (!c_within(r.pairs, KV1_ROTARY_INTERLEAVED))
+        return {errc::invalid_argument, "rotary pairs are an enumerator"};
+    if (r.pair_count > dim / 2 || (r.pair_count != 0 && r.frequencies == nullptr))
+        return {errc::invalid_argument, "there is a rotary frequency for each pair of channels that turn"};
+    out.frequencies.assign(r.frequencies, r.frequencies + r.pair_count);
+    out.pairs = static_cast<rotary_pairs>(r.pairs);
+    out.first_channel = r.first_channel;
+    return {};
+}
+
 // Of vectors of `dim` channels; may throw std::bad_alloc.
 inline status c_take_encoding(const kv1_encoding* given, std::size_t heads, std::size_t dim,
                               vector_encoding& out) {
@@ -93,6 +117,8 @@ inline status c_take_encoding(const kv1_encoding* given, std::size_t heads, std:
         out.means.assign(e.means, e.means + heads * dim);
     if (e.error_weights != nullptr)
         out.error_weights.assign(e.error_weights, e.error_weights + heads * dim * dim);
+    if (e.basis != nullptr)
+        out.basis.assign(e.basis, e.basis + heads * dim * dim);
     return {};
 }
 
@@ -116,6 +142,8 @@ inline status c_take_layer(const kv1_layer& given, layer_description& out) {
     out.value_group = l.value_group;
     out.key_axis = static_cast<quantization_axis>(l.key_axis);
     out.values_in_keys = l.values_in_keys != 0;
+    if (const status s = c_take_rotary(l.rotary, l.key_dim, out.rotary); !s)
+        return s;
     if (const status s = c_take_encoding(l.key_encoding, l.kv_heads, l.key_dim, out.key_encoding); !s)
         return s;
     return c_take_encoding(l.value_encoding, l.kv_heads, l.value_dim, out.value_encoding);
@@ -170,6 +198,7 @@ inline status c_take_options(const kv1_cache_options& given, c_description& out)
     d.fp16_capacity_tokens = o.fp16_capacity_tokens;
     d.huge_pages = o.huge_pages != 0;
     d.prefix_events = o.prefix_events;
+    d.first_position = o.first_position;
     status taken;
     const status had_memory = guarded([&] { taken = c_take_layers(o, d.layers); });
     return had_memory ? taken : had_memory;
@@ -226,6 +255,11 @@ size_t kv1_row_bytes(kv1_format format, size_t channels, size_t group) {
 }
 
 size_t kv1_rotation_width(size_t channels) { return kv1::rotation_width(channels); }
+
+void kv1_rotary_frequencies(double theta, size_t channels, float* frequencies) {
+    for (size_t j = 0; frequencies != nullptr && j < channels / 2; ++j)
+        frequencies[j] = kv1::rotary_frequency(theta, channels, j);
+}
 
 kv1_code kv1_cache_create(const kv1_cache_options* options, kv1_cache** cache, kv1_error* error) {
     using namespace kv1::detail;
