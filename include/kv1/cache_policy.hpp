@@ -12,13 +12,15 @@
 //
 //   policy   SIDES[/LAYER:SIDES]...[@SINKS:WINDOW][#TOKENS], or a preset in the place of the first SIDES
 //   SIDES    KEYS,VALUES, or one for both
-//   KEYS     FORMAT[+ls|+cs][+had][+mean][+ew][+channel][+gCHANNELS], VALUES the same without +channel
+//   KEYS     FORMAT[+ls|+cs][+basis][+had][+mean][+ew][+channel][+gCHANNELS], VALUES the same without +channel
 //   FORMAT   a short name (format.hpp): 1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4 (compact), cb2 (codebook)
 //
 //   +ls, +cs   levels by least squares, by a clip search; neither: the vector's minimum and maximum
+//   +basis     turned into an orthogonal basis, before they are rotated (calibrated)
 //   +had       rotated by a Hadamard transform, as many channels together as the head dim permits
 //              (rotation_width())
-//   +mean      less the means of the channels (calibrated)
+//   +mean      less the means of the channels (calibrated); keys of a layer whose rotary embedding is known: less
+//              the means that turn with their position (layer_description::rotary)
 //   +ew        error weights choose the codes (calibrated); with +ls or +cs
 //   +channel   keys alone: a scale and minimum for each channel of a page
 //   +g32       a scale and minimum for every 32 channels
@@ -68,6 +70,7 @@ namespace kv1::inline KV1_ABI {
 struct vector_policy {
     kv_format format = kv_format::affine2;                 ///< what is stored
     level_choice levels = level_choice::min_max;           ///< +ls, +cs
+    bool basis = false;                                    ///< +basis: in a calibrated orthogonal basis
     bool hadamard = false;                                 ///< +had
     bool means = false;                                    ///< +mean: calibrated means are taken off
     bool error_weights = false;                            ///< +ew: calibrated error weights choose codes
@@ -108,13 +111,16 @@ struct cache_policy {
                              [](const layer_exception& e, std::size_t i) { return e.layer < i; });
         return own == layers.end() || own->layer != layer ? common : own->policy;
     }
-    /// Whether any layer takes calibrated means; whether any takes error weights.
+    /// Whether any layer takes calibrated means; whether any takes error weights, or a basis.
     /// @{
     [[nodiscard]] bool needs_means() const noexcept {
         return any([](const vector_policy& side) { return side.means; });
     }
     [[nodiscard]] bool needs_error_weights() const noexcept {
         return any([](const vector_policy& side) { return side.error_weights; });
+    }
+    [[nodiscard]] bool needs_basis() const noexcept {
+        return any([](const vector_policy& side) { return side.basis; });
     }
     /// @}
     /// Whether all fields are the same.
@@ -160,10 +166,13 @@ inline constexpr std::array<policy_preset, 5> policy_presets{
 /// The calibrated parts of a layer, as vector_encoding has them. Those that its policy does not name may be
 /// empty, and are not used.
 struct layer_calibration {
-    std::span<const float> key_means = {};           ///< [kv_heads][key_dim]
+    /// [kv_heads][key_dim]; before rotary embedding where the shape's layer has one (layer_description::rotary)
+    std::span<const float> key_means = {};
     std::span<const float> value_means = {};         ///< [kv_heads][value_dim]
     std::span<const float> key_error_weights = {};   ///< [kv_heads][key_dim][key_dim]
     std::span<const float> value_error_weights = {}; ///< [kv_heads][value_dim][value_dim]
+    std::span<const float> key_basis = {};           ///< [kv_heads][key_dim][key_dim]
+    std::span<const float> value_basis = {};         ///< [kv_heads][value_dim][value_dim]
 };
 
 /// The cache of a policy for a model: `shape` with formats, encodings, groups and axis of every layer, fp16
@@ -201,7 +210,7 @@ inline constexpr const char* rule_policy_start =
     "balanced, small, near-lossless, reference)";
 inline constexpr const char* rule_policy_format = "a format is 1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4 or cb2";
 inline constexpr const char* rule_policy_option =
-    "an option is ls, cs, had, mean, ew, channel, or g and a number of channels";
+    "an option is ls, cs, basis, had, mean, ew, channel, or g and a number of channels";
 inline constexpr const char* rule_policy_twice = "an option is named once";
 inline constexpr const char* rule_policy_levels = "levels are chosen by ls or by cs";
 inline constexpr const char* rule_policy_channel = "channel is for keys alone";
@@ -343,6 +352,8 @@ private:
                 set(p.levels, level_choice::least_squares, at);
             } else if (name == "cs") {
                 set(p.levels, level_choice::clip_search, at);
+            } else if (name == "basis") {
+                set(p.basis, at);
             } else if (name == "had") {
                 set(p.hadamard, at);
             } else if (name == "mean") {
@@ -399,8 +410,8 @@ private:
 
 // What a policy makes of one side of a layer.
 struct policy_side {
-    std::span<const float> means, error_weights;
-    const char *no_means, *no_weights;
+    std::span<const float> means, error_weights, basis;
+    const char *no_means, *no_weights, *no_basis;
 
     [[nodiscard]] status check(const vector_policy& p, std::size_t heads, std::size_t dim,
                                const error_location& where) const noexcept {
@@ -408,10 +419,14 @@ struct policy_side {
             return {errc::shape_mismatch, no_means, where};
         if (p.error_weights && error_weights.size() != heads * dim * dim)
             return {errc::shape_mismatch, no_weights, where};
+        if (p.basis && basis.size() != heads * dim * dim)
+            return {errc::shape_mismatch, no_basis, where};
         return {};
     }
     [[nodiscard]] std::size_t bytes(const vector_policy& p) const noexcept {
-        return ((p.means ? means.size() : 0) + (p.error_weights ? error_weights.size() : 0)) * sizeof(float);
+        return ((p.means ? means.size() : 0) + (p.error_weights ? error_weights.size() : 0) +
+                (p.basis ? basis.size() : 0)) *
+               sizeof(float);
     }
     // Throws std::bad_alloc.
     void encode(const vector_policy& p, std::size_t block, vector_encoding& e) const {
@@ -419,27 +434,38 @@ struct policy_side {
         e.hadamard = p.hadamard ? block : 0;
         e.means.clear();
         e.error_weights.clear();
+        e.basis.clear();
         if (p.means)
             e.means.assign(means.begin(), means.end());
         if (p.error_weights)
             e.error_weights.assign(error_weights.begin(), error_weights.end());
+        if (p.basis)
+            e.basis.assign(basis.begin(), basis.end());
     }
 };
 
 inline policy_side keys_of(const layer_calibration& c) noexcept {
     return {
-        c.key_means, c.key_error_weights,
+        c.key_means,
+        c.key_error_weights,
+        c.key_basis,
         "the policy takes means off keys (+mean): the calibration has to have [kv_heads][key_dim] of them",
         "the policy weighs errors of keys (+ew): the calibration has to have [kv_heads][key_dim][key_dim] "
-        "error weights"};
+        "error weights",
+        "the policy turns keys into a basis (+basis): the calibration has to have "
+        "[kv_heads][key_dim][key_dim] numbers of it"};
 }
 
 inline policy_side values_of(const layer_calibration& c) noexcept {
-    return {c.value_means, c.value_error_weights,
+    return {c.value_means,
+            c.value_error_weights,
+            c.value_basis,
             "the policy takes means off values (+mean): the calibration has to have [kv_heads][value_dim] of "
             "them",
             "the policy weighs errors of values (+ew): the calibration has to have "
-            "[kv_heads][value_dim][value_dim] error weights"};
+            "[kv_heads][value_dim][value_dim] error weights",
+            "the policy turns values into a basis (+basis): the calibration has to have "
+            "[kv_heads][value_dim][value_dim] numbers of it"};
 }
 
 // Throws std::bad_alloc.
@@ -468,7 +494,9 @@ inline std::string to_string(const vector_policy& side) {
     text.append(side.levels == level_choice::least_squares ? "+ls"
                 : side.levels == level_choice::clip_search ? "+cs"
                                                            : "");
-    text.append(side.hadamard ? "+had" : "").append(side.means ? "+mean" : "");
+    text.append(side.basis ? "+basis" : "")
+        .append(side.hadamard ? "+had" : "")
+        .append(side.means ? "+mean" : "");
     text.append(side.error_weights ? "+ew" : "");
     text.append(side.axis == quantization_axis::per_channel ? "+channel" : "");
     if (side.group != 0)

@@ -125,9 +125,9 @@ void create_and_grow() {
 }
 
 void policies() {
-    static constexpr std::string_view text = "c3+ls+had+mean+ew,c2+ls+had/7:c2/0:4@4:8";
+    static constexpr std::string_view text = "c3+ls+basis+had+mean+ew,c2+ls+had/7:c2/0:4@4:8";
     const std::vector<float> means(16, 0.25f), weights(16 * 16, 1.0f);
-    const std::vector<kv1::layer_calibration> parts(8, {means, means, weights, weights});
+    const std::vector<kv1::layer_calibration> parts(8, {means, means, weights, weights, weights, weights});
     const auto policy = kv1::try_parse_policy(text);
     expect(static_cast<bool>(policy), "parse a policy");
     if (!policy)

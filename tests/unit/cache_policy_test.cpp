@@ -29,6 +29,7 @@ kv1::vector_policy random_side(kv1_test::generator& g, bool key) {
     kv1::vector_policy p;
     p.format = kv1::all_kv_formats[g.below(kv1::all_kv_formats.size())];
     p.levels = static_cast<level_choice>(g.below(3));
+    p.basis = g.chance(0.3);
     p.hadamard = g.chance(0.5);
     p.means = g.chance(0.5);
     p.error_weights = g.chance(0.5);
@@ -80,11 +81,13 @@ struct model_shape {
           means(kv_heads * head_dim, 0.25f), weights(kv_heads * head_dim * head_dim) {
         for (std::size_t i = 0; i < kv_heads * head_dim; ++i)
             weights[i * head_dim + i % head_dim] = 1.0f;
-        calibration.assign(layers, {means, means, weights, weights});
+        calibration.assign(layers, {means, means, weights, weights, weights, weights});
     }
 };
 
-bool calibrated(const kv1::cache_policy& p) { return p.needs_means() || p.needs_error_weights(); }
+bool calibrated(const kv1::cache_policy& p) {
+    return p.needs_means() || p.needs_error_weights() || p.needs_basis();
+}
 
 } // namespace
 
@@ -102,7 +105,7 @@ TEST_CASE("a policy that is written and read is the same", "[policy]") {
 
 TEST_CASE("a changed policy is refused at a place or means what it says", "[policy]") {
     kv1_test::generator g(18);
-    constexpr std::string_view letters = "0123456789,/@#+:cbglshadmenw.x";
+    constexpr std::string_view letters = "0123456789,/@#+:cbglshadmienw.x";
     for (int i = 0; i < 5000; ++i) {
         std::string text = to_string(random_policy(g));
         for (std::size_t n = g.between(1, 3); n != 0 && !text.empty(); --n) {
@@ -157,6 +160,9 @@ TEST_CASE("a policy says formats, encodings, layers that differ, fp16 tokens and
     CHECK(p.needs_error_weights());
     CHECK_FALSE(parse_policy("2+ls+had").needs_means());
     CHECK(parse_policy("2/3:2,c2+ls+ew").needs_error_weights());
+    CHECK(parse_policy("c2+basis+had,2").needs_basis());
+    CHECK_FALSE(p.needs_basis());
+    CHECK(to_string(parse_policy("c2+mean+had+basis+ls")) == "c2+ls+basis+had+mean,c2+ls+basis+had+mean");
     CHECK_FALSE(parse_policy("2/3:2,c2+ls+mean").needs_error_weights());
     CHECK(parse_policy("c2+ls+had") == parse_policy("c2+had+ls,c2+ls+had"));
     CHECK(to_string(parse_policy("cb2+g64+ls")) == "cb2+ls+g64,cb2+ls+g64");
@@ -211,9 +217,10 @@ TEST_CASE("what is no policy is refused where it goes wrong", "[policy]") {
     refuses("2@4:99999999999999999999", 4, "too large", errc::out_of_range);
     const std::string most = std::to_string((std::numeric_limits<std::size_t>::max)());
     CHECK(parse_policy("2#" + most).page_tokens == (std::numeric_limits<std::size_t>::max)());
-    CHECK(kv1::try_parse_policy("2+ls+lsq").reason().message() ==
-          "invalid argument: an option is ls, cs, had, mean, ew, channel, or g and a number of channels "
-          "(position 5)");
+    CHECK(
+        kv1::try_parse_policy("2+ls+lsq").reason().message() ==
+        "invalid argument: an option is ls, cs, basis, had, mean, ew, channel, or g and a number of channels "
+        "(position 5)");
 }
 
 TEST_CASE("presets have names, and what follows a name replaces its fp16 tokens and pages", "[policy]") {
@@ -299,6 +306,8 @@ TEST_CASE("what a cache lacks for its policy is named, with the layer", "[policy
     says(refusal("2,c2+ls+mean", none), 0, "means off values (+mean)");
     says(refusal("2/2:c2+ls+ew,2", none), 2, "errors of keys (+ew)");
     says(refusal("2/3:2,c2+ls+ew", none), 3, "errors of values (+ew)");
+    says(refusal("2/1:c2+basis,2", none), 1, "keys into a basis (+basis)");
+    says(refusal("2,c2+ls+basis", none), 0, "values into a basis (+basis)");
     std::vector<kv1::layer_calibration> c = m.calibration;
     c[1].key_means = {};
     says(refusal("balanced", c), 1, "means off keys (+mean)");
