@@ -52,8 +52,12 @@ struct fake_quantize_options {
     /// channels are rotated together.
     bool hadamard = false;
     /// Means, [channels]: taken off before quantizing and added afterwards; empty: none. A constant to the
-    /// gradient.
+    /// gradient. Keys whose means turn with their position (layer_description::rotary) have another one at
+    /// each: call once a position.
     std::span<const float> centre{};
+    /// An orthogonal matrix, [channels][channels], as a KV head of vector_encoding::basis has it: a vector less
+    /// its mean becomes its products with the rows, before the Hadamard matrix. Empty: none. Not checked.
+    std::span<const float> basis{};
 };
 
 namespace detail {
@@ -250,13 +254,44 @@ void fixed_codes_gradient(std::span<const float> x, std::span<const std::uint8_t
     }
 }
 
-// What is quantized: the vector without its centre, rotated.
+// Products with the rows of a matrix, and with its columns, in place: what a cache computes
+// (detail/orthogonal_basis.hpp).
+inline void enter_basis(std::span<const float> matrix, std::span<float> x) noexcept {
+    std::array<float, max_vector_length> before;
+    std::copy(x.begin(), x.end(), before.begin());
+    for (std::size_t i = 0; i < x.size(); ++i) {
+        x[i] = 0.0f;
+        for (std::size_t j = 0; j < x.size(); ++j)
+            x[i] = as_written(x[i] + product_of(matrix[i * x.size() + j], before[j]));
+    }
+}
+inline void leave_basis(std::span<const float> matrix, std::span<float> x) noexcept {
+    std::array<float, max_vector_length> before;
+    std::copy(x.begin(), x.end(), before.begin());
+    for (std::size_t j = 0; j < x.size(); ++j) {
+        x[j] = 0.0f;
+        for (std::size_t i = 0; i < x.size(); ++i)
+            x[j] = as_written(x[j] + product_of(matrix[i * x.size() + j], before[i]));
+    }
+}
+
+// What is quantized: the vector without its centre, in the basis, rotated.
 inline void transform(std::span<const float> x, const fake_quantize_options& o,
                       std::span<float> out) noexcept {
     for (std::size_t i = 0; i < x.size(); ++i)
         out[i] = o.centre.empty() ? x[i] : x[i] - o.centre[i];
+    if (!o.basis.empty())
+        enter_basis(o.basis, out);
     if (o.hadamard)
         rotate_hadamard(out);
+}
+
+// The vector that stands for what is quantized, but for its centre.
+inline void turn_back(std::span<float> x, const fake_quantize_options& o) noexcept {
+    if (o.hadamard)
+        rotate_hadamard(x);
+    if (!o.basis.empty())
+        leave_basis(o.basis, x);
 }
 
 #include <kv1/detail/precise_math_end.inl>
@@ -269,6 +304,8 @@ inline status check_rows(std::size_t channels, std::size_t x, std::size_t out,
         return {errc::shape_mismatch, "values in and out are the same number of whole vectors"};
     if (!o.centre.empty() && o.centre.size() != channels)
         return {errc::shape_mismatch, "the centre has one value per channel"};
+    if (!o.basis.empty() && o.basis.size() != channels * channels)
+        return {errc::shape_mismatch, "a basis is a square matrix"};
     return {};
 }
 
@@ -309,8 +346,7 @@ status try_fake_quantize(std::size_t channels, std::span<const float> x, std::sp
             return detail::in_row(s, at / channels);
         for (std::size_t i = 0; i < channels; ++i)
             moved[i] = detail::restore<Q>(codes[i], m);
-        if (options.hadamard)
-            detail::rotate_hadamard(moved);
+        detail::turn_back(moved, options);
         for (std::size_t i = 0; i < channels; ++i)
             y[at + i] = options.centre.empty() ? moved[i] : moved[i] + options.centre[i];
     }
@@ -350,11 +386,12 @@ status try_fake_quantize_gradient(std::size_t channels, std::span<const float> x
         const auto g = dx.subspan(at, channels);
         if (dx.data() != dy.data())
             std::copy_n(dy.begin() + static_cast<std::ptrdiff_t>(at), channels, g.begin());
+        if (!options.basis.empty())
+            detail::enter_basis(options.basis, g);
         if (options.hadamard)
             detail::rotate_hadamard(g);
         detail::fixed_codes_gradient<Q>(moved, codes, m, refit, g);
-        if (options.hadamard)
-            detail::rotate_hadamard(g);
+        detail::turn_back(g, options);
     }
     return {};
 }

@@ -100,6 +100,20 @@ double least_error(std::vector<float> x, int levels) {
     return best;
 }
 
+// The matrix of a reflection, 1 - 2 v v^T: orthogonal, and mixes all channels.
+std::vector<float> reflection(kv1_test::generator& g, std::size_t n) {
+    const std::vector<float> v = kv1_test::normal_values(g, n);
+    double norm = 0.0;
+    for (const float x : v)
+        norm += static_cast<double>(x) * static_cast<double>(x);
+    std::vector<float> matrix(n * n);
+    for (std::size_t i = 0; i < n * n; ++i)
+        matrix[i] =
+            static_cast<float>((i / n == i % n ? 1.0 : 0.0) -
+                               2.0 * static_cast<double>(v[i / n]) * static_cast<double>(v[i % n]) / norm);
+    return matrix;
+}
+
 // What a cache of one head gives back of a vector that it stores as a key.
 std::vector<float> through_a_cache(kv_format f, std::span<const float> x,
                                    const kv1::vector_encoding& encoding) {
@@ -183,6 +197,7 @@ TEST_CASE("With rounded metadata training sees what a cache gives back, whatever
                         for (std::size_t kind = 0; kind < 6; ++kind) {
                             const std::vector<float> x = awkward_vector(g, n, kind);
                             const std::vector<float> means = kv1_test::normal_values(g, n);
+                            const std::vector<float> basis = reflection(g, n);
                             options o{.levels = levels, .hadamard = hadamard};
                             kv1::vector_encoding e{.levels = levels};
                             e.hadamard = hadamard ? kv1::rotation_width(n) : 0;
@@ -192,6 +207,11 @@ TEST_CASE("With rounded metadata training sees what a cache gives back, whatever
                             }
                             t.expect(kv1_test::same_bits(quantized(f, x, o), through_a_cache(f, x, e)),
                                      to_string(f), static_cast<int>(levels), hadamard, centred, n, kind);
+                            o.basis = basis;
+                            e.basis = basis;
+                            t.expect(kv1_test::same_bits(quantized(f, x, o), through_a_cache(f, x, e)),
+                                     to_string(f), static_cast<int>(levels), hadamard, centred, n, kind,
+                                     "in a basis");
                         }
     KV1_REQUIRE_CLEAN(t);
 }
@@ -335,16 +355,19 @@ TEST_CASE("With fixed codes the gradient is the forward pass's, by finite differ
         for (const policy encoder : {policy::min_max, policy::least_squares})
             for (const bool hadamard : {false, true})
                 for (int repeat = 0; repeat < 40; ++repeat) {
+                    const bool in_basis = repeat % 2 != 0;
                     const std::size_t n = g.between(2, 64);
                     const std::vector<float> x = kv1_test::normal_values(g, n),
                                              dy = kv1_test::normal_values(g, n),
                                              way = kv1_test::normal_values(g, n),
-                                             centre = kv1_test::normal_values(g, n, 0.3f);
+                                             centre = kv1_test::normal_values(g, n, 0.3f),
+                                             basis = in_basis ? reflection(g, n) : std::vector<float>();
                     const options o{.levels = encoder,
                                     .gradient = options::gradient_rule::fixed_codes,
                                     .round_metadata = false,
                                     .hadamard = hadamard,
-                                    .centre = centre};
+                                    .centre = centre,
+                                    .basis = basis};
                     const auto point = [&](double step) {
                         std::vector<float> moved(n);
                         for (std::size_t i = 0; i < n; ++i)
@@ -375,8 +398,10 @@ TEST_CASE("With fixed codes the gradient is the forward pass's, by finite differ
                         expected += static_cast<double>(dx[i]) * way[i];
                         size += 6.0 * std::fabs(static_cast<double>(dy[i])); // |y| is below 6
                     }
-                    // each y is some 12 roundings (2 log2 64 of them the rotations') of a number below 6
-                    const double noise = 12 * kv1_test::unit_roundoff * size;
+                    // each y is some 12 roundings (2 log2 64 of them the rotations', 4 n more of a basis, there
+                    // and back) of a number below 6
+                    const double noise = (12.0 + (in_basis ? 4.0 * static_cast<double>(n) : 0.0)) *
+                                         kv1_test::unit_roundoff * size;
                     t.expect(std::fabs(expected - slope) <= 2 * noise / (8 * h), to_string(f),
                              static_cast<int>(encoder), hadamard, n, expected, slope);
                 }
@@ -443,6 +468,8 @@ TEST_CASE("Fake quantization refuses what a cache refuses, and says which row", 
     REQUIRE(kv1::try_fake_quantize(kv_format::affine2, 7, x, y).code() == errc::shape_mismatch);
     const std::vector<float> centre(7);
     REQUIRE(kv1::try_fake_quantize(kv_format::affine2, 8, x, y, {.centre = centre}).code() ==
+            errc::shape_mismatch);
+    REQUIRE(kv1::try_fake_quantize(kv_format::affine2, 8, x, y, {.basis = centre}).code() ==
             errc::shape_mismatch);
     REQUIRE(kv1::try_fake_quantize_gradient(kv_format::affine2, 8, x, std::span(y).first(8), y).code() ==
             errc::shape_mismatch);
