@@ -102,7 +102,7 @@ private:
     static kv1::model_fingerprint model() { return kv1::fingerprint_of("model"); }
     static const std::array<saved_bytes, 4>& originals() {
         static const std::array<saved_bytes, 4> all{
-            saved_calibration(small_calibration("c3+ls+had+mean+ew,c2+ls+had+ew@4:8", model())),
+            saved_calibration(small_calibration("c3+ls+basis+had+mean+ew,c2+ls+basis+had+ew@4:8", model())),
             saved_calibration(small_calibration("c2+ls+mean,2+ls+had+mean+ew/1:c4+ls,c3+ls+ew", model())),
             saved_calibration(small_calibration("2", model())),
             saved_calibration(small_calibration("c4+ls+ew/0:16,32@0:4#32", model()))};

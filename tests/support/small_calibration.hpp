@@ -19,6 +19,7 @@ inline kv1::cache_description small_calibrated_shape() {
     kv1::cache_description d = kv1::uniform_cache(2, {2, 8, 4}, 64, 16);
     d.layers[1] = {1, 6, 6};
     d.layers[1].sliding_window = 20;
+    d.layers[1].rotary = {kv1::rotary_frequencies(100.0, 4), kv1::rotary_pairs::interleaved, 1};
     return d;
 }
 

@@ -20,7 +20,7 @@ using kv1_test::saved_bytes;
 
 namespace {
 
-const char* const policy = "c3+ls+had+mean+ew,c2+ls+had+ew@4:8";
+const char* const policy = "c3+ls+basis+had+mean+ew,c2+ls+basis+had+ew@4:8";
 
 kv1::status load(saved_bytes b, bool sealed = true) {
     if (sealed)
@@ -94,6 +94,11 @@ TEST_CASE("a calibration of another model, or of another shape, is refused with 
     CHECK_THAT(differs([](auto& d) { d.layers[0].key_dim = 16; }),
                ContainsSubstring("keys") && ContainsSubstring("layer 0"));
     CHECK_THAT(differs([](auto& d) { d.layers[0].value_dim = 16; }), ContainsSubstring("values"));
+    CHECK_THAT(differs([](auto& d) { d.layers[1].rotary.frequencies[1] = 0.5f; }),
+               ContainsSubstring("turn otherwise") && ContainsSubstring("layer 1"));
+    kv1::cache_description silent = kv1_test::small_calibrated_shape();
+    silent.layers[1].rotary = {};
+    CHECK(describe_cache(c, silent).layers[1].rotary == kv1_test::small_calibrated_shape().layers[1].rotary);
 }
 
 TEST_CASE("damaged calibrations are refused, and each refusal says why", "[calibration_file]") {

@@ -174,6 +174,42 @@ bool same_parts(const kv1::calibration& a, const kv1::calibration& b) {
     return same;
 }
 
+void add_square(std::vector<double>& sums, const float* x, double factor, std::size_t n) {
+    for (std::size_t i = 0; i < n; ++i)
+        for (std::size_t j = 0; j < n; ++j)
+            sums[i * n + j] += factor * static_cast<double>(x[i]) * static_cast<double>(x[j]);
+}
+
+// Rows are orthonormal, and make m diagonal. Numbers of a basis are rounded to fp32, so sums of products with them are
+// off by parts in 2^24 of the largest eigenvalue, n of them.
+void check_eigenvectors(std::span<const float> rows, const std::vector<double>& m, std::size_t n) {
+    double trace = 0.0;
+    for (std::size_t i = 0; i < n; ++i)
+        trace += m[i * n + i];
+    double before = trace;
+    bool orthonormal = true, diagonal = true, descending = true;
+    for (std::size_t i = 0; i < n; ++i)
+        for (std::size_t j = 0; j < n; ++j) {
+            double unit = 0.0, turned = 0.0;
+            for (std::size_t a = 0; a < n; ++a) {
+                const auto x = static_cast<double>(rows[i * n + a]);
+                unit += x * static_cast<double>(rows[j * n + a]);
+                for (std::size_t b = 0; b < n; ++b)
+                    turned += x * m[a * n + b] * static_cast<double>(rows[j * n + b]);
+            }
+            const double rounding = 0x1p-23 * std::sqrt(static_cast<double>(n)) + 1e-12;
+            orthonormal = orthonormal && std::fabs(unit - (i == j ? 1.0 : 0.0)) <= rounding;
+            diagonal = diagonal && (i == j || std::fabs(turned) <= 2.0 * rounding * trace);
+            if (i == j) {
+                descending = descending && turned <= before + 2.0 * rounding * trace;
+                before = turned;
+            }
+        }
+    CHECK(orthonormal);
+    CHECK(diagonal);
+    CHECK(descending);
+}
+
 } // namespace
 
 TEST_CASE("calibration takes means and error weights as they are defined", "[calibration]") {
@@ -217,6 +253,109 @@ TEST_CASE("calibration takes means and error weights as they are defined", "[cal
         };
         CHECK(near(found.means(0, kv_side::key), key_means.means()));
         CHECK(near(found.means(0, kv_side::value), value_means.means()));
+    }
+}
+
+TEST_CASE("means of keys that turn are those before they turn, of the largest pairs", "[calibration]") {
+    generator g(3);
+    for (int trial = 0; trial < 20; ++trial) {
+        const std::size_t pairs = g.between(1, 8), key_dim = 2 * pairs + g.below(5),
+                          tokens = g.between(20, 60), first_position = g.chance(0.5) ? g.below(5000) : 0,
+                          kept = g.between(1, pairs);
+        kv1::layer_description l{2, key_dim, 4};
+        l.rotary = {kv1::rotary_frequencies(100.0, 2 * pairs),
+                    g.chance(0.5) ? kv1::rotary_pairs::half_split : kv1::rotary_pairs::interleaved,
+                    g.below(key_dim - 2 * pairs + 1)};
+        const std::vector<float> mean = kv1_test::normal_values(g, 2 * key_dim, 3.0f),
+                                 v(tokens * 2 * 4, 1.0f);
+        std::vector<float> k = kv1_test::normal_values(g, tokens * 2 * key_dim);
+        std::vector<double> exact(2 * key_dim);
+        for (std::size_t i = 0; i < k.size(); ++i) {
+            k[i] += mean[i % mean.size()];
+            exact[i % mean.size()] += static_cast<double>(k[i]) / static_cast<double>(tokens);
+        }
+        for (std::size_t row = 0; row < tokens * 2; ++row)
+            kv1::apply_rotary(l.rotary, std::span(k).subspan(row * key_dim, key_dim),
+                              static_cast<std::int64_t>(first_position + row / 2));
+        kv1::calibrator c(parse_policy("c2+ls+mean,c2"), kv1::uniform_cache(1, l, 64), {.mean_pairs = kept});
+        for (std::size_t first = 0; first < tokens; first += 16) {
+            const std::size_t end = std::min(tokens, first + 16);
+            c.add(0, {k.data() + first * 2 * key_dim, end - first, 2, key_dim}, {k.data(), end, 2, key_dim},
+                  {v.data(), end, 2, 4}, first_position);
+        }
+        const kv1::calibration found = c.finish();
+        const std::vector<float> means = found.means(0, kv_side::key);
+        CHECK(found.rotary(0) == l.rotary);
+        CHECK(found.means(0, kv_side::value).empty());
+        for (std::size_t h = 0; h < 2; ++h) {
+            const auto own = std::span(means).subspan(h * key_dim, key_dim);
+            const double* const wanted = exact.data() + h * key_dim;
+            // keys are fp32 before and after they turn, at angles up to 5,060; the mean is fp16
+            const auto near = [&](std::size_t i) {
+                return std::fabs(static_cast<double>(own[i]) - wanted[i]) <=
+                       0x1p-11 * std::fabs(wanted[i]) + 1e-5;
+            };
+            const auto energy = [&](std::size_t j) {
+                return std::hypot(wanted[l.rotary.first_of(j)], wanted[l.rotary.second_of(j)]);
+            };
+            std::size_t left = 0;
+            double smallest_kept = std::numeric_limits<double>::infinity(), largest_dropped = 0.0;
+            std::vector<bool> turns(key_dim);
+            for (std::size_t j = 0; j < pairs; ++j) {
+                const std::size_t a = l.rotary.first_of(j), b = l.rotary.second_of(j);
+                turns[a] = turns[b] = true;
+                if (own[a] == 0.0f && own[b] == 0.0f) {
+                    largest_dropped = std::max(largest_dropped, energy(j));
+                    continue;
+                }
+                ++left;
+                CHECK(near(a));
+                CHECK(near(b));
+                smallest_kept = std::min(smallest_kept, energy(j));
+            }
+            CHECK(left == kept);
+            CHECK(largest_dropped <= smallest_kept);
+            for (std::size_t i = 0; i < key_dim; ++i)
+                CHECK((turns[i] || near(i)));
+        }
+    }
+}
+
+TEST_CASE("bases are eigenvectors of second moments, in descending order", "[calibration]") {
+    generator g(4);
+    for (int trial = 0; trial < 20; ++trial) {
+        const text t = random_text(g);
+        const double scale = 1.0 / std::sqrt(static_cast<double>(t.key_dim));
+        kv1::calibrator c(parse_policy("c2+ls+basis"), shape_of(t, 1));
+        t.add(c, 0, 0, t.tokens, kv1::inline_executor());
+        const kv1::calibration found = c.finish();
+        for (std::size_t kv = 0; kv < t.kv_heads; ++kv) {
+            std::vector<double> queries(t.key_dim * t.key_dim), values(t.value_dim * t.value_dim);
+            for (std::size_t i = 0; i < t.tokens; ++i)
+                for (std::size_t a = 0; a < t.group; ++a) {
+                    const float* const q = t.q.data() + (i * t.heads() + kv * t.group + a) * t.key_dim;
+                    add_square(queries, q, 1.0, t.key_dim);
+                    std::vector<double> p(i + 1);
+                    double sum = 0.0;
+                    for (std::size_t j = 0; j <= i; ++j) {
+                        for (std::size_t n = 0; n < t.key_dim; ++n)
+                            p[j] += scale * static_cast<double>(q[n]) *
+                                    static_cast<double>(t.k[(j * t.kv_heads + kv) * t.key_dim + n]);
+                    }
+                    const double most = *std::max_element(p.begin(), p.end());
+                    for (double& x : p)
+                        sum += x = std::exp(x - most);
+                    for (std::size_t j = 0; j <= i; ++j)
+                        add_square(values, t.v.data() + (j * t.kv_heads + kv) * t.value_dim, p[j] / sum,
+                                   t.value_dim);
+                }
+            const std::vector<float> keys_basis = found.basis(0, kv_side::key),
+                                     values_basis = found.basis(0, kv_side::value);
+            check_eigenvectors(std::span(keys_basis).subspan(kv * queries.size(), queries.size()), queries,
+                               t.key_dim);
+            check_eigenvectors(std::span(values_basis).subspan(kv * values.size(), values.size()), values,
+                               t.value_dim);
+        }
     }
 }
 
