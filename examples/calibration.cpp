@@ -89,10 +89,12 @@ int main() {
     const kv1::model_fingerprint name = kv1::fingerprint_of("a model of two layers");
     const std::filesystem::path file = std::filesystem::temp_directory_path() / "two_layers.kv1calib";
     kv1::layer_description layer{kv_heads, dim, dim};
+    layer.rotary = m.rotary;
     const kv1::cache_description shape = kv1::uniform_cache(layers, layer, 2 * tokens);
 
     // Once: texts go through the model, and what its layers attend with through the calibrator.
-    kv1::calibrator calibrator(kv1::parse_policy("small"), shape, {.model = name});
+    kv1::calibrator calibrator(kv1::parse_policy("c2+ls+basis+had+mean+ew,c2+ls+basis+had+ew@4:32"), shape,
+                               {.model = name});
     for (std::size_t l = 0; l < layers; ++l)
         calibrator.set_output_projection(l, m.output_projection(l));
     for (unsigned text = 1; text <= 4; ++text)

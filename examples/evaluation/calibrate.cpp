@@ -34,7 +34,9 @@ void weigh_errors(layer_policy& layer) {
 kv1::calibration calibrate(const model& m, std::span<const std::int32_t> tokens, std::size_t chunk,
                            const cache_policy& policy, const kv1::model_fingerprint& name,
                            thread_pool& pool) {
-    const kv1::cache_description shape = m.cache_shape({kv1::kv_format::fp32, kv1::kv_format::fp32}, chunk);
+    kv1::cache_description shape = m.cache_shape({kv1::kv_format::fp32, kv1::kv_format::fp32}, chunk);
+    for (kv1::layer_description& layer : shape.layers)
+        layer.rotary = rotary_of(m.config());
     kv1::calibrator found(policy, shape, {.model = name});
     for (std::size_t i = 0; i < shape.layers.size(); ++i)
         found.set_output_projection(i, m.output_projection(i), pool);

@@ -89,7 +89,8 @@ public:
                 {"attention", options_.precision == kv1::precision::exact ? "exact" : "fast"},
                 {"calibration", options_.calibration_text.filename().string()},
                 {"calibration_tokens", options_.calibration_tokens},
-                {"error_weights_of", "quantized tokens"}};
+                {"error_weights_of", "quantized tokens"},
+                {"means_of_keys", "before RoPE"}};
     }
 
     void restore(const nlohmann::ordered_json& results) {
@@ -133,9 +134,10 @@ public:
     void calibrate_policies(const tokenizer& words) {
         std::vector<std::int32_t> sample;
         if (std::ranges::any_of(policies_, &cache_policy::needs_error_weights) ||
-            std::ranges::any_of(policies_, &cache_policy::needs_means)) {
+            std::ranges::any_of(policies_, &cache_policy::needs_means) ||
+            std::ranges::any_of(policies_, &cache_policy::needs_basis)) {
             if (options_.calibration_text.empty())
-                throw input_error("means and error weights need --calibrate FILE");
+                throw input_error("means, bases and error weights need --calibrate FILE");
             sample = words.encode(read_text_file(options_.calibration_text));
             sample.resize(std::min(sample.size(), options_.calibration_tokens));
             if (sample.empty())
@@ -144,7 +146,7 @@ public:
         thread_pool pool(options_.threads);
         std::map<std::pair<std::size_t, std::size_t>, calibration> found; // by fp16 sinks and window
         for (const cache_policy& p : policies_) {
-            if (!p.needs_means() && !p.needs_error_weights()) {
+            if (!p.needs_means() && !p.needs_error_weights() && !p.needs_basis()) {
                 descriptions_.push_back(describe(model_.config(), p, {}, options_.seq_len));
                 continue;
             }
@@ -157,6 +159,7 @@ public:
                 const bool weighted = std::ranges::any_of(policies_, &cache_policy::needs_error_weights);
                 for (kv1::vector_policy* side : {&all.common.key, &all.common.value}) {
                     side->means = true;
+                    side->basis = std::ranges::any_of(policies_, &cache_policy::needs_basis);
                     side->error_weights = weighted;
                 }
                 std::tie(all.fp16_sinks, all.fp16_window) = key;

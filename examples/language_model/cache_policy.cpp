@@ -38,8 +38,16 @@ calibration parts_of(const kv1::calibration& found) {
         c.value_means.push_back(found.means(i, kv1::kv_side::value));
         c.key_weights.push_back(found.error_weights(i, kv1::kv_side::key));
         c.value_weights.push_back(found.error_weights(i, kv1::kv_side::value));
+        c.key_basis.push_back(found.basis(i, kv1::kv_side::key));
+        c.value_basis.push_back(found.basis(i, kv1::kv_side::value));
+        c.means_turn = !found.rotary(i).empty();
     }
     return c;
+}
+
+kv1::rotary_embedding rotary_of(const model_config& config) {
+    return {kv1::rotary_frequencies(static_cast<double>(config.rope_theta), config.head_dim),
+            kv1::rotary_pairs::interleaved};
 }
 
 kv1::cache_description describe(const model_config& config, const cache_policy& policy, const calibration& c,
@@ -49,12 +57,14 @@ kv1::cache_description describe(const model_config& config, const cache_policy& 
         const auto part = [i](const std::vector<std::vector<float>>& all) {
             return i < all.size() ? std::span<const float>(all[i]) : std::span<const float>();
         };
-        layers[i] = {part(c.key_means), part(c.value_means), part(c.key_weights), part(c.value_weights)};
+        layers[i] = {part(c.key_means),     part(c.value_means), part(c.key_weights),
+                     part(c.value_weights), part(c.key_basis),   part(c.value_basis)};
     }
-    kv1::result<kv1::cache_description> d = kv1::try_describe_cache(
-        policy,
-        kv1::uniform_cache(config.layers, {config.kv_heads, config.head_dim, config.head_dim}, tokens),
-        layers);
+    kv1::layer_description layer{config.kv_heads, config.head_dim, config.head_dim};
+    if (c.means_turn)
+        layer.rotary = rotary_of(config);
+    kv1::result<kv1::cache_description> d =
+        kv1::try_describe_cache(policy, kv1::uniform_cache(config.layers, layer, tokens), layers);
     if (!d)
         refuse("policy", to_string(policy), d.reason());
     if (const auto made = kv1::kv_cache::create(*d); !made && made.code() != kv1::errc::out_of_memory)

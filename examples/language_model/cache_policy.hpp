@@ -23,11 +23,16 @@ struct model_config;
 /// it.
 [[nodiscard]] cache_policy parse_policy(std::string_view text, std::string_view what = "policy");
 
-/// Means and error weights of a model, [layer], as vector_encoding takes them.
+/// The calibrated parts of a model, [layer], as vector_encoding takes them.
 struct calibration {
-    std::vector<std::vector<float>> key_means, value_means;     ///< [kv_heads][head_dim]
-    std::vector<std::vector<float>> key_weights, value_weights; ///< [kv_heads][head_dim][head_dim]
+    std::vector<std::vector<float>> key_means, value_means;           ///< [kv_heads][head_dim]
+    std::vector<std::vector<float>> key_weights, value_weights;       ///< [kv_heads][head_dim][head_dim]
+    std::vector<std::vector<float>> key_basis = {}, value_basis = {}; ///< [kv_heads][head_dim][head_dim]
+    bool means_turn = false; ///< whether the means of keys are those before RoPE
 };
+
+/// How the keys of a model turn with their position.
+[[nodiscard]] kv1::rotary_embedding rotary_of(const model_config& config);
 
 /// The parts of a calibration, which are empty where it does not have them.
 [[nodiscard]] calibration parts_of(const kv1::calibration& found);

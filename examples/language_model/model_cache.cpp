@@ -49,8 +49,9 @@ calibration read_calibration(const std::filesystem::path& folder, const model_co
     if (!found)
         throw input_error(file.string(), found.reason().message());
     found->set_policy({}); // which takes no parts: shapes alone are compared
-    const auto same = kv1::try_describe_cache(
-        *found, kv1::uniform_cache(config.layers, {config.kv_heads, config.head_dim, config.head_dim}, 1));
+    kv1::layer_description layer{config.kv_heads, config.head_dim, config.head_dim};
+    layer.rotary = rotary_of(config);
+    const auto same = kv1::try_describe_cache(*found, kv1::uniform_cache(config.layers, layer, 1));
     if (!same)
         throw input_error(file.string(), same.reason().message());
     return parts_of(*found);
@@ -85,13 +86,15 @@ model_cache choose_cache(const std::filesystem::path& folder, const model_config
         return std::filesystem::exists(folder / file, unknown);
     };
     const bool trained = choice.policy.needs_means() && (exists(means_file) || !exists(calibration_file));
-    if (choice.policy.needs_error_weights() || (choice.policy.needs_means() && !trained))
+    if (choice.policy.needs_error_weights() || choice.policy.needs_basis() ||
+        (choice.policy.needs_means() && !trained))
         choice.calibrated = read_calibration(folder, config);
     if (trained) {
         const safetensors file = safetensors::read(folder / means_file);
         const std::vector<std::size_t> shape{config.kv_heads, config.head_dim};
         choice.calibrated.key_means = read_tensors(file, config.layers, "key_means", shape);
         choice.calibrated.value_means = read_tensors(file, config.layers, "value_means", shape);
+        choice.calibrated.means_turn = false; // they are those of keys as they are stored
         no_more_than(file, 2 * config.layers);
     }
     return choice;

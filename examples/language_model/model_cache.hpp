@@ -5,8 +5,8 @@
 //   config.json              "kv1": {"policy": "c3+ls+had+mean+ew,c2+ls+had+mean+ew"}, as kv1/cache_policy.hpp
 //                            has it
 //   kv1_means.safetensors    with +mean: layers.I.key_means and layers.I.value_means, [kv_heads][head_dim]
-//   kv1_calibration.bin      with +ew: error weights; with +mean where there is no kv1_means.safetensors: means
-//                            (kv1/calibration_file.hpp), named after model.safetensors
+//   kv1_calibration.bin      with +ew, +basis: error weights, bases; with +mean where there is no
+//                            kv1_means.safetensors: means (kv1/calibration_file.hpp), named after model.safetensors
 //
 // kv1-train writes all but the calibration, which `kv1-lm calibrate` adds. Means that a model was trained with come
 // before those of a calibration.

@@ -218,10 +218,10 @@ private:
 };
 
 /// The cache of a calibration's policy for a model: `shape` with formats, encodings and fp16 tokens
-/// (cache_policy.hpp). Errors: different_cache where a layer of the shape has other KV heads, head dims or
-/// another rotary embedding than the layer that was calibrated, naming it, or where there are more or fewer layers;
-/// a layer that does not say how its keys turn turns them as the calibrated one does;
-/// those of try_describe_cache() for a policy. O(layers kv_heads dim^3).
+/// (cache_policy.hpp). A layer of the shape that does not say how its keys turn turns them as the calibrated one
+/// does. Errors: different_cache where a layer of the shape has other KV heads, head dims or another rotary
+/// embedding than the layer that was calibrated, naming it, or where there are more or fewer layers; those of
+/// try_describe_cache() for a policy. O(layers kv_heads dim^3).
 [[nodiscard]] result<cache_description> try_describe_cache(const calibration& found,
                                                            cache_description shape) noexcept;
 #if KV1_EXCEPTIONS

@@ -158,8 +158,11 @@ void policies() {
 }
 
 void calibrations() {
-    const auto policy = kv1::try_parse_policy("c3+ls+had+mean+ew,c2+ls+had+ew@4:8");
-    const kv1::cache_description shape = kv1::uniform_cache(2, {2, 8, 4}, 64);
+    const auto policy = kv1::try_parse_policy("c3+ls+basis+had+mean+ew,c2+ls+basis+had+ew@4:8");
+    kv1::cache_description shape = kv1::uniform_cache(2, {2, 8, 4}, 64);
+#if KV1_EXCEPTIONS
+    shape.layers[1].rotary = {kv1::rotary_frequencies(100.0, 8)};
+#endif
     const std::vector<float> w(6 * 4 * 4, 0.5f), x(40 * 4 * 8, 0.25f);
     const auto begun = [&] {
         auto c = kv1::calibrator::create(*policy, shape);
