@@ -6,6 +6,7 @@
 #include "generate.hpp"
 #include "info.hpp"
 #include "kld.hpp"
+#include "layer_budget.hpp"
 #include "sweep.hpp"
 
 #include <CLI/CLI.hpp>
@@ -172,6 +173,11 @@ int run_or_throw(int argc, const char* const* argv, std::istream& in, std::ostre
             "Or a preset: safe, balanced, small, near-lossless, reference. "
             "Several may be given; none: those of examples/evaluation/README.md")
         ->expected(1, -1);
+    double budget = 0.0;
+    sweep_command
+        ->add_option("--budget", budget,
+                     "Bytes of a vector: measure each layer alone in each policy, and choose among them")
+        ->check(CLI::PositiveNumber);
     add_count(*sweep_command, "--chunks", s.chunks, "The first so many chunks; 0 is all");
     add_count(*sweep_command, "--seq-len", s.seq_len, "Tokens of a chunk");
     sweep_command->add_option("--attention", sweep_texts.attention, "exact or fast; see kld")
@@ -223,7 +229,13 @@ int run_or_throw(int argc, const char* const* argv, std::istream& in, std::ostre
             s.models.push_back(info_model);
         s.precision = parse_attention(sweep_texts.attention);
         s.show_progress = error_output_is_a_terminal();
-        sweep(s, out, err);
+        if (budget > 0.0) {
+            const layer_budget chosen = choose_layers(s, budget, err);
+            out << to_string(chosen.policy) << "\nlayers alone: " << chosen.expected_kld
+                << " nats together\n";
+        } else {
+            sweep(s, out, err);
+        }
     } else if (*calibrate_command) {
         calibrate_folder(c, out);
     } else if (*info_command) {

@@ -5,6 +5,7 @@
 #include "error.hpp"
 #include "file.hpp"
 #include "kld.hpp"
+#include "layer_budget.hpp"
 #include "refusal.hpp"
 #include "shipped_model.hpp"
 #include "sweep.hpp"
@@ -184,6 +185,36 @@ TEST_CASE("a sweep goes on from its file: chunks and policies that are there are
     CHECK_THROWS_AS(measure(other), kv1_lm::input_error);
     folder.write("sweep.json", "{}");
     CHECK_THROWS_AS(measure({.policies = {"2,2"}, .chunks = 1, .json = file}), kv1_lm::input_error);
+}
+
+TEST_CASE("a budget of bytes gives wider codes to the layers that need them", "[sweep]") {
+    const std::vector<std::string> ways{"c2+ls+had", "c4+ls+had"};
+    std::ostringstream log;
+    const kv1_lm::sweep_options options{.models = {KV1_LM_MODEL_DIR},
+                                        .text = KV1_LM_TEXT_FILE,
+                                        .policies = ways,
+                                        .chunks = 1,
+                                        .seq_len = 128,
+                                        .threads = 2};
+    const auto bytes = [](const kv1_lm::layer_budget& b) {
+        return kv1_lm::bytes_per_vector(
+            kv1_lm::describe(kv1_test::shipped_model().config(), b.policy, {}, 1024), 1024);
+    };
+    const kv1_lm::layer_budget half = kv1_lm::choose_layers(options, 14.0, log);
+    CHECK(bytes(half) <= 14.0);
+    CHECK(bytes(half) > 12.9); // less than one more layer
+    CHECK_FALSE(half.policy.layers.empty());
+    // chosen layers cost less together than any others, as many of them: the first four, here
+    const auto rows = measure(
+        {.policies = {to_string(half.policy), "c2+ls+had/0:c4+ls+had/1:c4+ls+had/2:c4+ls+had/3:c4+ls+had"},
+         .chunks = 1});
+    CHECK(rows[0].kld <= rows[1].kld);
+    CHECK_THAT(kv1_test::refusal([&] { (void)kv1_lm::choose_layers(options, 9.0, log); }),
+               ContainsSubstring("--budget"));
+    kv1_lm::sweep_options named = options;
+    named.policies = {"c2/3:c4"};
+    CHECK_THAT(kv1_test::refusal([&] { (void)kv1_lm::choose_layers(named, 14.0, log); }),
+               ContainsSubstring("layers of their own"));
 }
 
 TEST_CASE("sweep prints a table and writes CSV; means without a calibration text are refused", "[sweep]") {

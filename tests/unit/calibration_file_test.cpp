@@ -122,8 +122,11 @@ TEST_CASE("damaged calibrations are refused, and each refusal says why", "[calib
     CHECK(load(with(good, rows + 12, 8)).code() == errc::bad_format); // a part that there is not
     CHECK(load(with(good, rows + 20, 5)).code() == errc::bad_format); // frequencies past the channels
     CHECK(load(with(good, rows + 24, 2)).code() == errc::bad_format); // a way to pair channels
-    CHECK(load(with(good, rows + 28, 0x80000000u)).code() == errc::bad_format); // past the channels
-    CHECK(load(with(good, good.size() - 6, 0x7c00, 2)).code() == errc::non_finite);
+    CHECK(load(with(good, rows + 28, 0x80000000u)).code() == errc::bad_format);       // past the channels
+    CHECK(load(with(good, good.size() - 8, 0x7f800000u)).code() == errc::non_finite); // of a basis, in fp32
+    const saved_bytes halves = kv1_test::saved_calibration(kv1_test::small_calibration("c3+ls+mean+ew"));
+    CHECK(load(with(halves, halves.size() - 6, 0x7c00, 2)).code() ==
+          errc::non_finite); // of a factor, in fp16
 
     for (std::size_t n = 0; n < good.size(); ++n) {
         saved_bytes cut = good;
