@@ -168,7 +168,7 @@ public:
     }
 
     /// What was found so far. O(layers kv_heads dim^3). Errors: invalid_argument for a layer that has no tokens
-    /// yet, naming it; not_representable for means that fp16 does not hold; out_of_memory.
+    /// yet and is asked for parts, naming it; not_representable for means that fp16 does not hold; out_of_memory.
     template <executor E = inline_executor>
     [[nodiscard]] result<calibration> try_finish(E&& run = {}) const noexcept {
         return take_parts(run);
@@ -512,7 +512,7 @@ inline result<calibration> calibrator::take_parts(detail::executor_view run) con
     for (std::size_t i = 0; i < size_; ++i) {
         const detail::layer_sums& sums = layers_[i];
         const error_location where{.layer = static_cast<std::int64_t>(i)};
-        if (sums.tokens() == 0)
+        if (sums.tokens() == 0 && sums.wanted().any())
             return status(errc::invalid_argument, "a layer has seen no tokens yet", where);
         if (const status s = detail::calibrated_parts::create(sums, policy_.of(i), out[i]); !s)
             return s;

@@ -18,6 +18,7 @@
 #include <limits>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 using kv1::errc;
@@ -414,4 +415,62 @@ TEST_CASE("calibration is the same for every executor, and for heads and tokens 
     c.set_output_products(0, products);
     c.add(0, view(q, t.heads(), t.key_dim), view(k, t.kv_heads, t.key_dim), view(v, t.kv_heads, t.value_dim));
     CHECK(same_parts(alone, c.finish()));
+}
+
+TEST_CASE("what a calibrator can not take is refused, and adds nothing", "[calibration]") {
+    generator g(6);
+    text t{20, 2, 2, 8, 4, 6, {}, {}, {}, {}};
+    t.q = kv1_test::normal_values(g, t.tokens * t.heads() * t.key_dim);
+    t.k = kv1_test::normal_values(g, t.tokens * t.kv_heads * t.key_dim);
+    t.v = kv1_test::normal_values(g, t.tokens * t.kv_heads * t.value_dim);
+    t.projection = kv1_test::normal_values(g, t.outputs * t.heads() * t.value_dim);
+    const kv1::tensor_view q(t.q.data(), 20, 4, 8), k(t.k.data(), 20, 2, 8), v(t.v.data(), 20, 2, 4);
+    const auto policy = [] { return parse_policy("c2+ls+mean+ew,c2+ls+ew/1:16"); };
+    kv1::calibrator c(policy(), shape_of(t, 2));
+
+    CHECK(c.try_add(0, q, k, v).code() == errc::invalid_argument); // no output projection yet
+    CHECK(c.try_set_output_projection(2, t.w()).code() == errc::out_of_range);
+    CHECK(c.try_set_output_projection(0, {t.projection.data(), 6, 3, 4}).code() == errc::shape_mismatch);
+    CHECK(c.try_set_output_projection(0, {t.projection.data(), 6, 4, 3}).code() == errc::shape_mismatch);
+    CHECK(c.try_set_output_products(0, t.projection).code() == errc::shape_mismatch);
+    c.set_output_projection(0, t.w());
+    CHECK(c.try_finish().reason().where().layer == 0); // no tokens yet
+    CHECK(c.try_add(2, q, k, v).code() == errc::out_of_range);
+    CHECK(c.try_add(0, {t.q.data(), 20, 2, 8}, k, v).code() ==
+          errc::shape_mismatch); // heads of the projection
+    CHECK(c.try_add(0, {t.q.data(), 20, 3, 8}, k, v).code() == errc::shape_mismatch);
+    CHECK(c.try_add(0, q, k, {t.v.data(), 19, 2, 4}).code() == errc::shape_mismatch);
+    CHECK(c.try_add(0, q, {t.k.data(), 10, 2, 8}, {t.v.data(), 10, 2, 4}).code() == errc::shape_mismatch);
+    CHECK(c.try_add(0, {static_cast<const float*>(nullptr), 20, 4, 8}, k, v).code() ==
+          errc::invalid_argument);
+    CHECK(c.try_add(0, {t.q.data(), -1, 4, 8}, k, v).code() == errc::invalid_argument);
+    const float kept = std::exchange(t.k[5 * 16 + 8 + 3], std::numeric_limits<float>::infinity());
+    const kv1::status s = c.try_add(0, q, k, v);
+    CHECK(s.code() == errc::non_finite);
+    CHECK(s.where().layer == 0);
+    CHECK(s.where().token == 5);
+    CHECK(s.where().kv_head == 1);
+    CHECK(s.where().channel == 3);
+    t.k[5 * 16 + 8 + 3] = kept;
+    c.add(0, q, k, v);
+    CHECK(c.try_set_output_projection(0, t.w()).code() == errc::invalid_argument); // after tokens
+
+    kv1::calibrator fresh(policy(), shape_of(t, 2)); // layer 1 is asked for nothing
+    fresh.set_output_projection(0, t.w());
+    fresh.add(0, q, k, v);
+    CHECK(same_parts(c.finish(), fresh.finish()));
+
+    const auto refused = [&](const char* text, auto change, kv1::calibration_options o = {}) {
+        kv1::cache_description d = shape_of(t, 2);
+        change(d);
+        return kv1::calibrator::create(parse_policy(text), d, o).code();
+    };
+    const auto nothing = [](auto&) {};
+    CHECK(refused("c2/2:c4", nothing) == errc::out_of_range);
+    CHECK(refused("c2+ls+ew", [](auto& d) { d.layers[1].key_dim = 0; }) == errc::invalid_argument);
+    CHECK(refused("c2+ls+ew", [](auto& d) { d.layers[1] = kv1::latent_layer(48, 32); }) ==
+          errc::invalid_argument);
+    CHECK(refused("c2+ls+mean", [](auto& d) { d.layers[1] = kv1::latent_layer(48, 32); }) == errc::ok);
+    CHECK(refused("c2", nothing, {.query_stride = 0}) == errc::invalid_argument);
+    CHECK(refused("c2", nothing, {.scale = -1.0f}) == errc::invalid_argument);
 }

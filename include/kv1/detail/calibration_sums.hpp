@@ -39,6 +39,7 @@ struct calibrated_quantities {
     std::size_t window = 0;     // nor are the newest of a query
     std::size_t query_stride = 1;
     double scale = 1.0; // of scores
+    [[nodiscard]] bool any() const noexcept { return means || error_weights || moments; }
 };
 
 // A row of a tensor as doubles.
