@@ -40,7 +40,7 @@ static kv1_calibrator* begun(const kv1_cache_options* shape, const kv1_fingerpri
     kv1_calibrator_options options;
     kv1_calibrator* calibrator = NULL;
     kv1_calibrator_options_init(&options);
-    options.policy = "c3+ls+had+mean+ew,c2+ls+had+ew@4:8";
+    options.policy = "c3+ls+basis+had+mean+ew,c2+ls+had+ew@4:8";
     options.model = model;
     CHECK(kv1_calibrator_create(shape, &options, &calibrator, &error) == KV1_OK);
     return calibrator;
@@ -113,8 +113,9 @@ static void kept(const kv1_calibration* calibration, const kv1_cache_options* op
     CHECK(kv1_calibration_load_file(path, model, &loaded, &error) == KV1_OK);
     attend(loaded, options, other);
     CHECK(memcmp(out, other, sizeof out) == 0);
-    CHECK(kv1_calibration_policy(loaded, text, sizeof text) == strlen("c3+ls+had+mean+ew,c2+ls+had+ew@4:8"));
-    CHECK(strcmp(text, "c3+ls+had+mean+ew,c2+ls+had+ew@4:8") == 0);
+    CHECK(kv1_calibration_policy(loaded, text, sizeof text) ==
+          strlen("c3+ls+basis+had+mean+ew,c2+ls+had+ew@4:8"));
+    CHECK(strcmp(text, "c3+ls+basis+had+mean+ew,c2+ls+had+ew@4:8") == 0);
     CHECK(kv1_calibration_set_policy(loaded, "c9", &error) == KV1_INVALID_ARGUMENT);
     CHECK(kv1_calibration_set_policy(loaded, "c4+ls+had", &error) == KV1_OK);
     attend(loaded, options, other);
@@ -131,7 +132,7 @@ static void kept(const kv1_calibration* calibration, const kv1_cache_options* op
     remove(path);
 }
 
-static void refusals(const kv1_calibration* calibration) {
+static void refusals(const kv1_calibration* calibration, const kv1_rotary* slower) {
     kv1_layer wide = layer_of(kv_heads, dim, KV1_AFFINE2);
     kv1_cache_options shape;
     kv1_cache* cache = NULL;
@@ -139,6 +140,10 @@ static void refusals(const kv1_calibration* calibration) {
     shape = options_for(&wide, layers, 64, 16);
     CHECK(kv1_cache_create_calibrated(calibration, &shape, &cache, &error) == KV1_DIFFERENT_CACHE);
     CHECK(cache == NULL && error.layer == 0 && strstr(error.rule, "values") != NULL);
+    wide = layer_of(kv_heads, dim, KV1_AFFINE2);
+    wide.rotary = slower;
+    CHECK(kv1_cache_create_calibrated(calibration, &shape, &cache, &error) == KV1_DIFFERENT_CACHE);
+    CHECK(strstr(error.rule, "turn") != NULL);
     shape.layer_count = 3;
     CHECK(kv1_cache_create_calibrated(calibration, &shape, &cache, &error) == KV1_DIFFERENT_CACHE);
     CHECK(kv1_cache_create_calibrated(NULL, &shape, &cache, &error) == KV1_INVALID_ARGUMENT);
@@ -149,10 +154,17 @@ static void refusals(const kv1_calibration* calibration) {
 }
 
 int main(void) {
-    const kv1_layer layer = layer_of(kv_heads, dim, KV1_AFFINE2);
+    kv1_layer layer = layer_of(kv_heads, dim, KV1_AFFINE2);
     const kv1_cache_options options = options_for(&layer, layers, 64, 16);
+    float frequencies[dim / 2];
+    kv1_rotary rotary;
     kv1_fingerprint model;
     kv1_calibration* calibration;
+    kv1_rotary_frequencies(10000.0, dim, frequencies);
+    kv1_rotary_init(&rotary);
+    rotary.frequencies = frequencies;
+    rotary.pair_count = dim / 2;
+    layer.rotary = &rotary;
     fill(q, tokens * heads * dim);
     fill(k, tokens * kv_heads * dim);
     fill(v, tokens * kv_heads * dim);
@@ -160,7 +172,8 @@ int main(void) {
     CHECK(kv1_fingerprint_of("a model", 7, NULL, &model) == KV1_OK);
     calibration = calibrated(&options, &model);
     kept(calibration, &options, &model);
-    refusals(calibration);
+    frequencies[1] *= 0.5f;
+    refusals(calibration, &rotary);
     kv1_calibration_destroy(calibration);
     return report();
 }

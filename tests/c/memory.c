@@ -99,6 +99,40 @@ static kv1_code call_moments(void) { return kv1_moment_estimator_create(kv_heads
 static kv1_code call_moments_add(void) { return kv1_moment_estimator_add(seconds, some(2), &error); }
 static kv1_code call_moment_values(void) { return kv1_moment_estimator_moments(seconds, moments, &error); }
 
+static kv1_calibrator* calibrator;
+static kv1_calibration* calibration;
+static kv1_code call_calibrator(void) {
+    kv1_calibrator_options o;
+    kv1_calibrator_options_init(&o);
+    o.policy = "c3+ls+basis+had+mean+ew,c2+ls+had+ew/0:c4+ls+mean+ew@4:8";
+    return kv1_calibrator_create(&options, &o, &calibrator, &error);
+}
+static kv1_code call_projection(void) {
+    return kv1_calibrator_set_output_projection(calibrator, 0, some(tokens), NULL, &error);
+}
+static kv1_code call_calibrate(void) {
+    return kv1_calibrator_add(calibrator, 0, some(tokens), some(tokens), some(tokens), 0, NULL, &error);
+}
+static kv1_code call_calibration(void) {
+    return kv1_calibrator_finish(calibrator, NULL, &calibration, &error);
+}
+static kv1_code call_save_calibration(void) { return kv1_calibration_save_file(calibration, path, &error); }
+static kv1_code call_load_calibration(void) {
+    kv1_calibration* loaded;
+    const kv1_code code = kv1_calibration_load_file(path, NULL, &loaded, &error);
+    kv1_calibration_destroy(loaded);
+    return code;
+}
+static kv1_code call_policy(void) {
+    return kv1_calibration_set_policy(calibration, "2/0:c4+ls+mean+ew,c4", &error);
+}
+static kv1_code call_calibrated(void) {
+    kv1_cache* made_of_it;
+    const kv1_code code = kv1_cache_create_calibrated(calibration, &options, &made_of_it, &error);
+    kv1_cache_destroy(made_of_it);
+    return code;
+}
+
 static size_t sequences_of(const kv1_cache* of) {
     kv1_statistics statistics;
     kv1_statistics_init(&statistics);
@@ -193,6 +227,17 @@ static void failing(void) {
     fails_cleanly("moment_estimator", call_moments);
     fails_cleanly("moment_estimator_add", call_moments_add);
     fails_cleanly("moments", call_moment_values);
+    fails_cleanly("calibrator", call_calibrator);
+    fails_cleanly("output_projection", call_projection);
+    fails_cleanly("calibrate", call_calibrate);
+    fails_cleanly("calibration", call_calibration);
+    fails_cleanly("calibration_save_file", call_save_calibration);
+    fails_cleanly("calibration_load_file", call_load_calibration);
+    fails_cleanly("cache_create_calibrated", call_calibrated);
+    fails_cleanly("calibration_set_policy", call_policy);
+    remove(path);
+    kv1_calibrator_destroy(calibrator);
+    kv1_calibration_destroy(calibration);
     CHECK(failed_allocations > 60); /* two of each call, or so */
     kv1_mean_estimator_destroy(means);
     kv1_moment_estimator_destroy(seconds);
