@@ -16,8 +16,10 @@
 
 #include "support.hpp"
 
+#include <kv1/hadamard.hpp>
+
+#include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <limits>
 
 namespace {
