@@ -66,9 +66,9 @@ void whole_step(benchmark::State& state, const step_shape& shape) {
     world w(shape);
     for (auto _ : state) {
         for (std::size_t layer = 0; layer < shape.layers; ++layer) {
-            w.cache.append(w.ids, layer, w.indptr, w.rows(w.k, shape.heads.kv_heads),
-                           w.rows(w.v, shape.heads.kv_heads));
-            w.cache.attend(w.ids, layer, w.indptr, w.rows(w.q, shape.heads.heads), w.outputs());
+            w.cache.append(w.ids, layer, w.indptr, w.slice(w.k, shape.heads.kv_heads),
+                           w.slice(w.v, shape.heads.kv_heads));
+            w.cache.attend(w.ids, layer, w.indptr, w.slice(w.q, shape.heads.heads), w.outputs());
         }
         for (const kv1::sequence_id id : w.ids)
             w.cache.commit(id);
@@ -83,8 +83,8 @@ void whole_step(benchmark::State& state, const step_shape& shape) {
 void kernels_of_step(benchmark::State& state, const step_shape& shape) {
     world w(shape);
     for (std::size_t layer = 0; layer < shape.layers; ++layer)
-        w.cache.append(w.ids, layer, w.indptr, w.rows(w.k, shape.heads.kv_heads),
-                       w.rows(w.v, shape.heads.kv_heads));
+        w.cache.append(w.ids, layer, w.indptr, w.slice(w.k, shape.heads.kv_heads),
+                       w.slice(w.v, shape.heads.kv_heads));
     struct unit {
         kv1::detail::append_job append;
         kv1::detail::attention_job attend;
@@ -97,8 +97,8 @@ void kernels_of_step(benchmark::State& state, const step_shape& shape) {
     const kv1::target t = kv1::current_target();
     const auto* kernels =
         kv1::detail::format_registry<kv1::kv2_cache::formats_type>::find(t, kv1::kv_format::affine2);
-    const kv1::tensor_view k = w.rows(w.k, shape.heads.kv_heads), v = w.rows(w.v, shape.heads.kv_heads),
-                           q = w.rows(w.q, shape.heads.heads);
+    const kv1::tensor_view k = w.slice(w.k, shape.heads.kv_heads), v = w.slice(w.v, shape.heads.kv_heads),
+                           q = w.slice(w.q, shape.heads.heads);
     const kv1::mutable_tensor_view out = w.outputs();
     for (std::size_t layer = 0; layer < shape.layers; ++layer) {
         layouts[layer] = w.cache.layout(layer);

@@ -49,6 +49,14 @@ inline void use_target(kv1::target t) {
     REQUIRE(kv1::current_target() == t);
     using registry = kv1::detail::common_registry<>;
     REQUIRE(&kv1::detail::common_kernels() == &registry::at(t));
+    // kernels without dot products are shared, and none is another namespace's of the same name
+    const kv1::detail::target_kernels &own = registry::at(t), &shared = registry::at(storing_target(t));
+    REQUIRE(own.encode_affine == shared.encode_affine);
+    REQUIRE(own.encode_vectors == shared.encode_vectors);
+    REQUIRE(own.turn_mean == shared.turn_mean);
+    REQUIRE(own.enter_basis == shared.enter_basis);
+    REQUIRE(own.leave_basis == shared.leave_basis);
+    REQUIRE(own.rotate == shared.rotate);
     for (const kv1::target other : kv1::all_targets) {
         if (other == t || !kv1::is_supported(other))
             continue;

@@ -114,7 +114,7 @@ public:
         const auto first = means_.begin() + static_cast<std::ptrdiff_t>(head * dim_);
         std::vector<float> x(first, first + static_cast<std::ptrdiff_t>(dim_));
         if (!turning_.empty())
-            detail::turn_mean(turning_.data()[head], position, x.data());
+            detail::set_mean_at(turning_.data()[head], position, x.data());
         return x;
     }
 

@@ -56,7 +56,7 @@ struct basis_view {
 #include <kv1/detail/precise_math_begin.inl>
 
 // x and y do not overlap.
-inline void enter_basis(const basis_view& b, const float* x, float* y) noexcept {
+inline void to_basis(const basis_view& b, const float* x, float* y) noexcept {
     for (std::size_t i = 0; i < b.n; ++i)
         y[i] = 0.0f;
     for (std::size_t j = 0; j < b.n; ++j)
@@ -64,7 +64,7 @@ inline void enter_basis(const basis_view& b, const float* x, float* y) noexcept 
             y[i] = as_written(y[i] + product_of(b.column(j)[i], x[j]));
 }
 
-inline void leave_basis(const basis_view& b, const float* y, float* x) noexcept {
+inline void from_basis(const basis_view& b, const float* y, float* x) noexcept {
     for (std::size_t j = 0; j < b.n; ++j) {
         float sum = 0.0f;
         for (std::size_t i = 0; i < b.n; ++i)

@@ -67,9 +67,9 @@ struct prepared_encoding {
         float room[max_vector_length];
         if (const basis_view b = basis.of(head)) {
             std::copy(x.begin(), x.end(), room);
-            leave_basis(b, room, x.data());
+            from_basis(b, room, x.data());
         }
-        if (const float* m = mean_at(head, position, room, turn_mean))
+        if (const float* m = mean_at(head, position, room, set_mean_at))
             for (std::size_t c = 0; c < x.size(); ++c)
                 x[c] += m[c];
     }
@@ -108,7 +108,7 @@ inline status factor_weights(std::span<const float> weights, std::size_t n, std:
                 for (std::size_t k = 0; k < n; ++k)
                     line[k] = static_cast<float>(w[first + k * step]);
                 if (basis) {
-                    enter_basis(basis, line.data(), inside.data());
+                    to_basis(basis, line.data(), inside.data());
                     std::copy(inside.begin(), inside.end(), line.begin());
                 }
                 if (width != 0)

@@ -87,7 +87,7 @@ inline unit_vector unit_at(std::uint32_t phase) noexcept {
 }
 
 // The mean at a position: writes the channels that turn, and leaves the others as they are.
-inline void turn_mean(const turning_mean& m, std::uint64_t position, float* mean) noexcept {
+inline void set_mean_at(const turning_mean& m, std::uint64_t position, float* mean) noexcept {
     for (std::size_t j = 0; j < m.count; ++j) {
         const unit_vector u = unit_at(static_cast<std::uint32_t>(m.half_turns[j] * (2 * position) >> 32));
         mean[m.first_channel[j]] =

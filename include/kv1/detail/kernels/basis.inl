@@ -42,10 +42,12 @@ KV1_INLINE void enter_channels(const basis_view& b, const float* x, std::size_t 
 
 template <std::size_t Rows>
 KV1_INLINE void enter_rows(const basis_view& b, const float* x, float* y) {
-    constexpr std::size_t registers = (many_registers ? 16 : 8) / Rows, step = registers * lanes;
+    constexpr std::size_t registers = many_registers && Rows > 1 ? 4 : 8 / Rows;
     std::size_t first = 0;
-    for (; first + step <= b.stride; first += step)
+    for (; first + registers * lanes <= b.stride; first += registers * lanes)
         enter_channels<Rows, registers>(b, x, first, y);
+    for (; Rows == 1 && first + 4 * lanes <= b.stride; first += 4 * lanes)
+        enter_channels<Rows, 4>(b, x, first, y);
     for (; first < b.stride; first += lanes)
         enter_channels<Rows, 1>(b, x, first, y);
 }

@@ -53,9 +53,9 @@ struct target_kernels {
     // y[r * stride + i] += factors[r] * x[i] for each of n, a multiple of tile_tokens; products are rounded
     void (*add_multiples)(float* y, std::size_t stride, const float* factors, std::size_t rows,
                           const float* x, std::size_t n) noexcept;
-    // the mean at a position: turn_mean()
+    // the mean at a position: set_mean_at()
     void (*turn_mean)(const turning_mean& m, std::uint64_t position, float* mean) noexcept;
-    // enter_basis() and leave_basis(), bit for bit the former alone; `rows` vectors, n and n apart
+    // to_basis() and from_basis(), bit for bit the former alone; `rows` vectors, n and n apart
     void (*enter_basis)(const basis_view& b, const float* x, std::size_t rows, float* y) noexcept;
     void (*leave_basis)(const basis_view& b, const float* y, float* x) noexcept;
     // hadamard_transform() of n channels

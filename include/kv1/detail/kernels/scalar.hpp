@@ -165,7 +165,7 @@ inline void rotate(float* x, std::size_t n, std::size_t width) noexcept { hadama
 
 inline void enter_basis(const basis_view& b, const float* x, std::size_t rows, float* y) noexcept {
     for (std::size_t r = 0; r < rows; ++r)
-        detail::enter_basis(b, x + r * b.n, y + r * b.n);
+        to_basis(b, x + r * b.n, y + r * b.n);
 }
 
 // Slot i of a chunk.
@@ -543,23 +543,11 @@ inline void attend_rows(const attention_job& job) noexcept {
 }
 
 inline const target_kernels& kernels() noexcept {
-    static constexpr target_kernels table{load_floats,
-                                          store_floats,
-                                          store_outputs,
-                                          encode_affine,
-                                          encode<scaled_binary>,
-                                          encode<binary>,
-                                          pack,
-                                          unpack,
-                                          insert_codes,
-                                          append_affine2,
-                                          encode_vectors,
-                                          add_multiples,
-                                          detail::turn_mean,
-                                          enter_basis,
-                                          detail::leave_basis,
-                                          rotate,
-                                          attend_rows};
+    static constexpr target_kernels table{
+        load_floats,    store_floats,  store_outputs, encode_affine, encode<scaled_binary>,
+        encode<binary>, pack,          unpack,        insert_codes,  append_affine2,
+        encode_vectors, add_multiples, set_mean_at,   enter_basis,   from_basis,
+        rotate,         attend_rows};
     return table;
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Means that turn with their key's position (detail/turning_means.hpp). When a key is stored, the mean at its position is
-// taken off, bit for bit as turn_mean() defines it. In attention a query (a, b) in a pair of channels meets the mean
+// taken off, bit for bit as set_mean_at() defines it. In attention a query (a, b) in a pair of channels meets the mean
 // (m, n) of a key at position p with
 //
 //   a (m cos tp - n sin tp) + b (m sin tp + n cos tp) = C cos tp + S sin tp,   C = a m + b n,   S = b m - a n
