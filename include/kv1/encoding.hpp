@@ -18,10 +18,10 @@
 //                  (detail/encode_reference.hpp). Encoding takes several times as long; attention does not
 //                  change.
 //
-// Means belong to the cache, not to a sequence, so forks, prefixes and saved sequences carry none. Take them
-// once from a sample of the model's keys and values (mean_estimator, over a few thousand tokens of any text),
-// and keep them with the model. The mean of a sequence's own first page will not do: keys of its first tokens
-// lie elsewhere than those that follow.
+// Means belong to the cache, not to a sequence, so forks, prefixes and saved sequences carry none. Take them,
+// bases and error weights once from a text, and keep them with the model (calibration.hpp; mean_estimator and
+// moment_estimator need less of it). The mean of a sequence's own first page will not do: keys of its first
+// tokens lie elsewhere than those that follow.
 #pragma once
 
 #include <kv1/detail/config.hpp>

@@ -38,11 +38,11 @@ struct layer_option {
 [[nodiscard]] double bytes_per_token(const layer_description& layer, const layer_policy& policy,
                                      std::size_t page_tokens = 64) noexcept;
 
-/// Chooses one of the options for each layer of `shape`: within `budget` bytes a token over all layers, costs as low as
-/// this finds. It begins with the fewest bytes for each layer. Then it takes the step that saves most cost for a byte,
-/// again and again, as long as one fits. A step goes to any wider option of a layer, so none hides behind another. The
-/// result is at most the cost of one such step above the least cost there is. Its common policy is that of most
-/// layers; fp16 tokens and pages are left at their defaults. O(layers options). Errors: invalid_argument for a
+/// Chooses one of the options for each layer of `shape`, within `budget` bytes a token over all layers. It begins
+/// with the fewest bytes for each layer. Then it takes the step that saves most cost for a byte, again and again, as
+/// long as one fits. A step goes to any wider option of a layer, so none hides behind another. The sum of costs is
+/// at most one such step above the least there is. The common policy is that of most layers; fp16 tokens and pages
+/// are left at their defaults. O(layers options). Errors: invalid_argument for a
 /// layer without options, and where even the fewest bytes do not fit; out_of_range for a layer that the shape does
 /// not have; non_finite for a cost or a budget; out_of_memory.
 [[nodiscard]] result<cache_policy> try_choose_layers(const cache_description& shape,

@@ -89,8 +89,8 @@ KV1_C_API kv1_code kv1_calibration_load_file(const char* path, const kv1_fingerp
 KV1_C_API kv1_code kv1_calibration_load(kv1_source source, const kv1_fingerprint* model,
                                         kv1_calibration** calibration, kv1_error* error);
 
-/** Makes a cache of the calibration's policy for a model of this shape: formats, encodings, groups, axes, fp16 sinks and
- * window are the policy's, pages too where it names them; the rest is the options'. Errors: KV1_DIFFERENT_CACHE where
+/** Makes a cache of the calibration's policy for a model of this shape: formats, encodings, groups, axes, fp16
+ * sinks and window are the policy's, pages too where it names them; the rest is the options'. Errors: KV1_DIFFERENT_CACHE where
  * the shape is another one's, naming the layer; KV1_SHAPE_MISMATCH for a part that the policy names and the
  * calibration lacks; those of kv1_cache_create. *cache is then null. */
 KV1_C_API kv1_code kv1_cache_create_calibrated(const kv1_calibration* calibration,
