@@ -98,7 +98,15 @@ std::vector<kv1::layer_description> layers() {
     kv1::layer_description bits{kv_heads, 40, 72};
     bits.key_format = kv1::kv_format::scaled_binary;
     bits.value_format = kv1::kv_format::affine3;
-    return {plain, two_bits, groups, encoded, bits};
+    kv1::layer_description turning =
+        encoded; // half of the channels, and both sides in a basis: another order
+    turning.rotary = {kv1::rotary_frequencies(10000.0, 32), kv1::rotary_pairs::interleaved, 16};
+    for (kv1::vector_encoding* e : {&turning.key_encoding, &turning.value_encoding}) {
+        e->basis.assign(kv_heads * 64 * 64, 0.0f);
+        for (std::size_t i = 0; i < kv_heads * 64; ++i)
+            e->basis[i * 64 + (i * 11 + 3) % 64] = 1.0f;
+    }
+    return {plain, two_bits, groups, encoded, turning, bits};
 }
 
 // Writes all tokens in an order of no meaning, some of them over others' vectors.

@@ -241,7 +241,8 @@ public:
 
     // ---- attend
 
-    // A job over a plane. The caller fills in what each query sees: ranges of slots, masks, windows.
+    // A job over a plane. The caller fills in what each query sees: ranges of slots, masks, windows; and, for
+    // means that turn, the positions of tokens, if a token's is not its place in the table.
     [[nodiscard]] attention_job job(const plane& p, const std::uint32_t* table, std::size_t query_heads,
                                     const attention_options& options) const noexcept {
         const bool per_channel = p.layout.keys().axis == quantization_axis::per_channel;
