@@ -5,6 +5,7 @@
 #   bash cmake/setup.sh test                             build everything, warnings as errors, and test it
 #   bash cmake/setup.sh bench                            build the benchmarks and list them
 #   bash cmake/setup.sh mpi                              build the example over many machines, and its tests
+#   bash cmake/setup.sh train                            build the trainer kv1-train, kv1-lm, and their tests
 #   bash cmake/setup.sh extended                         hours of tests: compilers, sanitizers, fuzzers, CPUs
 #   bash cmake/setup.sh deps                             install what run, test and bench need, and nothing else
 #
@@ -20,7 +21,7 @@ log=$source_dir/build/setup.log
 jobs=$(nproc 2>/dev/null || echo 2)
 
 usage() {
-    sed -n '4,9s/^#   //p' cmake/setup.sh
+    sed -n '4,10s/^#   //p' cmake/setup.sh
     exit 2
 }
 
@@ -69,6 +70,8 @@ package_of() {
     pcre2) echo libpcre2-dev ;;
     cblas) echo libopenblas-dev ;;
     benchmark) echo libbenchmark-dev ;;
+    torch) echo libtorch-dev ;;
+    gloo) echo libgloo-dev ;;
     esac
 }
 
@@ -104,8 +107,17 @@ endif()
 if(TARGET OpenBLAS::OpenBLAS OR (cblas_header AND cblas_library))
   set(have_cblas TRUE)
 endif()
-set(names xsimd catch2 json cli11 benchmark pcre2 cblas)
-set(flags xsimd_FOUND Catch2_FOUND nlohmann_json_FOUND CLI11_FOUND benchmark_FOUND have_pcre2 have_cblas)
+# A PyTorch's own LibTorch, which CMAKE_PREFIX_PATH in the environment may name, has no use for Debian's Gloo.
+if(NEEDS_TORCH)
+  find_package(Torch QUIET)
+  find_path(gloo_header gloo/context.h)
+  if(Torch_FOUND AND (gloo_header OR NOT TORCH_INSTALL_PREFIX MATCHES "^/usr/?"))
+    set(have_gloo TRUE)
+  endif()
+endif()
+set(names xsimd catch2 json cli11 benchmark pcre2 cblas torch gloo)
+set(flags xsimd_FOUND Catch2_FOUND nlohmann_json_FOUND CLI11_FOUND benchmark_FOUND have_pcre2 have_cblas Torch_FOUND
+    have_gloo)
 foreach(name flag IN ZIP_LISTS names flags)
   if(${flag})
     list(APPEND found ${name})
@@ -115,8 +127,10 @@ list(JOIN found "\n" found)
 file(WRITE ${CMAKE_BINARY_DIR}/found "${found}\n")
 PROBE
     rm -rf "$tmp/probe/build"
+    local needs_torch=OFF
+    [[ " $* " != *" torch "* ]] || needs_torch=ON
     cmake -S "$tmp/probe" -B "$tmp/probe/build" -DKV1="$source_dir" -DCMAKE_PREFIX_PATH="$deps/usr" \
-        "${generator[@]}" >>"$log" 2>&1 </dev/null || true
+        -DNEEDS_TORCH=$needs_torch "${generator[@]}" >>"$log" 2>&1 </dev/null || true
     local library
     for library in "$@"; do
         grep -qx "$library" "$tmp/probe/build/found" 2>/dev/null || echo "$library"
@@ -420,6 +434,17 @@ command_mpi() {
     echo build/mpi/examples/context_parallel/context_parallel
 }
 
+command_train() {
+    provide xsimd catch2 json cli11 pcre2 cblas torch gloo
+    pick_generator
+    say "configuring"
+    configure build/train -DKV1_BUILD_TESTS=ON -DKV1_BUILD_EXAMPLES=ON -DKV1_BUILD_TRAINER=ON
+    grep -h 'kv1-train:' "$log" >&2 || true
+    say "building kv1-train, kv1-lm and the trainer's tests"
+    build build/train --target kv1_train kv1_lm kv1_train_tests
+    find build/train/examples -type f \( -name kv1-train -o -name kv1-lm \) -perm -u+x | sort
+}
+
 # ---------------------------------------------------------------------------------------------- extended
 
 failures=()
@@ -604,7 +629,7 @@ command_extended() {
 command=$1
 shift
 case $command in
-run | test | bench | mpi | extended | deps) ;;
+run | test | bench | mpi | train | extended | deps) ;;
 *) usage ;;
 esac
 
