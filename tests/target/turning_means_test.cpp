@@ -404,7 +404,8 @@ TEST_CASE("codes depend on a key and its position alone, however it was appended
     }
 }
 
-TEST_CASE("fp16 sinks and windows, soft caps and ranges see keys with their means", "[rotary]") {
+TEST_CASE("fp16 sinks and windows, soft caps, ranges and dropped pages see keys with their means",
+          "[rotary]") {
     // expected: softmax in double over what read() gives, and the given keys in fp16 where the window has them
     generator g(1906);
     for (const std::size_t window : {std::size_t{0}, std::size_t{40}})
@@ -425,16 +426,23 @@ TEST_CASE("fp16 sinks and windows, soft caps and ranges see keys with their mean
                 const auto id = cache.create_sequence();
                 cache.append(id, 0, {k.data(), s.tokens, kv_heads, s.dim},
                              {v.data(), s.tokens, kv_heads, value_dim});
+                const std::size_t hole = window != 0 ? s.page : 0, behind = 2 * hole; // page 1 is dropped
+                if (hole != 0)
+                    cache.drop_pages(id, 1, 1);
                 std::vector<float> out(s.heads() * value_dim), lse(s.heads());
                 cache.attend(id, 0, {q.data(), 1, s.heads(), s.dim}, {out.data(), 1, s.heads(), value_dim},
                              {.mode = kv1::precision::exact, .log_sum_exp = lse, .soft_cap = cap});
                 for (std::size_t h = 0; h < s.heads(); ++h) {
                     const std::size_t kv = h / s.group;
                     std::vector<float> keys(s.tokens * s.dim);
-                    cache.read(id, 0, kv_side::key, kv, 0, s.tokens, keys);
+                    cache.read(id, 0, kv_side::key, kv, 0, hole, std::span(keys).first(hole * s.dim));
+                    cache.read(id, 0, kv_side::key, kv, behind, s.tokens - behind,
+                               std::span(keys).subspan(behind * s.dim));
                     double sum = 0.0, norms = 0.0;
                     std::vector<double> expected(value_dim);
                     for (std::size_t i = 0; i < s.tokens; ++i) {
+                        if (i >= hole && i < behind)
+                            continue;
                         const bool copied = i < d.fp16_sinks || i + window >= s.tokens;
                         double score = 0.0, norm = 0.0;
                         for (std::size_t c = 0; c < s.dim; ++c) {
