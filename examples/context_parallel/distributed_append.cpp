@@ -105,6 +105,9 @@ kv1::status distributed_cache::prepare(append_call& c) {
     c.own_indptr.push_back(0);
     for (std::size_t i = 0; i < c.batch.size(); ++i) {
         const std::size_t first = find(c.batch[i])->lengths[c.layer];
+        if (c.indptr[i + 1] - c.indptr[i] > own_.position_limit() - first)
+            return {kv1::errc::capacity_exceeded,
+                    "the last rank's range is full, and means that turn allow no second round", where};
         c.lengths.push_back(first);
         for (std::size_t row = c.indptr[i]; row < c.indptr[i + 1]; ++row)
             c.rows[positions_.owner(first + row - c.indptr[i])].push_back(row);

@@ -43,10 +43,12 @@ void add_mask(digest& d, const kv1::attention_mask& mask) {
 
 } // namespace
 
-layer_rules distributed_cache::rules_of(const record& r, std::size_t layer) const noexcept {
-    const bool windowed = own_.has_window(layer);
-    return {whole_.layers[layer].sliding_window, windowed ? whole_.fp16_sinks : 0,
-            windowed ? whole_.fp16_window : 0, r.fp16_from};
+// What the queries of a sequence see.
+query_sight distributed_cache::sight_of(const query_call& c, std::size_t i) noexcept {
+    const bool windowed = own_.has_window(c.layer);
+    const layer_rules rules{whole_.layers[c.layer].sliding_window, windowed ? whole_.fp16_sinks : 0,
+                            windowed ? whole_.fp16_window : 0, find(c.batch[i])->fp16_from};
+    return {c.lengths[i], c.indptr[i + 1] - c.indptr[i], c.mask(i), c.options, rules};
 }
 
 void distributed_cache::attend(sequence s, std::size_t layer, kv1::tensor_view queries,
@@ -114,11 +116,14 @@ kv1::status distributed_cache::prepare(query_call& c, bool appended) {
                             (appended ? c.indptr[i + 1] - c.indptr[i] : 0));
     if (const kv1::status s = check(c); !s)
         return s;
+    bool needs_part = false;
+    for (std::size_t i = 0; i < c.batch.size(); ++i)
+        needs_part = needs_part || own_.needs_part(c.layer, sight_of(c, i));
     const std::size_t rows = q.tokens() * q.heads(), width = c.width();
     c.rows.assign(rows * width, 0.0f);
     for (std::size_t at = width - 1; at < c.rows.size(); at += width)
         c.rows[at] = -std::numeric_limits<float>::infinity();
-    c.scratch.part.resize(own_.has_window(c.layer) ? c.rows.size() : 0);
+    c.scratch.part.resize(needs_part ? c.rows.size() : 0);
     c.scratch.log_sum_exp.resize(rows);
     c.received.resize(from_root_ ? rows * q.channels() * bytes_of(q.type()) : 0);
     reduce_.prepare(ranks_, c.rows.size(), join_, from_root_);
@@ -144,15 +149,13 @@ kv1::status distributed_cache::check(const query_call& c) noexcept {
         return {kv1::errc::shape_mismatch, "one log-sum-exp a row, one sink_logit logit a query head", where};
     if (!(o.soft_cap >= 0.0f) || !std::isfinite(o.soft_cap) || !std::isfinite(o.scale.value_or(1.0f)) ||
         !std::ranges::all_of(o.sink_logits, [](float x) { return std::isfinite(x); }))
-        return {kv1::errc::invalid_argument, "scale, soft cap and sink_logit logits are finite", where};
+        return {kv1::errc::invalid_argument, "scale, soft cap and sink logits are finite", where};
     if (!o.masks.empty() && o.masks.size() != c.batch.size())
         return {kv1::errc::shape_mismatch, "one mask for each sequence", where};
     for (std::size_t i = 0; i < c.batch.size(); ++i) {
         const record& r = *find(c.batch[i]);
         const kv1::attention_mask& mask = c.mask(i);
         const std::size_t queries = c.indptr[i + 1] - c.indptr[i];
-        if (!mask.is_causal() && l.sliding_window != 0)
-            return {kv1::errc::invalid_argument, "with a sliding window masks over ranks are causal", where};
         if (mask.first_position().value_or(0) > std::numeric_limits<std::size_t>::max() / 4)
             return {kv1::errc::out_of_range, "the first position overflows", where};
         if (mask.is_causal() && !mask.first_position() && queries > c.lengths[i])
@@ -161,12 +164,14 @@ kv1::status distributed_cache::check(const query_call& c) noexcept {
             (mask.explicit_keys() > c.lengths[i] || mask.visible().size() != mask.explicit_keys() * queries))
             return {kv1::errc::shape_mismatch, "the mask covers queries times its keys, all of them cached",
                     where};
-        const query_sight sight(c.lengths[i], queries, mask, o, rules_of(r, c.layer));
+        const query_sight sight = sight_of(c, i);
         for (std::size_t query = 0; query < queries; ++query)
-            if (sight.lower(query) < std::min(sight.upper(query), r.given_up[c.layer]))
-                return {kv1::errc::dropped_tokens,
-                        "the sliding window has given up tokens that the query would see",
-                        {.layer = where.layer, .token = static_cast<std::int64_t>(c.indptr[i] + query)}};
+            for (std::size_t t = sight.lower(query), last = std::min(sight.upper(query), r.given_up[c.layer]);
+                 t < last; ++t)
+                if (sight.shows(query, t))
+                    return {kv1::errc::dropped_tokens,
+                            "the sliding window has given up tokens that the query would see",
+                            {.layer = where.layer, .token = static_cast<std::int64_t>(c.indptr[i] + query)}};
     }
     return {};
 }
@@ -175,7 +180,10 @@ digest distributed_cache::told(const query_call& c) {
     const kv1::attention_options& o = c.options;
     digest d = told_of(collective::attending, c.batch, c.layer, c.indptr);
     add_shape(d, c.queries);
-    d.add(o.scale.value_or(-1.0f)).add(o.soft_cap).add(static_cast<std::uint64_t>(o.mode));
+    d.add(std::uint64_t{o.scale.has_value()})
+        .add(o.scale.value_or(0.0f))
+        .add(o.soft_cap)
+        .add(static_cast<std::uint64_t>(o.mode));
     for (const std::size_t n : {o.range.first, o.range.last, o.window, o.masks.size()})
         d.add(std::uint64_t{n});
     add_mask(d, o.mask);
@@ -206,16 +214,15 @@ void distributed_cache::receive(query_call& c) {
     c.queries = view_of(c.received.data(), given.type(), given.tokens(), given.heads(), given.channels());
 }
 
-// Over this rank's tokens; rank 0 adds sink_logit logits, which join each row once.
+// Over this rank's tokens; rank 0 adds sink logits, which join each row once.
 kv1::status distributed_cache::carry_out(query_call& c) {
     const std::size_t heads = c.queries.heads(), width = c.width();
     return guarded([&]() -> kv1::status {
         for (std::size_t i = 0; i < c.batch.size(); ++i) {
-            const record& r = *find(c.batch[i]);
             const std::size_t first = c.indptr[i], queries = c.indptr[i + 1] - first;
-            const query_sight sight(c.lengths[i], queries, c.mask(i), c.options, rules_of(r, c.layer));
             const kv1::status s = own_.attend(
-                r.here, c.layer, c.lengths[i], c.queries.slice(first, queries), sight, c.options,
+                find(c.batch[i])->here, c.layer, c.lengths[i], c.queries.slice(first, queries),
+                sight_of(c, i), c.options,
                 std::span(c.rows).subspan(first * heads * width, queries * heads * width), c.scratch, run_);
             if (!s)
                 return s;

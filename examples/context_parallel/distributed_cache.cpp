@@ -20,7 +20,8 @@ std::size_t whole_pages(std::size_t tokens, std::size_t page) { return (tokens +
 
 void add_encoding(digest& d, const kv1::vector_encoding& e) {
     d.add(static_cast<std::uint64_t>(e.levels)).add(std::uint64_t{e.hadamard});
-    d.add_all(std::span<const float>(e.means)).add_all(std::span<const float>(e.error_weights));
+    for (const std::vector<float>* const numbers : {&e.means, &e.error_weights, &e.basis})
+        d.add_all(std::span<const float>(*numbers));
 }
 
 } // namespace
@@ -51,17 +52,19 @@ digest distributed_cache::told_of_description() const {
         .add(std::uint64_t{positions_.block_tokens()});
     d.add(static_cast<std::uint64_t>(from_root_)).add(static_cast<std::uint64_t>(join_));
     d.add(std::uint64_t{KV1_VERSION_MAJOR}).add(std::uint64_t{KV1_VERSION_MINOR});
-    for (const std::size_t n :
-         {whole_.capacity_tokens, whole_.page_tokens, whole_.fp16_sinks, whole_.fp16_window,
-          whole_.window_capacity_tokens, whole_.fp16_capacity_tokens, whole_.layers.size()})
+    for (const std::size_t n : {whole_.capacity_tokens, whole_.page_tokens, whole_.fp16_sinks,
+                                whole_.fp16_window, whole_.window_capacity_tokens,
+                                whole_.fp16_capacity_tokens, whole_.first_position, whole_.layers.size()})
         d.add(std::uint64_t{n});
     for (const kv1::layer_description& l : whole_.layers) {
         for (const std::size_t n :
              {l.kv_heads, l.key_dim, l.value_dim, l.sliding_window, l.window_retention,
               static_cast<std::size_t>(l.values_in_keys), l.key_group, l.value_group,
               static_cast<std::size_t>(l.key_format), static_cast<std::size_t>(l.value_format),
-              static_cast<std::size_t>(l.key_axis)})
+              static_cast<std::size_t>(l.key_axis), static_cast<std::size_t>(l.rotary.pairs),
+              l.rotary.first_channel})
             d.add(std::uint64_t{n});
+        d.add_all(std::span<const float>(l.rotary.frequencies));
         add_encoding(d, l.key_encoding);
         add_encoding(d, l.value_encoding);
     }

@@ -16,6 +16,9 @@
 // sliding windows, fp16 sinks and windows, explicit masks, values in keys, and keys per channel, too: pages are
 // never parted.
 //
+// Means that turn with their keys' positions (layer_description::rotary) want one range a rank:
+// distribution::ranges() for capacity_tokens. A rank's cache counts positions on from the first of its own.
+//
 // Arrays. With inputs::of_every_rank all ranks hold the arrays of a call (every one runs the model, and has
 // computed the same), and all get the outputs. With inputs::of_root rank 0 alone holds them: it deals keys and
 // values to their owners, broadcasts queries, and gets the outputs; others pass views of the same shape, whose
@@ -32,9 +35,8 @@
 // itself; and a commit, rollback or truncation of such a step that only some ranks could finish leaves a
 // sequence that can only be destroyed. Until then other calls refuse the sequence.
 //
-// Left out. Layers with sliding windows take causal masks only. ALiBi's slopes are refused: distances between a
-// rank's places are not those of positions, and models with contexts worth many machines do without. Dropped
-// pages, prefixes and saving are not there.
+// Left out. ALiBi's slopes are refused: distances between a rank's places are not those of positions, and
+// models with contexts worth many machines do without. Dropped pages, prefixes and saving are not there.
 #pragma once
 
 #include "agreement.hpp"
@@ -150,7 +152,6 @@ private:
     [[nodiscard]] record* find(sequence s) noexcept;
     [[nodiscard]] kv1::status usable(const record* r, bool also_failed_steps = false) const noexcept;
     [[nodiscard]] kv1::status holds_all(const record& r, std::size_t layer) const noexcept;
-    [[nodiscard]] layer_rules rules_of(const record& r, std::size_t layer) const noexcept;
     [[nodiscard]] kv1::status check_batch(std::span<const sequence> batch, std::size_t layer,
                                           std::span<const std::size_t> indptr, std::size_t rows) noexcept;
     [[nodiscard]] digest told_of_description() const;
@@ -172,6 +173,7 @@ private:
     // `appended`: the tokens of the call are there when its queries attend.
     [[nodiscard]] kv1::status prepare(query_call& call, bool appended);
     [[nodiscard]] kv1::status check(const query_call& call) noexcept;
+    [[nodiscard]] query_sight sight_of(const query_call& call, std::size_t i) noexcept;
     [[nodiscard]] static digest told(const query_call& call);
     void receive(query_call& call);
     [[nodiscard]] kv1::status carry_out(query_call& call);

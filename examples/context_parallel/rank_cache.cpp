@@ -15,6 +15,10 @@ constexpr std::size_t none = static_cast<std::size_t>(-1);
 
 bool plain(kv1::kv_format f) { return f == kv1::kv_format::fp32 || f == kv1::kv_format::fp16; }
 
+bool means_turn(const kv1::layer_description& l) {
+    return !l.rotary.empty() && !l.key_encoding.means.empty();
+}
+
 std::size_t whole_pages(std::size_t tokens, std::size_t page) { return (tokens + page - 1) / page * page; }
 
 } // namespace
@@ -26,6 +30,10 @@ bool rank_cache::has_copies(const kv1::layer_description& l) noexcept {
 
 bool rank_cache::has_window(std::size_t layer) const noexcept { return recent_layer_[layer] != none; }
 
+bool rank_cache::needs_part(std::size_t layer, const query_sight& sight) const noexcept {
+    return has_window(layer) || (sight.needs_mask() && sight.rules().sliding_window != 0);
+}
+
 kv1::status rank_cache::open(const kv1::cache_description& whole, const distribution& positions,
                              std::size_t rank) {
     if (whole.page_tokens == 0 || positions.block_tokens() % whole.page_tokens != 0)
@@ -33,11 +41,18 @@ kv1::status rank_cache::open(const kv1::cache_description& whole, const distribu
     page_ = whole.page_tokens;
     positions_ = positions;
     rank_ = rank;
+    if (positions.ranks() > 1 && std::ranges::any_of(whole.layers, means_turn)) {
+        position_limit_ = positions.ranks() * positions.block_tokens();
+        if (whole.capacity_tokens > position_limit_)
+            return {kv1::errc::invalid_argument,
+                    "keys whose means turn with their position are dealt in one range a rank"};
+    }
     const auto share = [&](std::size_t tokens) {
         return tokens == 0 ? 0 : std::max(page_, whole_pages(owned(tokens), page_));
     };
     // Everything as it is quantized, and the sinks, which are the first tokens of whoever holds them.
     kv1::cache_description body = whole;
+    body.first_position += positions_.position(rank, 0);
     body.fp16_window = 0;
     body.fp16_sinks = owned(whole.fp16_sinks);
     body.capacity_tokens = share(whole.capacity_tokens);
@@ -214,30 +229,37 @@ kv1::status rank_cache::attend(const rank_sequence& s, std::size_t layer, std::s
                 found(first + r);
             }
         };
-        const std::size_t masked = owned(sight.masked_from());
-        if (sight.by_mask())
+        // Where the cache has a sliding window, queries of a call are within a page, and see no more by a mask
+        // than the window holds: it hides nothing.
+        const std::size_t window = cache.description().layers[of_cache].sliding_window;
+        if (sight.needs_mask()) {
+            const std::size_t masked = owned(sight.masked_from());
             for_each_masked_call(
-                count, owned(length) - base, masked - std::min(base, masked), places,
+                count, owned(length) - base, masked - std::min(base, masked), window != 0 ? window : none,
+                places,
                 [&](std::size_t i, std::size_t place) {
                     return sight.shows(i, positions_.position(rank_, place + base));
                 },
                 scratch.visible, call);
-        else // the queries of a call are within a page where the cache has a sliding window
-            for_each_local_call(count, sight.rules().sliding_window != 0 ? page_ : none, places, call);
+        } else {
+            for_each_local_call(count, window != 0 ? page_ : none, places, call);
+        }
         return status;
     };
+    const std::span<float> part = std::span(scratch.part).first(needs_part(layer, sight) ? rows.size() : 0);
+    const auto join_part = [&](std::size_t row) {
+        join_row(part.subspan(row * width, width), rows.subspan(row * width, width));
+    };
+    const auto quantized = [&](std::size_t i) { return sight.quantized(i); };
 
-    const kv1::status body = over(
-        *body_, s.body, layer, 0, rows, [&](std::size_t i) { return sight.quantized(i); },
-        [](std::size_t) {});
-    if (!body || !has_window(layer))
-        return body;
-    return over(
-        *recent_, s.recent, recent_layer_[layer], s.recent_base, std::span(scratch.part).first(rows.size()),
-        [&](std::size_t i) { return sight.recent(i); },
-        [&](std::size_t row) {
-            join_row(std::span(scratch.part).subspan(row * width, width), rows.subspan(row * width, width));
-        });
+    if (!has_window(layer))
+        return part.empty() ? over(*body_, s.body, layer, 0, rows, quantized, [](std::size_t) {})
+                            : over(*body_, s.body, layer, 0, part, quantized, join_part);
+    const kv1::status body = over(*body_, s.body, layer, 0, rows, quantized, [](std::size_t) {});
+    return body ? over(
+                      *recent_, s.recent, recent_layer_[layer], s.recent_base, part,
+                      [&](std::size_t i) { return sight.recent(i); }, join_part)
+                : body;
 }
 
 std::size_t rank_cache::bytes_in_use() const noexcept {

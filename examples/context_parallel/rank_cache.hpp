@@ -32,7 +32,7 @@ struct rank_sequence {
 
 /// Room that attention of a rank takes, [query rows].
 struct rank_scratch {
-    std::vector<float> part; ///< [channels + 1] each; of fp16 windows
+    std::vector<float> part; ///< [channels + 1] each; where needs_part()
     std::vector<float> log_sum_exp;
     std::vector<std::uint8_t> visible; ///< an explicit mask's, of this rank's places
 };
@@ -63,6 +63,8 @@ public:
     kv1::status append(std::span<const rank_sequence> batch, std::size_t layer,
                        std::span<const std::size_t> indptr, const kv1::tensor_view& keys,
                        const kv1::tensor_view& values, const thread_source& run, bool& changed);
+    /// Whether attend() takes scratch.part: its results come from several calls of a cache.
+    [[nodiscard]] bool needs_part(std::size_t layer, const query_sight& sight) const noexcept;
     /// Attention over the rank's own tokens of a layer that holds `length`. rows, [query rows][channels + 1],
     /// begin as rows that saw nothing. Of the options scale, precision and soft cap are used; `sight` has the
     /// rest.
@@ -71,6 +73,9 @@ public:
                        const kv1::attention_options& options, std::span<float> rows, rank_scratch& scratch,
                        const thread_source& run) const;
 
+    /// No token has this position, or one behind it: where means turn with positions, a rank's places have to
+    /// follow each other as positions do, so that each rank has one range.
+    [[nodiscard]] std::size_t position_limit() const noexcept { return position_limit_; }
     [[nodiscard]] std::size_t bytes_in_use() const noexcept;
     /// The cache of all layers; to look at, and for tests to harm.
     [[nodiscard]] kv1::kv_cache& body() noexcept { return *body_; }
@@ -80,7 +85,7 @@ private:
         return positions_.owned_before(rank_, position);
     }
 
-    std::size_t page_ = 1, rank_ = 0;
+    std::size_t page_ = 1, rank_ = 0, position_limit_ = static_cast<std::size_t>(-1);
     distribution positions_ = distribution::pages(1, 1);
     std::optional<kv1::kv_cache> body_, recent_;
     std::vector<std::size_t> recent_layer_; // of `recent_`, by layer; none where it has no window

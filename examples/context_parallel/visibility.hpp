@@ -79,6 +79,11 @@ public:
         return t < masked_from() || visible_[i * keys_ + (t - masked_from())] != 0;
     }
     /// @}
+    /// Whether ends of what queries see do not move as those of kv1's own masks do: under an explicit mask, and
+    /// where a query sees beyond its own token and only so far back.
+    [[nodiscard]] bool needs_mask() const noexcept {
+        return by_mask() || (!causal_ && rules_.sliding_window != 0);
+    }
     [[nodiscard]] const layer_rules& rules() const noexcept { return rules_; }
 
 private:
@@ -164,12 +169,13 @@ void for_each_local_call(std::size_t queries, std::size_t longest, Places&& plac
     }
 }
 
-/// As above where an explicit mask decides, and the ends of places(i) may be any: shows(i, place) says whether
-/// the query sees a place of them, and shows it everywhere before `masked`. The rank has `length` places.
+/// As above where a mask is needed, and the ends of places(i) may be any: shows(i, place) says whether the query
+/// sees a place of them, and shows it everywhere before `masked`. The rank has `length` places. A call shows a
+/// query at most `most` of them: where that divides what it sees, results of several calls are to be joined.
 /// `visible` is room for the calls' masks.
 template <class Places, class Shows, class Call>
-void for_each_masked_call(std::size_t queries, std::size_t length, std::size_t masked, Places&& places,
-                          Shows&& shows, std::vector<std::uint8_t>& visible, Call&& call) {
+void for_each_masked_call(std::size_t queries, std::size_t length, std::size_t masked, std::size_t most,
+                          Places&& places, Shows&& shows, std::vector<std::uint8_t>& visible, Call&& call) {
     constexpr std::size_t longest = 64; // bounds the mask
     for (std::size_t first = 0; first < queries; first += longest) {
         const std::size_t count = std::min(longest, queries - first);
@@ -179,22 +185,26 @@ void for_each_masked_call(std::size_t queries, std::size_t length, std::size_t m
                 low = std::min(low, p.first);
                 high = std::max(high, p.last);
             }
-        if (low >= high)
-            continue;
-        // All of these queries see the places low ... alike - 1.
-        std::size_t alike = high;
-        for (std::size_t i = first; i < first + count && alike > low; ++i) {
-            const token_span p = places(i);
-            alike = p.empty() || p.first != low ? low : std::min({alike, p.last, std::max(low, masked)});
+        for (std::size_t begin = low, end; begin < high; begin = end) {
+            end = high - begin > most ? begin + most : high;
+            // All of these queries see the places begin ... alike - 1, and the mask says what of the others.
+            std::size_t alike = end;
+            for (std::size_t i = first; i < first + count && alike > begin; ++i) {
+                const token_span p = places(i);
+                alike = p.first > begin || p.last <= begin
+                            ? begin
+                            : std::min({alike, p.last, std::max(begin, masked)});
+            }
+            const std::size_t keys = length - alike;
+            visible.assign(count * keys, 0);
+            for (std::size_t i = 0; i < count; ++i) {
+                const token_span p = places(first + i);
+                for (std::size_t t = std::max(p.first, alike); t < std::min(p.last, end); ++t)
+                    visible[i * keys + (t - alike)] = shows(first + i, t) ? 1 : 0;
+            }
+            call(local_call{
+                first, count, kv1::attention_mask::explicit_for_last(keys, visible), {begin, end}, 0});
         }
-        const std::size_t keys = length - alike;
-        visible.assign(count * keys, 0);
-        for (std::size_t i = 0; i < count; ++i) {
-            const token_span p = places(first + i);
-            for (std::size_t t = std::max(p.first, alike); t < p.last; ++t)
-                visible[i * keys + (t - alike)] = shows(first + i, t) ? 1 : 0;
-        }
-        call(local_call{first, count, kv1::attention_mask::explicit_for_last(keys, visible), {low, high}, 0});
     }
 }
 

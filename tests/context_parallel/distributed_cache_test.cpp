@@ -6,7 +6,11 @@
 
 #include <catch2/catch_test_macros.hpp>
 
+#include <algorithm>
+#include <cmath>
+#include <numeric>
 #include <string>
+#include <utility>
 #include <vector>
 
 using context_parallel::cache_options;
@@ -110,7 +114,7 @@ void exercise(const case_of_cache& c, const cache_options& options, std::uint64_
             }
             for (std::size_t l = 0; l < c.d.layers.size(); ++l) {
                 side_by_side::question ask{g.chance(0.5) ? 0 : g.between(1, 30), g.chance(0.5), 0};
-                if (c.d.layers[l].sliding_window == 0 && g.chance(0.4))
+                if (g.chance(0.4))
                     ask.masks = g.between(1, 1000000);
                 if (g.chance(0.5)) {
                     both.append_and_check(batch, l, counts, step, ask);
@@ -258,4 +262,92 @@ TEST_CASE("one rank gives one cache's bits, on both paths and in other types", "
         cache.attend(s, 0, {q.data(), n, heads, key_dim}, {b.data(), n, heads, value_dim}, {.mode = mode});
         REQUIRE(kv1_test::same_bits(a, b));
     }
+}
+
+TEST_CASE("means that turn with their keys' positions, one range a rank", "[distributed]") {
+    const auto ranks = static_cast<std::size_t>(kv1_test::ranks_of_world());
+    kv1::layer_description l = layer(kv_format::compact3, kv_format::compact2);
+    l.rotary.frequencies = kv1::rotary_frequencies(100.0, key_dim);
+    l.key_encoding = {.levels = kv1::level_choice::least_squares, .hadamard = key_dim};
+    kv1_test::generator g(9);
+    l.key_encoding.means = kv1_test::normal_values(g, kv_heads * key_dim);
+    for (float& m : l.key_encoding.means)
+        m *= 4.0f;
+    const std::size_t n = 10 * page, heads = 4;
+    kv1::cache_description d = kv1::uniform_cache(1, l, n, page);
+    d.first_position = 1000;
+    const distribution d_of_ranks = distribution::ranges(ranks, n, page);
+    kv1::kv_cache single(d);
+    context_parallel::distributed_cache cache(MPI_COMM_WORLD, d, {.positions = d_of_ranks});
+    const auto id = single.create_sequence();
+    const auto s = cache.create_sequence();
+    const auto k = kv1_test::normal_values(g, n * kv_heads * key_dim),
+               v = kv1_test::normal_values(g, n * kv_heads * value_dim),
+               q = kv1_test::normal_values(g, heads * key_dim);
+    for (const auto& [first, count] :
+         {std::pair<std::size_t, std::size_t>{0, 37}, {37, n - 38}, {n - 1, 1}}) {
+        const kv1::tensor_view keys(k.data() + first * kv_heads * key_dim, count, kv_heads, key_dim),
+            values(v.data() + first * kv_heads * value_dim, count, kv_heads, value_dim);
+        single.append(id, 0, keys, values);
+        cache.append(s, 0, keys, values);
+    }
+    // Each rank stores what one cache stores at those positions, and decodes it alike.
+    const auto rank = static_cast<std::size_t>(cache.rank());
+    const std::size_t first = d_of_ranks.position(rank, 0), own = d_of_ranks.owned_before(rank, n);
+    double longest_key = 0.0;
+    for (std::size_t h = 0; h < kv_heads; ++h) {
+        std::vector<float> here(own * key_dim), there(n * key_dim);
+        cache.local().read(cache.local(s), 0, kv1::kv_side::key, h, 0, own, here);
+        single.read(id, 0, kv1::kv_side::key, h, 0, n, there);
+        const auto from = there.begin() + static_cast<std::ptrdiff_t>(std::min(first, n) * key_dim);
+        REQUIRE(kv1_test::same_bits(
+            here, std::vector<float>(from, from + static_cast<std::ptrdiff_t>(own * key_dim))));
+        for (std::size_t t = 0; t < n; ++t)
+            longest_key = std::max(
+                longest_key, std::sqrt(std::inner_product(&there[t * key_dim], &there[t * key_dim] + key_dim,
+                                                          &there[t * key_dim], 0.0)));
+    }
+    std::vector<float> one(heads * value_dim), all(one);
+    single.attend(id, 0, {q.data(), 1, heads, key_dim}, {one.data(), 1, heads, value_dim},
+                  {.mode = kv1::precision::exact});
+    cache.attend(s, 0, {q.data(), 1, heads, key_dim}, {all.data(), 1, heads, value_dim},
+                 {.mode = kv1::precision::exact});
+    // A score is a sum of key_dim products, and its mean's share one more, after a rotation of five steps: off by
+    // gamma(2 key_dim + 16) of |q| (|k| + 2 |mean|). So weights are off by twice that, relatively, and outputs by
+    // as much of the largest value. Both caches may be.
+    double longest_query = 0.0, longest_mean = 0.0, largest_value = 0.0;
+    for (std::size_t h = 0; h < heads; ++h)
+        longest_query = std::max(
+            longest_query,
+            std::sqrt(std::inner_product(&q[h * key_dim], &q[h * key_dim] + key_dim, &q[h * key_dim], 0.0)));
+    for (std::size_t h = 0; h < kv_heads; ++h)
+        longest_mean =
+            std::max(longest_mean, std::sqrt(std::inner_product(&l.key_encoding.means[h * key_dim],
+                                                                &l.key_encoding.means[h * key_dim] + key_dim,
+                                                                &l.key_encoding.means[h * key_dim], 0.0)));
+    std::vector<float> values(n * value_dim);
+    for (std::size_t h = 0; h < kv_heads; ++h) {
+        single.read(id, 0, kv1::kv_side::value, h, 0, n, values);
+        for (const float x : values)
+            largest_value = std::max(largest_value, std::fabs(static_cast<double>(x)));
+    }
+    const double score = kv1_test::gamma(2.0 * key_dim + 16.0) * longest_query *
+                         (longest_key + 2.0 * longest_mean) / std::sqrt(static_cast<double>(key_dim)),
+                 bound = 2.0 * (std::expm1(2.0 * score) + kv1_test::gamma(2.0 * n + 16.0)) * largest_value;
+    REQUIRE(bound < 0.05);
+    for (std::size_t i = 0; i < one.size(); ++i)
+        REQUIRE(std::fabs(static_cast<double>(all[i]) - static_cast<double>(one[i])) <= bound);
+
+    // Positions end where the last rank's range does, and pages round robin are refused.
+    try {
+        cache.append(s, 0, {k.data(), ranks * page, kv_heads, key_dim},
+                     {v.data(), ranks * page, kv_heads, value_dim});
+        FAIL("there is no room");
+    } catch (const context_parallel::rank_error& e) {
+        REQUIRE(e.code() == kv1::errc::capacity_exceeded);
+    }
+    REQUIRE(cache.length(s, 0) == n);
+    if (ranks > 1)
+        REQUIRE_THROWS_AS(context_parallel::distributed_cache(MPI_COMM_WORLD, d),
+                          context_parallel::rank_error);
 }

@@ -241,24 +241,23 @@ struct side_by_side {
         check(batch, layer, counts, ask, &n);
     }
 
-    // Explicit masks over the queries' tokens and a few before them; a query sees itself. With a sliding
-    // window no mask is explicit.
+    // Explicit masks over the queries' tokens and a few before them; a query sees itself.
     struct masks_of_batch {
         std::vector<std::vector<std::uint8_t>> bytes;
         std::vector<kv1::attention_mask> views;
     };
     masks_of_batch random_masks(std::span<pair* const> batch, std::size_t layer,
                                 std::span<const std::size_t> counts, std::uint64_t seed) const {
-        REQUIRE(rules.description().layers[layer].sliding_window == 0);
         generator g(seed);
         masks_of_batch m;
         for (std::size_t i = 0; i < batch.size(); ++i) {
             const std::size_t length = batch[i]->model.layers[layer].size(),
                               keys = std::min(length, counts[i] + g.below(20));
             auto& bytes = m.bytes.emplace_back(counts[i] * keys);
+            const double share = g.chance(0.3) ? 1.0 : 0.6; // all: queries see beyond their own tokens
             for (std::size_t query = 0; query < counts[i]; ++query)
                 for (std::size_t j = 0; j < keys; ++j)
-                    bytes[query * keys + j] = g.chance(0.6) || j == keys - counts[i] + query ? 1 : 0;
+                    bytes[query * keys + j] = g.chance(share) || j == keys - counts[i] + query ? 1 : 0;
         }
         for (std::size_t i = 0; i < batch.size(); ++i)
             m.views.push_back(kv1::attention_mask::explicit_for_last(
