@@ -35,8 +35,8 @@
 //
 //   name           bytes   SmolLM2  kv1-8m  policy
 //   safe           22, 42  -        0.015   c3+ls+had,c2+ls+had@4:32: any model, nothing calibrated
-//   balanced       22, 42  0.025 *  0.012   c3+ls+had+mean+ew,c2+ls+had+ew@4:32: the recommended one
-//   small          18, 34  0.063 *  0.022   c2+ls+had+mean+ew,c2+ls+had+ew@4:32: two bits for both
+//   balanced       22, 42  0.025 *  0.010   c3+ls+had+mean+ew,c2+ls+had+ew@4:32: the recommended one
+//   small          18, 34  0.063 *  0.017   c2+ls+had+mean+ew,c2+ls+had+ew@4:32: two bits for both
 //   near-lossless  34, 66  0.0027 * 0.0032  c4+ls+had+mean+ew,c4+ls+had+ew@4:8
 //   reference      20, 36  3.475    0.156   2,2: minimum and maximum, bit for bit the KV1 reference's; for
 //                                           models that were trained with it, as kv1-8m was
