@@ -14,6 +14,7 @@
 #include <kv1/packed_vector.hpp>
 #include <kv1/rotary_embedding.hpp>
 #include <kv1/row.hpp>
+#include <kv1/slot_store.hpp>
 #include <kv1/version.hpp>
 
 /// The library. What is in kv1::detail is not part of the interface.

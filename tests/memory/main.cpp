@@ -346,6 +346,85 @@ void life_of_a_cache() {
 
 } // namespace
 
+// A slot store, with codes that fit no vector by themselves (so that pages are kept), copies, a list, and masks.
+void life_of_a_slot_store() {
+    const auto description = [] {
+        kv1::slot_store_description d;
+        d.layers = {everything().layers[1], {1, 16, 16}};
+        d.slots = 64;
+        d.page_tokens = 16;
+        d.fp16_slots = 48;
+        d.fp16_sinks = 1;
+        d.fp16_window = 2;
+        return d;
+    };
+    fails_cleanly("create a slot store", description, [](kv1::slot_store_description& d) {
+        return kv1::slot_store::create(std::move(d)).code();
+    });
+    auto made = kv1::slot_store::create(description());
+    expect(static_cast<bool>(made), "create a slot store");
+    if (!made)
+        return;
+    kv1::slot_store& store = *made;
+    std::vector<float> k(20 * 16), out(16), q(16, 1.0f);
+    for (std::size_t i = 0; i < k.size(); ++i)
+        k[i] = static_cast<float>(i * 7 % 13) * (i == 5 ? 1500.0f : 1.0f);
+    std::vector<std::uint32_t> slots(20);
+    for (std::size_t i = 0; i < slots.size(); ++i)
+        slots[i] = static_cast<std::uint32_t>(63 - 3 * i);
+    const kv1::tensor_view x(k.data(), 20, 1, 16);
+    const std::size_t raw = store.raw_bytes(0);
+    std::vector<std::byte> bytes(20 * raw), before(bytes);
+    const auto unchanged = [&] {
+        static_cast<void>(store.try_export_raw(0, slots, bytes));
+        expect(bytes == before && store.fp16_slots_in_use(0) == 0, "a write that fails changes nothing");
+        return 0;
+    };
+    static_cast<void>(store.try_export_raw(0, slots, before));
+    fails_cleanly("write slots", unchanged, [&](int) { return store.try_write(0, slots, x, x).code(); });
+    static_cast<void>(store.try_export_raw(0, slots, before));
+    store.flush();
+    expect(store.try_write(0, std::span(slots).first(3), x.slice(0, 3), x.slice(0, 3)).code() ==
+               kv1::errc::ok,
+           "write some slots");
+    const std::vector<float> mask(64);
+    const std::vector<std::uint8_t> visible(20, 1);
+    const kv1::slot_stream streams[] = {
+        {1, kv1::slot_view::list(slots), kv1::slot_mask::causal()},
+        {1, kv1::slot_view::list(slots), kv1::slot_mask::bytes(visible, 20)},
+        {1, kv1::slot_view::list(slots), kv1::slot_mask::additive(mask.data(), 20)},
+        {1, kv1::slot_view::range(0, 64), kv1::slot_mask::additive(mask.data(), 64)}};
+    for (const kv1::slot_stream& stream : streams) {
+        fails_cleanly(
+            "attend to slots", [] { return 0; },
+            [&](int) {
+                return store.try_attend(0, {&stream, 1}, {q.data(), 1, 1, 16}, {out.data(), 1, 1, 16}).code();
+            });
+        fails_cleanly(
+            "plan to attend to slots", [] { return 0; },
+            [&](int) {
+                return store.try_plan_attention(0, {&stream, 1}, {q.data(), 1, 1, 16}, {out.data(), 1, 1, 16})
+                    .code();
+            });
+    }
+    const kv1::slot_sequence sequence{kv1::slot_view::list(slots)};
+    fails_cleanly(
+        "settle", [&] { return store.fp16_slots_in_use(0); },
+        [&](std::size_t copies) {
+            const kv1::errc code = store.try_settle({&sequence, 1}).code();
+            expect(code == kv1::errc::ok || store.fp16_slots_in_use(0) == copies,
+                   "settle() does all or nothing");
+            return code;
+        });
+    const std::vector<std::uint32_t> others{1, 0, 5};
+    fails_cleanly(
+        "copy slots", [] { return 0; },
+        [&](int) { return store.try_copy(0, std::span(slots).first(3), others).code(); });
+    fails_cleanly(
+        "import slots in no order", [] { return 0; },
+        [&](int) { return store.try_import_raw(0, slots, before).code(); });
+}
+
 int main() {
     create_and_grow();
     policies();
@@ -353,6 +432,7 @@ int main() {
     steps_of_layers_of_every_kind();
     long_attention();
     life_of_a_cache();
+    life_of_a_slot_store();
     expect(failed_allocations > 100, "allocations are seen to fail");
     std::printf("%zu failed allocations, %d failures\n", failed_allocations, failures);
     return failures == 0 ? 0 : 1;

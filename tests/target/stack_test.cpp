@@ -339,6 +339,68 @@ void use_quantizers(small_calls& call, const std::string& name) {
 
 } // namespace
 
+TEST_CASE("every call on slots makes do with little stack, in every format", "[stack][slots]") {
+    constexpr std::size_t many = 20;
+    const std::vector<std::uint8_t> visible(many * 64, 1);
+    kv1_test::generator g(5);
+    const std::vector<float> mask = normal_values(g, many * 64);
+    std::vector<std::uint32_t> slots;
+    for (std::uint32_t i = 0; i < many; ++i)
+        slots.push_back(i * 13 % 64);
+    kv1_test::for_each_target([&](kv1::target) {
+        small_calls call;
+        for (const kv_format f : kv1::all_kv_formats)
+            for (const kind k : {kind::plain, kind::encoded, kind::weighted, kind::wide}) {
+                const auto d = describe(f, k);
+                if (!d)
+                    continue;
+                const kv1::layer_description& l = d->layers[0];
+                kv1::slot_store_description description;
+                description.layers = {l};
+                description.slots = 64;
+                description.page_tokens = 16;
+                description.fp16_slots = 32;
+                kv1::slot_store store(description);
+                const std::size_t heads = l.kv_heads, queries = k == kind::wide ? 1 : 3;
+                std::vector<float> x = normal_values(g, many * heads * l.key_dim), out(x.size());
+                x[7] = 9000.0f; // pages are kept
+                const std::vector<float> q = normal_values(g, queries * heads * l.key_dim);
+                const auto some = [&](std::size_t n) { return std::span(slots).first(n); };
+                call("write", [&] {
+                    for (const std::size_t n : {std::size_t{3}, many}) { // in one task, and by KV heads
+                        store.flush();
+                        const kv1::tensor_view v(x.data(), n, heads, l.key_dim);
+                        if (!store.try_write(0, some(n), v, v))
+                            return false;
+                    }
+                    return true;
+                });
+                const kv1::slot_stream streams[] = {
+                    {queries, kv1::slot_view::list(slots), kv1::slot_mask::causal()},
+                    {queries, kv1::slot_view::list(slots), kv1::slot_mask::bytes(visible, many)},
+                    {queries, kv1::slot_view::range(3, 60), kv1::slot_mask::additive(mask.data(), 64)}};
+                for (const kv1::slot_stream& s : streams)
+                    call("attend", [&] {
+                        return static_cast<bool>(store.try_attend(0, {&s, 1},
+                                                                  {q.data(), queries, heads, l.key_dim},
+                                                                  {out.data(), queries, heads, l.value_dim}));
+                    });
+                call("rows", [&] {
+                    std::vector<std::byte> raw(many * store.raw_bytes(0));
+                    const kv1::slot_sequence sequence{kv1::slot_view::list(slots)};
+                    return store.try_read(0, kv1::kv_side::key, 0, some(1),
+                                          std::span(out).first(l.key_dim)) &&
+                           store.try_copy(0, some(3), std::span(slots).last(3)) &&
+                           store.try_settle({&sequence, 1}) && store.try_export_raw(0, slots, raw) &&
+                           store.try_import_raw(0, slots, raw);
+                });
+            }
+        CAPTURE(call.which());
+        REQUIRE(call.most() > 1024);
+        REQUIRE(call.most() <= stack_bytes);
+    });
+}
+
 TEST_CASE("every call on a cache makes do with little stack, in every format", "[stack]") {
     const kv1_test::temporary_folder folder;
     std::size_t caches = 0;

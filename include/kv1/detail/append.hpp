@@ -391,6 +391,43 @@ inline status append_section(const append_job& job, const section_layout& s, std
     return {};
 }
 
+// Appends the keys, or the values, of KV heads first_head ... last_head - 1. Vectors of several heads share
+// batches, which a token or a few of each head would not fill. Not for keys per channel.
+inline status append_side(const append_job& job, const section_layout& s, std::size_t first_head,
+                          std::size_t last_head) noexcept {
+    const tensor_view& source = s.keys ? job.keys : job.values;
+    const prepared_encoding* encoding = job.encoding(s);
+    if (job.takes_tiles(s)) {
+        affine2_batch batch(job);
+        for (std::size_t head = first_head; head < last_head; ++head)
+            for (std::size_t i = 0; i < source.tokens(); ++i) {
+                // as append_tiles() has it
+                if (source.tokens() != 1 && job.slot(i) % tile_tokens == 0)
+                    if (const status flushed = batch.flush(); !flushed)
+                        return flushed;
+                if (const status added = batch.add(s, head, i); !added)
+                    return added;
+            }
+        return batch.flush();
+    }
+    const scratch_lease lease(*job.scratches);
+    if (!lease)
+        return no_scratch();
+    append_scratch& scratch = lease.as<append_scratch>();
+    if (encoding != nullptr && encoding->chooses_levels) {
+        encoded_batch batch(job, s, scratch);
+        for (std::size_t head = first_head; head < last_head; ++head)
+            for (std::size_t i = 0; i < source.tokens(); ++i)
+                if (const status added = batch.add(head, i); !added)
+                    return added;
+        return batch.flush();
+    }
+    for (std::size_t head = first_head; head < last_head; ++head)
+        if (const status added = append_section(job, s, head, scratch); !added)
+            return added;
+    return {};
+}
+
 inline status append_head(const append_job& job, std::size_t head) noexcept {
     const section_layout &keys = job.layout->keys(), &values = job.layout->values();
     const bool keys_alone = job.layout->values_in_keys();

@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Definitions of external_caches (any_cache.hpp), in one translation unit of a program.
+// Definitions of external_caches and external_slots (any_cache.hpp, any_slots.hpp), in one translation unit of a
+// program.
 #pragma once
 
 #include <kv1/detail/any_cache.hpp>
+#include <kv1/detail/any_slots.hpp>
 #include <kv1/detail/cache_core.hpp>
 #include <kv1/detail/kernels/registry.hpp>
+#include <kv1/detail/slot_core.hpp>
 #include <kv1/format.hpp>
 
 #include <utility>
@@ -23,6 +26,18 @@ void external_caches<Tag>::make(void* request) noexcept {
         r.failure = made.reason();
 }
 
+template <class Tag>
+void external_slots<Tag>::make(void* request) noexcept {
+    auto& r = *static_cast<detail::slots_request*>(request);
+    auto made = detail::slot_core::create(std::move(*r.description), r.memory,
+                                          detail::kernel_set::of<all_formats>().only(r.formats));
+    if (made)
+        r.made = std::move(*made);
+    else
+        r.failure = made.reason();
+}
+
 template struct external_caches<>;
+template struct external_slots<>;
 
 } // namespace kv1::KV1_KERNELS_ABI

@@ -205,6 +205,8 @@ public:
     [[nodiscard]] const plane* copies() const noexcept { return copies_; }
     [[nodiscard]] const plane* open_keys() const noexcept { return open_keys_; }
 
+    [[nodiscard]] const target_kernels& kernels() const noexcept { return kernels_.common(current_target()); }
+
     // ---- write
 
     // Where new vectors go. Blocks are cleared, or hold tokens that were written before. With keys per
@@ -232,6 +234,15 @@ public:
     [[nodiscard]] status write_head(const destination& to, const tensor_view& keys, const tensor_view& values,
                                     std::size_t kv_head) const noexcept {
         return to_planes(to, keys, values, [&](const append_job& job) { return append_head(job, kv_head); });
+    }
+    // Encodes the keys, or the values, of KV heads first_head ... last_head - 1: x is [tokens][kv_heads]
+    // [channels]. Not for keys per channel.
+    [[nodiscard]] status write_side(kv_side side, const destination& to, const tensor_view& x,
+                                    std::size_t first_head, std::size_t last_head) const noexcept {
+        return to_planes(to, x, x, [&](const append_job& job) {
+            return append_side(job, side == kv_side::key ? job.layout->keys() : job.layout->values(),
+                               first_head, last_head);
+        });
     }
     // Stores a row bit for bit. Preconditions: fits(); the row's numbers are finite.
     void write_row(kv_side side, const slot_place& to, std::size_t kv_head, const const_row_buffers& from,

@@ -80,165 +80,224 @@ struct head_options {
     const float* sink_logits = nullptr;
 };
 
+// One call of attention over all KV heads, as tasks in phases, some of which may have none: queries enter the basis
+// of the keys, ranges are attended to, their results merged. A phase begins when all tasks of the one before are
+// done; tasks of a phase run in any order, on any threads. What the arguments refer to outlives the object.
+class attention_tasks {
+public:
+    static constexpr std::size_t phases = 3;
+
+    attention_tasks(const attention_job& common, std::size_t kv_heads, const tensor_view& queries,
+                    const mutable_tensor_view& outputs, const head_options& heads,
+                    std::span<float> log_sum_exp) noexcept
+        : common_(common), kv_heads_(kv_heads), queries_(queries), outputs_(outputs), heads_(heads),
+          log_sum_exp_(log_sum_exp), rows_(queries.tokens() * common.head_group),
+          channels_(common.layout->values().channels), stride_(round_up(channels_ + 2, 16)) {
+        // the tokens front ... reach - 1 are all that any query sees
+        std::size_t front = common.first_visible;
+        if (common.window != 0) {
+            const std::ptrdiff_t from =
+                common.first_position + 1 - static_cast<std::ptrdiff_t>(common.window);
+            front = (std::max)(front, from > 0 ? static_cast<std::size_t>(from) : 0);
+        }
+        reach_ =
+            (std::min)(common.last_token, common.visible_base + (queries.tokens() - 1) * common.visible_step);
+        split_ = split_attention(*common.layout, rows_, kv_heads, front, reach_);
+    }
+
+    // Comes first. Errors: out_of_memory.
+    [[nodiscard]] status prepare() noexcept {
+        if (split_.ranges > 1) {
+            partials_.reset(new (std::nothrow) float[kv_heads_ * rows_ * split_.ranges * stride_]);
+            if (partials_ == nullptr)
+                return {errc::out_of_memory, "no memory for partial results"};
+        }
+        if (common_.key_basis) {
+            in_basis_.reset(new (std::nothrow) float[kv_heads_ * rows_ * key_channels()]);
+            if (in_basis_ == nullptr)
+                return {errc::out_of_memory, "no memory for queries in another basis"};
+        }
+        return {};
+    }
+
+    [[nodiscard]] std::size_t tasks(std::size_t phase) const noexcept {
+        const std::size_t splits = kv_heads_ * split_.row_splits;
+        switch (phase) {
+        case 0:
+            return common_.key_basis ? splits : 0;
+        case 1:
+            return splits * split_.ranges;
+        default:
+            return split_.ranges > 1 ? kv_heads_ * rows_ : 0;
+        }
+    }
+    void run(std::size_t phase, std::size_t task) noexcept {
+        if (starved_.load(std::memory_order_relaxed))
+            return;
+        switch (phase) {
+        case 0:
+            enter(task);
+            break;
+        case 1:
+            attend(task);
+            break;
+        default:
+            merge(task);
+        }
+    }
+
+    // Comes after a phase. Errors: out_of_memory; outputs are then unspecified.
+    [[nodiscard]] status finish() const noexcept {
+        return starved_.load(std::memory_order_relaxed) ? no_scratch() : status{};
+    }
+
+private:
+    [[nodiscard]] std::size_t key_channels() const noexcept { return common_.layout->keys().channels; }
+    [[nodiscard]] std::size_t head_offset(std::size_t kv_head) const noexcept {
+        return kv_head * common_.head_group;
+    }
+    [[nodiscard]] attention_job job_for(std::size_t kv_head, std::size_t row_split) const noexcept {
+        attention_job job = common_;
+        job.pages = common_.pages + kv_head * common_.layout->bytes();
+        if (common_.open_keys != nullptr)
+            job.open_keys = common_.open_keys + kv_head * common_.open_layout->bytes();
+        job.queries = queries_.at(0, head_offset(kv_head));
+        job.query_type = queries_.type();
+        job.query_token_stride = queries_.token_stride();
+        job.query_head_stride = queries_.head_stride();
+        job.outputs = outputs_.at(0, head_offset(kv_head));
+        job.output_type = outputs_.type();
+        job.output_token_stride = outputs_.token_stride();
+        job.output_head_stride = outputs_.head_stride();
+        job.first_row = row_split * split_.rows_per_task;
+        job.rows = (std::min)(split_.rows_per_task, rows_ - job.first_row);
+        job.first_token = split_.first_token;
+        job.first_head = head_offset(kv_head);
+        job.alibi_slopes =
+            heads_.alibi_slopes == nullptr ? nullptr : heads_.alibi_slopes + head_offset(kv_head);
+        job.sink_logits = heads_.sink_logits == nullptr ? nullptr : heads_.sink_logits + head_offset(kv_head);
+        if (common_.key_means != nullptr)
+            job.key_means = common_.key_means + kv_head * key_channels();
+        if (common_.key_basis) {
+            job.key_basis.columns += kv_head * common_.key_basis.n * common_.key_basis.stride;
+            job.queries_in_basis = in_basis_.get() + kv_head * rows_ * key_channels();
+        }
+        if (common_.value_basis)
+            job.value_basis.columns += kv_head * common_.value_basis.n * common_.value_basis.stride;
+        if (common_.key_turning != nullptr)
+            job.key_turning = common_.key_turning + kv_head;
+        if (common_.value_means != nullptr)
+            job.value_means = common_.value_means + kv_head * channels_;
+        return job;
+    }
+    // log_sum_exp is [tokens][query heads]; `row` counts the query rows of one KV head
+    [[nodiscard]] float& lse_of(std::size_t kv_head, std::size_t row) const noexcept {
+        return log_sum_exp_[row / common_.head_group * queries_.heads() + head_offset(kv_head) +
+                            row % common_.head_group];
+    }
+
+    // Once for all ranges.
+    void enter(std::size_t task) noexcept {
+        const scratch_lease scratch(*common_.scratches);
+        if (!scratch) {
+            starved_.store(true, std::memory_order_relaxed);
+            return;
+        }
+        const std::size_t n = key_channels(), kv_head = task / split_.row_splits;
+        const attention_job job = job_for(kv_head, task % split_.row_splits);
+        float* const own = scratch.as<attention_scratch>().query;
+        for (std::size_t r = 0; r < job.rows; ++r) {
+            const std::size_t row = job.first_row + r;
+            common_.target->load_floats(
+                queries_.type(),
+                queries_.at(row / common_.head_group, head_offset(kv_head) + row % common_.head_group), n,
+                own + r * n);
+        }
+        common_.target->enter_basis(job.key_basis, own, job.rows,
+                                    in_basis_.get() + (kv_head * rows_ + job.first_row) * n);
+    }
+
+    void attend(std::size_t task) noexcept {
+        const scratch_lease scratch(*common_.scratches);
+        if (!scratch) {
+            starved_.store(true, std::memory_order_relaxed);
+            return;
+        }
+        const std::size_t range = task % split_.ranges, row_split = task / split_.ranges % split_.row_splits,
+                          kv_head = task / split_.ranges / split_.row_splits;
+        attention_job job = job_for(kv_head, row_split);
+        float lse[max_rows];
+        if (split_.ranges > 1) {
+            job.first_token = split_.first_token + range * split_.range_tokens;
+            job.last_token = (std::min)(common_.last_token, job.first_token + split_.range_tokens);
+            job.fetch_token = reach_;
+            job.partials =
+                partials_.get() + ((kv_head * rows_ + job.first_row) * split_.ranges + range) * stride_;
+            job.partial_stride = split_.ranges * stride_;
+        }
+        job.log_sum_exp = log_sum_exp_.empty() ? nullptr : lse;
+        job.scratch = &scratch.as<attention_scratch>();
+        job.target->attend_rows(job);
+        if (split_.ranges == 1 && !log_sum_exp_.empty())
+            for (std::size_t r = 0; r < job.rows; ++r)
+                lse_of(kv_head, job.first_row + r) = lse[r];
+    }
+
+    void merge(std::size_t task) noexcept {
+        const std::size_t kv_head = task / rows_, row = task % rows_;
+        float* partial = partials_.get() + task * split_.ranges * stride_;
+        merge_partials(partial, split_.ranges, stride_, channels_);
+        const std::size_t head = head_offset(kv_head) + row % common_.head_group;
+        softmax_state state{partial[0], partial[1]};
+        const attention_job job = job_for(kv_head, 0);
+        if (job.key_means != nullptr) {
+            float query[max_vector_length];
+            common_.target->load_floats(queries_.type(), queries_.at(row / common_.head_group, head),
+                                        key_channels(), query);
+            shift_maximum(job, key_shift(job, query), state);
+        }
+        const float seen_weights = state.denominator;
+        const float factor =
+            heads_.sink_logits == nullptr ? 1.0f : add_sink_logit(state, heads_.sink_logits[head]);
+        for (std::size_t c = 0; c < channels_; ++c)
+            partial[2 + c] = state.denominator > 0.0f ? partial[2 + c] * factor / state.denominator : 0.0f;
+        restore_output(job, state.denominator > 0.0f ? factor * seen_weights / state.denominator : 0.0f,
+                       partial + 2);
+        common_.target->store_outputs(outputs_.type(), partial + 2, channels_,
+                                      outputs_.at(row / common_.head_group, head));
+        if (!log_sum_exp_.empty())
+            lse_of(kv_head, row) = log_sum_exp_of(state);
+    }
+
+    attention_job common_;
+    std::size_t kv_heads_;
+    tensor_view queries_;
+    mutable_tensor_view outputs_;
+    head_options heads_;
+    std::span<float> log_sum_exp_;
+    std::size_t rows_, channels_, stride_; // stride_: floats from one partial result to the next
+    std::size_t reach_ = 0;
+    attention_split split_{};
+    std::unique_ptr<float[]> partials_;
+    std::unique_ptr<float[]> in_basis_; // queries, [KV head][row][channels]
+    std::atomic<bool> starved_{false};  // a task had no scratch
+};
+
 // Attends for all KV heads. `common` is the job of KV head 0, with all of its query rows and tokens. Errors:
 // out_of_memory.
 inline status attend_heads(const attention_job& common, std::size_t kv_heads, const tensor_view& queries,
                            const mutable_tensor_view& outputs, const head_options& heads,
                            std::span<float> log_sum_exp, executor_view run) noexcept {
-    const page_layout& layout = *common.layout;
-    const std::size_t rows = queries.tokens() * common.head_group;
-    const std::size_t channels = layout.values().channels;
-    // the tokens front ... reach - 1 are all that any query sees
-    std::size_t front = common.first_visible;
-    if (common.window != 0) {
-        const std::ptrdiff_t from = common.first_position + 1 - static_cast<std::ptrdiff_t>(common.window);
-        front = (std::max)(front, from > 0 ? static_cast<std::size_t>(from) : 0);
+    attention_tasks tasks(common, kv_heads, queries, outputs, heads, log_sum_exp);
+    status s = tasks.prepare();
+    for (std::size_t phase = 0; s && phase < attention_tasks::phases; ++phase) {
+        if (tasks.tasks(phase) == 0)
+            continue;
+        auto task = [&](std::size_t i) { tasks.run(phase, i); };
+        run(tasks.tasks(phase), task_view(task));
+        s = tasks.finish();
     }
-    const std::size_t reach =
-        (std::min)(common.last_token, common.visible_base + (queries.tokens() - 1) * common.visible_step);
-    const attention_split split = split_attention(layout, rows, kv_heads, front, reach);
-    const std::size_t stride = round_up(channels + 2, 16);
-
-    std::unique_ptr<float[]> partials;
-    if (split.ranges > 1) {
-        const std::size_t count = kv_heads * rows * split.ranges * stride;
-        partials.reset(new (std::nothrow) float[count]);
-        if (partials == nullptr)
-            return {errc::out_of_memory, "no memory for partial results"};
-    }
-
-    std::unique_ptr<float[]> queries_in_basis; // [KV head][row][channels]
-    if (common.key_basis) {
-        queries_in_basis.reset(new (std::nothrow) float[kv_heads * rows * layout.keys().channels]);
-        if (queries_in_basis == nullptr)
-            return {errc::out_of_memory, "no memory for queries in another basis"};
-    }
-
-    const auto head_offset = [&](std::size_t kv_head) { return kv_head * common.head_group; };
-    const auto job_for = [&](std::size_t kv_head, std::size_t row_split) {
-        attention_job job = common;
-        job.pages = common.pages + kv_head * layout.bytes();
-        if (common.open_keys != nullptr)
-            job.open_keys = common.open_keys + kv_head * common.open_layout->bytes();
-        job.queries = queries.at(0, head_offset(kv_head));
-        job.query_type = queries.type();
-        job.query_token_stride = queries.token_stride();
-        job.query_head_stride = queries.head_stride();
-        job.outputs = outputs.at(0, head_offset(kv_head));
-        job.output_type = outputs.type();
-        job.output_token_stride = outputs.token_stride();
-        job.output_head_stride = outputs.head_stride();
-        job.first_row = row_split * split.rows_per_task;
-        job.rows = (std::min)(split.rows_per_task, rows - job.first_row);
-        job.first_token = split.first_token;
-        job.alibi_slopes =
-            heads.alibi_slopes == nullptr ? nullptr : heads.alibi_slopes + head_offset(kv_head);
-        job.sink_logits = heads.sink_logits == nullptr ? nullptr : heads.sink_logits + head_offset(kv_head);
-        if (common.key_means != nullptr)
-            job.key_means = common.key_means + kv_head * layout.keys().channels;
-        if (common.key_basis) {
-            job.key_basis.columns += kv_head * common.key_basis.n * common.key_basis.stride;
-            job.queries_in_basis = queries_in_basis.get() + kv_head * rows * layout.keys().channels;
-        }
-        if (common.value_basis)
-            job.value_basis.columns += kv_head * common.value_basis.n * common.value_basis.stride;
-        if (common.key_turning != nullptr)
-            job.key_turning = common.key_turning + kv_head;
-        if (common.value_means != nullptr)
-            job.value_means = common.value_means + kv_head * channels;
-        return job;
-    };
-    // log_sum_exp is [tokens][query heads]; `row` counts the query rows of one KV head
-    const auto lse_of = [&](std::size_t kv_head, std::size_t row) -> float& {
-        return log_sum_exp[row / common.head_group * queries.heads() + head_offset(kv_head) +
-                           row % common.head_group];
-    };
-
-    std::atomic<bool> starved{false}; // a task had no scratch
-    if (common.key_basis) {           // once for all ranges
-        auto enter_task = [&](std::size_t task) {
-            const scratch_lease scratch(*common.scratches);
-            if (!scratch) {
-                starved.store(true, std::memory_order_relaxed);
-                return;
-            }
-            const std::size_t n = layout.keys().channels;
-            const attention_job job = job_for(task / split.row_splits, task % split.row_splits);
-            float* const own = scratch.as<attention_scratch>().query;
-            for (std::size_t r = 0; r < job.rows; ++r) {
-                const std::size_t row = job.first_row + r;
-                common.target->load_floats(
-                    queries.type(),
-                    queries.at(row / common.head_group,
-                               head_offset(task / split.row_splits) + row % common.head_group),
-                    n, own + r * n);
-            }
-            common.target->enter_basis(job.key_basis, own, job.rows,
-                                       queries_in_basis.get() +
-                                           (task / split.row_splits * rows + job.first_row) * n);
-        };
-        run(kv_heads * split.row_splits, task_view(enter_task));
-        if (starved.load(std::memory_order_relaxed))
-            return no_scratch();
-    }
-    auto attend_task = [&](std::size_t task) {
-        const scratch_lease scratch(*common.scratches);
-        if (!scratch) {
-            starved.store(true, std::memory_order_relaxed);
-            return;
-        }
-        const std::size_t range = task % split.ranges, row_split = task / split.ranges % split.row_splits,
-                          kv_head = task / split.ranges / split.row_splits;
-        attention_job job = job_for(kv_head, row_split);
-        float lse[max_rows];
-        if (split.ranges > 1) {
-            job.first_token = split.first_token + range * split.range_tokens;
-            job.last_token = (std::min)(common.last_token, job.first_token + split.range_tokens);
-            job.fetch_token = reach;
-            job.partials =
-                partials.get() + ((kv_head * rows + job.first_row) * split.ranges + range) * stride;
-            job.partial_stride = split.ranges * stride;
-        }
-        job.log_sum_exp = log_sum_exp.empty() ? nullptr : lse;
-        job.scratch = &scratch.as<attention_scratch>();
-        job.target->attend_rows(job);
-        if (split.ranges == 1 && !log_sum_exp.empty())
-            for (std::size_t r = 0; r < job.rows; ++r)
-                lse_of(kv_head, job.first_row + r) = lse[r];
-    };
-    run(kv_heads * split.row_splits * split.ranges, task_view(attend_task));
-    if (starved.load(std::memory_order_relaxed))
-        return no_scratch();
-    if (split.ranges == 1)
-        return {};
-
-    auto merge_task = [&](std::size_t task) {
-        const std::size_t kv_head = task / rows, row = task % rows;
-        float* partial = partials.get() + task * split.ranges * stride;
-        merge_partials(partial, split.ranges, stride, channels);
-        const std::size_t head = head_offset(kv_head) + row % common.head_group;
-        softmax_state state{partial[0], partial[1]};
-        const attention_job job = job_for(kv_head, 0);
-        if (job.key_means != nullptr) {
-            float query[max_vector_length];
-            common.target->load_floats(queries.type(), queries.at(row / common.head_group, head),
-                                       layout.keys().channels, query);
-            shift_maximum(job, key_shift(job, query), state);
-        }
-        const float seen_weights = state.denominator;
-        const float factor =
-            heads.sink_logits == nullptr ? 1.0f : add_sink_logit(state, heads.sink_logits[head]);
-        for (std::size_t c = 0; c < channels; ++c)
-            partial[2 + c] = state.denominator > 0.0f ? partial[2 + c] * factor / state.denominator : 0.0f;
-        restore_output(job, state.denominator > 0.0f ? factor * seen_weights / state.denominator : 0.0f,
-                       partial + 2);
-        common.target->store_outputs(outputs.type(), partial + 2, channels,
-                                     outputs.at(row / common.head_group, head));
-        if (!log_sum_exp.empty())
-            lse_of(kv_head, row) = log_sum_exp_of(state);
-    };
-    run(kv_heads * rows, task_view(merge_task));
-    return {};
+    return s;
 }
 
 } // namespace kv1::inline KV1_ABI::detail

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// try_copy(): copies a cache_description, whose members are standard containers, or returns a status.
+// try_copy(): copies a description, whose members are standard containers, or returns a status.
 // seek_memory(): whether such containers will get their memory.
 #pragma once
 
@@ -14,7 +14,8 @@
 namespace kv1::inline KV1_ABI::detail {
 
 // The number of bytes that the containers of a copy allocate.
-inline std::size_t copied_bytes(const cache_description& d) noexcept {
+template <class Description> // of a cache or a slot store
+std::size_t copied_bytes(const Description& d) noexcept {
     std::size_t bytes = d.layers.size() * sizeof(layer_description);
     for (const layer_description& l : d.layers) {
         bytes += l.rotary.frequencies.size() * sizeof(float);
@@ -37,7 +38,8 @@ inline status seek_memory([[maybe_unused]] std::size_t bytes) noexcept {
     return {};
 }
 
-inline status try_copy(const cache_description& from, cache_description& to) noexcept {
+template <class Description>
+status try_copy(const Description& from, Description& to) noexcept {
     if (const status s = seek_memory(copied_bytes(from)); !s)
         return s;
     return guarded([&] { to = from; });

@@ -146,6 +146,9 @@ KV1_LAZY inline void adjust_scores(const attention_job& job, std::size_t row, co
             }
         }
     }
+    if (job.slots != nullptr)
+        apply_slot_rules(*job.slots, token, job.first_head + head, seen.first, seen.last, chunk.token,
+                         chunk.count, scores);
     for (std::size_t k = 0; k < chunk.count; ++k) {
         const std::size_t first = chunk.token[k];
         float* tile = scores + k * tile_tokens;
@@ -565,7 +568,7 @@ inline void attend_rows(const attention_job& job) noexcept {
     // a tile's share of K's and of V's bytes
     const std::size_t page_tiles = page_tokens / tile_tokens;
     const std::size_t key_share = keys.bytes() / page_tiles, value_share = values.bytes() / page_tiles;
-    const bool adjusted = job.soft_cap > 0.0f || job.alibi_slopes != nullptr;
+    const bool adjusted = job.soft_cap > 0.0f || job.alibi_slopes != nullptr || job.slots != nullptr;
     chunk_tiles lists[2];                 // of this chunk and the next
     tile_ref transposed[max_chunk_tiles]; // of values that lie in keys
     for (std::size_t k = 0; in_keys && k < max_chunk_tiles; ++k)

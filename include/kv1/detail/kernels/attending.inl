@@ -7,5 +7,6 @@
 #include <kv1/detail/kernels/scores.inl>
 #include <kv1/detail/kernels/pairs.inl>
 #include <kv1/detail/kernels/values.inl>
+#include <kv1/detail/kernels/slots.inl>
 #include <kv1/detail/kernels/attend.inl>
 #include <kv1/detail/kernels/tables.inl>

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <kv1/detail/kernels/chunk.hpp>
+#include <kv1/detail/kernels/slot_rules.hpp>
 #include <kv1/detail/orthogonal_basis.hpp>
 #include <kv1/detail/page_hole.hpp>
 #include <kv1/detail/turning_means.hpp>
@@ -125,6 +126,10 @@ struct attention_job {
     float soft_cap;            // score -> soft_cap * tanh(score / soft_cap) where positive
     const float* alibi_slopes; // [head_group] or null: score += slope * (t - position)
     const float* sink_logits;  // [head_group] or null: logits that the softmax sees and no value belongs to
+
+    // Positions and additive masks, of query heads first_head and on (slot_rules.hpp); null: none.
+    const slot_rules* slots;
+    std::size_t first_head;
 
     // What encodings did to keys and values, which attention undoes.
     std::size_t key_hadamard, value_hadamard; // channels rotated together; 0: not rotated

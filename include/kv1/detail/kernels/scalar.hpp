@@ -327,6 +327,29 @@ inline bool sees(const attention_job& job, std::size_t token, std::size_t t) noe
            job.mask[token * job.mask_stride + t - job.mask_first] != 0;
 }
 
+// A score with an additive mask or the distance of positions; lowest_score if the query does not see the token.
+inline float with_slot_rules(const slot_rules& rules, std::size_t query, std::size_t head, std::size_t t,
+                             float score) noexcept {
+    const float slope = rules.slopes != nullptr ? rules.slopes[head] : 1.0f;
+    if (rules.bias != nullptr) {
+        float added = 0.0f;
+        load_floats(rules.bias_type,
+                    rules.bias_row(query, head) +
+                        static_cast<std::ptrdiff_t>(t - rules.bias_first) * rules.element(),
+                    1, &added);
+        if (added <= lowest_score)
+            return lowest_score;
+        score += slope * added;
+    }
+    if (rules.positions == nullptr)
+        return score;
+    const std::int32_t at = rules.positions[t];
+    if (rules.bias == nullptr && rules.slopes != nullptr)
+        score += slope * static_cast<float>(at - rules.query_positions[query]);
+    const slot_rules::span seen = rules.seen_by(query);
+    return at < seen.first || at > seen.last ? lowest_score : score;
+}
+
 // One row's 8-bit query: its step.
 inline float round_query(std::span<const float> query, std::int8_t* codes) noexcept {
     float top = 0.0f;
@@ -461,6 +484,8 @@ inline void attend_rows(const attention_job& job) noexcept {
                     s += job.alibi_slopes[head] *
                          static_cast<float>(static_cast<std::ptrdiff_t>(t) - job.first_position -
                                             static_cast<std::ptrdiff_t>(token));
+                if (job.slots != nullptr)
+                    s = with_slot_rules(*job.slots, token, job.first_head + head, t, s);
             }
         };
 

@@ -1,0 +1,312 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Attention over slots against its definition, on every target: views, masks, options, and slots that are overwritten,
+// settled and cleared at random.
+#include "slot_problem.hpp"
+#include "targets.hpp"
+
+#include <catch2/catch_test_macros.hpp>
+
+#include <kv1/float16.hpp>
+#include <kv1/format.hpp>
+#include <kv1/slot_store.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace {
+
+using kv1::slot_mask;
+using kv1::slot_stream;
+using kv1::slot_view;
+using kv1_test::generator;
+using kv1_test::numbers_from;
+
+// A random layer: formats, dims, groups, encodings, values in keys.
+kv1::layer_description random_layer(generator& g) {
+    const auto& formats = kv1::all_kv_formats;
+    const auto any = [&] { return formats[g.below(std::size(formats))]; };
+    kv1::layer_description l{g.between(1, 2), 32 * g.between(1, 3), 32 * g.between(1, 3), any(), any()};
+    if (g.chance(0.3))
+        l.key_dim += g.between(1, 9);
+    if (g.chance(0.2)) {
+        l.values_in_keys = true;
+        l.value_dim = std::min(l.key_dim, l.value_dim);
+        l.value_format = l.key_format;
+        return l;
+    }
+    for (const bool keys : {true, false}) {
+        kv1::vector_encoding& e = keys ? l.key_encoding : l.value_encoding;
+        const std::size_t dim = keys ? l.key_dim : l.value_dim;
+        const kv1::kv_format f = keys ? l.key_format : l.value_format;
+        if (!kv1::info_of(f).fits_levels || !g.chance(0.6))
+            continue;
+        e.levels = kv1::level_choice::least_squares;
+        if (dim % 32 == 0 && g.chance(0.5))
+            e.hadamard = 32;
+        if (g.chance(0.5))
+            e.means = kv1_test::normal_values(g, l.kv_heads * dim);
+    }
+    return l;
+}
+
+// What one stream is made from; spans of the stream point into it.
+struct stream_books {
+    std::vector<std::uint32_t> items;
+    std::vector<std::int32_t> query_positions, column_positions;
+    std::vector<std::uint8_t> visible;
+    std::vector<float> additive;
+    std::vector<kv1::float16> halves;
+    std::vector<kv1::bfloat16> bfloats;
+    slot_stream stream;
+};
+
+slot_view random_view(generator& g, stream_books& b, std::size_t slots, std::size_t page) {
+    const std::size_t most = std::min<std::size_t>(slots, 200);
+    switch (g.below(3)) {
+    case 0: {
+        const std::size_t n = g.between(0, most);
+        return slot_view::range(g.between(0, slots - n), n);
+    }
+    case 1:
+        b.items = kv1_test::shuffled(g, numbers_from(0, slots));
+        b.items.resize(g.between(0, std::min<std::size_t>(slots, 80)));
+        return slot_view::list(b.items);
+    default:
+        b.items = kv1_test::shuffled(g, numbers_from(0, slots / page));
+        return slot_view::table(b.items, g.between(0, most));
+    }
+}
+
+// A view, a mask, and as many queries as they allow.
+void random_stream(generator& g, stream_books& b, std::size_t slots, std::size_t page, std::size_t heads,
+                   bool windows) {
+    const slot_view view = random_view(g, b, slots, page);
+    const std::size_t n = view.size();
+    std::size_t m = g.between(1, 6);
+    slot_mask mask = slot_mask::none();
+    switch (g.below(windows ? 4u : 5u)) {
+    case 0:
+        break;
+    case 1:
+        mask = slot_mask::causal();
+        m = std::min(m, n);
+        break;
+    case 2: {
+        // two sequences in one view, and empty slots
+        for (std::size_t c = 0; c < n; ++c)
+            b.column_positions.push_back(g.chance(0.2) ? -1 : static_cast<std::int32_t>(g.below(n)));
+        for (std::size_t i = 0; i < m; ++i)
+            b.query_positions.push_back(static_cast<std::int32_t>(g.below(n + 1)));
+        mask = slot_mask::by_position(b.query_positions, b.column_positions);
+        break;
+    }
+    case 3: {
+        const std::size_t stride = n + g.below(5);
+        const double share = g.uniform();
+        for (std::size_t i = 0; i < m * stride; ++i)
+            b.visible.push_back(g.chance(share) ? static_cast<std::uint8_t>(g.between(1, 3)) : 0);
+        mask = slot_mask::bytes(b.visible, stride);
+        break;
+    }
+    default: {
+        const bool by_head = g.chance(0.5);
+        const std::size_t stride = n + g.below(5), head_stride = m * stride;
+        const double share = g.uniform();
+        for (std::size_t i = 0; i < (by_head ? heads : 1) * head_stride; ++i)
+            b.additive.push_back(g.chance(share) ? static_cast<float>(kv1::bfloat16(g.normal()))
+                                                 : -std::numeric_limits<float>::infinity());
+        const auto query = static_cast<std::ptrdiff_t>(stride),
+                   head = static_cast<std::ptrdiff_t>(by_head ? head_stride : 0);
+        // numbers of 8 significant bits are the same in all three types
+        switch (g.below(3)) {
+        case 0:
+            mask = slot_mask::additive(b.additive.data(), query, head);
+            break;
+        case 1:
+            for (float& x : b.additive) {
+                b.halves.emplace_back(x);
+                x = static_cast<float>(b.halves.back());
+            }
+            mask = slot_mask::additive(b.halves.data(), query, head);
+            break;
+        default:
+            for (const float x : b.additive)
+                b.bfloats.emplace_back(x);
+            mask = slot_mask::additive(b.bfloats.data(), query, head);
+        }
+    }
+    }
+    b.stream = {m, view, mask};
+}
+
+// Writes, settles, clears, copies and moves some slots.
+void change(generator& g, kv1::slot_store& store) {
+    const kv1::layer_description& l = store.description().layers[0];
+    const std::vector<std::uint32_t> order = kv1_test::shuffled(g, numbers_from(0, store.slots()));
+    const std::size_t n = g.between(1, 40);
+    const auto some = std::span(order).first(std::min(n, order.size()));
+    switch (g.below(8)) {
+    case 0:
+        store.release_fp16(some);
+        break;
+    case 1:
+        store.clear(0, some);
+        break;
+    case 2:
+    case 3: {
+        const auto others = std::span(order).last(some.size());
+        const auto code =
+            (g.chance(0.5) ? store.try_copy(0, some, others) : store.try_move(0, some, others)).code();
+        REQUIRE((code == kv1::errc::ok || code == kv1::errc::capacity_exceeded));
+        break;
+    }
+    default: {
+        const kv1_test::slot_vectors x(g, l, some.size());
+        const kv1::status s =
+            store.try_write(0, some, x.key_view(0, some.size()), x.value_view(0, some.size()));
+        if (s.code() == kv1::errc::capacity_exceeded)
+            store.flush();
+        else
+            REQUIRE(s);
+    }
+    }
+}
+
+} // namespace
+
+TEST_CASE("attention over slots is attention, whatever the view, the mask and what happened to the slots",
+          "[slots]") {
+    generator g(4201);
+    for (int round = 0; round < 150; ++round) {
+        const kv1::layer_description l = random_layer(g);
+        kv1::slot_store_description d;
+        d.layers = {l};
+        d.page_tokens = 16 * g.between(1, 4);
+        d.slots = d.page_tokens * g.between(1, 10);
+        d.fp16_slots = g.chance(0.6) ? g.between(1, 100) : 0;
+        kv1::slot_store store(d);
+        for (std::size_t i = g.between(1, 25); i > 0; --i)
+            change(g, store);
+        const std::size_t heads = l.kv_heads * g.between(1, 5);
+        kv1::slot_attention_options o;
+        o.mode = kv1::precision::exact;
+        if (g.chance(0.3))
+            o.scale = 0.3f;
+        if (g.chance(0.3))
+            o.soft_cap = 15.0f;
+        if (g.chance(0.3))
+            o.window = g.between(1, 60);
+        std::vector<float> slopes, sinks;
+        if (g.chance(0.3))
+            o.alibi_slopes = slopes = kv1_test::normal_values(g, heads, 0.1f);
+        if (g.chance(0.3))
+            o.sink_logits = sinks = kv1_test::normal_values(g, heads, 2.0f);
+        std::vector<stream_books> books(g.between(1, 4));
+        std::vector<slot_stream> streams;
+        std::size_t m = 0;
+        for (stream_books& b : books) {
+            random_stream(g, b, store.slots(), d.page_tokens, heads, o.window != 0);
+            streams.push_back(b.stream);
+            m += b.stream.queries;
+        }
+        const std::vector<float> q = kv1_test::normal_values(g, m * heads * l.key_dim);
+        std::vector<float> out(m * heads * l.value_dim), lse(m * heads);
+        o.log_sum_exp = lse;
+        CAPTURE(round, std::string(to_string(l.key_format)), std::string(to_string(l.value_format)),
+                l.key_dim, l.value_dim);
+        kv1_test::for_each_target([&](kv1::target) {
+            std::fill(out.begin(), out.end(), 777.0f);
+            std::fill(lse.begin(), lse.end(), 777.0f);
+            store.attend(0, streams, {q.data(), m, heads, l.key_dim}, {out.data(), m, heads, l.value_dim}, o);
+            std::size_t first = 0;
+            for (const stream_books& b : books) {
+                CAPTURE(static_cast<int>(b.stream.slots.kind()), static_cast<int>(b.stream.mask.kind()),
+                        b.stream.slots.size());
+                kv1::slot_attention_options own = o;
+                kv1_test::slot_oracle(store, 0).check(
+                    b.stream, own, kv1_test::added_by(b.stream, own, b.additive), q, heads, out, first);
+                first += b.stream.queries;
+            }
+        });
+    }
+}
+
+TEST_CASE("an additive mask of zeros and -infinity gives what a mask of bytes gives, on the fast path",
+          "[slots]") {
+    // The same scores, hidden in the same places: the same bits.
+    generator g(4202);
+    constexpr std::size_t slots = 700, kv_heads = 2, heads = 6, dim = 64, m = 5;
+    kv1::slot_store_description d;
+    d.layers = {{kv_heads, dim, dim}};
+    d.slots = slots;
+    for (const std::size_t copies : {0u, 128u}) {
+        d.fp16_slots = copies;
+        kv1::slot_store store(d);
+        const kv1_test::slot_vectors x(g, d.layers[0], slots);
+        for (std::size_t t = 0; t < slots; t += 100) {
+            store.write(0, numbers_from(t, 100), x.key_view(t, 100), x.value_view(t, 100));
+            if (t + 100 < slots)
+                store.flush();
+        }
+        std::vector<std::uint8_t> visible;
+        std::vector<float> added;
+        for (std::size_t i = 0; i < m * slots; ++i) {
+            visible.push_back(g.chance(0.5) ? 1 : 0);
+            added.push_back(visible.back() != 0 ? 0.0f : -std::numeric_limits<float>::infinity());
+        }
+        std::vector<kv1::float16> halves(added.begin(), added.end());
+        const std::vector<float> q = kv1_test::normal_values(g, m * heads * dim);
+        kv1_test::for_each_target([&](kv1::target) {
+            const auto attend = [&](const slot_mask& mask) {
+                std::vector<float> out(m * heads * dim), lse(m * heads);
+                const slot_stream s{m, slot_view::range(0, slots), mask};
+                store.attend(0, {&s, 1}, {q.data(), m, heads, dim}, {out.data(), m, heads, dim},
+                             {.log_sum_exp = lse});
+                out.insert(out.end(), lse.begin(), lse.end());
+                return out;
+            };
+            const std::vector<float> expected = attend(slot_mask::bytes(visible, slots));
+            REQUIRE(attend(slot_mask::additive(added.data(), slots)) == expected);
+            REQUIRE(attend(slot_mask::additive(halves.data(), slots)) == expected);
+        });
+    }
+}
+
+TEST_CASE("ALiBi as ggml has it, slopes times a mask of distances, is ALiBi by positions", "[slots]") {
+    // fp32 holds the distances, so both add the same products to the same scores.
+    generator g(4203);
+    constexpr std::size_t slots = 128, heads = 4, dim = 32, m = 3;
+    kv1::slot_store_description d;
+    d.layers = {{2, dim, dim}};
+    d.slots = slots;
+    kv1::slot_store store(d);
+    const kv1_test::slot_vectors x(g, d.layers[0], slots);
+    store.write(0, numbers_from(0, slots), x.key_view(0, slots), x.value_view(0, slots));
+    std::vector<std::int32_t> columns, queries{90, 127, 60};
+    for (const std::uint32_t t : kv1_test::shuffled(g, numbers_from(0, slots)))
+        columns.push_back(static_cast<std::int32_t>(t));
+    std::vector<float> added;
+    for (const std::int32_t p : queries)
+        for (const std::int32_t c : columns)
+            added.push_back(c <= p ? static_cast<float>(c - p) : -std::numeric_limits<float>::infinity());
+    const std::vector<float> q = kv1_test::normal_values(g, m * heads * dim),
+                             slopes{0.5f, 0.25f, 0.125f, 0.0625f};
+    kv1_test::for_each_target([&](kv1::target) {
+        const auto attend = [&](const slot_mask& mask) {
+            std::vector<float> out(m * heads * dim);
+            const slot_stream s{m, slot_view::range(0, slots), mask};
+            store.attend(0, {&s, 1}, {q.data(), m, heads, dim}, {out.data(), m, heads, dim},
+                         {.alibi_slopes = slopes});
+            return out;
+        };
+        REQUIRE(attend(slot_mask::additive(added.data(), slots)) ==
+                attend(slot_mask::by_position(queries, columns)));
+    });
+}

@@ -1,0 +1,656 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A slot store holds what a cache makes of the same vectors and attends to it as a cache does, whatever the order in
+// which slots were written to. What settle(), copies, exports and failed calls leave.
+#include "../fuzz/slots_body.hpp"
+#include "slot_problem.hpp"
+#include "thread_executor.hpp"
+
+#include <catch2/catch_test_macros.hpp>
+
+#include <kv1/hadamard.hpp>
+#include <kv1/kv_cache.hpp>
+#include <kv1/slot_store.hpp>
+
+#include <array>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <limits>
+#include <span>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace {
+
+using kv1::kv_side;
+using kv1::slot_mask;
+using kv1::slot_stream;
+using kv1::slot_view;
+using kv1_test::generator;
+using kv1_test::numbers_from;
+using kv1_test::slot_vectors;
+
+constexpr std::size_t page = 32, kv_heads = 2, heads = 6;
+
+std::vector<kv1::layer_description> layers() {
+    kv1::layer_description plain{kv_heads, 64, 32};
+    plain.key_format = kv1::kv_format::fp16;
+    plain.value_format = kv1::kv_format::fp32;
+    const kv1::layer_description two_bits{kv_heads, 64, 96};
+    kv1::layer_description groups{kv_heads, 96, 64};
+    groups.key_format = kv1::kv_format::affine4;
+    groups.key_group = 32;
+    groups.value_format = kv1::kv_format::affine8;
+    kv1::layer_description encoded{kv_heads, 64, 64};
+    encoded.key_format = kv1::kv_format::compact3;
+    encoded.key_encoding.levels = kv1::level_choice::least_squares;
+    encoded.key_encoding.hadamard = 64;
+    encoded.key_encoding.means.assign(kv_heads * 64, 0.25f);
+    encoded.value_format = kv1::kv_format::codebook2;
+    kv1::layer_description bits{kv_heads, 40, 72};
+    bits.key_format = kv1::kv_format::scaled_binary;
+    bits.value_format = kv1::kv_format::affine3;
+    kv1::layer_description latent = kv1::latent_layer(96, 64, kv1::kv_format::affine4);
+    latent.kv_heads = kv_heads;
+    return {plain, two_bits, groups, encoded, bits, latent};
+}
+
+kv1::slot_store_description one_layer(const kv1::layer_description& l, std::size_t slots) {
+    kv1::slot_store_description d;
+    d.layers = {l};
+    d.slots = slots;
+    d.page_tokens = page;
+    return d;
+}
+
+std::string name_of(const kv1::layer_description& l) {
+    return std::string(to_string(l.key_format)) + " x " + std::string(to_string(l.value_format));
+}
+
+// Writes vectors to slots in an order of no meaning, after other vectors.
+void write_over(generator& g, kv1::slot_store& store, std::span<const std::uint32_t> slots,
+                const slot_vectors& x) {
+    const slot_vectors wrong(g, store.description().layers[0], slots.size());
+    for (const bool right : {false, true}) {
+        const std::vector<std::uint32_t> order = kv1_test::shuffled(g, numbers_from(0, slots.size()));
+        for (std::size_t i = 0; i < order.size();) {
+            const std::size_t n = std::min(order.size() - i, g.between(1, 40));
+            slot_vectors some = right ? x : wrong;
+            std::vector<std::uint32_t> to(n);
+            for (std::size_t k = 0; k < n; ++k) {
+                const slot_vectors& from = right ? x : wrong;
+                const std::size_t t = order[i + k], key = kv_heads * x.key_dim,
+                                  value = kv_heads * x.value_dim;
+                to[k] = slots[t];
+                std::memcpy(some.keys.data() + k * key, from.keys.data() + t * key, key * 4);
+                std::memcpy(some.values.data() + k * value, from.values.data() + t * value, value * 4);
+            }
+            if (g.chance(0.5) || !x.has_values) {
+                store.write(0, to, some.key_view(0, n), some.value_view(0, n));
+            } else { // values first, keys in a call of their own
+                store.write(0, to, kv1::slot_store::nothing(), some.value_view(0, n));
+                store.write(0, to, some.key_view(0, n), kv1::slot_store::nothing());
+            }
+            i += n;
+        }
+    }
+}
+
+void append(kv1::kv_cache& cache, kv1::sequence_id id, const slot_vectors& x, std::size_t first,
+            std::size_t n) {
+    if (x.has_values)
+        cache.append(id, 0, x.key_view(first, n), x.value_view(first, n));
+    else
+        cache.append(id, 0, x.key_view(first, n));
+}
+
+// Everything that a store holds, for comparisons.
+struct contents {
+    std::vector<std::byte> bytes;
+    std::vector<bool> copied;
+    std::vector<float> read;
+    explicit contents(const kv1::slot_store& s) {
+        const std::vector<std::uint32_t> all = numbers_from(0, s.slots());
+        for (std::size_t l = 0; l < s.layers(); ++l) {
+            const kv1::layer_description& d = s.description().layers[l];
+            const std::size_t at = bytes.size();
+            bytes.resize(at + all.size() * s.raw_bytes(l));
+            s.export_raw(l, all, std::span(bytes).subspan(at));
+            for (const std::uint32_t slot : all)
+                copied.push_back(s.has_fp16(l, slot));
+            for (const kv_side side : {kv_side::key, kv_side::value})
+                for (std::size_t h = 0; h < d.kv_heads; ++h) {
+                    const std::size_t first = read.size(),
+                                      dim = side == kv_side::key ? d.key_dim : d.value_dim;
+                    read.resize(first + all.size() * dim);
+                    s.read(l, side, h, all, std::span(read).subspan(first));
+                }
+        }
+    }
+    friend bool operator==(const contents&, const contents&) = default;
+};
+
+std::vector<float> attend(const kv1::slot_store& s, std::span<const slot_stream> streams,
+                          const std::vector<float>& q, const kv1::slot_attention_options& o = {}) {
+    const kv1::layer_description& l = s.description().layers[0];
+    const std::size_t m = q.size() / heads / l.key_dim;
+    std::vector<float> out(m * heads * l.value_dim, 777.0f);
+    s.attend(0, streams, {q.data(), m, heads, l.key_dim}, {out.data(), m, heads, l.value_dim}, o);
+    return out;
+}
+
+} // namespace
+
+TEST_CASE("slots that were written to in any order hold and give what a cache does, bit for bit", "[slots]") {
+    generator g(4101);
+    constexpr std::size_t tokens = 85, queries = 9;
+    const std::vector<std::uint32_t> table{6, 1, 4, 99};
+    for (const kv1::layer_description& l : layers()) {
+        CAPTURE(name_of(l));
+        const slot_vectors x(g, l, tokens);
+        kv1::slot_store store(one_layer(l, 8 * page));
+        const slot_view view = slot_view::table(table, tokens);
+        write_over(g, store, kv1_test::slots_of(view, page), x);
+
+        kv1::kv_cache cache(kv1::uniform_cache(1, l, 4 * page, page));
+        const kv1::sequence_id id = cache.create_sequence();
+        append(cache, id, x, 0, tokens);
+        for (std::size_t p = 0; p < 3; ++p)
+            for (std::size_t head = 0; head < kv_heads; ++head) {
+                const auto theirs = cache.page(0, head, static_cast<std::uint32_t>(p)),
+                           mine = store.page(0, head, table[p]);
+                REQUIRE(std::memcmp(mine.data(), theirs.data(), theirs.size()) == 0);
+            }
+
+        const std::vector<float> q = kv1_test::normal_values(g, queries * heads * l.key_dim);
+        const std::vector<float> slopes(heads, 0.25f), sinks = kv1_test::normal_values(g, heads);
+        for (const bool causal : {false, true})
+            for (const kv1::precision mode : {kv1::precision::fast, kv1::precision::exact}) {
+                std::vector<float> expected(queries * heads * l.value_dim), lse(queries * heads),
+                    own_lse(lse);
+                kv1::attention_options o{.mode = mode, .log_sum_exp = lse, .window = 50, .soft_cap = 20.0f};
+                o.mask = causal ? kv1::attention_mask::causal() : kv1::attention_mask::none();
+                o.alibi_slopes = slopes;
+                o.sink_logits = sinks;
+                cache.attend(id, 0, {q.data(), queries, heads, l.key_dim},
+                             {expected.data(), queries, heads, l.value_dim}, o);
+                const slot_stream stream{queries, view, causal ? slot_mask::causal() : slot_mask::none()};
+                const std::vector<float> out = attend(store, {&stream, 1}, q,
+                                                      {.mode = mode,
+                                                       .log_sum_exp = own_lse,
+                                                       .window = 50,
+                                                       .soft_cap = 20.0f,
+                                                       .alibi_slopes = slopes,
+                                                       .sink_logits = sinks});
+                REQUIRE(out == expected);
+                REQUIRE(own_lse == lse);
+            }
+    }
+}
+
+TEST_CASE("a decoded token sees what a cache with fp16 sinks and window shows it", "[slots]") {
+    // Both see the same numbers. With slots in order they also see the same codes in the same chunks, so the body is the
+    // same bit for bit, and fp32 sums of the rest differ in their order: a score is off by gamma(D + 3) sum |q k| twice,
+    // outputs by e^(4 times that) - 1 of the largest value and a few roundings. Slots in any order make other chunks,
+    // whose weights the fast path rounds in other ways.
+    generator g(4102);
+    kv1::layer_description l{kv_heads, 64, 64};
+    l.key_encoding.levels = l.value_encoding.levels = kv1::level_choice::least_squares;
+    l.key_encoding.hadamard = 64;
+    constexpr std::size_t tokens = 100;
+    for (const bool in_order : {false, true}) {
+        kv1::slot_store_description d = one_layer(l, 8 * page);
+        d.fp16_slots = 40;
+        d.fp16_sinks = 3;
+        d.fp16_window = 7;
+        kv1::slot_store store(d);
+        kv1::cache_description c = kv1::uniform_cache(1, l, 8 * page, page);
+        c.fp16_sinks = 3;
+        c.fp16_window = 7;
+        kv1::kv_cache cache(c);
+        const kv1::sequence_id id = cache.create_sequence();
+        const slot_vectors x(g, l, tokens);
+        const std::vector<std::uint32_t> slots =
+            in_order ? numbers_from(2 * page, tokens) : kv1_test::shuffled(g, numbers_from(40, tokens));
+        double largest_key = 0.0, largest_value = 0.0;
+        for (const float v : x.keys)
+            largest_key = std::max(largest_key, std::fabs(static_cast<double>(v)));
+        for (const float v : x.values)
+            largest_value = std::max(largest_value, std::fabs(static_cast<double>(v)));
+        std::vector<std::int32_t> positions;
+        for (std::size_t t = 0; t < tokens; ++t) {
+            append(cache, id, x, t, 1);
+            store.write(0, std::span(slots).subspan(t, 1), x.key_view(t, 1), x.value_view(t, 1));
+            positions.push_back(static_cast<std::int32_t>(t));
+            const std::vector<float> q = kv1_test::normal_values(g, heads * l.key_dim);
+            double largest_query = 0.0;
+            for (const float v : q)
+                largest_query = std::max(largest_query, std::fabs(static_cast<double>(v)));
+            const kv1::precision mode = in_order && t % 2 == 0 ? kv1::precision::fast : kv1::precision::exact;
+            std::vector<float> expected(heads * l.value_dim);
+            cache.attend(id, 0, {q.data(), 1, heads, l.key_dim}, {expected.data(), 1, heads, l.value_dim},
+                         {.mode = mode});
+            const slot_view view =
+                in_order ? slot_view::range(slots[0], t + 1) : slot_view::list(std::span(slots).first(t + 1));
+            const slot_stream stream{1, view, slot_mask::causal()};
+            const std::vector<float> out = attend(store, {&stream, 1}, q, {.mode = mode});
+            // sum |q k| / 8 of 64 channels, at most
+            const double score = 8 * largest_query * largest_key;
+            const double bound =
+                (std::expm1(4 * kv1_test::gamma(64 + 3) * score) + 64 * kv1_test::unit_roundoff) *
+                largest_value;
+            for (std::size_t i = 0; i < out.size(); ++i)
+                REQUIRE(std::fabs(static_cast<double>(out[i]) - static_cast<double>(expected[i])) <= bound);
+            cache.commit(id);
+            const kv1::slot_sequence sequence{view, positions};
+            store.settle({&sequence, 1});
+            REQUIRE(store.fp16_slots_in_use(0) == std::min<std::size_t>(t + 1, 3 + 6));
+        }
+        for (std::size_t t = 0; t < tokens; ++t)
+            REQUIRE(store.has_fp16(0, slots[t]) == (t < 3 || t >= tokens - 6));
+        store.flush();
+        REQUIRE(store.fp16_slots_in_use(0) == 0);
+    }
+}
+
+TEST_CASE("a slot is seen as it was given until it is settled, and then as its codes", "[slots]") {
+    generator g(4103);
+    kv1::slot_store_description d = one_layer({kv_heads, 64, 64}, 3 * page);
+    d.fp16_slots = 20;
+    kv1::slot_store store(d);
+    const slot_vectors x(g, d.layers[0], 20);
+    const std::vector<std::uint32_t> slots = kv1_test::shuffled(g, numbers_from(10, 20));
+    store.write(0, slots, x.key_view(0, 20), x.value_view(0, 20));
+    std::vector<float> given(20 * 64), coded(given);
+    store.read(0, kv_side::key, 1, slots, given);
+    for (std::size_t t = 0; t < 20; ++t)
+        for (std::size_t c = 0; c < 64; ++c)
+            REQUIRE(given[t * 64 + c] ==
+                    static_cast<float>(kv1::float16(x.keys[(t * kv_heads + 1) * 64 + c])));
+    SECTION("there is room for so many copies and no more, until some are settled") {
+        const contents before(store);
+        const std::vector<std::uint32_t> more{0, 15, 1}; // 15 has one, and 32 fit pages of 32
+        const std::vector<std::uint32_t> many = numbers_from(40, 13);
+        const kv1::status s = store.try_write(0, many, x.key_view(0, 13), x.value_view(0, 13));
+        REQUIRE(s.code() == kv1::errc::capacity_exceeded);
+        REQUIRE(contents(store) == before);
+        store.write(0, more, x.key_view(0, 3), x.value_view(0, 3));
+        REQUIRE(store.fp16_slots_in_use(0) == 22);
+    }
+    SECTION("some may be released by name") {
+        store.release_fp16(std::vector<std::uint32_t>{12, 12, 0});
+        REQUIRE_FALSE(store.has_fp16(0, 12));
+        REQUIRE(store.fp16_slots_in_use(0) == 19);
+    }
+    store.flush();
+    store.read(0, kv_side::key, 1, slots, coded);
+    REQUIRE(coded != given);
+    kv1::kv_cache cache(kv1::uniform_cache(1, d.layers[0], 3 * page, page));
+    const kv1::sequence_id id = cache.create_sequence();
+    slot_vectors rounded = x; // codes are made from fp16
+    for (float& v : rounded.keys)
+        v = static_cast<float>(kv1::float16(v));
+    append(cache, id, rounded, 0, 20);
+    if (store.has_fp16(0, 15))
+        return;
+    std::vector<float> expected(20 * 64);
+    cache.read(id, 0, kv_side::key, 1, 0, 20, expected);
+    for (std::size_t t = 0; t < 20; ++t)
+        if (slots[t] != 15)
+            REQUIRE(std::equal(&coded[t * 64], &coded[t * 64] + 64, &expected[t * 64]));
+}
+
+TEST_CASE("settle() counts windows of each sequence by positions, and leaves other slots alone", "[slots]") {
+    generator g(4104);
+    kv1::slot_store_description d = one_layer({kv_heads, 32, 32}, 4 * page);
+    d.layers.push_back(d.layers[0]);
+    d.fp16_slots = 64;
+    d.fp16_sinks = 2;
+    d.fp16_window = 4;
+    kv1::slot_store store(d);
+    const slot_vectors x(g, d.layers[0], 40);
+    store.write(0, numbers_from(0, 40), x.key_view(0, 40), x.value_view(0, 40));
+    store.write(1, numbers_from(0, 40), x.key_view(0, 40), x.value_view(0, 40));
+    // slots 0-9 hold positions 9 ... 0; slot 10 is empty; slots 20-27 hold 100 ... 107 in order
+    std::vector<std::int32_t> first{9, 8, 7, 6, 5, 4, 3, 2, 1, 0, -1};
+    const std::vector<std::int32_t> second{100, 101, 102, 103, 104, 105, 106, 107};
+    const kv1::slot_sequence sequences[] = {{slot_view::range(0, 11), first},
+                                            {slot_view::range(20, 8), second}};
+    store.settle(sequences);
+    for (std::size_t layer = 0; layer < 2; ++layer)
+        for (std::uint32_t s = 0; s < 40; ++s) {
+            const bool in_first = s < 11, in_second = s >= 20 && s < 28;
+            const std::int32_t at = in_first ? first[s] : in_second ? second[s - 20] : 0;
+            const bool kept = in_first ? (at >= 0 && at < 2) || at >= 7 : in_second ? at >= 105 : true;
+            CAPTURE(layer, s);
+            REQUIRE(store.has_fp16(layer, s) == kept);
+        }
+    const kv1::slot_sequence short_one{slot_view::range(0, 3), std::span(second).first(2)};
+    REQUIRE(store.try_settle({&short_one, 1}).code() == kv1::errc::shape_mismatch);
+    const kv1::slot_sequence beyond{slot_view::range(100, 100)};
+    REQUIRE(store.try_settle({&beyond, 1}).code() == kv1::errc::out_of_range);
+}
+
+TEST_CASE("exports put slots back as they were, codes and fp16 copies", "[slots]") {
+    generator g(4105);
+    for (const kv1::layer_description& l : layers()) {
+        CAPTURE(name_of(l));
+        kv1::slot_store_description d = one_layer(l, 4 * page);
+        d.fp16_slots = 32;
+        kv1::slot_store store(d);
+        const slot_vectors x(g, l, 30);
+        const std::vector<std::uint32_t> slots = kv1_test::shuffled(g, numbers_from(17, 30));
+        store.write(0, slots, x.key_view(0, 30), x.value_view(0, 30));
+        const bool copies = store.fp16_slots_in_use(0) != 0;
+        REQUIRE(copies == (l.key_format != kv1::kv_format::fp16));
+        const contents before(store);
+        std::vector<std::byte> raw(30 * store.raw_bytes(0));
+        std::vector<kv1::float16> halves(30 * store.fp16_numbers(0));
+        store.export_raw(0, slots, raw);
+        if (copies)
+            store.export_fp16(0, slots, halves);
+        store.clear();
+        REQUIRE(contents(store) == contents(kv1::slot_store(d)));
+        store.import_raw(0, slots, raw);
+        REQUIRE(store.fp16_slots_in_use(0) == 0);
+        if (copies)
+            store.import_fp16(0, slots, halves);
+        REQUIRE(contents(store) == before);
+        store.clear(0, slots);
+        REQUIRE(contents(store) == contents(kv1::slot_store(d)));
+    }
+}
+
+TEST_CASE("raw bytes with numbers that are not finite are refused, and nothing changes", "[slots]") {
+    generator g(4106);
+    kv1::slot_store store(one_layer({kv_heads, 64, 64}, 2 * page));
+    const slot_vectors x(g, store.description().layers[0], 5);
+    store.write(0, numbers_from(3, 5), x.key_view(0, 5), x.value_view(0, 5));
+    REQUIRE(store.raw_bytes(0) == kv_heads * 2 * (16 + 4));
+    std::vector<std::byte> raw(2 * store.raw_bytes(0));
+    store.export_raw(0, numbers_from(3, 2), raw);
+    const contents before(store);
+    raw[store.raw_bytes(0) + 40 + 17] =
+        std::byte{0x7c}; // slot 1, KV head 1, the key's scale: infinity or NaN
+    const kv1::status s = store.try_import_raw(0, numbers_from(10, 2), raw);
+    REQUIRE(s.code() == kv1::errc::non_finite);
+    REQUIRE(s.where().token == 1);
+    REQUIRE(s.where().kv_head == 1);
+    REQUIRE(contents(store) == before);
+    REQUIRE(store.try_import_raw(0, numbers_from(10, 1), raw).code() == kv1::errc::shape_mismatch);
+    REQUIRE(store.try_import_raw(0, std::vector<std::uint32_t>{10, 10}, raw).code() ==
+            kv1::errc::invalid_argument);
+    REQUIRE(store.try_import_raw(0, std::vector<std::uint32_t>{10, 64}, raw).code() ==
+            kv1::errc::out_of_range);
+    REQUIRE(contents(store) == before);
+}
+
+TEST_CASE("slots are copied and moved as if all were read before any is written", "[slots]") {
+    generator g(4107);
+    for (const kv1::layer_description& l : layers()) {
+        CAPTURE(name_of(l));
+        kv1::slot_store_description d = one_layer(l, 6 * page);
+        d.fp16_slots = 64;
+        for (const bool moves : {false, true})
+            for (const bool pages : {false, true}) {
+                kv1::slot_store store(d);
+                const slot_vectors x(g, l, 40);
+                store.write(0, numbers_from(20, 40), x.key_view(0, 40), x.value_view(0, 40));
+                store.release_fp16(numbers_from(30, 20));
+                // overlapping runs, or pages 1 and 0 to 4 and 3
+                std::vector<std::uint32_t> from = numbers_from(22, 30), to = numbers_from(25, 30);
+                if (pages) {
+                    from = numbers_from(page, page);
+                    to = numbers_from(4 * page, page);
+                    for (std::uint32_t s = 0; s < page; ++s) {
+                        from.push_back(s);
+                        to.push_back(static_cast<std::uint32_t>(3 * page) + s);
+                    }
+                }
+                const contents before(store);
+                const std::size_t raw = store.raw_bytes(0);
+                std::vector<std::byte> expected(before.bytes);
+                std::vector<bool> copied(before.copied);
+                std::vector<float> read(before.read);
+                if (moves)
+                    for (const std::uint32_t s : from)
+                        copied[s] = false;
+                for (std::size_t i = 0; i < from.size(); ++i) {
+                    std::copy_n(before.bytes.begin() + static_cast<std::ptrdiff_t>(from[i] * raw), raw,
+                                expected.begin() + static_cast<std::ptrdiff_t>(to[i] * raw));
+                    copied[to[i]] = before.copied[from[i]];
+                }
+                if (moves)
+                    store.move(0, from, to);
+                else
+                    store.copy(0, from, to);
+                const contents after(store);
+                REQUIRE(after.bytes == expected);
+                REQUIRE(after.copied == copied);
+                const std::vector<std::uint32_t> all = numbers_from(0, store.slots());
+                std::vector<float> row(l.key_dim);
+                for (std::size_t i = 0; i < from.size(); ++i) { // copies go along
+                    store.read(0, kv_side::key, 1, std::span(to).subspan(i, 1), row);
+                    REQUIRE(std::equal(row.begin(), row.end(),
+                                       before.read.begin() + static_cast<std::ptrdiff_t>(
+                                                                 (store.slots() + from[i]) * l.key_dim)));
+                }
+            }
+    }
+}
+
+TEST_CASE("a vector that is refused leaves every slot as it was", "[slots]") {
+    generator g(4108);
+    kv1::layer_description l{kv_heads, 64, 64};
+    l.key_format = kv1::kv_format::compact3;
+    l.key_encoding.levels = kv1::level_choice::least_squares;
+    l.key_encoding.hadamard = 64;
+    for (const std::size_t copies : {0u, 64u})
+        for (const std::size_t n : {3u, 30u}) {
+            kv1::slot_store_description d = one_layer(l, 4 * page);
+            d.fp16_slots = copies;
+            kv1::slot_store store(d);
+            const slot_vectors x(g, l, 30);
+            store.write(0, numbers_from(5, 10), x.key_view(0, 10), x.value_view(0, 10));
+            const contents before(store);
+            const std::vector<std::uint32_t> slots = kv1_test::shuffled(g, numbers_from(0, n));
+            for (const float bad : {std::numeric_limits<float>::quiet_NaN(), 60000.0f}) {
+                slot_vectors y = x;
+                // all channels large: fp16 holds each, and not what the rotation makes of them
+                for (std::size_t c = 0; c < 64; ++c)
+                    y.keys[(2 * kv_heads + 1) * 64 + c] = bad;
+                const kv1::status s = store.try_write(0, slots, y.key_view(0, n), y.value_view(0, n));
+                REQUIRE(s.code() == (std::isnan(bad) ? kv1::errc::non_finite : kv1::errc::not_representable));
+                REQUIRE(s.where().layer == 0);
+                REQUIRE(s.where().kv_head == 1);
+                REQUIRE(s.where().token == 2);
+                REQUIRE(contents(store) == before);
+            }
+            const auto refuses = [&](kv1::errc code, std::span<const std::uint32_t> to, kv1::tensor_view k,
+                                     kv1::tensor_view v) {
+                REQUIRE(store.try_write(0, to, k, v).code() == code);
+                REQUIRE(contents(store) == before);
+            };
+            const std::vector<std::uint32_t> twice{7, 3, 7}, beyond{1, 2, 128};
+            refuses(kv1::errc::invalid_argument, twice, x.key_view(0, 3), x.value_view(0, 3));
+            refuses(kv1::errc::out_of_range, beyond, x.key_view(0, 3), x.value_view(0, 3));
+            refuses(kv1::errc::shape_mismatch, numbers_from(0, 3), x.key_view(0, 2), x.value_view(0, 3));
+            refuses(kv1::errc::invalid_argument, numbers_from(0, 3), kv1::slot_store::nothing(),
+                    kv1::slot_store::nothing());
+            // large numbers that fit go in, and stay
+            slot_vectors y = x;
+            y.keys[64] = 50000.0f;
+            store.write(0, slots, y.key_view(0, n), y.value_view(0, n));
+            REQUIRE(contents(store) != before);
+        }
+}
+
+TEST_CASE("a plan gives what the call gives, for any threads", "[slots]") {
+    generator g(4109);
+    kv1::slot_store_description d = one_layer({kv_heads, 64, 64}, 200 * page);
+    d.fp16_slots = 320;
+    kv1::slot_store called(d), threaded(d), planned(d);
+    constexpr std::size_t tokens = 6000;
+    const slot_vectors x(g, d.layers[0], tokens);
+    const std::vector<std::uint32_t> slots = numbers_from(50, tokens);
+    kv1_test::thread_executor threads(3);
+    const auto run_plan = [](kv1::work_plan plan) {
+        for (std::size_t phase = 0; phase < plan.phases(); ++phase) {
+            std::vector<std::thread> team;
+            for (std::size_t ith = 0; ith < 3; ++ith)
+                team.emplace_back([&, ith] {
+                    for (std::size_t i = ith; i < plan.tasks(phase); i += 3)
+                        plan.run(phase, i);
+                });
+            for (std::thread& t : team)
+                t.join();
+        }
+        REQUIRE(plan.finish());
+    };
+    for (std::size_t t = 0; t < tokens; t += 250) {
+        const auto some = std::span(slots).subspan(t, 250);
+        called.write(0, some, x.key_view(t, 250), x.value_view(t, 250));
+        threaded.write(0, some, x.key_view(t, 250), x.value_view(t, 250), threads);
+        run_plan(planned.plan_write(0, some, x.key_view(t, 250), x.value_view(t, 250)));
+        if (t + 250 < tokens) {
+            called.flush();
+            threaded.flush();
+            planned.flush();
+        }
+    }
+    REQUIRE(contents(called) == contents(threaded));
+    REQUIRE(contents(called) == contents(planned));
+    const std::vector<float> q = kv1_test::normal_values(g, 3 * heads * 64);
+    const slot_stream streams[] = {{2, slot_view::range(50, tokens), slot_mask::causal()},
+                                   {1, slot_view::range(100, 20), slot_mask::none()}};
+    const std::vector<float> expected = attend(called, streams, q);
+    std::vector<float> out(expected.size());
+    planned.attend(0, streams, {q.data(), 3, heads, 64}, {out.data(), 3, heads, 64}, {}, threads);
+    REQUIRE(out == expected);
+    out.assign(out.size(), 0.0f);
+    run_plan(planned.plan_attention(0, streams, {q.data(), 3, heads, 64}, {out.data(), 3, heads, 64}));
+    REQUIRE(out == expected);
+    {
+        const contents before(planned); // a plan that is given up changes nothing
+        const kv1::work_plan dropped =
+            planned.plan_write(0, numbers_from(0, 20), x.key_view(0, 20), x.value_view(0, 20));
+    }
+    REQUIRE(contents(called) == contents(planned));
+}
+
+TEST_CASE("slots lie in memory that the caller lends, and are found there again", "[slots]") {
+    generator g(4110);
+    kv1::slot_store_description d = one_layer({kv_heads, 64, 64}, 3 * page + 1);
+    const std::size_t bytes = kv1::slot_memory_bytes(d, 0);
+    REQUIRE(bytes == 5 * kv_heads * page * 40);
+    struct alignas(64) line {
+        std::byte bytes[64];
+    };
+    // whatever was there before is neither seen nor attended to
+    std::vector<line> lines(bytes / 64);
+    std::memset(lines.data(), 0xff, bytes);
+    const kv1::slot_memory memory{{lines[0].bytes, bytes}, false};
+    const slot_vectors x(g, d.layers[0], 20);
+    const std::vector<float> q = kv1_test::normal_values(g, heads * 64);
+    const slot_stream stream{1, slot_view::range(20, 100), slot_mask::none()};
+    std::vector<float> expected;
+    {
+        kv1::slot_store store(d, {&memory, 1});
+        REQUIRE(store.slots() == 4 * page);
+        for (const float v : attend(store, {&stream, 1}, q))
+            REQUIRE(v == 0.0f);
+        store.write(0, numbers_from(30, 20), x.key_view(0, 20), x.value_view(0, 20));
+        expected = attend(store, {&stream, 1}, q);
+        // pages that no slot was written to are not touched
+        REQUIRE(std::all_of(lines.begin() + static_cast<std::ptrdiff_t>(3 * lines.size() / 5),
+                            lines.begin() + static_cast<std::ptrdiff_t>(4 * lines.size() / 5),
+                            [](const line& l) { return l.bytes[7] == std::byte{0xff}; }));
+        for (const std::uint32_t s : {0u, 64u, 127u}) // make them a store's
+            store.write(0, {&s, 1}, x.key_view(0, 1), x.value_view(0, 1));
+        expected = attend(store, {&stream, 1}, q);
+    }
+    const kv1::slot_memory kept{memory.bytes, true};
+    REQUIRE(attend(kv1::slot_store(d, {&kept, 1}), {&stream, 1}, q) == expected);
+    const kv1::slot_memory too_short{memory.bytes.first(bytes - 64), false};
+    REQUIRE(kv1::slot_store::create(d, {&too_short, 1}).code() == kv1::errc::shape_mismatch);
+    const kv1::slot_memory crooked{memory.bytes.subspan(4), false};
+    REQUIRE_FALSE(kv1::slot_store::create(d, {&crooked, 1}));
+}
+
+TEST_CASE("descriptions and calls that no store can have are refused by name", "[slots]") {
+    const kv1::layer_description l{kv_heads, 64, 64};
+    const auto refused = [&](auto&& change, kv1::errc code) {
+        kv1::slot_store_description d = one_layer(l, 2 * page);
+        change(d);
+        REQUIRE(kv1::slot_store::create(d).code() == code);
+    };
+    using description = kv1::slot_store_description;
+    constexpr kv1::errc invalid = kv1::errc::invalid_argument;
+    refused([](description& d) { d.layers.clear(); }, invalid);
+    refused([](description& d) { d.slots = 0; }, invalid);
+    refused([](description& d) { d.slots = std::size_t{1} << 31; }, invalid);
+    refused([](description& d) { d.page_tokens = 24; }, invalid);
+    refused([](description& d) { d.fp16_window = 4; }, invalid);
+    refused([](description& d) { d.layers[0].sliding_window = 4; }, invalid);
+    refused([](description& d) { d.layers[0].key_axis = kv1::quantization_axis::per_channel; }, invalid);
+    refused([](description& d) { d.layers[0].kv_heads = 0; }, invalid);
+    REQUIRE(kv1::basic_slot_store<kv1::formats<kv1::affine<4>>>::create(one_layer(l, page)).code() ==
+            kv1::errc::unsupported_format);
+
+    const kv1::slot_store store(one_layer(l, 2 * page));
+    std::vector<float> q(2 * heads * 64), out(q.size());
+    const kv1::tensor_view queries(q.data(), 2, heads, 64);
+    const kv1::mutable_tensor_view outputs(out.data(), 2, heads, 64);
+    const auto code_of = [&](const slot_stream& s, const kv1::slot_attention_options& o = {}) {
+        return store.try_attend(0, {&s, 1}, queries, outputs, o).code();
+    };
+    const std::vector<std::uint32_t> twice{3, 4, 3}, blocks{0, 0}, far{7};
+    const std::vector<std::int32_t> positions{1, 2};
+    const std::vector<std::uint8_t> visible(30);
+    REQUIRE(code_of({1, slot_view::range(0, 4), slot_mask::none()}) == kv1::errc::shape_mismatch);
+    REQUIRE(code_of({3, slot_view::range(0, 4), slot_mask::none()}) == kv1::errc::shape_mismatch);
+    REQUIRE(code_of({2, slot_view::range(60, 5), slot_mask::none()}) == kv1::errc::out_of_range);
+    REQUIRE(code_of({2, slot_view::list(twice), slot_mask::none()}) == invalid);
+    REQUIRE(code_of({2, slot_view::table(blocks, 40), slot_mask::none()}) == invalid);
+    REQUIRE(code_of({2, slot_view::table(blocks, 65), slot_mask::none()}) == kv1::errc::out_of_range);
+    REQUIRE(code_of({2, slot_view::table(far, 3), slot_mask::none()}) == kv1::errc::out_of_range);
+    REQUIRE(code_of({2, slot_view::range(0, 1), slot_mask::causal()}) == kv1::errc::shape_mismatch);
+    REQUIRE(code_of({2, slot_view::range(0, 3), slot_mask::by_position(positions, positions)}) ==
+            kv1::errc::shape_mismatch);
+    REQUIRE(code_of({2, slot_view::range(0, 16), slot_mask::bytes(visible, 16)}) ==
+            kv1::errc::shape_mismatch);
+    REQUIRE(code_of({2, slot_view::range(0, 3), slot_mask::additive(q.data(), 3)}, {.window = 2}) == invalid);
+    REQUIRE(code_of({2, slot_view::range(0, 3),
+                     slot_mask::additive(static_cast<const float*>(nullptr), 3)}) == invalid);
+    REQUIRE(code_of({2, slot_view::range(0, 3), slot_mask::none()}, {.soft_cap = -1.0f}) == invalid);
+    REQUIRE(store.try_attend(1, {}, queries, outputs).code() == kv1::errc::out_of_range);
+}
+
+TEST_CASE("whatever a slot's raw bytes are, they are refused or come out again", "[slots][fuzz]") {
+    kv1_test::slots_body::tallies tallies;
+    std::size_t seeds = 0;
+    for (const auto& seed : std::filesystem::directory_iterator(KV1_FUZZ_SEED_DIR "/slots")) {
+        INFO(seed.path());
+        std::ifstream in(seed.path(), std::ios::binary);
+        const std::vector<char> input{std::istreambuf_iterator<char>(in), {}};
+        REQUIRE_NOTHROW(kv1_test::slots_body::run(
+            {reinterpret_cast<const std::uint8_t*>(input.data()), input.size()}, tallies));
+        ++seeds;
+    }
+    REQUIRE(seeds >= 10);
+    generator g(4111);
+    for (int trial = 0; trial < 500; ++trial) {
+        std::vector<std::uint8_t> input(g.between(2, 60));
+        for (std::uint8_t& b : input)
+            b = static_cast<std::uint8_t>(g.bits() & (trial % 2 == 0 ? 0x3fu : 0xffu));
+        kv1_test::slots_body::run(input, tallies);
+    }
+    REQUIRE(tallies.refused > 20);
+    REQUIRE(tallies.taken > 100);
+}
