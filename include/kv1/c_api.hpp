@@ -21,3 +21,4 @@
 #include <kv1/detail/c_api/prefix.hpp>
 #include <kv1/detail/c_api/saving.hpp>
 #include <kv1/detail/c_api/sequence.hpp>
+#include <kv1/detail/c_api/slots.hpp>

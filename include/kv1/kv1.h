@@ -71,6 +71,7 @@
 #include <kv1/c/prefix.h>
 #include <kv1/c/saving.h>
 #include <kv1/c/sequence.h>
+#include <kv1/c/slots.h>
 #include <kv1/c/tensor.h>
 
 #endif
