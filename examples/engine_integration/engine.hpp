@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A small engine that knows nothing of kv1. It has its own threads, its own tensors and its own fp16 cache.
-// Its QKV projection is fused, so K and V lie with strides in a larger buffer. Weights are random: the
-// example shows how data flows.
+// A small engine that knows nothing of kv1. It has its own threads, its own tensors, its own block manager and its own
+// fp16 cache. Several requests run in one step; each has a block table. Its QKV projection is fused, so K and V lie with
+// strides in a larger buffer. Weights are random: the example shows how data flows.
 #pragma once
 
 #include <algorithm>
@@ -15,6 +15,7 @@
 #include <mutex>
 #include <random>
 #include <span>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -115,71 +116,142 @@ inline float from_half(std::uint16_t h) {
     return (h & 0x8000) != 0 ? -magnitude : magnitude;
 }
 
-/// The engine's own cache: K and V in fp16, [layer][kv head][token][channel].
+/// What the engine keeps of one request: which blocks its tokens lie in, and how many tokens there are.
+struct request {
+    std::vector<std::uint32_t> blocks; // of block_tokens tokens each
+    std::size_t length = 0;
+};
+
+/// Hands out blocks of tokens. A token at position p of a request has the slot blocks[p / block_tokens] * block_tokens +
+/// p % block_tokens.
+class block_manager {
+public:
+    block_manager(std::size_t blocks, std::size_t block_tokens) : block_tokens_(block_tokens) {
+        for (std::size_t b = 0; b < blocks; ++b)
+            free_.push_back(static_cast<std::uint32_t>(b));
+    }
+    /// Makes room for so many more tokens, and gives their slots.
+    std::vector<std::uint32_t> extend(request& r, std::size_t tokens) {
+        std::vector<std::uint32_t> slots;
+        for (const std::size_t end = r.length + tokens; r.length < end; ++r.length) {
+            if (r.length == r.blocks.size() * block_tokens_) {
+                if (free_.empty())
+                    throw std::runtime_error("no free block");
+                r.blocks.push_back(free_.back());
+                free_.pop_back();
+            }
+            slots.push_back(
+                static_cast<std::uint32_t>(r.blocks.back() * block_tokens_ + r.length % block_tokens_));
+        }
+        return slots;
+    }
+    /// Ends a request. Its blocks go to others.
+    void release(request& r) {
+        free_.insert(free_.end(), r.blocks.begin(), r.blocks.end());
+        r = {};
+    }
+    [[nodiscard]] std::size_t block_tokens() const { return block_tokens_; }
+
+private:
+    std::size_t block_tokens_;
+    std::vector<std::uint32_t> free_;
+};
+
+/// The newest tokens of a request, which a step computes.
+struct rows_of_request {
+    const request* of;
+    std::size_t tokens;
+};
+
+/// The engine's own cache: K and V in fp16, [layer][slot][kv head][channel].
 class fp16_cache {
 public:
-    fp16_cache(const shape& s, std::size_t capacity)
-        : shape_(s), capacity_(capacity), k_(s.layers * s.kv_heads * capacity * s.head_dim), v_(k_.size()),
-          lengths_(s.layers, 0) {}
+    fp16_cache(const shape& s, std::size_t slots, std::size_t block_tokens)
+        : shape_(s), slots_(slots), block_tokens_(block_tokens),
+          k_(s.layers * slots * s.kv_heads * s.head_dim), v_(k_.size()) {}
 
-    void append(std::size_t layer, const head_tensor& k, const head_tensor& v, thread_pool& pool) {
+    /// Row t of k and v goes to slots[t].
+    void write(std::size_t layer, std::span<const std::uint32_t> slots, const head_tensor& k,
+               const head_tensor& v, thread_pool& pool) {
         pool.run(shape_.kv_heads, [&](std::size_t head) {
             for (std::size_t t = 0; t < k.tokens; ++t)
                 for (std::size_t c = 0; c < shape_.head_dim; ++c) {
-                    const std::size_t to = at(layer, head, lengths_[layer] + t) + c;
+                    const std::size_t to = at(layer, slots[t], head) + c;
                     k_[to] = to_half(k.data[t * k.token_stride + head * shape_.head_dim + c]);
                     v_[to] = to_half(v.data[t * v.token_stride + head * shape_.head_dim + c]);
                 }
         });
-        lengths_[layer] += k.tokens;
     }
 
-    /// Causal attention of the last q.tokens tokens.
-    void attend(std::size_t layer, const head_tensor& q, const head_tensor& out, thread_pool& pool) const {
-        const std::size_t dim = shape_.head_dim, group = shape_.heads / shape_.kv_heads;
-        pool.run(q.tokens * q.heads, [&](std::size_t task) {
-            const std::size_t t = task / q.heads, head = task % q.heads;
-            const float* query = q.data + t * q.token_stride + head * dim;
-            const std::size_t visible = lengths_[layer] - q.tokens + t + 1;
-            std::vector<float> p(visible);
-            for (std::size_t j = 0; j < visible; ++j) {
-                const std::uint16_t* key = k_.data() + at(layer, head / group, j);
-                for (std::size_t c = 0; c < dim; ++c)
-                    p[j] += query[c] * from_half(key[c]);
-                p[j] /= std::sqrt(static_cast<float>(dim));
-            }
-            const float top = *std::max_element(p.begin(), p.end());
-            float sum = 0;
-            for (float& x : p)
-                sum += x = std::exp(x - top);
-            float* result = out.data + t * out.token_stride + head * dim;
-            std::fill_n(result, dim, 0.0f);
-            for (std::size_t j = 0; j < visible; ++j) {
-                const std::uint16_t* value = v_.data() + at(layer, head / group, j);
-                for (std::size_t c = 0; c < dim; ++c)
-                    result[c] += p[j] / sum * from_half(value[c]);
-            }
-        });
+    /// Causal attention of each request's newest tokens. Rows of q lie request after request.
+    void attend(std::size_t layer, std::span<const rows_of_request> rows, const head_tensor& q,
+                const head_tensor& out, thread_pool& pool) const {
+        std::size_t first = 0;
+        for (const rows_of_request& r : rows) {
+            pool.run(r.tokens * q.heads, [&](std::size_t task) {
+                const std::size_t i = task / q.heads, visible = r.of->length - r.tokens + i + 1;
+                attend_row(layer, *r.of, visible, task % q.heads, q.data + (first + i) * q.token_stride,
+                           out.data + (first + i) * out.token_stride);
+            });
+            first += r.tokens;
+        }
     }
 
-    void end_step() {} // called after all layers
+    void end_step(std::span<const rows_of_request>) {} // called after all layers
 
-    [[nodiscard]] std::size_t bytes() const { // of the tokens that it holds
-        std::size_t tokens = 0;
-        for (const std::size_t n : lengths_)
-            tokens += n;
-        return tokens * shape_.kv_heads * shape_.head_dim * 2 * sizeof(std::uint16_t);
+    [[nodiscard]] std::size_t bytes_of(std::size_t tokens) const {
+        return tokens * shape_.layers * shape_.kv_heads * shape_.head_dim * 2 * sizeof(std::uint16_t);
     }
 
 private:
-    [[nodiscard]] std::size_t at(std::size_t layer, std::size_t head, std::size_t token) const {
-        return ((layer * shape_.kv_heads + head) * capacity_ + token) * shape_.head_dim;
+    [[nodiscard]] std::size_t at(std::size_t layer, std::size_t slot, std::size_t head) const {
+        return ((layer * slots_ + slot) * shape_.kv_heads + head) * shape_.head_dim;
+    }
+    void attend_row(std::size_t layer, const request& r, std::size_t visible, std::size_t head,
+                    const float* q, float* out) const {
+        const std::size_t dim = shape_.head_dim, kv_head = head / (shape_.heads / shape_.kv_heads);
+        const auto slot = [&](std::size_t t) {
+            return r.blocks[t / block_tokens_] * block_tokens_ + t % block_tokens_;
+        };
+        std::vector<float> p(visible);
+        for (std::size_t t = 0; t < visible; ++t) {
+            const std::uint16_t* key = k_.data() + at(layer, slot(t), kv_head);
+            for (std::size_t c = 0; c < dim; ++c)
+                p[t] += q[head * dim + c] * from_half(key[c]);
+            p[t] /= std::sqrt(static_cast<float>(dim));
+        }
+        const float top = *std::max_element(p.begin(), p.end());
+        float sum = 0;
+        for (float& x : p)
+            sum += x = std::exp(x - top);
+        std::fill_n(out + head * dim, dim, 0.0f);
+        for (std::size_t t = 0; t < visible; ++t) {
+            const std::uint16_t* value = v_.data() + at(layer, slot(t), kv_head);
+            for (std::size_t c = 0; c < dim; ++c)
+                out[head * dim + c] += p[t] / sum * from_half(value[c]);
+        }
     }
 
     shape shape_;
-    std::size_t capacity_;
+    std::size_t slots_, block_tokens_;
     std::vector<std::uint16_t> k_, v_;
-    std::vector<std::size_t> lengths_;
+};
+
+/// What one step computes: the newest tokens of some requests, request after request.
+struct step {
+    std::vector<int> tokens;
+    std::vector<std::size_t> positions; // of the tokens in their requests
+    std::vector<std::uint32_t> slots;
+    std::vector<rows_of_request> rows;
+
+    void add(request& r, std::span<const int> text, block_manager& blocks) {
+        for (std::size_t i = 0; i < text.size(); ++i)
+            positions.push_back(r.length + i);
+        tokens.insert(tokens.end(), text.begin(), text.end());
+        const std::vector<std::uint32_t> its = blocks.extend(r, text.size());
+        slots.insert(slots.end(), its.begin(), its.end());
+        rows.push_back({&r, text.size()});
+    }
 };
 
 /// A decoder with random weights.
@@ -196,27 +268,27 @@ public:
 
     [[nodiscard]] const shape& dimensions() const { return shape_; }
 
-    /// Runs tokens at positions position, position + 1, ..., and gives the logits after the last one.
+    /// Runs a step, and gives the logits after each request's last token.
     template <class Cache>
-    std::vector<float> forward(std::span<const int> tokens, std::size_t position, Cache& cache,
-                               thread_pool& pool) const {
-        const std::size_t n = tokens.size(), width = shape_.width(), fused = shape_.fused(),
+    std::vector<std::vector<float>> forward(const step& now, Cache& cache, thread_pool& pool) const {
+        const std::size_t n = now.tokens.size(), width = shape_.width(), fused = shape_.fused(),
                           dim = shape_.head_dim;
         std::vector<float> x(n * width), normed(x.size()), qkv(n * fused), mixed(x.size()),
             hidden(n * shape_.hidden);
         for (std::size_t t = 0; t < n; ++t)
-            std::copy_n(embedding_.data() + static_cast<std::size_t>(tokens[t]) * width, width,
+            std::copy_n(embedding_.data() + static_cast<std::size_t>(now.tokens[t]) * width, width,
                         x.data() + t * width);
         for (std::size_t l = 0; l < shape_.layers; ++l) {
             normalize(x, normed, width);
             multiply(layers_[l].qkv, normed, qkv, n, pool);
             for (std::size_t t = 0; t < n; ++t)
-                rotate(qkv.data() + t * fused, shape_.heads + shape_.kv_heads, position + t);
+                rotate(qkv.data() + t * fused, shape_.heads + shape_.kv_heads, now.positions[t]);
             float* q = qkv.data();
             float* k = q + shape_.heads * dim;
             float* v = k + shape_.kv_heads * dim;
-            cache.append(l, {k, n, shape_.kv_heads, fused}, {v, n, shape_.kv_heads, fused}, pool);
-            cache.attend(l, {q, n, shape_.heads, fused}, {mixed.data(), n, shape_.heads, width}, pool);
+            cache.write(l, now.slots, {k, n, shape_.kv_heads, fused}, {v, n, shape_.kv_heads, fused}, pool);
+            cache.attend(l, now.rows, {q, n, shape_.heads, fused}, {mixed.data(), n, shape_.heads, width},
+                         pool);
             multiply(layers_[l].out, mixed, normed, n, pool);
             add(x, normed);
             normalize(x, normed, width);
@@ -226,11 +298,15 @@ public:
             multiply(layers_[l].down, hidden, normed, n, pool);
             add(x, normed);
         }
-        cache.end_step();
+        cache.end_step(now.rows);
         normalize(x, normed, width);
-        std::vector<float> logits(shape_.vocabulary);
-        multiply(embedding_, {normed.end() - static_cast<std::ptrdiff_t>(width), normed.end()}, logits, 1,
-                 pool);
+        std::vector<std::vector<float>> logits;
+        std::size_t end = 0;
+        for (const rows_of_request& r : now.rows) {
+            end += r.tokens;
+            logits.emplace_back(shape_.vocabulary);
+            multiply(embedding_, {normed.data() + (end - 1) * width, width}, logits.back(), 1, pool);
+        }
         return logits;
     }
 
