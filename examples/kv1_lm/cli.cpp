@@ -4,6 +4,7 @@
 #include "calibrate.hpp"
 #include "error.hpp"
 #include "generate.hpp"
+#include "gguf_model.hpp"
 #include "info.hpp"
 #include "kld.hpp"
 #include "layer_budget.hpp"
@@ -201,6 +202,13 @@ int run_or_throw(int argc, const char* const* argv, std::istream& in, std::ostre
         ->check(CLI::Range(1, 1024))
         ->capture_default_str();
 
+    convert_options v;
+    CLI::App* convert_command = app.add_subcommand(
+        "convert",
+        "Make a model folder of a GGUF file of the Llama family (F32, F16, BF16, Q8_0, Q4_0, Q4_1)");
+    convert_command->add_option("--gguf", v.gguf, "GGUF file")->required();
+    convert_command->add_option("--out", v.out, "Folder to make")->required();
+
     CLI::App* info_command = app.add_subcommand("info", "Show a model's shape and what its cache costs");
     add_common(*info_command, info_model);
 
@@ -238,6 +246,8 @@ int run_or_throw(int argc, const char* const* argv, std::istream& in, std::ostre
         }
     } else if (*calibrate_command) {
         calibrate_folder(c, out);
+    } else if (*convert_command) {
+        convert(v, out);
     } else if (*info_command) {
         info(info_model, out);
     }

@@ -19,18 +19,25 @@ void append_little_endian(std::string& out, std::uint64_t value, std::size_t byt
 
 std::string to_safetensors(std::span<const float_tensor> tensors) {
     nlohmann::json header = nlohmann::json::object();
-    std::string data;
+    std::size_t end = 0;
     for (const float_tensor& t : tensors) {
-        const std::size_t begin = data.size();
-        for (const float value : t.values)
-            append_little_endian(data, std::bit_cast<std::uint32_t>(value), sizeof value);
-        header[t.name] = {{"dtype", "F32"}, {"shape", t.shape}, {"data_offsets", {begin, data.size()}}};
+        const std::size_t begin = end;
+        end += t.values.size() * sizeof(float);
+        header[t.name] = {{"dtype", "F32"}, {"shape", t.shape}, {"data_offsets", {begin, end}}};
     }
     std::string text = header.dump();
     text.resize((text.size() + 7) / 8 * 8, ' '); // data aligned to 8 bytes
     std::string file;
+    file.reserve(8 + text.size() + end);
     append_little_endian(file, text.size(), 8);
-    return file + text + data;
+    file += text;
+    for (const float_tensor& t : tensors)
+        if constexpr (std::endian::native == std::endian::little)
+            file.append(reinterpret_cast<const char*>(t.values.data()), t.values.size() * sizeof(float));
+        else
+            for (const float value : t.values)
+                append_little_endian(file, std::bit_cast<std::uint32_t>(value), sizeof value);
+    return file;
 }
 
 } // namespace kv1_lm

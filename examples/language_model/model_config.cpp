@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "model_config.hpp"
 
+#include "error.hpp"
 #include "json_file.hpp"
 
 #include <limits>
@@ -70,8 +71,11 @@ std::vector<std::int32_t> read_end_tokens(const json_view& config) {
 model_config model_config::read(const std::filesystem::path& file) {
     const json_document document = read_json_file(file);
     const json_view config = document.root();
-    if (const json_view type = config.member("model_type"); type.string() != "banana_kv1")
-        type.fail("\"" + type.string() + "\" is no model type of kv1-lm's, which runs \"banana_kv1\"");
+    const json_view type = config.member("model_type");
+    const std::string& family = type.string();
+    if (family != "banana_kv1" && family != "llama" && family != "qwen2" && family != "qwen3")
+        type.fail(quote(family) + " is no model type of kv1's examples, which run \"banana_kv1\", \"llama\", "
+                                  "\"qwen2\" and \"qwen3\"");
 
     model_config c;
     c.vocab_size = size_of(config, "vocab_size");
@@ -84,6 +88,8 @@ model_config model_config::read(const std::filesystem::path& file) {
         config.member("num_key_value_heads").fail("does not divide num_attention_heads");
     if (config.find("head_dim"))
         c.head_dim = size_of(config, "head_dim");
+    else if (family == "qwen3")
+        c.head_dim = 128; // as Transformers has it
     else if (c.hidden_size % c.heads == 0)
         c.head_dim = c.hidden_size / c.heads;
     else
@@ -102,8 +108,23 @@ model_config model_config::read(const std::filesystem::path& file) {
     expect_number(config, "kv_quant_eps", 1e-6);
     expect_number(config, "kv_quant_threshold", 0.0);
     expect_string(config, "hidden_act", "silu");
-    expect_false(config, "attention_bias");
     expect_false(config, "mlp_bias");
+    expect_false(config, "use_sliding_window");
+    if (family == "banana_kv1") {
+        expect_false(config, "attention_bias");
+        return c;
+    }
+    c.rotary_pairs = kv1::rotary_pairs::half_split;
+    c.tensor_prefix = "model.";
+    if (const auto bias = config.find("attention_bias"))
+        c.qkv_bias = c.output_bias = bias->boolean();
+    if (family == "qwen2") { // has no such member
+        c.qkv_bias = true;
+        c.output_bias = false;
+    }
+    c.normalized_qk = family == "qwen3";
+    if (!config.find("tie_word_embeddings"))
+        c.tied_embeddings = false; // as Transformers has it
     return c;
 }
 

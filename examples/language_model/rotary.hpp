@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Rotary positions (Su et al. 2021): a vector at position p has its channels 2i and 2i + 1 turned by the
-// angle p / theta^(2i / head_dim). At position 3 with theta 10,000 and 4 channels, channels 0 and 1 are
-// turned by 3, channels 2 and 3 by 0.03.
+// Rotary positions (Su et al. 2021): a vector at position p has its pair i of channels turned by the angle
+// p / theta^(2i / head_dim). At position 3 with theta 10,000 and 4 channels, pair 0 is turned by 3, pair 1 by
+// 0.03. kv1/rotary_embedding.hpp says which channels make a pair.
 #pragma once
 
 #include <cmath>

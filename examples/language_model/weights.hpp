@@ -18,7 +18,10 @@ template <class Matrix, class Vector>
 struct layer_weights {
     Vector attention_norm, mlp_norm;  ///< [hidden_size]
     Matrix query, key, value, output; ///< projections of attention
-    Matrix gate, up, down;            ///< of the SwiGLU
+    Vector query_bias, key_bias, value_bias,
+        output_bias;             ///< [outputs]; as they were made where there are none
+    Vector query_norm, key_norm; ///< [head_dim]; alike
+    Matrix gate, up, down;       ///< of the SwiGLU
 };
 
 template <class Matrix, class Vector>
@@ -39,21 +42,32 @@ void for_each_weight(const model_config& config, bool own_head, model_weights<Ma
     const std::size_t hidden = config.hidden_size, wide = config.intermediate_size;
     const std::size_t queries = config.heads * config.head_dim, keys = config.kv_heads * config.head_dim;
 
-    visit("embed_tokens.weight", shape{config.vocab_size, hidden}, weights.embeddings);
+    visit(config.tensor_prefix + "embed_tokens.weight", shape{config.vocab_size, hidden}, weights.embeddings);
     for (std::size_t i = 0; i < config.layers; ++i) {
-        const std::string at = "layers." + std::to_string(i) + ".";
+        const std::string at = config.tensor_prefix + "layers." + std::to_string(i) + ".";
         layer_weights<Matrix, Vector>& layer = weights.layers.emplace_back();
         visit(at + "input_layernorm.weight", shape{hidden}, layer.attention_norm);
         visit(at + "self_attn.q_proj.weight", shape{queries, hidden}, layer.query);
         visit(at + "self_attn.k_proj.weight", shape{keys, hidden}, layer.key);
         visit(at + "self_attn.v_proj.weight", shape{keys, hidden}, layer.value);
         visit(at + "self_attn.o_proj.weight", shape{hidden, queries}, layer.output);
+        if (config.qkv_bias) {
+            visit(at + "self_attn.q_proj.bias", shape{queries}, layer.query_bias);
+            visit(at + "self_attn.k_proj.bias", shape{keys}, layer.key_bias);
+            visit(at + "self_attn.v_proj.bias", shape{keys}, layer.value_bias);
+        }
+        if (config.output_bias)
+            visit(at + "self_attn.o_proj.bias", shape{hidden}, layer.output_bias);
+        if (config.normalized_qk) {
+            visit(at + "self_attn.q_norm.weight", shape{config.head_dim}, layer.query_norm);
+            visit(at + "self_attn.k_norm.weight", shape{config.head_dim}, layer.key_norm);
+        }
         visit(at + "post_attention_layernorm.weight", shape{hidden}, layer.mlp_norm);
         visit(at + "mlp.gate_proj.weight", shape{wide, hidden}, layer.gate);
         visit(at + "mlp.up_proj.weight", shape{wide, hidden}, layer.up);
         visit(at + "mlp.down_proj.weight", shape{hidden, wide}, layer.down);
     }
-    visit("norm.weight", shape{hidden}, weights.final_norm);
+    visit(config.tensor_prefix + "norm.weight", shape{hidden}, weights.final_norm);
     if (own_head)
         visit("lm_head.weight", shape{config.vocab_size, hidden}, weights.head);
 }

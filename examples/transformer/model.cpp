@@ -68,6 +68,13 @@ void add(std::span<float> x, std::span<const float> y) {
     std::transform(x.begin(), x.end(), y.begin(), x.begin(), std::plus<>());
 }
 
+// Adds a bias to every row; none where it is empty.
+void add_to_rows(std::span<float> rows, std::span<const float> bias) {
+    if (!bias.empty())
+        for (std::size_t at = 0; at < rows.size(); at += bias.size())
+            add(rows.subspan(at, bias.size()), bias);
+}
+
 } // namespace
 
 model model::read(const std::filesystem::path& folder) {
@@ -142,6 +149,13 @@ std::vector<float> model::forward(std::span<const std::int32_t> tokens, std::siz
         l.query(normed, q, pool);
         l.key(normed, k, pool);
         l.value(normed, v, pool);
+        add_to_rows(q, l.query_bias);
+        add_to_rows(k, l.key_bias);
+        add_to_rows(v, l.value_bias);
+        if (c.normalized_qk) { // each head by itself
+            normalize(q, l.query_norm, q);
+            normalize(k, l.key_norm, k);
+        }
         rotate(q, c.heads, first);
         rotate(k, c.kv_heads, first);
 
@@ -149,6 +163,7 @@ std::vector<float> model::forward(std::span<const std::int32_t> tokens, std::siz
                {v.data(), n, c.kv_heads, c.head_dim}, {attended.data(), n, c.heads, c.head_dim});
 
         l.output(attended, sum, pool);
+        add_to_rows(sum, l.output_bias);
         add(x, sum);
         normalize(x, l.mlp_norm, normed);
         l.gate(normed, gate, pool);
@@ -183,14 +198,16 @@ void model::normalize(std::span<const float> x, std::span<const float> weight, s
     }
 }
 
-// Rotary positions on interleaved pairs of channels (2i, 2i + 1).
 void model::rotate(std::span<float> vectors, std::size_t heads, std::size_t first_position) const {
     const std::size_t pairs = config_.head_dim / 2;
+    const bool interleaved = config_.rotary_pairs == kv1::rotary_pairs::interleaved;
+    const std::size_t step = interleaved ? 2 : 1,
+                      apart = interleaved ? 1 : pairs; // of pairs; of a pair's two
     for (std::size_t at = 0, row = 0; at < vectors.size(); at += config_.head_dim, ++row) {
         const std::size_t angles = (first_position + row / heads) * pairs;
         for (std::size_t i = 0; i < pairs; ++i) {
-            float& a = vectors[at + 2 * i];
-            float& b = vectors[at + 2 * i + 1];
+            float& a = vectors[at + step * i];
+            float& b = vectors[at + step * i + apart];
             const float cosine = angles_.cosines[angles + i], sine = angles_.sines[angles + i];
             const float turned = a * cosine - b * sine;
             b = a * sine + b * cosine;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The transformer: a decoder as small as they come (RMSNorm, rotary positions, grouped-query attention,
-// SwiGLU), whose keys and values live in a kv1 cache. model.cpp's forward() is the place to see what an
+// The transformer: a decoder of the Llama family (RMSNorm, rotary positions, grouped-query attention, SwiGLU;
+// biases and normalized queries and keys where a model has them), whose keys and values live in a kv1 cache. model.cpp's forward() is the place to see what an
 // engine does with kv1: append the new keys and values of a layer, attend.
 #pragma once
 

@@ -160,7 +160,7 @@ TEST_CASE("a config that this program does not run is refused by its key", "[con
     const auto set = [](const char* key, const json& value) {
         return [key, value](tiny_model& m) { m.config[key] = value; };
     };
-    refuses(set("model_type", "llama"), "config.json: model_type");
+    refuses(set("model_type", "mamba"), "config.json: model_type");
     refuses([](tiny_model& m) { m.config.erase("model_type"); }, "model_type");
     refuses([](tiny_model& m) { m.config.erase("hidden_size"); }, "hidden_size");
     refuses(set("hidden_size", 0), "hidden_size");
