@@ -16,8 +16,6 @@
 
 namespace kv1_lm {
 
-
-
 /// The members of config.json. Throws input_error for an architecture or an option that kv1's examples do not
 /// run: architectures are llama, qwen2 and qwen3.
 [[nodiscard]] json config_of(const gguf& file);

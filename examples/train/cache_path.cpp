@@ -42,7 +42,12 @@ Tensor turn(const Tensor& x, const rotary_table& table, bool inverse) {
     };
     const Tensor cosines = angles(table.cosines);
     const Tensor sines = inverse ? -angles(table.sines) : angles(table.sines);
-    const Tensor pairs = x.to(torch::kFloat32).view({x.size(0), positions, x.size(2), half, 2});
+    const Tensor wide = x.to(torch::kFloat32);
+    if (table.pairs == kv1::rotary_pairs::half_split) {
+        const Tensor a = wide.narrow(-1, 0, half), b = wide.narrow(-1, half, half);
+        return torch::cat({a * cosines - b * sines, a * sines + b * cosines}, -1);
+    }
+    const Tensor pairs = wide.view({x.size(0), positions, x.size(2), half, 2});
     const Tensor a = pairs.select(-1, 0), b = pairs.select(-1, 1);
     return torch::stack({a * cosines - b * sines, a * sines + b * cosines}, -1).view(x.sizes());
 }
@@ -121,6 +126,7 @@ Tensor run_on_cuda(const Tensor& x, const cache_path& path, bool inverse) {
         job.cosines = path.table.cosines.data_ptr<float>();
         job.sines = path.table.sines.data_ptr<float>();
         job.inverse = inverse;
+        job.half_split = path.table.pairs == kv1::rotary_pairs::half_split;
     }
     if (path.centres())
         job.centre = path.centre.data_ptr<float>();
@@ -151,6 +157,10 @@ Tensor backward_pass(const Tensor& dy, const rotary_table& table) {
                         : turn(dy.contiguous(), table, true).to(dy.scalar_type());
 }
 
+kv1::rotary_pairs pairs_of(std::int64_t flags) {
+    return (flags & 8) != 0 ? kv1::rotary_pairs::half_split : kv1::rotary_pairs::interleaved;
+}
+
 // A custom Function takes tensors and scalars alone. So a missing tensor is an empty one, and the policy is
 // passed as flags.
 struct cache_path_function : torch::autograd::Function<cache_path_function> {
@@ -160,14 +170,17 @@ struct cache_path_function : torch::autograd::Function<cache_path_function> {
         context->saved_data["cosines"] = cosines;
         context->saved_data["sines"] = sines;
         const kv1::vector_policy policy{.format = static_cast<kv1::kv_format>(format),
-                                        .levels = static_cast<kv1::level_choice>(flags >> 3),
+                                        .levels = static_cast<kv1::level_choice>(flags >> 4),
                                         .hadamard = (flags & 1) != 0,
                                         .means = (flags & 2) != 0};
-        return forward_pass(x, {{cosines, sines}, {policy, (flags & 4) != 0}, centre});
+        const kv1::rotary_pairs pairs = pairs_of(flags);
+        context->saved_data["flags"] = flags;
+        return forward_pass(x, {{cosines, sines, pairs}, {policy, (flags & 4) != 0}, centre});
     }
     static tensor_list backward(AutogradContext* context, tensor_list dy) {
         const rotary_table table{context->saved_data["cosines"].toTensor(),
-                                 context->saved_data["sines"].toTensor()};
+                                 context->saved_data["sines"].toTensor(),
+                                 pairs_of(context->saved_data["flags"].toInt())};
         return {backward_pass(dy[0], table), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
     }
 };
@@ -175,7 +188,8 @@ struct cache_path_function : torch::autograd::Function<cache_path_function> {
 Tensor apply(const Tensor& x, const cache_path& path) {
     const kv1::vector_policy& p = path.side.policy;
     const std::int64_t flags = (p.hadamard ? 1 : 0) | (p.means ? 2 : 0) | (path.side.round_metadata ? 4 : 0) |
-                               static_cast<std::int64_t>(p.levels) << 3;
+                               (path.table.pairs == kv1::rotary_pairs::half_split ? 8 : 0) |
+                               static_cast<std::int64_t>(p.levels) << 4;
     return cache_path_function::apply(x, path.table.cosines, path.table.sines, path.centre,
                                       static_cast<std::int64_t>(p.format), flags);
 }
@@ -185,13 +199,13 @@ Tensor nothing() { return torch::empty({0}); }
 } // namespace
 
 rotary_table rotary_table::make(std::int64_t positions, std::int64_t head_dim, float theta,
-                                torch::Device device) {
+                                kv1::rotary_pairs pairs, torch::Device device) {
     const kv1_lm::rotary_angles angles = kv1_lm::make_rotary_angles(
         static_cast<std::size_t>(positions), static_cast<std::size_t>(head_dim), theta);
     const auto tensor = [&](const std::vector<float>& values) {
         return torch::tensor(values).view({positions, head_dim / 2}).to(device);
     };
-    return {tensor(angles.cosines), tensor(angles.sines)};
+    return {tensor(angles.cosines), tensor(angles.sines), pairs};
 }
 
 torch::Tensor rotate(const torch::Tensor& x, const rotary_table& table) {
@@ -199,7 +213,7 @@ torch::Tensor rotate(const torch::Tensor& x, const rotary_table& table) {
 }
 
 torch::Tensor through_cache(const torch::Tensor& x, const trained_side& side, const torch::Tensor& centre) {
-    return is_plain(side.policy.format) ? x : apply(x, {{nothing(), nothing()}, side, centre});
+    return is_plain(side.policy.format) ? x : apply(x, {{nothing(), nothing(), {}}, side, centre});
 }
 
 torch::Tensor rotate_through_cache(const torch::Tensor& x, const rotary_table& table,

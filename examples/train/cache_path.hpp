@@ -7,18 +7,21 @@
 
 #include "training_policy.hpp"
 
+#include <kv1/rotary_embedding.hpp>
+
 #include <torch/types.h>
 
 namespace kv1_train {
 
-/// Cosines and sines, [positions][head_dim / 2] each, fp32.
+/// Cosines and sines, [positions][head_dim / 2] each, fp32, and which channels make a pair.
 struct rotary_table {
     torch::Tensor cosines, sines;
+    kv1::rotary_pairs pairs = kv1::rotary_pairs::interleaved;
     [[nodiscard]] static rotary_table make(std::int64_t positions, std::int64_t head_dim, float theta,
-                                           torch::Device device);
+                                           kv1::rotary_pairs pairs, torch::Device device);
 };
 
-/// Rotates channels 2i and 2i + 1 by the angle of their position. x is [batch][positions][heads][head_dim].
+/// Rotates each pair of channels by the angle of its position. x is [batch][positions][heads][head_dim].
 [[nodiscard]] torch::Tensor rotate(const torch::Tensor& x, const rotary_table& table);
 
 /// What a cache of this policy gives back of x, [batch][positions][heads][head_dim], in x's type; computed in

@@ -65,7 +65,18 @@ json bits_of(const training_policy& p) {
     return text.find_first_of(",c") == std::string::npos ? json::parse(text) : json(text);
 }
 
-void load_means(const std::filesystem::path& folder, language_model& model) {
+void write_means(const durable_folder& folder, const language_model& model) {
+    std::vector<std::pair<std::string, torch::Tensor>> means;
+    for (std::int64_t i = 0; i < model.means().size(0); ++i)
+        for (const std::int64_t side : {0, 1})
+            means.emplace_back("layers." + std::to_string(i) + (side == 0 ? ".key_means" : ".value_means"),
+                               model.means()[i][side]);
+    folder.write(means_file, to_safetensors(means, {}));
+}
+
+} // namespace
+
+void read_means(const std::filesystem::path& folder, language_model& model) {
     const torch::NoGradGuard no_gradient;
     std::error_code error;
     if (!std::filesystem::exists(folder / means_file, error))
@@ -83,7 +94,26 @@ void load_means(const std::filesystem::path& folder, language_model& model) {
         }
 }
 
-} // namespace
+void write_model(const durable_folder& folder, const language_model& model,
+                 const std::filesystem::path& model_folder, const training_policy& kv) {
+    json config = kv1_lm::read_json_file(model_folder / "config.json").value;
+    config["dtype"] = "float16";
+    config["kv_cache_bits"] = bits_of(kv);
+    config["kv1"] = describe(kv);
+    const std::string text = config.dump(2) + "\n";
+    folder.write("config.json", std::as_bytes(std::span(text)));
+    for (const char* file : {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}) {
+        std::error_code error;
+        if (std::filesystem::exists(model_folder / file, error))
+            folder.write(file, kv1_lm::read_binary_file(model_folder / file));
+    }
+    std::vector<std::pair<std::string, torch::Tensor>> halves;
+    for (const parameter& p : model.base().parts)
+        halves.emplace_back(p.name, p.value.detach().to(torch::kFloat16));
+    folder.write("model.safetensors", to_safetensors(halves, {{"format", "pt"}}));
+    if (kv.cache.needs_means())
+        write_means(folder, model);
+}
 
 std::filesystem::path save_checkpoint(const std::filesystem::path& root, std::int64_t step,
                                       const language_model& model, adamw& optimizer,
@@ -93,33 +123,17 @@ std::filesystem::path save_checkpoint(const std::filesystem::path& root, std::in
     const std::filesystem::path target = root / name.data();
     durable_folder folder(target);
 
-    json config = kv1_lm::read_json_file(source.model_folder / "config.json").value;
-    config["dtype"] = "float16";
-    config["kv_cache_bits"] = bits_of(source.kv);
-    config["kv1"] = describe(source.kv);
-    const std::string text = config.dump(2) + "\n";
-    folder.write("config.json", std::as_bytes(std::span(text)));
-    for (const char* file : {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}) {
-        std::error_code error;
-        if (std::filesystem::exists(source.model_folder / file, error))
-            folder.write(file, kv1_lm::read_binary_file(source.model_folder / file));
-    }
-
-    std::vector<std::pair<std::string, torch::Tensor>> halves;
-    for (const parameter& p : model.parameters())
-        halves.emplace_back(p.name, p.value.detach().to(torch::kFloat16));
-    folder.write("model.safetensors", to_safetensors(halves, {{"format", "pt"}}));
-    if (source.kv.cache.needs_means()) {
-        std::vector<std::pair<std::string, torch::Tensor>> means;
-        for (std::int64_t i = 0; i < model.means().size(0); ++i)
-            for (const std::int64_t side : {0, 1})
-                means.emplace_back("layers." + std::to_string(i) +
-                                       (side == 0 ? ".key_means" : ".value_means"),
-                                   model.means()[i][side]);
-        folder.write(means_file, to_safetensors(means, {}));
+    if (model.adapter()) {
+        write_adapter(folder, model, source.model_folder);
+        const std::string text = describe(source.kv).dump(2) + "\n";
+        folder.write("kv1.json", std::as_bytes(std::span(text)));
+        if (source.kv.cache.needs_means())
+            write_means(folder, model);
+    } else {
+        write_model(folder, model, source.model_folder, source.kv);
     }
     folder.write(state_file,
-                 to_safetensors({{"weights", model.weights()},
+                 to_safetensors({{"weights", model.trained().values},
                                  {"first_moments", optimizer.first()},
                                  {"second_moments", optimizer.second()},
                                  {"means", model.means().flatten()}},
@@ -137,7 +151,7 @@ std::unique_ptr<language_model> read_model(const std::filesystem::path& folder, 
     auto model = std::make_unique<language_model>(kv1_lm::model_config::read(folder / "config.json"), device);
     if (weights) {
         model->load(kv1_lm::safetensors::read(folder / "model.safetensors"));
-        load_means(folder, *model);
+        read_means(folder, *model);
     }
     return model;
 }
@@ -170,7 +184,7 @@ std::int64_t load_checkpoint(const std::filesystem::path& folder, language_model
             throw input_error(file.origin(), "holds no " + std::string(name) + " of this model");
         into.copy_(torch::tensor(kv1_lm::to_floats(*found)));
     };
-    restore("weights", model.weights());
+    restore("weights", model.trained().values);
     restore("first_moments", optimizer.first());
     restore("second_moments", optimizer.second());
     torch::Tensor means = model.means().view({-1});

@@ -7,12 +7,15 @@
 //                   kv1_means.safetensors, where keys and values are centred: layers.N.key_means,
 //                   .value_means, fp32 [kv_heads][head_dim]
 //
+// A run that trains an adapter saves a PEFT folder (lora.hpp) in the place of the model; its weights are no part of the
+// state then.
+//
 // The order of the data is a function of seed and step, and nothing else is random, so there is no other
 // state.
 #pragma once
 
-#include "training_policy.hpp"
 #include "language_model.hpp"
+#include "training_policy.hpp"
 #include "optimizer.hpp"
 
 #include <nlohmann/json.hpp>
@@ -30,6 +33,16 @@ struct checkpoint_source {
     training_policy kv;                 ///< written to config.json
     nlohmann::json options;             ///< of the run; it is resumed only with equal options
 };
+
+class durable_folder;
+
+/// Writes a model folder: weights in fp16, means where the policy has any, config.json and the tokenizer of
+/// `model_folder`, and in config.json the policy. Throws input_error.
+void write_model(const durable_folder& folder, const language_model& model,
+                 const std::filesystem::path& model_folder, const training_policy& kv);
+
+/// Loads the means that a folder holds, if it holds any. Throws input_error.
+void read_means(const std::filesystem::path& folder, language_model& model);
 
 /// Saves `root`/step-N, whole or not at all, and removes all checkpoints but the last `keep`. Throws
 /// input_error.

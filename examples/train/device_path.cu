@@ -57,6 +57,30 @@ __device__ void turn(vector<N>& x, const float* cosines, const float* sines, std
     }
 }
 
+// The same for pairs of channels i and 16 N + i. Channel lane + 32 j has its other half in the same lane, or, where N is
+// odd, in lane ^ 16: there each lane hands over the number that the other one asks for.
+template <int N>
+__device__ void turn_halves(vector<N>& x, const float* cosines, const float* sines, std::int64_t position,
+                            int lane, bool inverse) {
+    vector<N> other;
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+        if (N % 2 == 0) {
+            other.v[j] = x.v[(j + N / 2) % N];
+        } else {
+            const float to_low = x.v[(j + N / 2) % N], to_high = x.v[(j + N / 2 + 1) % N];
+            other.v[j] = __shfl_xor_sync(all_lanes, lane >= 16 ? to_low : to_high, 16);
+        }
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+        const int channel = lane + 32 * j;
+        const bool second = channel >= 16 * N;
+        const std::int64_t at = position * (16 * N) + channel - (second ? 16 * N : 0);
+        const float side = second != inverse ? 1.0f : -1.0f;
+        x.v[j] = x.v[j] * cosines[at] + side * (other.v[j] * sines[at]);
+    }
+}
+
 // Orthonormal; as the cache rotates (kv1/hadamard.hpp) channels whose largest power-of-two divisor is all of them, or
 // 32 * (the power of two in N) of them.
 template <int N>
@@ -222,7 +246,9 @@ __global__ void cache_path_kernel(cache_path_job job) {
 #pragma unroll
     for (int j = 0; j < N; ++j)
         x.v[j] = load(in, lane + 32 * j);
-    if (job.cosines != nullptr)
+    if (job.cosines != nullptr && job.half_split)
+        turn_halves(x, job.cosines, job.sines, row / job.heads % job.positions, lane, job.inverse);
+    else if (job.cosines != nullptr)
         turn(x, job.cosines, job.sines, row / job.heads % job.positions, lane, job.inverse);
     if (job.format != scheme::plain) {
         const float* centre =

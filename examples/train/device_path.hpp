@@ -22,8 +22,9 @@ struct cache_path_job {
     std::int32_t channels = 0; // a multiple of 32, 256 at the most
     std::int32_t max_code = 0;
     scheme format = scheme::plain;
-    bool bf16 = false;    // else fp32
-    bool inverse = false; // turns the other way: the rotation's gradient
+    bool bf16 = false;       // else fp32
+    bool inverse = false;    // turns the other way: the rotation's gradient
+    bool half_split = false; // pairs of channels i and channels / 2 + i, else 2 i and 2 i + 1
     bool least_squares = false;
     bool hadamard = false;
     bool round_metadata = false;

@@ -4,6 +4,7 @@
 #include "batch_reader.hpp"
 #include "checkpoint.hpp"
 #include "device.hpp"
+#include "lora.hpp"
 #include "loss.hpp"
 
 #include <torch/utils.h>
@@ -20,6 +21,8 @@ void evaluate(const evaluate_options& options, std::ostream& out) {
     const torch::Device device = device_of(options.device);
     const torch::ScalarType type = type_of(options.type, device);
     const auto model = read_model(options.model, device, true);
+    if (!options.adapter.empty())
+        read_adapter(options.adapter, *model);
     check_layers(options.kv, model->config().layers, "--kv");
     const token_file text = token_file::open(options.data);
     if (text.vocab_size() > model->config().vocab_size)
@@ -40,7 +43,7 @@ void evaluate(const evaluate_options& options, std::ostream& out) {
         const sequences s = reader.read(static_cast<std::int64_t>(count), [&](std::int64_t i) {
             return (at + static_cast<std::size_t>(i)) * length;
         });
-        const comparison c = compare(model->logits(s.inputs, plain_kv, type),
+        const comparison c = compare(model->original_logits(s.inputs, type),
                                      model->logits(s.inputs, options.kv, type), s.targets);
         const double share = static_cast<double>(count) / static_cast<double>(chunks);
         sum.reference_loss += share * c.reference_loss;

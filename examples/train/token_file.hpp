@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The tokens of a text: a folder of token ids, two bytes each, cut into shards.
+// The tokens of a text: a folder of token ids, cut into shards. An id has two bytes, or four where the vocabulary has
+// more than 65,536 words.
 //
 //   corpus.json          {"vocab_size": .., "shards": [{"file": "tokens-00000.bin", "tokens": ..}, ..]}
-//   tokens-00000.bin     uint16, little-endian, nothing else
+//   tokens-00000.bin     uint16 or uint32, little-endian, nothing else
 #pragma once
 
 #include <cstddef>
@@ -24,7 +25,7 @@ public:
     token_writer& operator=(const token_writer&) = delete;
     ~token_writer();
 
-    /// Throws input_error for an id that is not in the vocabulary or does not fit two bytes.
+    /// Throws input_error for an id that is not in the vocabulary.
     void append(std::span<const std::int32_t> ids);
     void finish();
     [[nodiscard]] std::size_t tokens() const noexcept;
@@ -48,7 +49,8 @@ public:
 private:
     struct shard {
         std::shared_ptr<const void> mapping;
-        std::span<const std::uint16_t> tokens;
+        const void* ids = nullptr;
+        std::size_t tokens = 0;
     };
     std::vector<shard> shards_;
     std::size_t size_ = 0, vocab_size_ = 0;

@@ -37,23 +37,37 @@ using clock = std::chrono::steady_clock;
 
 // The options that decide a run's result. Ranks, micro-batches, device and saving do not.
 nlohmann::json fingerprint(const train_options& o) {
-    return {{"model", o.model.filename().string()},
-            {"init", o.init},
-            {"teacher", o.teacher.filename().string()},
-            {"self_teacher", o.self_teacher},
-            {"teacher_weight", o.teacher.empty() && !o.self_teacher ? 0.0 : o.teacher_weight},
-            {"kv", to_string(o.kv)},
-            {"steps", o.steps},
-            {"batch", o.batch},
-            {"length", o.length},
-            {"learning_rate", o.learning_rate},
-            {"last_learning_rate", o.last_learning_rate},
-            {"warmup", o.warmup},
-            {"betas", {o.optimizer.beta1, o.optimizer.beta2}},
-            {"weight_decay", o.optimizer.weight_decay},
-            {"clip", o.clip},
-            {"seed", o.seed},
-            {"held_out", o.held_out}};
+    nlohmann::json all = {
+        {"model", o.model.filename().string()},
+        {"init", o.init},
+        {"teacher", o.teacher.filename().string()},
+        {"self_teacher", o.self_teacher},
+        {"teacher_weight", o.teacher.empty() && !o.self_teacher && o.lora.rank == 0 ? 0.0 : o.teacher_weight},
+        {"kv", to_string(o.kv)},
+        {"steps", o.steps},
+        {"batch", o.batch},
+        {"length", o.length},
+        {"learning_rate", o.learning_rate},
+        {"last_learning_rate", o.last_learning_rate},
+        {"warmup", o.warmup},
+        {"betas", {o.optimizer.beta1, o.optimizer.beta2}},
+        {"weight_decay", o.optimizer.weight_decay},
+        {"clip", o.clip},
+        {"seed", o.seed},
+        {"held_out", o.held_out}};
+    if (o.lora.rank > 0)
+        all["lora"] = describe(o.lora);
+    return all;
+}
+
+std::unique_ptr<language_model> prepare(const train_options& o, torch::Device device,
+                                        torch::ScalarType type) {
+    auto model = read_model(o.model, device, o.init || o.lora.rank > 0);
+    if (o.lora.rank > 0)
+        model->adapt(o.lora, o.seed, type);
+    else if (!o.init)
+        model->initialize(o.seed);
+    return model;
 }
 
 class trainer {
@@ -61,11 +75,9 @@ public:
     trainer(const train_options& options, std::ostream& out, std::ostream& err)
         : o_(options), out_(out), err_(err), device_(device_of(o_.device)), type_(type_of(o_.type, device_)),
           text_(token_file::open(o_.data)), ranks_(ranks::from_environment(device_)),
-          model_(read_model(o_.model, device_, o_.init)),
-          optimizer_(model_->weights(), model_->matrix_weights(), o_.optimizer),
+          model_(prepare(o_, device_, type_)),
+          optimizer_(model_->trained().values, model_->trained().matrix_weights, o_.optimizer),
           reader_(text_, o_.length, device_) {
-        if (!o_.init)
-            model_->initialize(o_.seed);
         if (!o_.teacher.empty()) {
             teacher_ = read_model(o_.teacher, device_, true);
             if (teacher_->config().vocab_size != model_->config().vocab_size)
@@ -88,9 +100,9 @@ public:
         if (first_rank())
             log.emplace(o_.out / "log.csv", step);
         say("training from step " + std::to_string(step) + " to " + std::to_string(o_.steps) + ", " +
-            std::to_string(model_->weights().numel()) + " weights, keys and values " + to_string(o_.kv) +
-            ", " + std::to_string(order_.tokens) + " tokens to train on, " + std::to_string(held_out_) +
-            " held out");
+            std::to_string(model_->trained().values.numel()) + " weights, keys and values " +
+            to_string(o_.kv) + ", " + std::to_string(order_.tokens) + " tokens to train on, " +
+            std::to_string(held_out_) + " held out");
 
         const schedule rates{o_.learning_rate, o_.last_learning_rate, o_.warmup, o_.steps};
         const std::int64_t tokens_of_a_step = o_.batch * o_.length;
@@ -123,7 +135,7 @@ public:
                 entry.tokens = step * tokens_of_a_step;
                 entry.learning_rate = rates.rate(step - 1);
                 entry.loss = result.losses[0].item<double>(); // waits for the device
-                if (teacher_ || o_.self_teacher)
+                if (has_teacher())
                     entry.divergence = result.losses[1].item<double>();
                 entry.gradient_norm = result.norm.item<double>();
                 if (!std::isfinite(*entry.loss) || !std::isfinite(*entry.gradient_norm))
@@ -184,7 +196,8 @@ private:
     }
 
     step_result do_step(std::int64_t step, double rate) {
-        model_->gradients().zero_();
+        flat_parameters& trained = model_->trained();
+        trained.gradients.zero_();
         const std::int64_t parts = rows_ / micro_;
         Tensor losses = torch::zeros({2}, torch::dtype(torch::kFloat32).device(device_));
         for (std::int64_t part = 0; part < parts; ++part) {
@@ -198,6 +211,9 @@ private:
             if (teacher_) {
                 const torch::NoGradGuard no_gradient;
                 taught = teacher_->logits(s.inputs, plain_kv, type_);
+            } else if (model_->adapter()) {
+                const torch::NoGradGuard no_gradient;
+                taught = model_->original_logits(s.inputs, type_);
             } else if (o_.self_teacher) {
                 const Tensor plain = model_->logits(s.inputs, plain_kv, type_);
                 taught = plain.detach().clone(); // a copy, since the gradient takes over its memory
@@ -209,10 +225,10 @@ private:
             logits.backward(loss.gradient);
             losses.add_(torch::stack({loss.cross_entropy, loss.divergence}), share);
         }
-        ranks_.sum(model_->gradients());
+        ranks_.sum(trained.gradients);
         ranks_.sum(losses);
-        Tensor norm = clip(model_->gradients(), o_.clip);
-        optimizer_.update(model_->weights(), model_->gradients(), rate, step);
+        Tensor norm = clip(trained.gradients, o_.clip);
+        optimizer_.update(trained.values, trained.gradients, rate, step);
         return {losses, norm};
     }
 
@@ -229,7 +245,12 @@ private:
         model_->means().lerp_(seen.div_(static_cast<double>(ranks_.size())), step == 0 ? 1.0 : share);
     }
 
-    // Measures both cache modes on the same windows of the held-out text every time.
+    [[nodiscard]] bool has_teacher() const noexcept {
+        return teacher_ != nullptr || o_.self_teacher || model_->adapter();
+    }
+
+    // Measures the model with plain keys and values and through its cache, on the same windows of the held-out text
+    // every time. With an adapter, the first is the model as it was.
     comparison validate() const {
         const torch::NoGradGuard no_gradient;
         const auto length = static_cast<std::size_t>(o_.length);
@@ -243,7 +264,7 @@ private:
             const sequences s = reader_.read(static_cast<std::int64_t>(count), [&](std::int64_t i) {
                 return order_.tokens + (at + static_cast<std::size_t>(i)) * (windows / n) * length;
             });
-            const comparison c = compare(model_->logits(s.inputs, plain_kv, type_),
+            const comparison c = compare(model_->original_logits(s.inputs, type_),
                                          model_->logits(s.inputs, o_.kv, type_), s.targets);
             const double share = static_cast<double>(count) / static_cast<double>(n);
             sum.reference_loss += share * c.reference_loss;

@@ -3,8 +3,9 @@
 // `kv1-train train`: the training loop.
 #pragma once
 
-#include "training_policy.hpp"
+#include "lora.hpp"
 #include "optimizer.hpp"
+#include "training_policy.hpp"
 
 #include <cstddef>
 #include <cstdint>
@@ -23,6 +24,9 @@ struct train_options {
     /// Learn from the model itself with plain keys and values, which cross entropy trains at the same time.
     /// Both modes get better and stay near each other. A step takes twice the work.
     bool self_teacher = false;
+    /// With a rank: trains an adapter and leaves the model's weights as they are. Without another teacher the model
+    /// as it was, with plain keys and values, is the teacher.
+    lora_options lora;
     double teacher_weight = 0.5; ///< of KL(teacher || model); cross entropy has the rest
     std::filesystem::path out;   ///< folder of the run: log.csv and checkpoints
 

@@ -4,6 +4,7 @@
 #include "error.hpp"
 #include "evaluate.hpp"
 #include "kv_option.hpp"
+#include "lora.hpp"
 #include "pack.hpp"
 #include "train.hpp"
 
@@ -43,7 +44,8 @@ void add_cache(CLI::App& command, cache_texts& t) {
             "--kv", t.policy,
             "The cache: a format (" + kv1_lm::kv_format_names() +
                 ") with +ls or +cs (fitted levels), +had (rotated), +mean (centred; the means follow the "
-                "model), for both or K,V such as c3+ls+had,c2+ls+had; /LAYER:K,V for a layer that differs")
+                "model), for both or K,V such as c3+ls+had,c2+ls+had; /LAYER:K,V for a layer that differs; "
+                "@SINKS:WINDOW for fp16 tokens")
         ->capture_default_str();
     command.add_flag("--round-metadata", t.round_metadata, "Scale and minimum through fp16");
 }
@@ -101,6 +103,21 @@ int run_or_throw(int argc, const char* const* argv, std::ostream& out, std::ostr
         ->add_flag("--self-teacher", t.self_teacher,
                    "Learn from the model itself with plain keys and values, trained at the same time")
         ->excludes("--teacher");
+    CLI::Option* rank = train_command->add_option("--lora-rank", t.lora.rank,
+                                                  "Train an adapter of this rank (LoRA) and leave the "
+                                                  "weights as they are; the model as it was is the teacher");
+    rank->check(CLI::Range(1, 4096))->excludes("--self-teacher");
+    train_command
+        ->add_option("--lora-alpha", t.lora.alpha, "The adapter counts alpha / rank; 0 is twice the rank")
+        ->check(CLI::NonNegativeNumber)
+        ->needs(rank)
+        ->capture_default_str();
+    train_command->add_option("--lora-targets", t.lora.targets, "Projections to adapt")
+        ->delimiter(',')
+        ->check(CLI::IsMember({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}))
+        ->needs(rank)
+        ->capture_default_str();
+    train_command->add_flag("--lora-norms", t.lora.norms, "Train the norms' weights, too")->needs(rank);
     add_share(*train_command, "--teacher-weight", t.teacher_weight,
               "Of KL(teacher || model) in the loss; cross entropy has the rest");
 
@@ -134,6 +151,8 @@ int run_or_throw(int argc, const char* const* argv, std::ostream& out, std::ostr
         app.add_subcommand("evaluate", "Measure what a cache format costs a model, as training sees it");
     evaluate_command->add_option("--data", e.data, "Folder that pack made")->required();
     evaluate_command->add_option("--model", e.model, "Model folder")->required();
+    evaluate_command->add_option("--adapter", e.adapter,
+                                 "PEFT folder of an adapter for it, to compare with the model without it");
     add_cache(*evaluate_command, evaluate_cache);
     evaluate_command->add_option("--length", e.length, "Tokens of a chunk")
         ->check(CLI::PositiveNumber)
@@ -142,6 +161,13 @@ int run_or_throw(int argc, const char* const* argv, std::ostream& out, std::ostr
         ->check(CLI::PositiveNumber)
         ->capture_default_str();
     add_device(*evaluate_command, e.device, e.type);
+
+    merge_options m;
+    CLI::App* merge_command =
+        app.add_subcommand("merge", "Make a model folder of a model and an adapter for it");
+    merge_command->add_option("--model", m.model, "Model folder")->required();
+    merge_command->add_option("--adapter", m.adapter, "PEFT folder")->required();
+    merge_command->add_option("--out", m.out, "Folder to make")->required();
 
     try {
         app.parse(argc, argv);
@@ -155,6 +181,8 @@ int run_or_throw(int argc, const char* const* argv, std::ostream& out, std::ostr
     } else if (*evaluate_command) {
         e.kv = parse(evaluate_cache);
         evaluate(e, out);
+    } else if (*merge_command) {
+        merge(m, out);
     } else {
         t.kv = parse(train_cache);
         train(t, out, err);

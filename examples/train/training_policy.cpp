@@ -15,8 +15,9 @@ namespace {
 const char* untrained(const kv1::layer_policy& layer) {
     for (const kv1::vector_policy* side : {&layer.key, &layer.value}) {
         const kv1::format_info info = kv1::info_of(side->format);
-        if (side->error_weights || side->group != 0 || side->axis != kv1::quantization_axis::per_token)
-            return "training has no +ew, +channel and +g";
+        if (side->basis || side->error_weights || side->group != 0 ||
+            side->axis != kv1::quantization_axis::per_token)
+            return "training has no +basis, +ew, +channel and +g";
         if (info.code_bits == 0 && *side != kv1::vector_policy{.format = side->format})
             return "16 and 32 take no options";
         if (side->levels != kv1::level_choice::min_max && !info.fits_levels)
@@ -39,8 +40,8 @@ training_policy parse_policy(std::string_view text, std::string_view option) {
         why = why != nullptr ? why : untrained(differs.policy);
     if (why != nullptr)
         throw kv1_lm::input_error(place, why);
-    if (p.cache.fp16_sinks != 0 || p.cache.fp16_window != 0 || p.cache.page_tokens != 0)
-        throw kv1_lm::input_error(place, "training has no fp16 tokens (@) and pages (#)");
+    if (p.cache.page_tokens != 0)
+        throw kv1_lm::input_error(place, "training has no pages (#)");
     return p;
 }
 

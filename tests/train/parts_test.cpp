@@ -11,6 +11,7 @@
 #include "safetensors_reader.hpp"
 #include "sampler_order.hpp"
 #include "shipped_model.hpp"
+#include "token_file.hpp"
 #include "tokenizer.hpp"
 #include "training_fixture.hpp"
 
@@ -18,6 +19,7 @@
 
 #include <kv1/fake_quantize.hpp>
 
+#include <catch2/generators/catch_generators.hpp>
 #include <catch2/matchers/catch_matchers.hpp>
 
 #include <torch/autograd.h>
@@ -71,19 +73,20 @@ TEST_CASE("A policy is trained for as far as it has a gradient", "[train]") {
     REQUIRE(p.key(11).policy.levels == kv1::level_choice::clip_search);
     REQUIRE(p.value(11).policy.format == kv_format::fp16);
     REQUIRE(kv1_train::parse_policy(to_string(p), "--kv") == p);
+    REQUIRE(kv1_train::parse_policy("c2+ls@4:32", "--kv").cache.fp16_window == 32);
     kv1_train::check_layers(p, 12, "--kv");
     REQUIRE_THROWS_WITH(kv1_train::check_layers(p, 11, "--kv"),
                         "--kv: layer 11: the model has layers 0 to 10");
     for (const auto& [text, why] :
          {std::pair{"c3,c2/0", "--kv 'c3,c2/0': invalid argument: a layer that differs is written "
                                "/LAYER:KEYS,VALUES (position 7)"},
-          {"c2+ls+ew", "--kv 'c2+ls+ew': training has no +ew, +channel and +g"},
-          {"2/1:2+channel,2", "--kv '2/1:2+channel,2': training has no +ew, +channel and +g"},
-          {"2,2+g32", "--kv '2,2+g32': training has no +ew, +channel and +g"},
+          {"c2+ls+ew", "--kv 'c2+ls+ew': training has no +basis, +ew, +channel and +g"},
+          {"c2+ls+basis,c2", "--kv 'c2+ls+basis,c2': training has no +basis, +ew, +channel and +g"},
+          {"2/1:2+channel,2", "--kv '2/1:2+channel,2': training has no +basis, +ew, +channel and +g"},
+          {"2,2+g32", "--kv '2,2+g32': training has no +basis, +ew, +channel and +g"},
           {"16+had", "--kv '16+had': 16 and 32 take no options"},
           {"2,1.5+ls", "--kv '2,1.5+ls': 1 and 1.5 take no +ls and +cs"},
-          {"safe", "--kv 'safe': training has no fp16 tokens (@) and pages (#)"},
-          {"2#128", "--kv '2#128': training has no fp16 tokens (@) and pages (#)"}})
+          {"2#128", "--kv '2#128': training has no pages (#)"}})
         REQUIRE_THROWS_WITH(kv1_train::parse_policy(text, "--kv"), why);
 }
 
@@ -106,7 +109,8 @@ TEST_CASE("A layer's own formats are what its keys and values go through", "[tra
 
 TEST_CASE("Rotation's gradient is its own inverse, and quantization lets it through", "[train]") {
     torch::manual_seed(3);
-    const auto table = kv1_train::rotary_table::make(10, 8, 10000.0f, torch::kCPU);
+    const auto pairs = GENERATE(kv1::rotary_pairs::interleaved, kv1::rotary_pairs::half_split);
+    const auto table = kv1_train::rotary_table::make(10, 8, 10000.0f, pairs, torch::kCPU);
     const Tensor x = torch::randn({2, 10, 3, 8}).requires_grad_(true), dy = torch::randn({2, 10, 3, 8});
     const Tensor turned = kv1_train::rotate(x, table);
     turned.backward(dy);
@@ -215,6 +219,18 @@ TEST_CASE("Packed text is the tokenizer's ids, also across shards", "[train]") {
         text.read(95, part);
         REQUIRE(std::equal(part.begin(), part.end(), expected.begin() + 95));
     }
+}
+
+TEST_CASE("Ids of a vocabulary that two bytes do not hold are packed in four", "[train]") {
+    const kv1_test::training_fixture f;
+    const std::vector<std::int32_t> ids{5, 65535, 65536, 151642, 0, 70000};
+    kv1_train::token_writer writer(f.path() / "wide", 151643, 4);
+    writer.append(ids);
+    writer.finish();
+    const auto text = kv1_train::token_file::open(f.path() / "wide");
+    std::vector<std::int64_t> read(ids.size());
+    text.read(0, read);
+    REQUIRE(std::ranges::equal(read, ids));
 }
 
 TEST_CASE("kv1-train says in a line what is wrong with its input", "[train]") {

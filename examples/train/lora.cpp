@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "lora.hpp"
+
+#include "checkpoint.hpp"
+#include "durable.hpp"
+#include "error.hpp"
+#include "json_file.hpp"
+#include "language_model.hpp"
+#include "safetensors.hpp"
+#include "safetensors_writer.hpp"
+
+#include <torch/utils.h>
+
+#include <algorithm>
+#include <ostream>
+#include <set>
+#include <span>
+#include <string>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+namespace kv1_train {
+
+namespace {
+
+using kv1_lm::input_error;
+using nlohmann::json;
+
+constexpr const char* config_file = "adapter_config.json";
+constexpr const char* weights_file = "adapter_model.safetensors";
+constexpr const char* cache_file = "kv1.json";
+
+void write_json(const durable_folder& folder, const char* name, const json& value) {
+    const std::string text = value.dump(2) + "\n";
+    folder.write(name, std::as_bytes(std::span(text)));
+}
+
+// PEFT's word for weights that are trained whole: the modules' last names.
+std::vector<std::string> trained_norms(const language_model& model) {
+    std::set<std::string> names;
+    for (const parameter& p : model.trained().parts)
+        if (p.value.dim() == 1) {
+            const std::string module = p.name.substr(0, p.name.rfind('.'));
+            names.insert(module.substr(module.rfind('.') + 1));
+        }
+    return {names.begin(), names.end()};
+}
+
+void expect(const kv1_lm::json_view& config, std::string_view key, const json& only) {
+    if (const auto found = config.find(key); found && found->value() != only)
+        found->fail("only " + only.dump() + " is supported");
+}
+
+lora_options read_options(const std::filesystem::path& folder) {
+    const kv1_lm::json_document document = kv1_lm::read_json_file(folder / config_file);
+    const kv1_lm::json_view config = document.root();
+    if (const kv1_lm::json_view type = config.member("peft_type"); type.string() != "LORA")
+        type.fail("only \"LORA\" is supported");
+    for (const char* flag : {"use_dora", "use_rslora", "fan_in_fan_out", "lora_bias", "use_qalora"})
+        expect(config, flag, false);
+    for (const char* table : {"rank_pattern", "alpha_pattern"})
+        expect(config, table, json::object());
+    for (const char* list : {"layers_to_transform", "layers_pattern", "trainable_token_indices"})
+        if (const auto found = config.find(list);
+            found && !(found->value().is_array() && found->array().empty()))
+            found->fail("is not supported");
+    expect(config, "bias", "none");
+
+    lora_options o;
+    o.rank = static_cast<std::int64_t>(config.member("r").count(1, 1 << 16));
+    o.alpha = config.member("lora_alpha").number();
+    if (!(o.alpha > 0.0))
+        config.member("lora_alpha").fail("a positive number is needed");
+    const kv1_lm::json_view targets = config.member("target_modules");
+    o.targets.clear();
+    if (targets.value().is_string())
+        targets.fail("a list of names is needed, not an expression");
+    for (std::size_t i = 0; i < targets.array().size(); ++i)
+        o.targets.push_back(targets.element(i).string());
+    if (const auto whole = config.find("modules_to_save"))
+        o.norms = !whole->array().empty();
+    return o;
+}
+
+} // namespace
+
+json describe(const lora_options& o) {
+    return {{"rank", o.rank}, {"scale", o.scale()}, {"targets", o.targets}, {"norms", o.norms}};
+}
+
+void write_adapter(const durable_folder& folder, const language_model& model,
+                   const std::filesystem::path& base) {
+    const lora_options& o = *model.adapter();
+    json config = {{"peft_type", "LORA"},
+                   {"task_type", "CAUSAL_LM"},
+                   {"base_model_name_or_path", base.filename().string()},
+                   {"r", o.rank},
+                   {"lora_alpha", o.scale() * static_cast<double>(o.rank)},
+                   {"target_modules", o.targets},
+                   {"lora_dropout", 0.0},
+                   {"bias", "none"},
+                   {"fan_in_fan_out", false},
+                   {"inference_mode", true},
+                   {"modules_to_save", nullptr}};
+    if (o.norms)
+        config["modules_to_save"] = trained_norms(model);
+    write_json(folder, config_file, config);
+    std::vector<std::pair<std::string, torch::Tensor>> halves;
+    for (const parameter& p : model.trained().parts)
+        halves.emplace_back(p.name, p.value.detach().to(torch::kFloat16));
+    folder.write(weights_file, to_safetensors(halves, {{"format", "pt"}}));
+}
+
+void read_adapter(const std::filesystem::path& folder, language_model& model) {
+    const torch::NoGradGuard no_gradient;
+    model.adapt(read_options(folder), 0, torch::kFloat32);
+    const auto file = kv1_lm::safetensors::read(folder / weights_file);
+    for (const parameter& p : model.trained().parts) {
+        const kv1_lm::tensor* found = file.find(p.name);
+        if (found == nullptr)
+            throw input_error(file.origin(), "tensor " + p.name + " is missing");
+        if (!std::ranges::equal(found->shape, p.value.sizes(), [](std::size_t a, std::int64_t b) {
+                return static_cast<std::int64_t>(a) == b;
+            }))
+            throw input_error(found->place, "has another shape than this model's");
+        torch::Tensor value = p.value;
+        value.copy_(torch::tensor(kv1_lm::to_floats(*found)).view(value.sizes()));
+    }
+    if (model.trained().parts.size() != file.tensors().size())
+        throw input_error(file.origin(), "has tensors that are not this model's");
+    read_means(folder, model);
+}
+
+training_policy read_adapter_policy(const std::filesystem::path& folder) {
+    std::error_code error;
+    if (!std::filesystem::exists(folder / cache_file, error))
+        return plain_kv;
+    const kv1_lm::json_document document = kv1_lm::read_json_file(folder / cache_file);
+    const kv1_lm::json_view root = document.root();
+    training_policy p = parse_policy(root.member("policy").string(), root.member("policy").place());
+    if (const auto rounded = root.find("round_metadata"))
+        p.round_metadata = rounded->boolean();
+    return p;
+}
+
+void merge(const merge_options& options, std::ostream& out) {
+    const auto model = read_model(options.model, torch::kCPU, true);
+    read_adapter(options.adapter, *model);
+    model->merge();
+    durable_folder folder(options.out);
+    write_model(folder, *model, options.model, read_adapter_policy(options.adapter));
+    folder.commit();
+    out << options.out.string() << ": " << model->base().values.numel() << " weights in fp16\n";
+}
+
+} // namespace kv1_train

@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Adapters: gradients, PEFT's form, training and resuming; and the Llama family that they are for.
+#include "checkpoint.hpp"
+#include "error.hpp"
+#include "file.hpp"
+#include "json_file.hpp"
+#include "language_model.hpp"
+#include "llama_family.hpp"
+#include "lora.hpp"
+#include "training_fixture.hpp"
+
+#include <torch/autograd.h>
+#include <torch/utils.h>
+
+#include <cmath>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+using torch::Tensor;
+
+namespace {
+
+double largest_difference(const Tensor& a, const std::vector<float>& b) {
+    return (a.detach() - torch::tensor(b).view(a.sizes())).abs().max().item<double>();
+}
+
+Tensor tokens_of(const std::vector<std::int32_t>& ids) {
+    return torch::tensor(std::vector<std::int64_t>(ids.begin(), ids.end())).unsqueeze(0);
+}
+
+const std::vector<std::string> lora_run{"--kv",
+                                        "c2+ls+had+mean@2:8",
+                                        "--round-metadata",
+                                        "--lora-rank",
+                                        "4",
+                                        "--steps",
+                                        "6",
+                                        "--micro-batch",
+                                        "4",
+                                        "--save-every",
+                                        "3",
+                                        "--log-every",
+                                        "1",
+                                        "--teacher-weight",
+                                        "0.8",
+                                        "--weight-decay",
+                                        "0"};
+
+bool same_file(const std::filesystem::path& a, const std::filesystem::path& b) {
+    return kv1_lm::read_binary_file(a) == kv1_lm::read_binary_file(b);
+}
+
+// A model to adapt: a few steps from nothing.
+void train_base(const kv1_test::training_fixture& f) {
+    const auto trained = kv1_test::run_kv1_train(f.train("base", {"--kv", "16", "--steps", "20"}));
+    INFO(trained.err);
+    REQUIRE(trained.code == 0);
+}
+
+std::vector<std::string> adapting(const kv1_test::training_fixture& f, const std::string& out,
+                                  const std::vector<std::string>& more = {}) {
+    auto arguments = f.train(out, lora_run);
+    for (std::size_t i = 0; i < arguments.size(); ++i)
+        if (arguments[i] == "--model")
+            arguments[i + 1] = f.file("base/step-00000020");
+        else if (arguments[i] == "--lr")
+            arguments[i + 1] = "2e-2";
+    arguments.insert(arguments.end(), more.begin(), more.end());
+    return arguments;
+}
+
+} // namespace
+
+TEST_CASE("The trained model of the Llama family has Transformers' logits", "[train]") {
+    const torch::NoGradGuard no_gradient;
+    for (const char* name : kv1_test::llama_family) {
+        INFO(name);
+        const auto golden = kv1_test::read_family_model(name);
+        const auto model = kv1_train::read_model(golden.folder, torch::kCPU, true);
+        const Tensor logits = model->logits(tokens_of(golden.ids), kv1_train::plain_kv, torch::kFloat32);
+        REQUIRE(largest_difference(logits, golden.logits) <= 1e-4);
+    }
+}
+
+TEST_CASE("An adapter that PEFT saved gives PEFT's logits, and so do the merged weights", "[train]") {
+    const torch::NoGradGuard no_gradient;
+    for (const char* name : kv1_test::llama_family) {
+        INFO(name);
+        const auto golden = kv1_test::read_family_model(name);
+        const auto model = kv1_train::read_model(golden.folder, torch::kCPU, true);
+        const Tensor ids = tokens_of(golden.ids);
+        const auto logits = [&] { return model->logits(ids, kv1_train::plain_kv, torch::kFloat32); };
+        kv1_train::read_adapter(golden.folder / "adapter", *model);
+        REQUIRE(largest_difference(logits(), golden.adapted_logits) <= 1e-4);
+        REQUIRE(largest_difference(model->original_logits(ids, torch::kFloat32), golden.logits) <= 1e-4);
+        model->merge();
+        REQUIRE_FALSE(model->adapter().has_value());
+        REQUIRE(largest_difference(logits(), golden.adapted_logits) <= 1e-4);
+    }
+}
+
+TEST_CASE("An adapter's gradient is what finite differences of the loss say", "[train]") {
+    for (const char* name : kv1_test::llama_family) {
+        INFO(name);
+        const auto golden = kv1_test::read_family_model(name);
+        const auto model = kv1_train::read_model(golden.folder, torch::kCPU, true);
+        model->adapt({.rank = 3,
+                      .alpha = 6.0,
+                      .targets = {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj"},
+                      .norms = true},
+                     5, torch::kFloat32);
+        torch::manual_seed(6);
+        auto& adapter = model->trained();
+        {
+            const torch::NoGradGuard no_gradient; // where B is zero, A has no gradient
+            adapter.values.add_(torch::randn_like(adapter.values), 0.1);
+        }
+        const Tensor ids = tokens_of(golden.ids), targets = ids.view({-1}).roll(-1);
+        const auto loss = [&] {
+            const Tensor log_p = torch::log_softmax(
+                model->logits(ids, kv1_train::parse_policy("16@2:4", "--kv"), torch::kFloat32)
+                    .to(torch::kFloat64),
+                1);
+            return -log_p.gather(1, targets.unsqueeze(1)).sum();
+        };
+        loss().backward();
+        const Tensor gradient = adapter.gradients.to(torch::kFloat64);
+        REQUIRE(gradient.count_nonzero().item<std::int64_t>() == gradient.numel());
+        for (int direction = 0; direction < 4; ++direction) {
+            const torch::NoGradGuard no_gradient;
+            const Tensor step = torch::randn_like(adapter.values);
+            const Tensor at = adapter.values.clone();
+            constexpr double h = 2e-3;
+            adapter.values.copy_(at + step * h);
+            const double above = loss().item<double>();
+            adapter.values.copy_(at - step * h);
+            const double below = loss().item<double>();
+            adapter.values.copy_(at);
+            const double expected = (gradient * step.to(torch::kFloat64)).sum().item<double>();
+            // The gradient's size is that of derivatives in random directions. Of it, h^2 times the third derivative
+            // and fp32's rounding of logits (1e-6 over h, in 40 terms) take less than a hundredth.
+            REQUIRE(std::abs((above - below) / (2 * h) - expected) <= 0.01 * gradient.norm().item<double>());
+        }
+    }
+}
+
+TEST_CASE("A model's frozen weights stay, and a resumed adapter equals one that was not interrupted",
+          "[train]") {
+    const kv1_test::training_fixture f;
+    train_base(f);
+    const auto whole = kv1_test::run_kv1_train(adapting(f, "whole"));
+    INFO(whole.out << whole.err);
+    REQUIRE(whole.code == 0);
+    std::filesystem::create_directory(f.path() / "resumed");
+    std::filesystem::copy(f.path() / "whole/step-00000003", f.path() / "resumed/step-00000003");
+    const auto resumed = kv1_test::run_kv1_train(adapting(f, "resumed", {"--resume"}));
+    INFO(resumed.out << resumed.err);
+    REQUIRE(resumed.code == 0);
+    for (const char* file : {"trainer_state.safetensors", "adapter_model.safetensors", "adapter_config.json",
+                             "kv1_means.safetensors", "kv1.json"})
+        REQUIRE(
+            same_file(f.path() / "resumed/step-00000006" / file, f.path() / "whole/step-00000006" / file));
+    REQUIRE_FALSE(std::filesystem::exists(f.path() / "whole/step-00000006/model.safetensors"));
+
+    const auto other = kv1_test::run_kv1_train(adapting(f, "whole", {"--resume", "--lora-alpha", "3"}));
+    REQUIRE(other.code == 2);
+    REQUIRE(other.err.find("another lora") != std::string::npos);
+}
+
+TEST_CASE("An adapter's folder is read back, and merged into a model that kv1-lm's cache runs", "[train]") {
+    const kv1_test::training_fixture f;
+    train_base(f);
+    REQUIRE(kv1_test::run_kv1_train(adapting(f, "run", {"--lora-norms"})).code == 0);
+    const std::filesystem::path base = f.path() / "base/step-00000020",
+                                adapter = f.path() / "run/step-00000006";
+    const auto kv = kv1_train::read_adapter_policy(adapter);
+    REQUIRE(to_string(kv) == "c2+ls+had+mean,c2+ls+had+mean@2:8 round_metadata");
+
+    const auto merged = kv1_test::run_kv1_train(
+        {"merge", "--model", base.string(), "--adapter", adapter.string(), "--out", f.file("merged")});
+    INFO(merged.err);
+    REQUIRE(merged.code == 0);
+    const torch::NoGradGuard no_gradient;
+    const auto adapted = kv1_train::read_model(base, torch::kCPU, true);
+    kv1_train::read_adapter(adapter, *adapted);
+    const auto plain = kv1_train::read_model(f.path() / "merged", torch::kCPU, true);
+    const Tensor ids = torch::arange(60, torch::kInt64).unsqueeze(0);
+    const auto logits = [&](const auto& model) {
+        return model->logits(ids, kv1_train::plain_kv, torch::kFloat32);
+    };
+    // Merged weights are rounded to fp16's 11 bits.
+    const Tensor with = logits(adapted), without = adapted->original_logits(ids, torch::kFloat32);
+    const double changed = (with - without).norm().item<double>(), size = with.norm().item<double>();
+    REQUIRE(changed > 0.02 * size);
+    REQUIRE((logits(plain) - with).norm().item<double>() < 0.002 * size);
+    REQUIRE(torch::equal(plain->means(), adapted->means()));
+    const auto config = kv1_lm::read_json_file(f.path() / "merged/config.json").value;
+    REQUIRE(config.at("kv1").at("policy") == "c2+ls+had+mean,c2+ls+had+mean@2:8");
+    const auto measured = kv1_test::run_kv1_train({"evaluate", "--data", f.file("tokens"), "--model",
+                                                   base.string(), "--adapter", adapter.string(), "--kv",
+                                                   "c2+ls+had+mean@2:8", "--length", "64"});
+    INFO(measured.err);
+    REQUIRE(measured.code == 0);
+}
+
+TEST_CASE("Adapters that this trainer does not know are refused by the option", "[train]") {
+    const auto golden = kv1_test::read_family_model("llama");
+    const kv1_test::temporary_folder folder;
+    const nlohmann::json good = kv1_lm::read_json_file(golden.folder / "adapter/adapter_config.json").value;
+    const auto refused = [&](const char* key, const nlohmann::json& value) {
+        nlohmann::json config = good;
+        config[key] = value;
+        folder.write("adapter_config.json", config.dump());
+        const auto model = kv1_train::read_model(golden.folder, torch::kCPU, true);
+        try {
+            kv1_train::read_adapter(folder.path(), *model);
+        } catch (const kv1_lm::input_error& e) {
+            INFO(e.what());
+            REQUIRE(std::string(e.what()).find(key) != std::string::npos);
+            return;
+        }
+        FAIL(key);
+    };
+    refused("peft_type", "IA3");
+    refused("use_dora", true);
+    refused("use_rslora", true);
+    refused("bias", "all");
+    refused("r", 0);
+    refused("lora_alpha", -1);
+    refused("target_modules", "all-linear");
+    refused("rank_pattern", {{"q_proj", 2}});
+    refused("layers_to_transform", {0});
+}
