@@ -357,6 +357,7 @@ TEST_CASE("every call on slots makes do with little stack, in every format", "[s
                 const kv1::layer_description& l = d->layers[0];
                 kv1::slot_store_description description;
                 description.layers = {l};
+                description.layers[0].rotary = {};
                 description.slots = 64;
                 description.page_tokens = 16;
                 description.fp16_slots = 32;
