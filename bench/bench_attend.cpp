@@ -3,7 +3,7 @@
 // Decode attention: one query token over n cached tokens, softmax included, one thread.
 //
 //   attend/decode/<K>/<V>/<precision>/<target>/h<heads>/kv<kv_heads>/d<head_dim>/n<tokens>/<cold|warm>
-//       [/g<group>][/channel/p<page_tokens>][/v<value_dim>[/in_keys]]
+//       [/g<group>][/channel/p<page_tokens>][/v<value_dim>[/in_keys]][/lse]
 //
 // warm: all calls read one layer. cold: calls rotate over so many layers that this cache, and one of the same
 // shape in fp16, exceed 256 MB. Bytes are the row-format bytes that are read. Counters:
@@ -33,6 +33,7 @@ struct decode_case {
     std::size_t page_tokens = 64;
     std::size_t value_dim = 0; // 0: the head dim
     bool values_in_keys = false;
+    bool log_sum_exp = false; // asked for, as where parts are joined
 
     [[nodiscard]] std::size_t outputs() const { return value_dim == 0 ? shape.head_dim : value_dim; }
     [[nodiscard]] std::size_t stored_values() const { return values_in_keys ? 0 : outputs(); }
@@ -60,13 +61,13 @@ void decode(benchmark::State& state, const decode_case& c, kv1::precision mode) 
     kv1::set_target(measured);
 
     const std::vector<float> q = bench::normal_values(c.shape.heads * c.shape.head_dim, 3);
-    std::vector<float> out(c.shape.heads * c.outputs());
+    std::vector<float> out(c.shape.heads * c.outputs()), lse(c.log_sum_exp ? c.shape.heads : 0);
     std::size_t layer = 0;
     double fastest = 1e9, product = 1e9, byte = bench::seconds_per_byte();
     for (auto _ : state) {
         const double start = bench::seconds();
         cache.attend(sequence, layer, {q.data(), 1, c.shape.heads, c.shape.head_dim},
-                     {out.data(), 1, c.shape.heads, c.outputs()}, {.mode = mode});
+                     {out.data(), 1, c.shape.heads, c.outputs()}, {.mode = mode, .log_sum_exp = lse});
         benchmark::DoNotOptimize(out.data());
         fastest = std::min(fastest, bench::seconds() - start);
         layer = layer + 1 == layers ? 0 : layer + 1;
@@ -92,14 +93,15 @@ void decode(benchmark::State& state, const decode_case& c, kv1::precision mode) 
 }
 
 void register_decode(const decode_case& c, kv1::precision mode, kv1::target t) {
-    const std::string name =
-        "attend/decode/" + bench::name_of(c.key) + "/" + bench::name_of(c.value) +
-        (mode == kv1::precision::fast ? "/fast/" : "/exact/") + bench::name_of(t) + "/h" +
-        std::to_string(c.shape.heads) + "/kv" + std::to_string(c.shape.kv_heads) + "/d" +
-        std::to_string(c.shape.head_dim) + "/n" + std::to_string(c.tokens) + (c.cold ? "/cold" : "/warm") +
-        (c.group == 0 ? "" : "/g" + std::to_string(c.group)) +
-        (c.per_channel ? "/channel/p" + std::to_string(c.page_tokens) : "") +
-        (c.value_dim == 0 ? "" : "/v" + std::to_string(c.value_dim)) + (c.values_in_keys ? "/in_keys" : "");
+    const std::string name = "attend/decode/" + bench::name_of(c.key) + "/" + bench::name_of(c.value) +
+                             (mode == kv1::precision::fast ? "/fast/" : "/exact/") + bench::name_of(t) +
+                             "/h" + std::to_string(c.shape.heads) + "/kv" + std::to_string(c.shape.kv_heads) +
+                             "/d" + std::to_string(c.shape.head_dim) + "/n" + std::to_string(c.tokens) +
+                             (c.cold ? "/cold" : "/warm") +
+                             (c.group == 0 ? "" : "/g" + std::to_string(c.group)) +
+                             (c.per_channel ? "/channel/p" + std::to_string(c.page_tokens) : "") +
+                             (c.value_dim == 0 ? "" : "/v" + std::to_string(c.value_dim)) +
+                             (c.values_in_keys ? "/in_keys" : "") + (c.log_sum_exp ? "/lse" : "");
     bench::register_on(t, name, [c, mode](benchmark::State& state) { decode(state, c, mode); });
 }
 
@@ -117,6 +119,23 @@ int main(int argc, char** argv) {
             register_decode({two, two, tiny, 1024, false}, mode, t);
         }
         register_decode({two, two, large, 131072, true}, kv1::precision::fast, t);
+        // one range of tokens: its log-sum-exp costs something of its own
+        for (const bool asked : {false, true}) {
+            register_decode({.key = two,
+                             .value = two,
+                             .shape = large,
+                             .tokens = 2048,
+                             .cold = false,
+                             .log_sum_exp = asked},
+                            kv1::precision::fast, t);
+            register_decode({.key = two,
+                             .value = two,
+                             .shape = tiny,
+                             .tokens = 1000,
+                             .cold = false,
+                             .log_sum_exp = asked},
+                            kv1::precision::fast, t);
+        }
         for (const std::size_t group :
              {std::size_t{1}, std::size_t{2}, std::size_t{7}, std::size_t{8}, std::size_t{16}})
             register_decode({two, two, {8 * group, 8, 128}, 4096, false}, kv1::precision::fast, t);

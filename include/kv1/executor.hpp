@@ -29,7 +29,7 @@
 // the thread library keeps on its stack (glibc: 5 KiB, and the program's thread-local variables) and what the
 // caller's own functions take.
 //
-// Scratch memory. Tasks need more memory than that. They take it from the cache, in pieces of 430 KiB. A cache
+// Scratch memory. Tasks need more memory than that. They take it from the cache, in pieces of 512 KiB. A cache
 // has one piece from the start. A task that runs beside others may allocate another, and up to 128 are kept
 // for later tasks.
 #pragma once

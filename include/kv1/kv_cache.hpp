@@ -80,7 +80,7 @@
 // empties it. Then make room (destroy or swap out a sequence, try_grow()) and run the step again.
 //
 // Memory. A cache holds its arenas, what sequences need, and scratch memory that tasks work in. Scratch comes
-// from operator new, 430 KiB for each task that runs at the same time; pages that no task touches cost no
+// from operator new, 512 KiB for each task that runs at the same time; pages that no task touches cost no
 // memory. One piece is allocated with the cache, others where tasks run at once (executor.hpp). append and
 // attend fail with out_of_memory where there is no memory for one.
 //

@@ -33,8 +33,9 @@
 //   weight       Codes j of a chunk's weights carry what they leave: |p slope - step j| <= step. The chunk's step
 //                changes by what is left at its end. A weight whose quotient lies so near to a tie that fp32 rounding
 //                may decide it is allowed either code.
-//   log-sum-exp  What the scores of a range are off by on the whole is taken off it (detail/kernels/softmax.hpp). So
-//                no error there is more than twice the largest of a score.
+//   log-sum-exp  What the scores of a range are off by on the whole is estimated and taken off it
+//                (detail/kernels/correct.inl). The estimate lies between the errors of scores (correct_range() in
+//                integer_path.hpp). So no error there is more than twice the largest of a score.
 #pragma once
 
 #include "compare.hpp"
@@ -182,10 +183,8 @@ struct row_options {
     float alibi_slope = 0.0f;
     double position = 0.0; // of the query, for the slope
     std::optional<float> sink_logit;
-    // where ranges of tokens begin that are attended to apart, ascending, and what tokens a row might see,
-    // those that an explicit mask hides included; last == 0: those that it sees
+    // where ranges of tokens begin that are attended to apart, ascending
     std::span<const std::size_t> range_starts = {};
-    std::size_t first_token = 0, last_token = 0;
 };
 
 namespace oracle {
@@ -210,7 +209,7 @@ struct paired_query {
         for (std::size_t p = 0; p < pairs; ++p) {
             const float a = at(2 * p), b = at(2 * p + 1);
             const float reach = half * (std::fabs(a) + std::fabs(b));
-            const float m = top > 0.0f ? std::ceil(127.0f * (reach / top)) : 0.0f;
+            const float m = top > 0.0f ? std::min(std::ceil(reach * (127.0f / top)), 127.0f) : 0.0f;
             const float inverse = m > 0.0f ? 127.5f / (m * (top / 127.0f)) : 0.0f;
             const float first = a * inverse, second = b * inverse;
             for (int c = 0; c < 16; ++c) {
@@ -517,26 +516,17 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
         std::size_t last = first;
         while (last < n && range_of(tokens[last]) == range_of(tokens[first]))
             ++last;
-        const auto next = range_of(tokens[first]);
-        const std::size_t begin = next == options.range_starts.begin() ? 0 : *(next - 1);
-        const std::size_t end =
-            next == options.range_starts.end() ? std::numeric_limits<std::size_t>::max() : *next;
-        const double counted = options.last_token == 0
-                                   ? static_cast<double>(last - first)
-                                   : static_cast<double>(std::min(end, options.last_token) -
-                                                         std::max(begin, options.first_token));
         const auto part = [&](const std::vector<double>& x) {
             return std::span(x).subspan(first, last - first);
         };
         const oracle::range_correction c =
-            oracle::correct_range(tokens.subspan(first, last - first), part(exact_scores), part(rounding),
-                                  part(path_scores), part(path_rounding), counted);
+            oracle::correct_range(part(exact_scores), part(rounding), part(path_scores), part(path_rounding));
         const double largest = *std::max_element(query_error.begin() + static_cast<std::ptrdiff_t>(first),
                                                  query_error.begin() + static_cast<std::ptrdiff_t>(last));
         for (std::size_t k = first; k < last; ++k) {
             path_scores[k] += c.value;
             path_rounding[k] += shift_bound[k] = c.bound;
-            query_error[k] += largest + c.bound;
+            query_error[k] += largest + c.rounding;
         }
         first = last;
     }

@@ -189,13 +189,6 @@ struct world {
             const cached_side values(cache, id, 0, kv1::kv_side::value, kv);
             for (std::size_t i = 0; i < p.queries; ++i) {
                 const std::vector<std::size_t> seen = seen_by(p, i);
-                std::size_t first = 0, last = 0; // what a row might see but for an explicit mask
-                if (p.mask.explicit_keys() != 0) {
-                    const std::int64_t lower = position_of(p, i) + 1 - static_cast<std::int64_t>(p.window);
-                    first = std::max(p.range.first,
-                                     p.window != 0 && lower > 0 ? static_cast<std::size_t>(lower) : 0);
-                    last = std::min(p.tokens, p.range.last);
-                }
                 for (std::size_t h = kv * p.group; h < (kv + 1) * p.group; ++h) {
                     std::vector<float> q(p.key_dim);
                     for (std::size_t c = 0; c < p.key_dim; ++c)
@@ -206,9 +199,7 @@ struct world {
                          .alibi_slope = p.alibi ? slopes[h] : 0.0f,
                          .position = static_cast<double>(position_of(p, i)),
                          .sink_logit = p.sink_logits ? std::optional(sink_logits[h]) : std::nullopt,
-                         .range_starts = begin.ranges,
-                         .first_token = first,
-                         .last_token = last});
+                         .range_starts = begin.ranges});
                 }
             }
         }

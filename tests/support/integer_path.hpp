@@ -10,77 +10,34 @@
 #include <array>
 #include <cmath>
 #include <cstddef>
-#include <limits>
-#include <optional>
 #include <span>
 
 namespace kv1_test::oracle {
 
-// What the log-sum-exp of a range's tokens is corrected by (detail/kernels/softmax.hpp: sum_correction),
-// where tokens first ... last - 1 of those seen are the range's. of: places of the tokens; counted: how many
-// might be seen.
+// What the log-sum-exp of a range's tokens is corrected by (detail/kernels/correct.inl). Kernels estimate how far it is
+// off from the errors (exact score - score) of some tiles. However they choose and weigh these, the estimate lies
+// between the smallest and the largest error, or 0 if all are on one side of it, since a mean is shrunk towards 0. So
+// does what it really is off by. value: that; bound: how far the estimate may be from it; rounding: how far it may be
+// outside for that it is computed in fp32.
 struct range_correction {
-    double value = 0.0, bound = 0.0;
+    double value = 0.0, bound = 0.0, rounding = 0.0;
 };
-inline range_correction correct_range(std::span<const std::size_t> of, std::span<const double> exact,
-                                      std::span<const double> exact_rounding, std::span<const double> fast,
-                                      std::span<const double> fast_rounding, double counted) {
-    const std::size_t n = of.size();
+inline range_correction correct_range(std::span<const double> exact, std::span<const double> exact_rounding,
+                                      std::span<const double> fast, std::span<const double> fast_rounding) {
     const double top = *std::max_element(fast.begin(), fast.end());
-    double sum = 0.0, wrong = 0.0;
-    for (std::size_t k = 0; k < n; ++k) {
+    double sum = 0.0, corrected = 0.0, least = 0.0, most = 0.0, wrong = 0.0;
+    for (std::size_t k = 0; k < exact.size(); ++k) {
+        const double error = exact[k] - fast[k];
         sum += std::exp(fast[k] - top);
-        wrong = std::max(wrong, fast_rounding[k]);
+        corrected += std::exp(exact[k] - top);
+        least = std::min(least, error);
+        most = std::max(most, error);
+        wrong = std::max(wrong, exact_rounding[k] + fast_rounding[k]);
     }
-    const auto by_tile = [&](std::size_t first, std::size_t last) {
-        double inside = 0.0, corrected = 0.0, count = 0.0, shares = 0.0, mean = 0.0, squares = 0.0,
-               largest = 0.0, rounding = 0.0;
-        for (std::size_t k = first; k < last; ++k) {
-            const double error = exact[k] - fast[k], weight = std::exp(fast[k] - top);
-            const double share = sum / counted / (sum / counted + weight);
-            inside += weight;
-            corrected += weight * std::exp(error);
-            count += share;
-            shares += share * share;
-            mean += share * error;
-            squares += share * error * error;
-            largest = std::max(largest, std::fabs(error));
-            rounding = std::max(rounding, exact_rounding[k] + fast_rounding[k]);
-        }
-        mean /= count;
-        const double others = count * count / shares - 1.0;
-        const double square = std::max(0.0, squares / count - mean * mean) / others;
-        const double alone = count > 0.25 ? mean : 0.0; // one token, of ordinary weight
-        mean = others <= 0.01 ? alone : mean * mean > 9.0 * square ? mean - 9.0 * square / mean : 0.0;
-        // the shrunk mean moves by at most 8 of what errors do; weights count by how errors differ
-        return range_correction{std::log((corrected + (sum - inside) * std::exp(mean)) / sum),
-                                10.0 * rounding + 20.0 * std::expm1(wrong) * std::expm1(largest) +
-                                    200.0 * unit_roundoff * (1.0 + std::expm1(largest))};
-    };
-    // The tile of the largest score, or one that rounding may take for it. Where that score has little of the
-    // weight it may be the tile of another row of the call, of which this row may see nothing: there any tile
-    // will do.
-    std::optional<range_correction> chosen;
-    range_correction all;
-    const auto best = static_cast<std::size_t>(std::max_element(fast.begin(), fast.end()) - fast.begin());
-    const bool own = 1.0 / sum > (1.0 + 4 * std::expm1(wrong)) / 32.0;
-    for (const bool first_choice : {true, false})
-        for (std::size_t first = 0, last = 0; first < n; first = last) {
-            double largest = -std::numeric_limits<double>::infinity();
-            for (; last < n && of[last] / 16 == of[first] / 16; ++last)
-                largest = std::max(largest, fast[last] + fast_rounding[last]);
-            const bool has_best = first <= best && best < last;
-            if (first_choice ? !has_best : has_best || (own && largest < fast[best] - fast_rounding[best]))
-                continue;
-            const range_correction c = by_tile(first, last);
-            if (!chosen)
-                chosen = all = c;
-            else
-                all.bound = std::max(all.bound, std::fabs(c.value - all.value) + c.bound);
-        }
-    if (!own)
-        all.bound = std::max(all.bound, std::fabs(all.value));
-    return all;
+    const double value = std::log(corrected / sum);
+    // sums of fp32 weights, exponentials of scores of either kind
+    const double own = 2.0 * wrong + gamma(static_cast<double>(exact.size()) + 32) + 64 * unit_roundoff;
+    return {value, std::max(most - value, value - least) + own, own};
 }
 
 // A chunk's weights as they are rounded (detail/kernels/weight_codes.hpp: few_codes).

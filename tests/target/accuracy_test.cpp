@@ -199,6 +199,32 @@ void require_accurate_sums(const attention_data& d, std::span<const storage> sto
     });
 }
 
+// The rows of ARCHITECTURE's table that need no model.
+struct table_case {
+    std::string name;
+    attention_data data;
+    // long ones are attended to plainly only
+    [[nodiscard]] bool is_long() const { return data.q.size() / data.dim * data.k.size() >= 8u << 20; }
+    [[nodiscard]] std::span<const storage> storages() const {
+        return std::span(all_storages).first(is_long() ? 1 : std::size(all_storages));
+    }
+};
+std::vector<table_case> table_cases() {
+    std::vector<table_case> cases;
+    cases.push_back({"flat, 100000 tokens, d128", gaussian_data(100000, 128, 8, 0.05f, 1)});
+    cases.push_back({"unit queries, 100000 tokens, d128", gaussian_data(100000, 128, 8, 1.0f, 2)});
+    cases.push_back({"flat, 4096 tokens, d32", gaussian_data(4096, 32, 8, 0.05f, 3)});
+    cases.push_back({"peaked, 4096 tokens, d128", peaked_data(4096, 128, 8, 4)});
+    cases.push_back({"peaked, 100000 tokens, d128", peaked_data(100000, 128, 8, 5)});
+    cases.push_back({"one channel 20x, 4096 tokens, d128", outlier_data(4096, 128, 8, 6)});
+    cases.push_back({"key bias 300", offset_keys(gaussian_data(4096, 128, 8, 1.0f, 7), 300.0f, 5, 128)});
+    cases.push_back({"keys + 3", offset_keys(gaussian_data(4096, 128, 8, 1.0f, 8), 3.0f, 0, 1)});
+    cases.push_back({"values + 3", offset_values(gaussian_data(4096, 128, 8, 1.0f, 9), 3.0f)});
+    cases.push_back({"values + 3, queries 3", offset_values(gaussian_data(4096, 128, 8, 3.0f, 10), 3.0f)});
+    cases.push_back({"one key channel 20x, sinks", sink_data(4096, 128, 8, 11)});
+    return cases;
+}
+
 } // namespace
 
 TEST_CASE("the integer path is accurate on flat attention", "[accuracy]") {
@@ -273,21 +299,47 @@ TEST_CASE("ranges of a sequence with a key bias join to the whole", "[accuracy]"
     });
 }
 
+TEST_CASE("the integer path is accurate in every row of the table", "[accuracy]") {
+    for (const table_case& c : table_cases()) {
+        const std::vector<double> truth = reference(c.data);
+        kv1_test::for_each_target([&](kv1::target t) {
+            if (c.is_long() && t == kv1::target::scalar)
+                return; // slow, and it corrects by the exact scores of all tokens
+            for (const storage& how : c.storages()) {
+                const differences r = measure(c.data, kv_format::affine2, kv_format::affine2, truth, how);
+                INFO(c.name << ", " << how.name << ": integer " << r.integer << ", quantization "
+                            << r.quantization << ", log-sum-exp " << r.log_sum_exp);
+                REQUIRE(r.ratio() <= allowed);
+                REQUIRE(r.log_sum_exp <= allowed_log_sum_exp);
+            }
+        });
+    }
+}
+// Of many queries, some meet keys and roundings that go badly together.
+TEST_CASE("the log-sum-exp of many queries is accurate", "[accuracy]") {
+    for (const std::size_t tokens : {std::size_t{600}, std::size_t{2100}})
+        for (const attention_data& d :
+             {outlier_data(tokens, 128, 16, 20), gaussian_data(tokens, 128, 16, 3.0f, 21),
+              peaked_data(tokens, 128, 16, 22), sink_data(tokens, 128, 16, 23)}) {
+            const std::vector<double> truth = reference(d);
+            kv1_test::for_each_target([&](kv1::target t) {
+                if (t == kv1::target::scalar)
+                    return; // slow, and it corrects by the exact scores of all tokens
+                for (const kv_format format : {kv_format::affine2, kv_format::codebook2})
+                    for (const storage& how : all_storages) {
+                        const differences r = measure(d, format, format, truth, how);
+                        INFO(tokens << " tokens, " << to_string(format) << ", " << how.name
+                                    << ": log-sum-exp " << r.log_sum_exp);
+                        CHECK(r.log_sum_exp <= allowed_log_sum_exp);
+                    }
+            });
+        }
+}
+
 // Prints the table. KV1_KV_DUMP names a file with layer<i>.k and .v, [KV heads][tokens][32] in fp16; its own
 // later keys, scaled, stand for queries.
 TEST_CASE("table of differences", "[.][table]") {
-    std::vector<std::pair<std::string, attention_data>> cases;
-    cases.emplace_back("flat, 100000 tokens, d128", gaussian_data(100000, 128, 8, 0.05f, 1));
-    cases.emplace_back("unit queries, 100000 tokens, d128", gaussian_data(100000, 128, 8, 1.0f, 2));
-    cases.emplace_back("flat, 4096 tokens, d32", gaussian_data(4096, 32, 8, 0.05f, 3));
-    cases.emplace_back("peaked, 4096 tokens, d128", peaked_data(4096, 128, 8, 4));
-    cases.emplace_back("peaked, 100000 tokens, d128", peaked_data(100000, 128, 8, 5));
-    cases.emplace_back("one channel 20x, 4096 tokens, d128", outlier_data(4096, 128, 8, 6));
-    cases.emplace_back("key bias 300", offset_keys(gaussian_data(4096, 128, 8, 1.0f, 7), 300.0f, 5, 128));
-    cases.emplace_back("keys + 3", offset_keys(gaussian_data(4096, 128, 8, 1.0f, 8), 3.0f, 0, 1));
-    cases.emplace_back("values + 3", offset_values(gaussian_data(4096, 128, 8, 1.0f, 9), 3.0f));
-    cases.emplace_back("values + 3, queries 3", offset_values(gaussian_data(4096, 128, 8, 3.0f, 10), 3.0f));
-    cases.emplace_back("one key channel 20x, sinks", sink_data(4096, 128, 8, 11));
+    std::vector<table_case> cases = table_cases();
     if (const char* dump = std::getenv("KV1_KV_DUMP")) {
         const kv1_test::safetensors_file file(dump);
         for (int layer = 0; file.contains("layer" + std::to_string(layer) + ".k"); ++layer) {
@@ -306,16 +358,15 @@ TEST_CASE("table of differences", "[.][table]") {
                 const auto from = d.k.end() - static_cast<std::ptrdiff_t>(32 * (1 + h * 7));
                 d.q.insert(d.q.end(), from, from + 32);
             }
-            cases.emplace_back("dump, layer " + std::to_string(layer), std::move(d));
+            cases.push_back({"dump, layer " + std::to_string(layer), std::move(d)});
         }
     }
-    for (const auto& [name, d] : cases) {
-        const std::vector<double> truth = reference(d);
-        const bool all = d.q.size() / d.dim * d.k.size() < 8u << 20;
-        for (const storage& how : std::span(all_storages).first(all ? std::size(all_storages) : 1)) {
-            const differences r = measure(d, kv_format::affine2, kv_format::affine2, truth, how);
+    for (const table_case& c : cases) {
+        const std::vector<double> truth = reference(c.data);
+        for (const storage& how : c.storages()) {
+            const differences r = measure(c.data, kv_format::affine2, kv_format::affine2, truth, how);
             std::printf("%-36s %-14s quantization %.3e  integer %.3e  ratio %.2f%%  log-sum-exp %.4f\n",
-                        name.c_str(), how.name, r.quantization, r.integer, 100 * r.ratio(), r.log_sum_exp);
+                        c.name.c_str(), how.name, r.quantization, r.integer, 100 * r.ratio(), r.log_sum_exp);
         }
     }
 }

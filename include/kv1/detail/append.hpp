@@ -428,72 +428,69 @@ inline status append_side(const append_job& job, const section_layout& s, std::s
     return {};
 }
 
+// Appends keys and values of one KV head.
+inline status append_head(const append_job& job, std::size_t head, append_scratch& scratch) noexcept {
+    const status s = append_section(job, job.layout->keys(), head, scratch);
+    return s && !job.layout->values_in_keys() ? append_section(job, job.layout->values(), head, scratch) : s;
+}
 inline status append_head(const append_job& job, std::size_t head) noexcept {
+    const section_layout &keys = job.layout->keys(), &values = job.layout->values();
+    if (job.takes_tiles(keys) && job.takes_tiles(values)) {
+        const status s = append_tiles(job, keys, head);
+        return s && !job.layout->values_in_keys() ? append_tiles(job, values, head) : s;
+    }
+    const scratch_lease lease(*job.scratches);
+    return lease ? append_head(job, head, lease.as<append_scratch>()) : no_scratch();
+}
+
+// Appends one token of all KV heads.
+inline status append_token(const append_job& job, std::size_t kv_heads) noexcept {
     const section_layout &keys = job.layout->keys(), &values = job.layout->values();
     const bool keys_alone = job.layout->values_in_keys();
     if (job.takes_tiles(keys) && job.takes_tiles(values)) {
-        const status s = append_tiles(job, keys, head);
-        return s && !keys_alone ? append_tiles(job, values, head) : s;
+        affine2_batch batch(job);
+        for (std::size_t head = 0; head < kv_heads; ++head) {
+            if (const status s = batch.add(keys, head, 0); !s)
+                return s;
+            if (keys_alone)
+                continue;
+            if (const status s = batch.add(values, head, 0); !s)
+                return s;
+        }
+        return batch.flush();
     }
     const scratch_lease lease(*job.scratches);
     if (!lease)
         return no_scratch();
     append_scratch& scratch = lease.as<append_scratch>();
-    const status s = append_section(job, keys, head, scratch);
-    return s && !keys_alone ? append_section(job, values, head, scratch) : s;
-}
-
-inline status append_heads(const append_job& job, std::size_t kv_heads, executor_view run) noexcept {
-    const section_layout& keys = job.layout->keys();
-    const section_layout& values = job.layout->values();
-    const bool per_channel = keys.axis == quantization_axis::per_channel;
-    const bool keys_alone = job.layout->values_in_keys();
     const auto chooses_levels = [&](const section_layout& s) {
         return job.encoding(s) != nullptr && job.encoding(s)->chooses_levels;
     };
-    // One token of decoding is less work than waking a thread, and all heads fit one batch: a single task.
-    if (job.keys.tokens() == 1 && per_channel) {
-        status s;
-        auto all = [&](std::size_t) {
-            for (std::size_t head = 0; s && head < kv_heads; ++head)
-                s = append_head(job, head);
-        };
-        run(1, task_view(all));
-        return s;
+    const bool per_channel = keys.axis == quantization_axis::per_channel;
+    if (!per_channel && chooses_levels(keys) && chooses_levels(values)) {
+        for (const section_layout* each : {&keys, &values}) {
+            if (keys_alone && each == &values)
+                continue;
+            encoded_batch batch(job, *each, scratch);
+            for (std::size_t head = 0; head < kv_heads; ++head)
+                if (const status s = batch.add(head, 0); !s)
+                    return s;
+            if (const status s = batch.flush(); !s)
+                return s;
+        }
+        return {};
     }
-    if (job.keys.tokens() == 1 && chooses_levels(keys) && chooses_levels(values)) {
+    for (std::size_t head = 0; head < kv_heads; ++head)
+        if (const status s = append_head(job, head, scratch); !s)
+            return s;
+    return {};
+}
+
+inline status append_heads(const append_job& job, std::size_t kv_heads, executor_view run) noexcept {
+    // One token of decoding is less work than waking a thread, and all heads share a scratch: a single task.
+    if (job.keys.tokens() == 1) {
         status s;
-        auto all = [&](std::size_t) {
-            const scratch_lease lease(*job.scratches);
-            if (!lease) {
-                s = no_scratch();
-                return;
-            }
-            for (const section_layout* each : {&keys, &values}) {
-                if (keys_alone && each == &values)
-                    continue;
-                encoded_batch batch(job, *each, lease.as<append_scratch>());
-                for (std::size_t head = 0; s && head < kv_heads; ++head)
-                    s = batch.add(head, 0);
-                if (s)
-                    s = batch.flush();
-            }
-        };
-        run(1, task_view(all));
-        return s;
-    }
-    if (job.keys.tokens() == 1 && job.takes_tiles(keys) && job.takes_tiles(values)) {
-        status s;
-        auto all = [&](std::size_t) {
-            affine2_batch batch(job);
-            for (std::size_t head = 0; s && head < kv_heads; ++head) {
-                s = batch.add(keys, head, 0);
-                if (s && !keys_alone)
-                    s = batch.add(values, head, 0);
-            }
-            if (s)
-                s = batch.flush();
-        };
+        auto all = [&](std::size_t) { s = append_token(job, kv_heads); };
         run(1, task_view(all));
         return s;
     }

@@ -8,5 +8,7 @@
 #include <kv1/detail/kernels/pairs.inl>
 #include <kv1/detail/kernels/values.inl>
 #include <kv1/detail/kernels/slots.inl>
+#include <kv1/detail/kernels/chunk.inl>
+#include <kv1/detail/kernels/correct.inl>
 #include <kv1/detail/kernels/attend.inl>
 #include <kv1/detail/kernels/tables.inl>

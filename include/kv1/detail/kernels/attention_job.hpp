@@ -20,6 +20,15 @@
 
 namespace kv1::inline KV1_ABI::detail {
 
+// A tile with large scores of a query row, kept to be scored once more, exactly (kernels/correct.inl).
+struct kept_tile {
+    alignas(64) float scores[tile_tokens];
+    tile_ref tile;
+    std::size_t token; // its first one
+    float top;         // the largest of the scores
+};
+inline constexpr std::size_t most_kept = 8; // of a query row
+
 // The memory that attend_rows works in, too large for a thread's stack.
 struct attention_scratch {
     alignas(64) float query[scratch_floats];
@@ -34,6 +43,7 @@ struct attention_scratch {
     // of means that turn: the waves that a row's query makes of them at position 0, and at a run of tokens
     alignas(64) float still_waves[scratch_floats], waves[scratch_floats];
     alignas(64) std::byte transposed[transposed_room]; // a chunk's values, where they lie in keys
+    kept_tile kept[max_rows][most_kept];
 };
 
 // Query rows prepared for one KV head: multiplied by the softmax scale, and padded with zeros to a multiple

@@ -25,7 +25,7 @@
 //   multipliers    [line][half][row of the tile][4]
 //
 // Per line (16 tokens x 16 channels) and 4 registers of 4 rows: 32 vpermb, 32 vpdpbusd, 4 shifts, 8 vpternlog, 8
-// tables and 8 broadcasts loaded. Making tables takes 7 operations a pair, once a task.
+// tables and 8 broadcasts loaded. Making tables takes 5 operations a pair, once a task.
 
 #if defined(KV1_ISA_PAIRS)
 
@@ -44,43 +44,46 @@ KV1_LAZY inline void pair_query(const float* query, std::size_t padded, const fo
     }
     const float middle = 0.5f * static_cast<float>(keys.top_level());
     const float top = middle * xs::reduce_max(widest);
-    alignas(64) float first[max_vector_length / 2], second[max_vector_length / 2];
-    alignas(64) std::uint8_t plain[max_vector_length / 2];
+    // of a line and half, the pairs in the order of a table's quarters; of two lines, pairs line by line, half by half
+    const i32 quarters(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6);
+    const i32 halves(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    alignas(64) float lanes_of_a[lanes];
+    f32 level_of_b[4];
+    for (std::size_t c = 0; c < lanes; ++c)
+        lanes_of_a[c] = static_cast<float>(keys.level(static_cast<std::uint32_t>(c & 3))) - middle;
+    for (std::size_t c = 0; c < 4; ++c)
+        level_of_b[c] = f32(lanes_of_a[c]);
+    const f32 level_of_a = f32::load_aligned(lanes_of_a), scaled(multiplier_top / top),
+              step(top / multiplier_top), centre(0.5f * pair_top), zero(0.0f);
     f32 total(0.0f);
-    for (std::size_t i = 0; i < padded; i += 2 * lanes) {
+    for (std::size_t i = 0; i < padded; i += 2 * lanes) { // two lines
         f32 a, b;
         split_pairs(query + i, a, b);
         const f32 reach = f32(middle) * (xs::abs(a) + xs::abs(b));
         // NaN becomes 0, and so does a row of zeros
-        const f32 multiplier = xs::min(xs::max(xs::ceil(f32(multiplier_top) * (reach / f32(top))), f32(0.0f)),
-                                       f32(multiplier_top));
-        const f32 inverse = f32(0.5f * pair_top) / (multiplier * f32(top / multiplier_top));
-        const auto any = multiplier > f32(0.0f);
-        xs::select(any, a * inverse, f32(0.0f)).store_aligned(first + i / 2);
-        xs::select(any, b * inverse, f32(0.0f)).store_aligned(second + i / 2);
-        store_u8(xs::bitwise_cast<std::uint32_t>(xs::to_int(multiplier)), plain + i / 2);
+        const f32 multiplier = xs::min(xs::max(xs::ceil(reach * scaled), f32(0.0f)), f32(multiplier_top));
+        const f32 inverse = centre / (multiplier * step);
+        const auto any = multiplier > zero;
+        const f32 first = xs::select(any, a * inverse, zero), second = xs::select(any, b * inverse, zero);
         total = total + multiplier;
+        alignas(16) std::uint8_t bytes[lanes];
+        store_u8(xs::bitwise_cast<std::uint32_t>(numbers_at(xs::to_int(multiplier), halves)), bytes);
+        for (int part = 0; part < 4; ++part) { // line and half
+            const std::size_t at = (i / 8 + static_cast<std::size_t>(part)) * rows + r;
+            const i32 from = quarters + i32(part / 2 * 8 + part % 2);
+            const f32 by_a = xs::fma(numbers_at(first, from), level_of_a, centre),
+                      of_b = numbers_at(second, from);
+            i32 entry[4];
+            KV1_UNROLL for (std::size_t c = 0; c < 4; ++c) {
+                entry[c] = round_to_int(xs::fma(of_b, level_of_b[c], by_a));
+            }
+            pack_quarters(entry[0], entry[1], entry[2], entry[3])
+                .store_aligned(reinterpret_cast<std::uint32_t*>(tables + at * 64));
+            std::memcpy(multipliers + at * 4, bytes + part * 4, 4);
+        }
     }
     scale = top / multiplier_top * (2.0f / pair_top);
     offset = -scale * (0.5f * pair_top * xs::reduce_add(total));
-
-    alignas(64) float codes_a[16], codes_b[16];
-    for (int c = 0; c < 16; ++c) {
-        codes_a[c] = static_cast<float>(keys.level(static_cast<std::uint32_t>(c & 3))) - middle;
-        codes_b[c] = static_cast<float>(keys.level(static_cast<std::uint32_t>(c >> 2))) - middle;
-    }
-    const f32 a = f32::load_aligned(codes_a), b = f32::load_aligned(codes_b);
-    for (std::size_t line = 0; line < padded / 16; ++line)
-        for (std::size_t half = 0; half < 2; ++half) {
-            const std::size_t at = (line * 2 + half) * rows + r;
-            for (std::size_t j = 0; j < 4; ++j) {
-                const std::size_t pair = line * 8 + j * 2 + half;
-                const f32 entries =
-                    xs::fma(f32(second[pair]), b, xs::fma(f32(first[pair]), a, f32(0.5f * pair_top)));
-                store_u8(xs::bitwise_cast<std::uint32_t>(round_to_int(entries)), tables + at * 64 + j * 16);
-                multipliers[at * 4 + j] = static_cast<std::int8_t>(plain[pair]);
-            }
-        }
 }
 
 struct pair_dots {

@@ -490,9 +490,7 @@ inline void attend_rows(const attention_job& job) noexcept {
         };
 
         softmax_state state;
-        tile_ref top_tile{nullptr, 0}; // of the largest score
-        std::size_t top_token = 0;
-        float top = lowest_score, top_scores[tile_tokens];
+        float exact_sum = 0.0f; // of weights by exact scores: of what other targets find out in some tiles
         const std::size_t last = (std::min)(job.visible_base + token * job.visible_step, job.last_token);
         for (std::size_t first = job.first_token; first < last;) {
             const std::size_t end = chunk_end(*job.layout, first, last);
@@ -503,19 +501,18 @@ inline void attend_rows(const attention_job& job) noexcept {
                                                   job.block_stride,
                                   t % keys.tokens};
             score_tiles(tiles, count, first, mode, scores);
-            const float* const largest = std::max_element(scores, scores + count * tile_tokens);
-            const float maximum = *largest;
-            if (integer_keys && maximum > top) {
-                const auto k = static_cast<std::size_t>(largest - scores) / tile_tokens;
-                top = maximum;
-                top_tile = tiles[k];
-                top_token = first + k * tile_tokens;
-                std::copy_n(scores + k * tile_tokens, tile_tokens, top_scores);
-            }
+            const float maximum = *std::max_element(scores, scores + count * tile_tokens);
             const float m =
                 (std::max)(maximum == lowest_score ? lowest_score : maximum * log2_e, state.maximum);
             const float rescale = softmax_rescale(state.maximum, m);
             state.maximum = m;
+            if (integer_keys) {
+                float exact[max_chunk_slots];
+                score_tiles(tiles, count, first, static_cast<std::size_t>(precision::exact), exact);
+                exact_sum *= rescale;
+                for (std::size_t i = 0; i < count * tile_tokens && m != lowest_score; ++i)
+                    exact_sum += std::exp2(exact[i] * log2_e - m);
+            }
             const float denominator = state.denominator;
             for (std::size_t g = 0; g < values.groups(); ++g) { // all see the same scores
                 const section_layout own = values.group(g);
@@ -527,21 +524,11 @@ inline void attend_rows(const attention_job& job) noexcept {
             }
             first = end;
         }
-        if (top_tile.page != nullptr) {
-            score_tiles(&top_tile, 1, top_token, static_cast<std::size_t>(precision::exact), scores);
-            attention_job unmasked = job;
-            unmasked.mask = nullptr;
-            std::size_t seen = 0;
-            for (std::size_t t = job.first_token; t < last; ++t)
-                seen += sees(unmasked, token, t) ? 1 : 0;
-            float weights[tile_tokens], corrected[tile_tokens];
-            for (std::size_t i = 0; i < tile_tokens; ++i) {
-                weights[i] = std::exp2(top_scores[i] * log2_e - state.maximum);
-                corrected[i] = std::exp2(scores[i] * log2_e - state.maximum);
-            }
-            state.maximum +=
-                sum_correction({top_scores, scores, weights, corrected}, tile_tokens, seen, state);
-        }
+        const bool corrected = integer_keys && exact_sum > 0.0f && is_finite(exact_sum);
+        const float wrong = corrected ? exact_sum / state.denominator : 1.0f;
+        state.denominator *= wrong;
+        for (std::size_t c = 0; c < values.channels; ++c)
+            sums[c] *= wrong;
         if (job.partials != nullptr) {
             float* partial = job.partials + r * job.partial_stride;
             partial[0] = state.maximum;

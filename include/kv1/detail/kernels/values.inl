@@ -15,7 +15,7 @@
 // Cost of the fast path: per line (16 channels x 32/b tokens) and row 8/b dot4. Per tile and row the exponential (7
 // multiplications, 4 others) and 13 operations around it, 17 where codes are few (few_codes).
 
-// 2^t for t <= 0, within 3 units of 2^-24. t = n + f with |f| <= 1/2. A polynomial for 2^f errs by 1.54 units at most
+// 2^t for t <= 0, within 3 units of 2^-24, and as well relative to the result up to t = 126. t = n + f with |f| <= 1/2. A polynomial for 2^f errs by 1.54 units at most
 // (minimax of degree 5 with constant term 1), and its rounding adds 1.2. The result is zero far below 2^-126.
 KV1_LAZY KV1_INLINE f32 exp2_nonpositive(f32 t) {
     const f32 clamped = xs::max(t, f32(exp2_zero_from));

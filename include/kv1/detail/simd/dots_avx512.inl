@@ -81,4 +81,16 @@ KV1_LAZY KV1_INLINE void split_pairs(const float* p, f32& even, f32& odd) {
     even = f32(_mm512_permutex2var_ps(a, places, b));
     odd = f32(_mm512_permutex2var_ps(a, _mm512_add_epi32(places, _mm512_set1_epi32(1)), b));
 }
+// Numbers `from` ... of x, each in a register's place.
+KV1_LAZY KV1_INLINE f32 numbers_at(f32 x, i32 from) {
+    return f32(_mm512_permutexvar_ps(__m512i(from), __m512(x)));
+}
+KV1_LAZY KV1_INLINE i32 numbers_at(i32 x, i32 from) {
+    return i32(_mm512_permutexvar_epi32(__m512i(from), __m512i(x)));
+}
+// Numbers 0 ... 255 as bytes: the first quarters of a, b, c and d, the second quarters, and so on.
+KV1_LAZY KV1_INLINE u32 pack_quarters(i32 a, i32 b, i32 c, i32 d) {
+    return u32(_mm512_packus_epi16(_mm512_packs_epi32(__m512i(a), __m512i(b)),
+                                   _mm512_packs_epi32(__m512i(c), __m512i(d))));
+}
 #endif

@@ -1,0 +1,348 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the driver does with a chunk: queries rounded, tiles listed, scores of keys with groups or by channel, what rows
+// see, sums of values with groups. Parsed once per target.
+
+KV1_LAZY KV1_INLINE float maximum_of(const float* scores, std::size_t slots, float start) {
+    f32 first(start), second(start); // that do not wait for each other
+    std::size_t i = 0;
+    for (; i + 4 * lanes <= slots; i += 4 * lanes) {
+        first = xs::max(first, xs::max(f32::load_aligned(scores + i), f32::load_aligned(scores + i + lanes)));
+        second = xs::max(second, xs::max(f32::load_aligned(scores + i + 2 * lanes),
+                                         f32::load_aligned(scores + i + 3 * lanes)));
+    }
+    for (; i < slots; i += lanes)
+        first = xs::max(first, f32::load_aligned(scores + i));
+    return xs::reduce_max(xs::max(first, second));
+}
+
+// Copies channels of one query row, in the order of a lane's bytes and their fields, into its runs among those of
+// `rows` rows.
+template <std::size_t Planes>
+KV1_INLINE void scatter_query(const std::int8_t* plain, std::size_t padded, std::int8_t* out,
+                              std::size_t rows) {
+    for (std::size_t first = 0; first < padded; first += 4 * Planes, out += rows * 4 * Planes)
+        KV1_UNROLL for (std::size_t f = 0; f < Planes; ++f) {
+            KV1_UNROLL for (std::size_t j = 0; j < 4; ++j) { out[f * 4 + j] = plain[first + j * Planes + f]; }
+        }
+}
+
+// The same where bytes have four fields: quarters of a register are the runs, with their bytes transposed.
+KV1_LAZY KV1_INLINE void scatter_query_by_4(const std::int8_t* plain, std::size_t padded, std::int8_t* out,
+                                            std::size_t rows) {
+    for (std::size_t first = 0; first < padded; first += 4 * lanes) {
+        const u32 runs =
+            transpose_bytes(u32::load_aligned(reinterpret_cast<const std::uint32_t*>(plain + first)));
+        std::uint32_t* to[lanes / 4];
+        alignas(16) std::uint32_t spare[4];
+        for (std::size_t q = 0; q < lanes / 4; ++q) {
+            const std::size_t channel = first + 16 * q;
+            to[q] = channel < padded ? reinterpret_cast<std::uint32_t*>(out + channel * rows) : spare;
+        }
+        store_quarters(runs, to);
+    }
+}
+
+// Rounds a query row to 8 bits for the fast path. Channels are reordered so that four consecutive bytes are multiplied
+// by the four bytes of a lane. codes: those of the row tile, by bit slice; the row is row r of `rows` rows in it.
+KV1_LAZY inline void round_query(const float* query, std::size_t padded, const format_traits& t,
+                                 std::int8_t* const (&codes)[2], std::size_t r, std::size_t rows,
+                                 float& scale, std::int32_t& sum) noexcept {
+    f32 largest(0.0f);
+    for (std::size_t i = 0; i < padded; i += lanes)
+        largest = xs::max(largest, xs::abs(f32::load_aligned(query + i)));
+    const float top = xs::reduce_max(largest);
+    scale = top / 127.0f;
+    const f32 inverse(top > 0.0f ? 127.0f / top : 0.0f);
+    alignas(64) std::int8_t plain[max_vector_length];
+    i32 total(0);
+    for (std::size_t i = 0; i < padded; i += lanes) {
+        const i32 code = rounded_codes(f32::load_aligned(query + i) * inverse);
+        total = total + code;
+        store_u8(xs::bitwise_cast<std::uint32_t>(code), reinterpret_cast<std::uint8_t*>(plain) + i);
+    }
+    sum = xs::reduce_add(total);
+    for (int p = 0; p < t.slice_count(); ++p)
+        switch (t.field_bits(p)) {
+        case 1:
+            scatter_query<8>(plain, padded, codes[p] + r * 32, rows);
+            break;
+        case 2:
+            scatter_query_by_4(plain, padded, codes[p] + r * 16, rows);
+            break;
+        case 4:
+            scatter_query<2>(plain, padded, codes[p] + r * 8, rows);
+            break;
+        case 8:
+            scatter_query<1>(plain, padded, codes[p] + r * 4, rows);
+            break;
+        }
+}
+
+// The tiles of tokens first ... last - 1, and tiles that complete their granules. token[k] is the first token of tile
+// k; no_token: the tile completes a granule. Precondition: first is a multiple of the granule within its page.
+struct chunk_tiles {
+    tile_ref tiles[max_chunk_tiles];
+    std::size_t token[max_chunk_tiles];
+    std::size_t count = 0;
+};
+
+KV1_LAZY inline void list_tiles(const attention_job& job, std::size_t granule, std::size_t first,
+                                std::size_t last, chunk_tiles& out) noexcept {
+    const std::size_t page_tokens = job.layout->page_tokens();
+    std::size_t index = first / page_tokens, in_page = first - index * page_tokens, count = 0;
+    while (first < last) {
+        const std::byte* page =
+            job.pages + static_cast<std::size_t>(job.block_table[index++]) * job.block_stride;
+        for (; in_page < page_tokens && first < last; in_page += tile_tokens, first += tile_tokens, ++count) {
+            out.tiles[count] = {page, in_page};
+            out.token[count] = first;
+        }
+        for (; in_page % granule != 0; in_page += tile_tokens, ++count) {
+            out.tiles[count] = out.tiles[count - 1];
+            out.token[count] = no_token;
+        }
+        in_page = 0;
+    }
+    out.count = count;
+}
+
+// A row sees the tokens first ... last - 1 that the mask shows.
+struct row_view {
+    std::size_t first, last;
+};
+
+KV1_LAZY inline row_view view_of(const attention_job& job, std::size_t row) noexcept {
+    const std::size_t token = (job.first_row + row) / job.head_group;
+    const std::size_t limit = job.visible_base + token * job.visible_step;
+    row_view v{job.first_visible, limit < job.last_token ? limit : job.last_token};
+    if (job.window != 0) {
+        const std::ptrdiff_t from = job.first_position + static_cast<std::ptrdiff_t>(token) + 1 -
+                                    static_cast<std::ptrdiff_t>(job.window);
+        if (from > static_cast<std::ptrdiff_t>(v.first))
+            v.first = static_cast<std::size_t>(from);
+    }
+    return v;
+}
+
+// Whether a mask shows all tokens of a tile. False is permitted if bytes are neither 0 nor 1.
+KV1_LAZY KV1_INLINE bool all_set(const std::uint8_t* mask) {
+    std::uint64_t low = 0, high = 0;
+    static_assert(tile_tokens == sizeof low + sizeof high);
+    std::memcpy(&low, mask, sizeof low);
+    std::memcpy(&high, mask + sizeof low, sizeof high);
+    return (low & high) == 0x0101010101010101u;
+}
+
+// Applies soft cap and position bias to a row's scores, and sets scores of tokens that the row does not see to
+// lowest_score.
+KV1_LAZY inline void adjust_scores(const attention_job& job, std::size_t row, const row_view& seen,
+                                   const chunk_tiles& chunk, float shift, float* scores) noexcept {
+    const std::size_t token = (job.first_row + row) / job.head_group,
+                      head = (job.first_row + row) % job.head_group;
+    if (job.soft_cap > 0.0f) {
+        const f32 cap(job.soft_cap), inverse(1.0f / job.soft_cap);
+        for (std::size_t i = 0; i < chunk.count * tile_tokens; i += lanes)
+            (cap * xs::tanh((f32::load_aligned(scores + i) + f32(shift)) * inverse))
+                .store_aligned(scores + i);
+    }
+    if (job.alibi_slopes != nullptr) {
+        alignas(64) float steps[tile_tokens];
+        for (std::size_t i = 0; i < tile_tokens; ++i)
+            steps[i] = static_cast<float>(i);
+        const f32 slope(job.alibi_slopes[head]);
+        for (std::size_t k = 0; k < chunk.count; ++k) {
+            const f32 distance(static_cast<float>(static_cast<std::ptrdiff_t>(chunk.token[k]) -
+                                                  job.first_position - static_cast<std::ptrdiff_t>(token)));
+            for (std::size_t i = 0; i < tile_tokens; i += lanes) {
+                float* at = scores + k * tile_tokens + i;
+                xs::fma(slope, distance + f32::load_aligned(steps + i), f32::load_aligned(at))
+                    .store_aligned(at);
+            }
+        }
+    }
+    if (job.slots != nullptr)
+        apply_slot_rules(*job.slots, token, job.first_head + head, seen.first, seen.last, chunk.token,
+                         chunk.count, scores);
+    for (std::size_t k = 0; k < chunk.count; ++k) {
+        const std::size_t first = chunk.token[k];
+        float* tile = scores + k * tile_tokens;
+        const bool inside = first != no_token && first >= seen.first && first + tile_tokens <= seen.last;
+        const bool masked = job.mask != nullptr && first + tile_tokens > job.mask_first;
+        if (inside && !masked)
+            continue;
+        const std::uint8_t* mask = job.mask == nullptr ? nullptr : job.mask + token * job.mask_stride;
+        if (inside && first >= job.mask_first && all_set(mask + (first - job.mask_first)))
+            continue;
+        for (std::size_t i = 0; i < tile_tokens; ++i) {
+            const std::size_t t = first + i;
+            if (first == no_token || t < seen.first || t >= seen.last ||
+                (mask != nullptr && t >= job.mask_first && mask[t - job.mask_first] == 0))
+                tile[i] = lowest_score;
+        }
+    }
+}
+
+// Scores of keys with groups of channels: the sum of the scores of all groups. q: queries of the first group, those of
+// the others behind it, [group][row]. own: room for the scores of one group.
+template <class Kernels>
+KV1_NOINLINE void add_group_scores(const Kernels& kernels, std::size_t mode, const chunk_view& view,
+                                   const query_rows& q, float* scores, float* own, float* tops) noexcept {
+    const std::size_t groups = view.layout->groups(), slots = view.count * tile_tokens;
+    for (std::size_t g = 0; g < groups; ++g) {
+        const section_layout keys = view.layout->group(g), next = fetched_with(view, g, groups);
+        const std::size_t row = g * q.rows, at = row * q.stride;
+        kernels.key_scores[mode](
+            {&keys, view.tiles, view.count, &next, view.next_tiles, view.next_count, view.next_share},
+            {q.rows,
+             q.stride,
+             q.values + at,
+             q.sums + row,
+             {q.codes[0] + at, q.codes[1] + at},
+             q.tables == nullptr ? nullptr : q.tables + 8 * at,
+             q.code_scales + row,
+             q.code_offsets + row},
+            g == 0 ? scores : own, tops);
+        for (std::size_t r = 0; g != 0 && r < q.rows; ++r)
+            for (std::size_t i = 0; i < slots; i += lanes) {
+                float* sum = scores + r * score_stride + i;
+                (f32::load_aligned(sum) + f32::load_aligned(own + r * score_stride + i)).store_aligned(sum);
+            }
+    }
+    for (std::size_t r = 0; r < q.rows; ++r)
+        tops[r] = maximum_of(scores + r * score_stride, slots, lowest_score);
+}
+
+// The slope and base of each channel of a page of keys per channel; zero past the channels.
+KV1_LAZY KV1_NOINLINE inline void load_channels(const section_layout& s, const std::byte* page,
+                                                std::size_t padded, float* slopes, float* bases) noexcept {
+    const auto* scales = reinterpret_cast<const std::uint16_t*>(page + s.scale_offset);
+    const auto* minima = reinterpret_cast<const std::uint16_t*>(page + s.minimum_offset);
+    const bool compact = s.traits().metadata == metadata_kind::compact;
+    std::size_t c = 0;
+    for (; c + lanes <= s.channels; c += lanes) {
+        f32 slope, base;
+        if (compact) {
+            decode_compact_words(load_u16(scales + c), s.traits().top_level(), slope, base);
+        } else {
+            slope = load_half(scales + c);
+            base = load_half(minima + c);
+        }
+        slope.store_aligned(slopes + c);
+        base.store_aligned(bases + c);
+    }
+    for (; c < s.channels; ++c) {
+        const affine_map p = decode_metadata(s.format, load_channel_metadata(s, page, c));
+        slopes[c] = p.slope;
+        bases[c] = p.base;
+    }
+    for (; c < padded; ++c)
+        slopes[c] = bases[c] = 0.0f;
+}
+
+// Prefetches metadata of the next pages.
+KV1_LAZY KV1_INLINE void prefetch_channels(const section_layout& s, const chunk_tiles& chunk) {
+    const std::byte* page = nullptr;
+    for (std::size_t k = 0; k < chunk.count; ++k) {
+        if (chunk.tiles[k].page == page)
+            continue;
+        page = chunk.tiles[k].page;
+        for (std::size_t at = 0; at < s.channels * sizeof(std::uint16_t); at += line_bytes) {
+            prefetch(page + s.scale_offset + at);
+            prefetch(page + s.minimum_offset + at);
+        }
+    }
+}
+
+// Scores of keys per channel. For each page, the query is multiplied by the page's scales, and the sum of the query
+// times the page's minima is added to the scores. Keys of a page that is not full are fp16 and take the query itself.
+// round_row(x, r) makes the codes of row r for the fast path, to which q refers.
+template <class Rounding>
+KV1_NOINLINE void add_page_scores(const attention_job& job, const chunk_tiles& chunk, const chunk_view& view,
+                                  const query_rows& q, const Rounding& round_row, std::size_t mode,
+                                  float* scores, float* tops) noexcept {
+    auto& scaled = job.scratch->scaled;
+    auto &slopes = job.scratch->slopes, &bases = job.scratch->bases;
+    float sums[max_rows], shifts[max_rows], own_tops[max_rows];
+    const section_layout& keys = *view.layout;
+    for (std::size_t r = 0; r < q.rows; ++r)
+        tops[r] = lowest_score;
+    for (std::size_t first = 0, last = 0; first < view.count; first = last) {
+        const std::byte* page = view.tiles[first].page;
+        while (last < view.count && view.tiles[last].page == page)
+            ++last;
+        const std::size_t fetched = view.next_count < last ? view.next_count : last;
+        chunk_view own{&keys,
+                       view.tiles + first,
+                       last - first,
+                       view.next_layout,
+                       view.next_tiles + first,
+                       fetched < first ? 0 : fetched - first,
+                       view.next_share};
+        float* at = scores + first * tile_tokens;
+        if (job.open_keys != nullptr && chunk.token[first] >= job.open_from) {
+            tile_ref open[max_chunk_tiles];
+            for (std::size_t k = first; k < last; ++k)
+                open[k - first] = {job.open_keys, view.tiles[k].token};
+            own.layout = &job.open_layout->keys();
+            own.tiles = open;
+            job.open_kernels->key_scores[mode](own, q, at, own_tops);
+            for (std::size_t r = 0; r < q.rows; ++r)
+                tops[r] = own_tops[r] > tops[r] ? own_tops[r] : tops[r];
+            continue;
+        }
+        load_channels(keys, page, q.stride, slopes, bases);
+        for (std::size_t r = 0; r < q.rows; ++r) {
+            f32 sum(0.0f), shift(0.0f);
+            for (std::size_t c = 0; c < q.stride; c += lanes) {
+                const f32 query = f32::load_aligned(q.values + r * q.stride + c);
+                const f32 times = query * f32::load_aligned(slopes + c);
+                times.store_aligned(scaled + r * q.stride + c);
+                sum = sum + times;
+                shift = xs::fma(query, f32::load_aligned(bases + c), shift);
+            }
+            sums[r] = xs::reduce_add(sum);
+            shifts[r] = xs::reduce_add(shift);
+            round_row(scaled + r * q.stride, r);
+        }
+        query_rows its = q;
+        its.values = scaled;
+        its.sums = sums;
+        job.key_kernels->key_scores[mode](own, its, at, own_tops);
+        for (std::size_t r = 0; r < q.rows; ++r) {
+            const f32 shift(shifts[r]);
+            for (std::size_t i = 0; i < own.count * tile_tokens; i += lanes) {
+                float* score = at + r * score_stride + i;
+                (f32::load_aligned(score) + shift).store_aligned(score);
+            }
+            const float top = own_tops[r] + shifts[r];
+            tops[r] = top > tops[r] ? top : tops[r];
+        }
+    }
+}
+
+// Sums of values with groups of channels, group by group. Each group takes the exponentials anew, from a copy of
+// `scores`, which it overwrites.
+template <class Kernels>
+KV1_NOINLINE void add_group_sums(const Kernels& kernels, std::size_t mode, const chunk_view& view,
+                                 const softmax_rows& w, float* scores, float* sums,
+                                 std::size_t stride) noexcept {
+    const std::size_t groups = view.layout->groups();
+    for (std::size_t g = 0; g < groups; ++g) {
+        const section_layout values = view.layout->group(g), next = fetched_with(view, g, groups);
+        float denominators[max_rows];
+        softmax_rows own = w;
+        if (g + 1 < groups) {
+            for (std::size_t r = 0; r < w.rows; ++r) {
+                std::memcpy(scores + r * score_stride, w.scores + r * score_stride,
+                            view.count * tile_tokens * sizeof(float));
+                denominators[r] = w.denominators[r];
+            }
+            own.scores = scores;
+            own.denominators = denominators;
+        }
+        kernels.value_sums[mode](
+            {&values, view.tiles, view.count, &next, view.next_tiles, view.next_count, view.next_share}, own,
+            sums + g * values.channels, stride);
+    }
+}
