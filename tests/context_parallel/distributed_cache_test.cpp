@@ -213,6 +213,19 @@ TEST_CASE("rank 0 alone may hold keys, values and queries", "[distributed]") {
             exercise(c, {.from = inputs::of_root, .join = join}, ++seed, 8);
 }
 
+TEST_CASE("queries that see far beyond their own tokens, under a sliding window", "[distributed]") {
+    kv1::cache_description d =
+        kv1::uniform_cache(1, layer(kv_format::affine2, kv_format::affine2, 5), capacity, page);
+    side_by_side both(d, {});
+    for (std::uint64_t seed = 1; seed <= 6; ++seed) { // some masks show everything
+        side_by_side::pair p = both.create(seed);
+        side_by_side::pair* const one = &p;
+        const std::size_t n = 140;
+        both.append_and_check({&one, 1}, 0, {&n, 1}, 0, {0, false, seed});
+        both.destroy(p);
+    }
+}
+
 TEST_CASE("joined in order of ranks, all ranks have the same bits, in every run", "[distributed]") {
     kv1::cache_description d =
         kv1::uniform_cache(1, layer(kv_format::affine2, kv_format::affine2), capacity, page);
