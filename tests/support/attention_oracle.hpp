@@ -243,14 +243,14 @@ struct weights {
     double maximum = 0.0;
 };
 
-inline weights softmax(const std::vector<double>& scores, const std::vector<double>& errors, double blocks) {
+inline weights softmax(const std::vector<double>& scores, const std::vector<double>& errors, double chunks) {
     weights r;
     r.maximum = *std::max_element(scores.begin(), scores.end());
     const double largest = *std::max_element(errors.begin(), errors.end());
     for (std::size_t t = 0; t < scores.size(); ++t) {
         r.w.push_back(std::exp(scores[t] - r.maximum));
         r.h.push_back(errors[t] + 1.25 * unit_roundoff * (r.maximum - scores[t] + errors[t] + largest) +
-                      1.01 * (blocks + 2) * (exp_error + unit_roundoff));
+                      1.01 * (chunks + 2) * (exp_error + unit_roundoff));
         r.sum += r.w[t];
         r.low += r.w[t] * std::exp(-r.h[t]);
         r.high += r.w[t] * std::exp(r.h[t]);
@@ -371,10 +371,10 @@ private:
 } // namespace oracle
 
 /// On the target in use. query: the row as given, widened to fp32; tokens: those it sees, ascending;
-/// block_starts: where chunks begin, whose weights are rounded together, ascending.
+/// chunk_starts: where chunks begin, whose weights are rounded together, ascending.
 inline expected_row expect_row(std::span<const float> query, float scale, const cached_side& keys,
                                const cached_side& values, std::span<const std::size_t> tokens,
-                               std::span<const std::size_t> block_starts, kv1::precision mode,
+                               std::span<const std::size_t> chunk_starts, kv1::precision mode,
                                const row_options& options = {}) {
     const std::size_t n = tokens.size(), d = keys.dim, channels = values.dim;
     expected_row r;
@@ -390,11 +390,11 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
             }
         return r;
     }
-    const auto block_of = [&](std::size_t t) {
-        return static_cast<std::size_t>(std::upper_bound(block_starts.begin(), block_starts.end(), t) -
-                                        block_starts.begin());
+    const auto chunk_of = [&](std::size_t t) {
+        return static_cast<std::size_t>(std::upper_bound(chunk_starts.begin(), chunk_starts.end(), t) -
+                                        chunk_starts.begin());
     };
-    const auto blocks = static_cast<double>(block_of(tokens.back()) + 2);
+    const auto chunks = static_cast<double>(chunk_of(tokens.back()) + 2);
     const bool fast_keys = mode == kv1::precision::fast && keys.coded;
     const bool fast_values = mode == kv1::precision::fast && values.coded;
 
@@ -530,13 +530,13 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
         }
         first = last;
     }
-    oracle::weights truth = oracle::softmax(scores, truth_rounding, blocks);
-    oracle::weights path = oracle::softmax(path_scores, path_rounding, blocks);
+    oracle::weights truth = oracle::softmax(scores, truth_rounding, chunks);
+    oracle::weights path = oracle::softmax(path_scores, path_rounding, chunks);
     const double truth_sink = oracle::add_sink_logit(
         options, truth, *std::max_element(truth_rounding.begin(), truth_rounding.end()));
     const double path_sink =
         oracle::add_sink_logit(options, path, *std::max_element(path_rounding.begin(), path_rounding.end()));
-    const double additions = static_cast<double>(n) + 3 * blocks + 8, g = gamma(additions);
+    const double additions = static_cast<double>(n) + 3 * chunks + 8, g = gamma(additions);
     oracle::bound_lse(truth, additions, r.truth);
     oracle::bound_lse(path, additions, r.path);
 
@@ -585,7 +585,7 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
         denominator_error += path.w[k] * std::expm1(path.h[k]);
     for (std::size_t first = 0; first < n;) {
         std::size_t last = first;
-        while (last < n && block_of(tokens[last]) == block_of(tokens[first]))
+        while (last < n && chunk_of(tokens[last]) == chunk_of(tokens[first]))
             ++last;
         for (std::size_t p = 0; p < values.groups; ++p) {
             double largest = 0.0, h = 0.0;

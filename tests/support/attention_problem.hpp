@@ -135,7 +135,7 @@ struct world {
     [[nodiscard]] std::size_t heads() const { return p.kv_heads * p.group; }
     /// Where ranges of tokens begin that are attended to apart, and chunks in them.
     struct starts {
-        std::vector<std::size_t> ranges, blocks;
+        std::vector<std::size_t> ranges, chunk_starts;
     };
     [[nodiscard]] starts starts_of() const {
         namespace detail = kv1::detail;
@@ -160,7 +160,7 @@ struct world {
             const std::size_t end = std::min(reach, begin + split.range_tokens);
             found.ranges.push_back(begin);
             for (std::size_t first = begin; first < end; first = detail::chunk_end(layout, first, end))
-                found.blocks.push_back(first);
+                found.chunk_starts.push_back(first);
         }
         return found;
     }
@@ -194,7 +194,7 @@ struct world {
                     for (std::size_t c = 0; c < p.key_dim; ++c)
                         q[c] = static_cast<float>(static_cast<Q>(queries[(i * heads() + h) * p.key_dim + c]));
                     rows[i * heads() + h] = expect_row(
-                        q, scale(), keys, values, seen, begin.blocks, mode,
+                        q, scale(), keys, values, seen, begin.chunk_starts, mode,
                         {.soft_cap = p.soft_cap,
                          .alibi_slope = p.alibi ? slopes[h] : 0.0f,
                          .position = static_cast<double>(position_of(p, i)),

@@ -377,7 +377,7 @@ public:
                     places.push_back(at);
                 }
                 std::vector<std::size_t>
-                    starts; // blocks of a page or more: more of them bound more roundings
+                    starts; // chunks of a page or more: more of them bound more roundings
                 for (std::size_t t = 0; t <= places.back(); t += description_.page_tokens)
                     starts.push_back(t);
                 row_options own = asked.options; // places count from the first token of the part
@@ -463,7 +463,7 @@ private:
     // vector in the turned basis is longer than what is read and twice the mean.
     static void allow_for_encodings(const kv1::layer_description& l, std::size_t head,
                                     std::span<const float> query, const cached_side& k, const cached_side& v,
-                                    std::size_t blocks, bounded_row& row) {
+                                    std::size_t chunks, bounded_row& row) {
         const auto longest = [&](const cached_side& side, const kv1::vector_encoding& e) {
             double most = 0.0;
             for (std::size_t at = 0; at < side.values.size(); at += side.dim)
@@ -488,7 +488,7 @@ private:
         }
         if (of_values != kv1::vector_encoding{})
             for (double& bound : row.out_bound)
-                bound += longest(v, of_values) * (gamma(tokens + 3 * static_cast<double>(blocks) + 12) +
+                bound += longest(v, of_values) * (gamma(tokens + 3 * static_cast<double>(chunks) + 12) +
                                                   2 * gamma(turns(of_values)) + gamma(2));
     }
 

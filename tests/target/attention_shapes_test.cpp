@@ -53,7 +53,7 @@ TEST_CASE("metadata by groups of channels are attended within bounds", "[attenti
                                 .key_group = 32,
                                 .value_group = 64}),
                   ++seed, t);
-    // one side alone; many groups; several blocks of weights, masks, everything that scores go through
+    // one side alone; many groups; several chunks, masks, everything that scores go through
     check({.key_dim = 128, .value_dim = 64, .group = 4, .tokens = 40, .key_group = 64}, ++seed, t);
     check({.key_dim = 64, .value_dim = 128, .group = 4, .tokens = 40, .value_group = 32}, ++seed, t);
     check({.key_dim = 576,
@@ -107,7 +107,7 @@ TEST_CASE("keys per channel are attended within bounds, with an open page and wi
                .value_format = dim == 20 ? fp16 : binary,
                .key_axis = per_channel},
               ++seed, t);
-    // several blocks of weights, ranges, and everything that scores go through
+    // several chunks, ranges, and everything that scores go through
     check({.key_dim = 32, .value_dim = 32, .group = 2, .tokens = 5000, .key_axis = per_channel}, ++seed, t);
     check({.key_dim = 64,
            .value_dim = 64,
@@ -248,7 +248,7 @@ TEST_CASE("a common offset of keys and values does not spoil the fast path", "[a
     KV1_REQUIRE_CLEAN(t);
 }
 
-TEST_CASE("blocks of weights cross pages of any size", "[attention]") {
+TEST_CASE("chunks cross pages of any size", "[attention]") {
     tally t;
     std::uint64_t seed = 950;
     for (const std::size_t page : {std::size_t{16}, std::size_t{48}, std::size_t{64}, std::size_t{1024}})

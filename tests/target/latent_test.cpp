@@ -112,7 +112,7 @@ void compare_with_values_apart(const kv1::layer_description& together, const sha
 } // namespace
 
 TEST_CASE("values in keys attend as the same values stored apart, bit for bit", "[attention][latent]") {
-    // tokens of one block, where blocks are shorter than those of values apart
+    // tokens of one chunk, where chunks are shorter than those of values apart
     for (const kv_format f : kv1::all_kv_formats) {
         for (const shape& s : {shape{1, 576, 512, 0, 30, 16, 9}, shape{2, 20, 13, 0, 100, 16, 4},
                                shape{1, 130, 130, 0, 60, 48, 3}, shape{1, 40, 16, 0, 700, 64, 2},
@@ -150,7 +150,7 @@ TEST_CASE("values in keys that are rotated, centred and fitted attend as values 
 
 TEST_CASE("attention over values in keys is within its bounds on every target", "[attention][latent]") {
     kv1_test::tally t;
-    // blocks shorter than 512 tokens, in formats of 4 bits and more
+    // chunks shorter than 512 tokens, in formats of 4 bits and more
     for (const kv_format f : kv1::all_kv_formats)
         kv1_test::check(kv1_test::in_format(f, {.key_dim = 288,
                                                 .value_dim = 256,

@@ -43,37 +43,37 @@ public:
     scratch_pool& operator=(const scratch_pool&) = delete;
     ~scratch_pool() {
         for (place& p : places_)
-            discard(p.block.load(std::memory_order_relaxed));
+            discard(p.piece.load(std::memory_order_relaxed));
     }
 
     // Allocates the first piece. False: no memory.
     [[nodiscard]] bool begin() noexcept {
-        void* block = make();
-        if (block != nullptr)
-            give(block);
-        return block != nullptr;
+        void* piece = make();
+        if (piece != nullptr)
+            give(piece);
+        return piece != nullptr;
     }
 
     // Takes a piece that nobody else has. Null: no memory. Thread-safe.
     [[nodiscard]] void* take() noexcept {
         const std::size_t own = own_place();
         for (std::size_t i = 0; i < places_.size(); ++i) {
-            std::atomic<void*>& at = places_[(own + i) % places_.size()].block;
+            std::atomic<void*>& at = places_[(own + i) % places_.size()].piece;
             if (at.load(std::memory_order_relaxed) != nullptr)
-                if (void* block = at.exchange(nullptr, std::memory_order_acquire))
-                    return block;
+                if (void* piece = at.exchange(nullptr, std::memory_order_acquire))
+                    return piece;
         }
         return make();
     }
-    void give(void* block) noexcept {
+    void give(void* piece) noexcept {
         const std::size_t own = own_place();
         for (std::size_t i = 0; i < places_.size(); ++i) {
             void* none = nullptr;
-            if (places_[(own + i) % places_.size()].block.compare_exchange_strong(
-                    none, block, std::memory_order_release, std::memory_order_relaxed))
+            if (places_[(own + i) % places_.size()].piece.compare_exchange_strong(
+                    none, piece, std::memory_order_release, std::memory_order_relaxed))
                 return;
         }
-        discard(block); // all places are taken
+        discard(piece); // all places are taken
     }
 
 private:
@@ -82,13 +82,13 @@ private:
     // A free piece lies in a place. Each place has a cache line of its own, so that threads that begin at
     // different places do not slow each other down.
     struct alignas(64) place {
-        std::atomic<void*> block{nullptr};
+        std::atomic<void*> piece{nullptr};
     };
 
     static void* make() noexcept {
         return ::operator new (piece_bytes, std::align_val_t{alignment}, std::nothrow);
     }
-    static void discard(void* block) noexcept { ::operator delete (block, std::align_val_t{alignment}); }
+    static void discard(void* piece) noexcept { ::operator delete (piece, std::align_val_t{alignment}); }
 
     // The place at which this thread begins to look. A thread finds the piece that it gave back, still in its
     // cache.

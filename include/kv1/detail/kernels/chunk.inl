@@ -281,11 +281,11 @@ KV1_NOINLINE void add_page_scores(const attention_job& job, const chunk_tiles& c
                        view.next_share};
         float* at = scores + first * tile_tokens;
         if (job.open_keys != nullptr && chunk.token[first] >= job.open_from) {
-            tile_ref open[max_chunk_tiles];
+            tile_ref open_tiles[max_chunk_tiles];
             for (std::size_t k = first; k < last; ++k)
-                open[k - first] = {job.open_keys, view.tiles[k].token};
+                open_tiles[k - first] = {job.open_keys, view.tiles[k].token};
             own.layout = &job.open_layout->keys();
-            own.tiles = open;
+            own.tiles = open_tiles;
             job.open_kernels->key_scores[mode](own, q, at, own_tops);
             for (std::size_t r = 0; r < q.rows; ++r)
                 tops[r] = own_tops[r] > tops[r] ? own_tops[r] : tops[r];

@@ -4,14 +4,14 @@
 //
 //   total[r][n] += (codes in the lanes of register n) . (8-bit numbers of row r), over the lines of one bit slice
 //
-// A byte holds 8 / Bits codes, so a register of a line is unpacked into as many registers with one code a byte. Here
-// they are called planes: at 2 bits, plane f has bits 2 f and 2 f + 1 of each byte. Plane f of line l meets the four
-// bytes of row r at ((l * R + r) * planes + f) * 4, broadcast to all lanes. R rows and N registers make R * N
+// A byte holds 8 / Bits codes, so a register of a line is unpacked into as many registers with one code a byte. At
+// 2 bits, unpacked register f has bits 2 f and 2 f + 1 of each byte. Unpacked register f of line l meets the four
+// bytes of row r at ((l * R + r) * unpacked + f) * 4, broadcast to all lanes. R rows and N registers make R * N
 // independent chains, enough to hide the latency of the dot product, and each broadcast serves N of them.
 //
 // Per line and N registers, with VNNI at 2 bits, R = N = 4: 64 vpdpbusd (ports FP0, FP1; one 512-bit a cycle), 12
 // shifts and 16 masks (FP1, FP2; any), 16 broadcasts and 4 loads (load ports): 112 operations in 64 cycles. So the dot
-// products alone set the pace. To mask without shifting saves nothing here, and needs accumulators for every plane.
+// products alone set the pace. To mask without shifting saves nothing here, and needs accumulators for all of them.
 
 // Into the second-level cache: two sections of a chunk and their scores do not fit the first.
 KV1_LAZY KV1_INLINE void prefetch(const void* p) {
@@ -50,16 +50,16 @@ struct value_walk {
 template <int Bits, bool Unsigned, int Top, std::size_t R, std::size_t N, class Walk, class Sum>
 KV1_INLINE void run_dots(const Walk& walk, std::size_t first, std::size_t last, const std::int8_t* rows,
                          Sum (&sum)[R][N]) {
-    constexpr std::size_t planes = 8 / Bits;
+    constexpr std::size_t unpacked = 8 / Bits;
     const u32 mask(((1u << Bits) - 1u) * 0x01010101u);
     for (std::size_t l = first; l < last; ++l) {
         u32 packed[N];
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
             packed[n] = u32::load_aligned(walk.line(l, n));
-            if (n % pieces == 0)
+            if (n % registers_per_line == 0)
                 prefetch(walk.ahead(l, n));
         }
-        KV1_UNROLL for (std::size_t f = 0; f < planes; ++f) {
+        KV1_UNROLL for (std::size_t f = 0; f < unpacked; ++f) {
             u32 codes[N];
             KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
                 codes[n] = f == 0 ? packed[n] : packed[n] >> (Bits * static_cast<int>(f));
@@ -70,7 +70,7 @@ KV1_INLINE void run_dots(const Walk& walk, std::size_t first, std::size_t last, 
             }
             KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
                 std::int32_t four;
-                std::memcpy(&four, rows + ((l * R + r) * planes + f) * 4, 4);
+                std::memcpy(&four, rows + ((l * R + r) * unpacked + f) * 4, 4);
                 const dot_row broadcast = dot_broadcast<Unsigned>(four);
                 KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
                     sum[r][n] = dot_add<Top, Unsigned>(sum[r][n], codes[n], broadcast);
@@ -85,13 +85,13 @@ template <int Bits, int Shift, bool Unsigned, int Top = (1 << Bits) - 1, std::si
           class Walk>
 KV1_INLINE void add_dots(const Walk& walk, std::size_t line_count, const std::int8_t* rows,
                          i32 (&total)[R][N]) {
-    constexpr std::size_t planes = 8 / Bits;
+    constexpr std::size_t unpacked = 8 / Bits;
     constexpr std::size_t limit = dot_limit<Top, Unsigned>;
     if constexpr (dot_sums_are_totals && Shift == 0) {
         // not both: they would not fit the registers
         run_dots<Bits, Unsigned, Top>(walk, 0, line_count, rows, total);
     } else {
-        constexpr std::size_t run = limit / planes; // lines between finishes
+        constexpr std::size_t run = limit / unpacked; // lines between finishes
         static_assert(run > 0);
         for (std::size_t first = 0; first < line_count;) {
             const std::size_t last = line_count - first < run ? line_count : first + run;

@@ -96,9 +96,10 @@ KV1_NOINLINE void transpose_codes(const std::uint32_t* const* from, std::size_t 
 }
 
 // Transposes sixteen rows of sixteen numbers.
-KV1_LAZY KV1_INLINE void transpose_rows(u32 (&x)[line_lanes][pieces]) {
-    u32 transposed[line_lanes][pieces];
-    KV1_UNROLL for (std::size_t a = 0; a < pieces; ++a) KV1_UNROLL for (std::size_t b = 0; b < pieces; ++b) {
+KV1_LAZY KV1_INLINE void transpose_rows(u32 (&x)[line_lanes][registers_per_line]) {
+    u32 transposed[line_lanes][registers_per_line];
+    KV1_UNROLL for (std::size_t a = 0; a < registers_per_line; ++a)
+        KV1_UNROLL for (std::size_t b = 0; b < registers_per_line; ++b) {
         f32 square[lanes];
         KV1_UNROLL for (std::size_t k = 0; k < lanes; ++k) square[k] =
             xs::bitwise_cast<float>(x[a * lanes + k][b]);
@@ -107,7 +108,7 @@ KV1_LAZY KV1_INLINE void transpose_rows(u32 (&x)[line_lanes][pieces]) {
             xs::bitwise_cast<std::uint32_t>(square[k]);
     }
     KV1_UNROLL for (std::size_t k = 0; k < line_lanes; ++k)
-        KV1_UNROLL for (std::size_t p = 0; p < pieces; ++p) x[k][p] = transposed[k][p];
+        KV1_UNROLL for (std::size_t p = 0; p < registers_per_line; ++p) x[k][p] = transposed[k][p];
 }
 
 template <int Bits>
@@ -116,15 +117,16 @@ KV1_NOINLINE void transpose_plain(const std::uint32_t* const* from, std::size_t 
     constexpr std::size_t fields = 32 / Bits;
     for (std::size_t k = 0; k < tiles; ++k)
         for (std::size_t first = 0; first < lines; first += line_lanes) {
-            u32 x[line_lanes][pieces]; // row t, lane i: channels fields (first + i) ... of token t
+            u32 x[line_lanes]
+                 [registers_per_line]; // row t, lane i: channels fields (first + i) ... of token t
             KV1_UNROLL for (std::size_t i = 0; i < line_lanes; ++i)
-                KV1_UNROLL for (std::size_t p = 0; p < pieces; ++p) x[i][p] =
+                KV1_UNROLL for (std::size_t p = 0; p < registers_per_line; ++p) x[i][p] =
                     first + i < lines ? u32::load_aligned(from[k] + (first + i) * line_lanes + p * lanes)
                                       : u32(0);
             transpose_rows(x);
             KV1_UNROLL for (std::size_t t = 0; t < tile_tokens; t += fields) {
                 const transposed_line line{to + (k * tile_tokens + t) / fields * line_lanes, unit, units};
-                KV1_UNROLL for (std::size_t p = 0; p < pieces; ++p) {
+                KV1_UNROLL for (std::size_t p = 0; p < registers_per_line; ++p) {
                     const auto lane_of = [&](std::size_t q) { return first + p * lanes + 4 * q; };
                     if constexpr (fields == 1) {
                         line.store(x[t][p], lane_of);

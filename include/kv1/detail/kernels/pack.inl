@@ -131,7 +131,7 @@ KV1_LAZY inline void insert_codes(const section_layout& s, std::byte* page, std:
             const u32 keep(~(field_mask(part.bits) << at.shift));
             auto* lane = reinterpret_cast<std::uint32_t*>(section) + at.lane;
             for (std::size_t c = 0; c < s.channels; c += line_lanes, lane += s.unit_lines() * line_lanes)
-                for (std::size_t k = 0; k < pieces; ++k) {
+                for (std::size_t k = 0; k < registers_per_line; ++k) {
                     const u32 old = u32::load_aligned(lane + k * lanes);
                     ((old & keep) | (load_u8(source + c + k * lanes) << at.shift))
                         .store_aligned(lane + k * lanes);

@@ -147,11 +147,11 @@ KV1_LAZY inline encode_result encode_scaled_binary(const float* x, std::size_t n
                                                    std::uint8_t* codes) noexcept {
     if (!range_of(x, n).finite)
         return refuse_non_finite(x, n);
-    f32 sums[pieces]; // 16 partial sums, the definition's order on any lane count
-    for (std::size_t k = 0; k < pieces; ++k)
+    f32 sums[registers_per_line]; // 16 partial sums, the definition's order on any lane count
+    for (std::size_t k = 0; k < registers_per_line; ++k)
         sums[k] = f32(0.0f);
     for (std::size_t i = 0; i < n; i += line_lanes) {
-        for (std::size_t k = 0; k < pieces; ++k) {
+        for (std::size_t k = 0; k < registers_per_line; ++k) {
             const std::size_t at = i + k * lanes;
             if (at + lanes <= n) {
                 sums[k] = sum_of(sums[k], xs::abs(f32::load_unaligned(x + at)));
@@ -164,7 +164,7 @@ KV1_LAZY inline encode_result encode_scaled_binary(const float* x, std::size_t n
         }
     }
     alignas(64) std::array<float, line_lanes> partial;
-    for (std::size_t k = 0; k < pieces; ++k)
+    for (std::size_t k = 0; k < registers_per_line; ++k)
         sums[k].store_aligned(partial.data() + k * lanes);
     const float mean = add_pairwise(partial) / static_cast<float>(n);
     const row_metadata stored{float_to_half(mean > smallest_scale ? mean : smallest_scale), 0};

@@ -10,7 +10,7 @@
 namespace kv1::inline KV1_ABI::detail {
 
 #if KV1_HAS_BASELINE_SIMD
-using baseline_tables = baseline::best_tables;
+using baseline_tables = baseline::pair_tables;
 #else
 using baseline_tables = scalar::tables;
 #endif
@@ -39,7 +39,7 @@ decltype(auto) with_tables(target t, F&& f) noexcept {
     case target::avx512_vnni:
         return f(avx512_vnni::tables{});
     case target::avx512_vbmi:
-        return f(avx512_vnni::best_tables{});
+        return f(avx512_vnni::pair_tables{});
     }
 #endif
     return f(scalar::tables{});

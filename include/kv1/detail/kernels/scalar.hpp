@@ -369,13 +369,13 @@ inline void channel_scores(const attention_job& job, std::span<const float> quer
     auto& scaled = job.scratch->scaled;
     auto& codes = job.scratch->codes[1];
     for (std::size_t k = 0; k < count; ++k) { // tile by tile, for simplicity's sake
-        const bool open = job.open_keys != nullptr && first + k * tile_tokens >= job.open_from;
-        const tile_ref tile{open ? job.open_keys : tiles[k].page, tiles[k].token};
+        const bool is_open = job.open_keys != nullptr && first + k * tile_tokens >= job.open_from;
+        const tile_ref tile{is_open ? job.open_keys : tiles[k].page, tiles[k].token};
         float shift = 0.0f;
         for (std::size_t c = 0; c < query.size(); ++c) {
             const affine_map p =
-                open ? affine_map{1.0f, 0.0f}
-                     : decode_metadata(keys.format, load_channel_metadata(keys, tile.page, c));
+                is_open ? affine_map{1.0f, 0.0f}
+                        : decode_metadata(keys.format, load_channel_metadata(keys, tile.page, c));
             scaled[c] = query[c] * p.slope;
             shift += query[c] * p.base;
         }
@@ -383,8 +383,8 @@ inline void channel_scores(const attention_job& job, std::span<const float> quer
         for (std::size_t c = 0; c < query.size(); ++c)
             sum += scaled[c];
         const float step = round_query({scaled, query.size()}, codes);
-        const section_layout& layout = open ? job.open_layout->keys() : keys;
-        (open ? job.open_kernels : job.key_kernels)
+        const section_layout& layout = is_open ? job.open_layout->keys() : keys;
+        (is_open ? job.open_kernels : job.key_kernels)
             ->key_scores[mode]({&layout, &tile, 1, nullptr, nullptr, 0, 0},
                                {1, query.size(), scaled, &sum, {codes, codes}, nullptr, &step, nullptr},
                                scores + k * tile_tokens, nullptr);

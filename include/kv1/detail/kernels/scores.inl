@@ -3,7 +3,7 @@
 // Scores of query rows against the keys of a chunk of tokens. Parsed once per target. pairs.inl has another way to
 // take the dot products, for keys of 2 bits with AVX-512 VBMI.
 //
-// A line of K has 16 tokens, one a lane, and fills `pieces` registers: one with AVX-512, two with AVX2. A chain of dot
+// A line of K has 16 tokens, one a lane, and fills `registers_per_line` registers: one with AVX-512, two with AVX2. A chain of dot
 // products over the channels ends with one score in each lane. A decoded key is k = slope * c + base, with levels c. z
 // is the middle of the levels: 3/2 at 2 bits. A query is rounded to q ~ step * i, with i in 8 bits. Then
 //
@@ -38,11 +38,11 @@ KV1_LAZY KV1_NOINLINE inline void plain_slots(const chunk_view& view, affine_slo
 }
 
 // Slope and base from the compact words of a tile.
-KV1_LAZY KV1_INLINE void decode_compact_words(u32 pair, int top_level, f32& slope, f32& base) {
+KV1_LAZY KV1_INLINE void decode_compact_words(u32 word, int top_level, f32& slope, f32& base) {
     const f32 steps(static_cast<float>(top_level) / 128.0f);
-    const i32 magnitude = xs::bitwise_cast<std::int32_t>(pair & u32(compact_word::largest_offset));
-    const i32 sign = i32(0) - xs::bitwise_cast<std::int32_t>(pair >> 15);
-    slope = half_to_float(pair & u32(compact_word::scale_mask));
+    const i32 magnitude = xs::bitwise_cast<std::int32_t>(word & u32(compact_word::largest_offset));
+    const i32 sign = i32(0) - xs::bitwise_cast<std::int32_t>(word >> 15);
+    slope = half_to_float(word & u32(compact_word::scale_mask));
     base = slope * (xs::to_float(((magnitude ^ sign) - sign) - i32(64)) * steps);
 }
 
@@ -136,7 +136,7 @@ struct score_rows {
     float scale[R], offset[R], sum[R];
 };
 
-// Computes the scores of R rows for N registers of tokens, from register `at` of the chunk on. A tile has `pieces`
+// Computes the scores of R rows for N registers of tokens, from register `at` of the chunk on. A tile has `registers_per_line`
 // registers.
 template <class Format, std::size_t R, std::size_t N, class Dots>
 KV1_INLINE void fast_score_step(const chunk_view& view, const section_layout& s,
@@ -145,10 +145,11 @@ KV1_INLINE void fast_score_step(const chunk_view& view, const section_layout& s,
     constexpr auto top_level = static_cast<float>(traits_of(kv_format_of<Format>).top_level());
     key_walk<N> walk;
     KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
-        const std::size_t tile = (at + n) / pieces;
+        const std::size_t tile = (at + n) / registers_per_line;
         const tile_ref& ref = view.tiles[tile];
         walk.first[n] = reinterpret_cast<const std::uint32_t*>(ref.page + s.offset) +
-                        ref.token / tile_tokens * s.unit_lines() * line_lanes + (at + n) % pieces * lanes;
+                        ref.token / tile_tokens * s.unit_lines() * line_lanes +
+                        (at + n) % registers_per_line * lanes;
         walk.next[n] =
             tile < view.next_count ? share_of(view, tile) : reinterpret_cast<const std::byte*>(walk.first[n]);
     }
@@ -158,11 +159,12 @@ KV1_INLINE void fast_score_step(const chunk_view& view, const section_layout& s,
     }
     dots.template add<Format>(walk, s, total);
     KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
-        if ((at + n) % pieces == 0)
-            prefetch_metadata(view, (at + n) / pieces);
+        if ((at + n) % registers_per_line == 0)
+            prefetch_metadata(view, (at + n) / registers_per_line);
         f32 slope, base;
-        const tile_ref& ref = view.tiles[(at + n) / pieces];
-        metadata.load(s, (at + n) * lanes, ref.page, ref.token + (at + n) % pieces * lanes, slope, base);
+        const tile_ref& ref = view.tiles[(at + n) / registers_per_line];
+        metadata.load(s, (at + n) * lanes, ref.page, ref.token + (at + n) % registers_per_line * lanes, slope,
+                      base);
         const f32 centre = xs::fma(slope, f32(0.5f * top_level), base);
         KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
             const f32 dot = xs::fma(xs::to_float(total[r][n]), f32(q.scale[r]), f32(q.offset[r]));
@@ -190,7 +192,7 @@ inline void fast_scores(const chunk_view& chunk, const chunk_metadata<Format>& k
     scores += row * score_stride;
     f32 top[R];
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r) { top[r] = f32(lowest_score); }
-    const std::size_t end = view.count * pieces;
+    const std::size_t end = view.count * registers_per_line;
     std::size_t at = 0;
     for (; at + at_once <= end; at += at_once)
         fast_score_step<Format, R, at_once>(view, layout, metadata, dots, rows, at, scores, top);
@@ -264,15 +266,16 @@ KV1_INLINE void exact_score_step(const chunk_view& view, const chunk_metadata<Fo
     const std::byte* next[N];
     f32 slope[N], base[N], sum[R][N];
     KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
-        const std::size_t tile = (at + n) / pieces;
+        const std::size_t tile = (at + n) / registers_per_line;
         const tile_ref& ref = view.tiles[tile];
         first[n] = reinterpret_cast<const std::uint32_t*>(ref.page + s.offset) +
-                   ref.token / tile_tokens * s.unit_lines() * line_lanes + (at + n) % pieces * lanes;
+                   ref.token / tile_tokens * s.unit_lines() * line_lanes +
+                   (at + n) % registers_per_line * lanes;
         next[n] =
             tile < view.next_count ? share_of(view, tile) : reinterpret_cast<const std::byte*>(first[n]);
-        metadata.load(s, (at + n) * lanes, ref.page, ref.token + (at + n) % pieces * lanes, slope[n],
-                      base[n]);
-        if ((at + n) % pieces == 0)
+        metadata.load(s, (at + n) * lanes, ref.page, ref.token + (at + n) % registers_per_line * lanes,
+                      slope[n], base[n]);
+        if ((at + n) % registers_per_line == 0)
             prefetch_metadata(view, tile);
         KV1_UNROLL for (std::size_t r = 0; r < R; ++r) { sum[r][n] = f32(0.0f); }
     }
@@ -281,7 +284,7 @@ KV1_INLINE void exact_score_step(const chunk_view& view, const chunk_metadata<Fo
         reader lane[N];
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
             lane[n].load(first[n], s.second_slice(), run);
-            if (n % pieces == 0)
+            if (n % registers_per_line == 0)
                 prefetch(next[n] + run * reader::lines0 * line_bytes);
         }
         KV1_UNROLL for (std::size_t i = 0; i < reader::fields; ++i) {
@@ -311,12 +314,12 @@ inline void exact_scores(const chunk_view& view, const chunk_metadata<Format>& m
     f32 top[R];
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r) { top[r] = f32(lowest_score); }
     constexpr std::size_t at_once = exact_registers<Format>;
-    static_assert(pieces % at_once == 0 || at_once == 2);
-    const std::size_t end = view.count * pieces;
+    static_assert(registers_per_line % at_once == 0 || at_once == 2);
+    const std::size_t end = view.count * registers_per_line;
     std::size_t at = 0;
     for (; at + at_once <= end; at += at_once)
         exact_score_step<Format, R, at_once>(view, metadata, q, row, at, scores, top);
-    if constexpr (pieces % at_once != 0)
+    if constexpr (registers_per_line % at_once != 0)
         for (; at < end; ++at)
             exact_score_step<Format, R, 1>(view, metadata, q, row, at, scores, top);
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r) { tops[row + r] = xs::reduce_max(top[r]); }

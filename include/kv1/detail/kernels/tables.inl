@@ -30,7 +30,7 @@ inline const format_kernels& kernels_for() noexcept {
 
 // The tables with keys of 2 bits by channel pairs, on targets that can do that.
 #if defined(KV1_ISA_PAIRS)
-KV1_LAZY const target_kernels& best_kernels() noexcept {
+KV1_LAZY const target_kernels& pair_kernels() noexcept {
     static constexpr target_kernels table{
         load_floats, store_floats, store_outputs, encode_affine,  encode_scaled_binary, encode_binary,
         pack,        unpack,       insert_codes,  append_affine2, encode_vectors,       add_multiples,
@@ -39,12 +39,12 @@ KV1_LAZY const target_kernels& best_kernels() noexcept {
 }
 
 template <class Format>
-inline const format_kernels& best_kernels_for() noexcept {
+inline const format_kernels& pair_kernels_for() noexcept {
     using shared = typename kernel_format<Format>::type;
     if constexpr (!takes_pairs(traits_of(kv_format_of<Format>))) {
         return kernels_for<Format>();
     } else if constexpr (!std::is_same_v<Format, shared>) {
-        return best_kernels_for<shared>();
+        return pair_kernels_for<shared>();
     } else {
         static constexpr format_kernels table{{key_scores_fast<Format, pair_dots>, key_scores_exact<Format>},
                                               {value_sums_fast<Format>, value_sums_exact<Format>}};
@@ -52,9 +52,9 @@ inline const format_kernels& best_kernels_for() noexcept {
     }
 }
 #else
-KV1_LAZY const target_kernels& best_kernels() noexcept { return kernels(); }
+KV1_LAZY const target_kernels& pair_kernels() noexcept { return kernels(); }
 template <class Format>
-inline const format_kernels& best_kernels_for() noexcept {
+inline const format_kernels& pair_kernels_for() noexcept {
     return kernels_for<Format>();
 }
 #endif
@@ -67,10 +67,10 @@ struct tables {
         return kernels_for<Format>();
     }
 };
-struct best_tables {
-    KV1_LAZY static const target_kernels& common() noexcept { return best_kernels(); }
+struct pair_tables {
+    KV1_LAZY static const target_kernels& common() noexcept { return pair_kernels(); }
     template <class Format>
     static const format_kernels& of_format() noexcept {
-        return best_kernels_for<Format>();
+        return pair_kernels_for<Format>();
     }
 };

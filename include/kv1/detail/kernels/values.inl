@@ -3,7 +3,7 @@
 // Softmax weights from the scores of a chunk, and sums of its values by these weights. Parsed once per target, after
 // scores.inl.
 //
-// A line of V has 16 channels, one a lane, and fills `pieces` registers. A lane's fields are tokens. A decoded value
+// A line of V has 16 channels, one a lane, and fills `registers_per_line` registers. A lane's fields are tokens. A decoded value
 // is v = slope * c + base, with levels c. z is the middle of the levels: 3/2 at 2 bits. Softmax gives a token the
 // weight p. The product p * slope is rounded to step * i: one step for each row and chunk, and i a byte
 // (weight_codes.hpp). Then
@@ -74,7 +74,7 @@ KV1_INLINE void round_weights(const chunk_view& view, const chunk_metadata<Forma
     for (std::size_t k = 0; k < view.count; ++k) {
         const tile_ref& ref = view.tiles[k];
         prefetch_metadata(view, k);
-        KV1_UNROLL for (std::size_t i = 0; i < pieces; ++i) {
+        KV1_UNROLL for (std::size_t i = 0; i < registers_per_line; ++i) {
             f32 slope, base;
             metadata.load(*view.layout, k * tile_tokens + i * lanes, ref.page, ref.token + i * lanes, slope,
                           base);
@@ -91,7 +91,7 @@ KV1_INLINE void round_weights(const chunk_view& view, const chunk_metadata<Forma
             }
         }
     }
-    f32 inverse[R], gain[R], carry[R][pieces];
+    f32 inverse[R], gain[R], carry[R][registers_per_line];
     i32 code_sum[R];
     float total[R];
     bool few = false;
@@ -106,11 +106,11 @@ KV1_INLINE void round_weights(const chunk_view& view, const chunk_metadata<Forma
         const bool its_few = total[r] * steps < few_codes;
         few = few || its_few;
         gain[r] = f32(its_few ? 0.5f : 0.0f);
-        KV1_UNROLL for (std::size_t i = 0; i < pieces; ++i) {
+        KV1_UNROLL for (std::size_t i = 0; i < registers_per_line; ++i) {
             carry[r][i] = its_few ? f32::load_aligned(weight_carries.at + i * lanes) : f32(0.0f);
         }
     }
-    const auto store = [&](const i32(&code)[pieces], std::size_t k, std::size_t r) {
+    const auto store = [&](const i32(&code)[registers_per_line], std::size_t k, std::size_t r) {
         alignas(16) std::uint8_t codes[tile_tokens];
         store_line_u8(code, codes);
         store_weight_codes<t.slices[0].bits, R>(codes, k, r, out.codes[0]);
@@ -120,8 +120,8 @@ KV1_INLINE void round_weights(const chunk_view& view, const chunk_metadata<Forma
     for (std::size_t k = 0; k < view.count && !few; ++k) {
         KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
             const float* at = scores + r * score_stride + k * tile_tokens;
-            i32 code[pieces];
-            KV1_UNROLL for (std::size_t i = 0; i < pieces; ++i) {
+            i32 code[registers_per_line];
+            KV1_UNROLL for (std::size_t i = 0; i < registers_per_line; ++i) {
                 code[i] = round_to_int(f32::load_aligned(at + i * lanes) * inverse[r]);
                 code_sum[r] = code_sum[r] + code[i];
             }
@@ -131,8 +131,8 @@ KV1_INLINE void round_weights(const chunk_view& view, const chunk_metadata<Forma
     for (std::size_t k = 0; k < view.count && few; ++k) {
         KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
             const float* at = scores + r * score_stride + k * tile_tokens;
-            i32 code[pieces];
-            KV1_UNROLL for (std::size_t i = 0; i < pieces; ++i) {
+            i32 code[registers_per_line];
+            KV1_UNROLL for (std::size_t i = 0; i < registers_per_line; ++i) {
                 const f32 wanted = xs::fma(f32::load_aligned(at + i * lanes), inverse[r], carry[r][i]);
                 code[i] = round_to_int(wanted);
                 carry[r][i] = gain[r] * (carry[r][i] + (wanted - xs::to_float(code[i])));
@@ -290,7 +290,7 @@ KV1_INLINE void exact_sum_step(const chunk_view& view, const affine_slots& affin
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
             lane[n].load(reinterpret_cast<const std::uint32_t*>(ref.page + offset[n]), s.slice_lines(0),
                          (ref.token + slot % tile_tokens) / reader::fields);
-            if (n % pieces == 0)
+            if (n % registers_per_line == 0)
                 prefetch(next + next_offset + (channel + n * lanes) / line_lanes * line_bytes);
         }
         KV1_UNROLL for (std::size_t i = 0; i < reader::fields; ++i) {
@@ -324,7 +324,7 @@ inline void exact_sums(const chunk_view& view, const affine_slots& affine, const
     constexpr std::size_t at_once = exact_registers<Format>;
     for (; channel + at_once * lanes <= channels; channel += at_once * lanes)
         exact_sum_step<Format, R, at_once>(view, affine, w, row, channel, sums, sum_stride);
-    if constexpr (pieces % at_once != 0)
+    if constexpr (registers_per_line % at_once != 0)
         for (; channel < channels; channel += lanes)
             exact_sum_step<Format, R, 1>(view, affine, w, row, channel, sums, sum_stride);
 }

@@ -7,7 +7,7 @@ using f32 = xs::batch<float, arch>;
 using i32 = xs::batch<std::int32_t, arch>;
 using u32 = xs::batch<std::uint32_t, arch>;
 inline constexpr std::size_t lanes = 16;
-inline constexpr std::size_t pieces = line_lanes / lanes;
+inline constexpr std::size_t registers_per_line = line_lanes / lanes;
 inline constexpr bool many_registers = true;
 
 KV1_LAZY KV1_INLINE u32 load_u16(const std::uint16_t* p) {
@@ -30,7 +30,7 @@ KV1_LAZY KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
 }
 // Stores sixteen numbers 0 ... 255 as bytes, in one store: they are loaded again at once, in pieces of another size,
 // and several small stores would not forward to such a load.
-KV1_LAZY KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) {
+KV1_LAZY KV1_INLINE void store_line_u8(const i32 (&x)[registers_per_line], std::uint8_t* p) {
     store_u8(xs::bitwise_cast<std::uint32_t>(x[0]), p);
 }
 // A square of lanes x lanes numbers: pairs of numbers, pairs of pairs, then quarters of registers change places.

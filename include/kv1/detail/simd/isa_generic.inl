@@ -7,7 +7,7 @@ using f32 = xs::batch<float, arch>;
 using i32 = xs::batch<std::int32_t, arch>;
 using u32 = xs::batch<std::uint32_t, arch>;
 inline constexpr std::size_t lanes = f32::size;
-inline constexpr std::size_t pieces = line_lanes / lanes; // registers of a 64-byte line
+inline constexpr std::size_t registers_per_line = line_lanes / lanes; // registers of a 64-byte line
 inline constexpr bool many_registers = false;
 
 using dot_row = i32; // four 8-bit numbers of a row, for every lane
@@ -86,8 +86,8 @@ KV1_LAZY KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
         p[i] = static_cast<std::uint8_t>(wide[i]);
 }
 // Stores sixteen numbers 0 ... 255 as bytes.
-KV1_LAZY KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) {
-    for (std::size_t i = 0; i < pieces; ++i)
+KV1_LAZY KV1_INLINE void store_line_u8(const i32 (&x)[registers_per_line], std::uint8_t* p) {
+    for (std::size_t i = 0; i < registers_per_line; ++i)
         store_u8(xs::bitwise_cast<std::uint32_t>(x[i]), p + i * lanes);
 }
 // A quarter is four numbers of a line. load_quarters() and store_quarters() move a register from and to quarters at

@@ -7,7 +7,7 @@ using f32 = xs::batch<float, arch>;
 using i32 = xs::batch<std::int32_t, arch>;
 using u32 = xs::batch<std::uint32_t, arch>;
 inline constexpr std::size_t lanes = 4;
-inline constexpr std::size_t pieces = line_lanes / lanes;
+inline constexpr std::size_t registers_per_line = line_lanes / lanes;
 inline constexpr bool many_registers = KV1_ISA_DOTPROD != 0;
 
 using dot_row = int8x16_t; // four 8-bit numbers of a row, for every lane
@@ -94,7 +94,7 @@ KV1_LAZY KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
 }
 // Stores sixteen numbers 0 ... 255 as bytes, in one store: they are loaded again at once, in pieces of another size,
 // and several small stores would not forward to such a load.
-KV1_LAZY KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) {
+KV1_LAZY KV1_INLINE void store_line_u8(const i32 (&x)[registers_per_line], std::uint8_t* p) {
     const auto words = [](i32 a, i32 b) {
         return vcombine_u16(vmovn_u32(vreinterpretq_u32_s32(a)), vmovn_u32(vreinterpretq_u32_s32(b)));
     };

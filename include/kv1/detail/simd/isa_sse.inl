@@ -7,7 +7,7 @@ using f32 = xs::batch<float, arch>;
 using i32 = xs::batch<std::int32_t, arch>;
 using u32 = xs::batch<std::uint32_t, arch>;
 inline constexpr std::size_t lanes = 4;
-inline constexpr std::size_t pieces = line_lanes / lanes;
+inline constexpr std::size_t registers_per_line = line_lanes / lanes;
 inline constexpr bool many_registers = false;
 
 #if KV1_ISA_SSE41
@@ -123,7 +123,7 @@ KV1_LAZY KV1_INLINE void store_u8(u32 x, std::uint8_t* p) {
 }
 // Stores sixteen numbers 0 ... 255 as bytes, in one store: they are loaded again at once, in pieces of another size,
 // and several small stores would not forward to such a load.
-KV1_LAZY KV1_INLINE void store_line_u8(const i32 (&x)[pieces], std::uint8_t* p) {
+KV1_LAZY KV1_INLINE void store_line_u8(const i32 (&x)[registers_per_line], std::uint8_t* p) {
     const __m128i low = _mm_packs_epi32(__m128i(x[0]), __m128i(x[1])),
                   high = _mm_packs_epi32(__m128i(x[2]), __m128i(x[3]));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(low, high));

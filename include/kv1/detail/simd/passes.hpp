@@ -12,7 +12,7 @@
 // AVX-512: its include guards and settings are forgotten in between. The SSE4.1 target shares the baseline's
 // xsimd, the AVX-VNNI target that of AVX2, the AVX-512 VNNI target that of AVX-512; each has its own region.
 // The VNNI targets share their kernels without dot products, too. AVX-512 VBMI has no region: its kernels are
-// those of AVX-512 VNNI that take keys by channel pairs (kernels/pairs.inl; best_tables in kernels/tables.inl).
+// those of AVX-512 VNNI that take keys by channel pairs (kernels/pairs.inl; pair_tables in kernels/tables.inl).
 // g++ and clang attach a region's target to the functions and templates that are defined in it; tests/codegen
 // checks the outcome on object files.
 //
