@@ -2,7 +2,7 @@
 //
 // The program README shows; a test compares the two.
 
-#include <kv1/hadamard.hpp>
+#include <kv1/cache_policy.hpp>
 #include <kv1/kv_cache.hpp>
 
 #include <iostream>
@@ -11,16 +11,10 @@
 int main() {
     constexpr std::size_t layers = 4, kv_heads = 8, heads = 32, head_dim = 128;
 
-    // Keys in three bits, values in two: rotated, then with the levels that fit each vector best.
-    kv1::layer_description layer{kv_heads, head_dim, head_dim, kv1::kv_format::compact3,
-                                 kv1::kv_format::compact2};
-    layer.key_encoding = layer.value_encoding = {.levels = kv1::level_choice::least_squares,
-                                                 .hadamard = kv1::rotation_width(head_dim)};
-    kv1::cache_description shape = kv1::uniform_cache(layers, layer, 4096); // room for 4,096 tokens
-    // The first 4 tokens and the newest 32 stay in fp16, too.
-    shape.fp16_sinks = 4;
-    shape.fp16_window = 32;
-    kv1::kv_cache cache(shape);
+    // Keys in three bits, values in two. The first 4 tokens and the newest 32 stay in fp16, too.
+    const kv1::cache_policy policy = kv1::parse_policy("c3+ls+had,c2+ls+had@4:32");
+    const kv1::cache_description shape = kv1::uniform_cache(layers, {kv_heads, head_dim, head_dim}, 4096);
+    kv1::kv_cache cache(kv1::describe_cache(policy, shape)); // room for 4,096 tokens
     const kv1::sequence_id sequence = cache.create_sequence();
 
     std::vector<float> k(kv_heads * head_dim), v(k.size()), q(heads * head_dim), out(q.size());

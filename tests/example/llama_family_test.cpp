@@ -7,6 +7,7 @@
 #include "json_file.hpp"
 #include "llama_family.hpp"
 #include "model.hpp"
+#include "model_logits.hpp"
 #include "refusal.hpp"
 #include "temporary_folder.hpp"
 #include "tiny_tokenizer.hpp"
@@ -19,7 +20,6 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <cmath>
 #include <cstring>
 #include <map>
 #include <span>
@@ -28,25 +28,12 @@
 #include <vector>
 
 using kv1_test::json;
+using kv1_test::largest_difference;
+using kv1_test::logits_of;
 
 namespace {
 
-std::vector<float> logits_of(const kv1_lm::model& m, const std::vector<std::int32_t>& ids) {
-    kv1_lm::thread_pool pool(1);
-    kv1::kv_cache cache(m.cache_shape({kv1::kv_format::fp32, kv1::kv_format::fp32}, ids.size()));
-    const auto states = m.forward(ids, cache, cache.create_sequence(), kv1::precision::exact, pool);
-    std::vector<float> logits(ids.size() * m.config().vocab_size);
-    m.logits(states, logits, pool);
-    return logits;
-}
-
-float largest_difference(std::span<const float> a, std::span<const float> b) {
-    REQUIRE(a.size() == b.size());
-    float largest = 0.0f;
-    for (std::size_t i = 0; i < a.size(); ++i)
-        largest = std::max(largest, std::fabs(a[i] - b[i]));
-    return largest;
-}
+constexpr kv1_lm::kv_formats plain{kv1::kv_format::fp32, kv1::kv_format::fp32};
 
 // fp32 sums of some tens of numbers of size 1, in another order, through two layers: a few 1e-6. Transformers' own
 // implementations of attention differ by as much.
@@ -191,7 +178,7 @@ TEST_CASE("Models of the Llama family have Transformers' logits", "[model]") {
         INFO(name);
         const auto golden = kv1_test::read_family_model(name);
         const auto m = kv1_lm::model::read(golden.folder);
-        REQUIRE(largest_difference(logits_of(m, golden.ids), golden.logits) <= tolerance);
+        REQUIRE(largest_difference(logits_of(m, golden.ids, plain), golden.logits) <= tolerance);
     }
 }
 
@@ -205,8 +192,8 @@ TEST_CASE("A GGUF file of the Llama family becomes the folder it was made of", "
         const auto converted = kv1_test::run_kv1_lm({"convert", "--gguf", file.string(), "--out", out});
         INFO(converted.err);
         REQUIRE(converted.code == 0);
-        REQUIRE(logits_of(kv1_lm::model::read(out), golden.ids) ==
-                logits_of(kv1_lm::model::read(golden.folder), golden.ids));
+        REQUIRE(logits_of(kv1_lm::model::read(out), golden.ids, plain) ==
+                logits_of(kv1_lm::model::read(golden.folder), golden.ids, plain));
         const auto config = kv1_lm::model_config::read(folder.path() / "out/config.json");
         REQUIRE(config.end_tokens == std::vector<std::int32_t>{0});
         const auto words = kv1_lm::tokenizer::read(folder.path() / "out/tokenizer.json");

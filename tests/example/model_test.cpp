@@ -3,6 +3,7 @@
 // The transformer against golden outputs of the reference implementation (PyTorch, fp32, on a CPU).
 #include "compare.hpp"
 #include "error.hpp"
+#include "model_logits.hpp"
 #include "safetensors_reader.hpp"
 #include "shipped_model.hpp"
 #include "targets.hpp"
@@ -24,6 +25,8 @@ using kv1::kv_format;
 using kv1::kv_side;
 using kv1::precision;
 using kv1_test::golden;
+using kv1_test::largest_difference;
+using kv1_test::logits_of;
 using kv1_test::shipped_model;
 using kv1_test::tally;
 
@@ -38,25 +41,6 @@ std::vector<std::int32_t> prompt(std::size_t which) {
     std::vector<std::int32_t> ids = greedy.at("ids");
     ids.resize(greedy.at("prompt_tokens").get<std::size_t>());
     return ids;
-}
-
-std::vector<float> all_logits(const std::vector<std::int32_t>& tokens, const kv1_lm::kv_formats& formats) {
-    const kv1_lm::model& m = shipped_model();
-    kv1_lm::thread_pool pool(1);
-    kv1::kv_cache cache(m.cache_shape(formats, tokens.size()));
-    const std::vector<float> states =
-        m.forward(tokens, cache, cache.create_sequence(), precision::exact, pool);
-    std::vector<float> logits(tokens.size() * m.config().vocab_size);
-    m.logits(states, logits, pool);
-    return logits;
-}
-
-float largest_difference(std::span<const float> a, std::span<const float> b) {
-    REQUIRE(a.size() == b.size());
-    float largest = 0.0f;
-    for (std::size_t i = 0; i < a.size(); ++i)
-        largest = std::max(largest, std::fabs(a[i] - b[i]));
-    return largest;
 }
 
 // The first tokens of the WikiText-2 test split.
@@ -99,8 +83,8 @@ TEST_CASE("logits of both golden prompts agree at 32, 1, 1.5 and 2 bits on every
                 const std::string name = "prompt" + std::to_string(which) + ".bits" + bits + ".logits";
                 INFO(name);
                 const std::vector<float> expected = file.values<float>(name);
-                const float difference =
-                    largest_difference(all_logits(prompt(which), kv1_lm::parse_kv(kv, "--kv")), expected);
+                const float difference = largest_difference(
+                    logits_of(shipped_model(), prompt(which), kv1_lm::parse_kv(kv, "--kv")), expected);
                 INFO("largest difference " << difference);
                 CHECK(difference < 2e-3f);
             }
