@@ -17,6 +17,14 @@ void append_little_endian(std::string& out, std::uint64_t value, std::size_t byt
 
 } // namespace
 
+std::string safetensors_head(const nlohmann::json& header) {
+    std::string text = header.dump();
+    text.resize((text.size() + 7) / 8 * 8, ' '); // data aligned to 8 bytes
+    std::string head;
+    append_little_endian(head, text.size(), 8);
+    return head + text;
+}
+
 std::string to_safetensors(std::span<const float_tensor> tensors) {
     nlohmann::json header = nlohmann::json::object();
     std::size_t end = 0;
@@ -25,12 +33,8 @@ std::string to_safetensors(std::span<const float_tensor> tensors) {
         end += t.values.size() * sizeof(float);
         header[t.name] = {{"dtype", "F32"}, {"shape", t.shape}, {"data_offsets", {begin, end}}};
     }
-    std::string text = header.dump();
-    text.resize((text.size() + 7) / 8 * 8, ' '); // data aligned to 8 bytes
-    std::string file;
-    file.reserve(8 + text.size() + end);
-    append_little_endian(file, text.size(), 8);
-    file += text;
+    std::string file = safetensors_head(header);
+    file.reserve(file.size() + end);
     for (const float_tensor& t : tensors)
         if constexpr (std::endian::native == std::endian::little)
             file.append(reinterpret_cast<const char*>(t.values.data()), t.values.size() * sizeof(float));

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Writes floats in the safetensors format.
+// Writes the safetensors format, which safetensors.hpp reads.
 #pragma once
+
+#include <nlohmann/json_fwd.hpp>
 
 #include <cstddef>
 #include <span>
@@ -18,5 +20,8 @@ struct float_tensor {
 
 /// The contents of a file of F32 tensors, in this order.
 [[nodiscard]] std::string to_safetensors(std::span<const float_tensor> tensors);
+
+/// How a file begins: what stands before the tensors' bytes. `header` has an entry for each tensor.
+[[nodiscard]] std::string safetensors_head(const nlohmann::json& header);
 
 } // namespace kv1_lm

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "safetensors_writer.hpp"
 
+#include "float_tensors.hpp"
+
 #include <nlohmann/json.hpp>
 
-#include <cstdint>
 #include <cstring>
 #include <stdexcept>
 
@@ -32,14 +33,10 @@ std::vector<std::byte> to_safetensors(const std::vector<std::pair<std::string, t
         end += t.nbytes();
         header[name] = {{"dtype", type_of(t)}, {"shape", t.sizes().vec()}, {"data_offsets", {begin, end}}};
     }
-    std::string text = header.dump();
-    text.resize((text.size() + 7) / 8 * 8, ' '); // data aligned to 8 bytes
-
-    const std::uint64_t length = text.size();
-    std::vector<std::byte> out(sizeof(length) + text.size() + end);
-    std::memcpy(out.data(), &length, sizeof(length));
-    std::memcpy(out.data() + sizeof(length), text.data(), text.size());
-    std::byte* at = out.data() + sizeof(length) + text.size();
+    const std::string head = kv1_lm::safetensors_head(header);
+    std::vector<std::byte> out(head.size() + end);
+    std::memcpy(out.data(), head.data(), head.size());
+    std::byte* at = out.data() + head.size();
     for (const auto& [name, t] : tensors) {
         const torch::Tensor values = t.detach().to(torch::kCPU).contiguous();
         std::memcpy(at, values.data_ptr(), values.nbytes());

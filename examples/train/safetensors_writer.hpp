@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Writes the safetensors format that examples/language_model/safetensors.hpp reads.
+// Writes tensors of LibTorch in the safetensors format.
 #pragma once
 
 #include <torch/types.h>
