@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The K and V tensors of one of llama.cpp's caches as layers of a kv1::slot_store. Cell c of stream s is slot
+// s * cells + c. llama.cpp allocates tensors of a type that it knows (-ctk, -ctv: the nominal type). Their memory is
+// reserved and never touched: what it would hold is in the store.
+//
+// A layer's heads are not known when its tensors are made. They are learnt from the attention nodes of the first graph,
+// which the scheduler shows before anything is computed. The store is made when the first batch is written.
+#pragma once
+
+#include "ggml.hpp"
+#include "settings.hpp"
+#include "step_book.hpp"
+#include "thread_team.hpp"
+
+#include <kv1/slot_store.hpp>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+namespace kv1_ggml {
+
+// Why an operation can not be done; the log has a line about it. ggml reports a failed graph to llama_decode().
+enum class outcome : bool { failed, done };
+
+class slot_cache {
+public:
+    // Takes a tensor in, if it is one of a layer's keys or values.
+    bool add(const ggml_tensor* tensor, cache_name name);
+    // Learns a layer's heads from an attention node.
+    void learn(const ggml_tensor* attention);
+
+    // The operations of llama.cpp's graphs.
+    outcome write(const ggml_tensor* set_rows, thread_team& team);
+    outcome attend(const ggml_tensor* attention, thread_team& team);
+    outcome turn(const ggml_tensor* rope);   // context shift, in place
+    outcome decode(const ggml_tensor* copy); // keys out as fp32, where the nominal type is quantized
+    outcome encode(const ggml_tensor* copy); // and in again
+
+    // The rows of a saved state (slot_state.cpp): each slot's bytes, padded to a nominal row.
+    void save(const ggml_tensor* tensor, std::byte* out, std::size_t offset, std::size_t bytes);
+    void load(const ggml_tensor* tensor, const std::byte* in, std::size_t offset, std::size_t bytes);
+    // Copies a stream of one of this cache's tensors to another.
+    void copy(const ggml_tensor* to, const ggml_tensor* root, std::size_t first_row, std::size_t rows);
+    void clear();
+
+    // The tensor of this cache that has an address, or null.
+    [[nodiscard]] const ggml_tensor* at(const void* address) const noexcept;
+
+private:
+    struct cache_layer {
+        std::size_t of_model = 0;
+        const ggml_tensor *keys = nullptr, *values = nullptr;
+        std::size_t kv_heads = 0, key_dim = 0, value_dim = 0;
+        bool values_in_keys = false, written = false; // in this step
+    };
+    // A layer and a side of it.
+    struct place {
+        std::size_t layer;
+        kv1::kv_side side;
+    };
+    // Channels of keys that a view of the cache has.
+    struct channels {
+        std::size_t first, count;
+    };
+
+    [[nodiscard]] std::optional<place> find(const ggml_tensor* tensor) const noexcept;
+    [[nodiscard]] channels channels_of(const ggml_tensor* view, const cache_layer& l) const noexcept;
+    bool ready();
+    bool make();
+    [[nodiscard]] kv1::result<kv1::layer_description> describe(const cache_layer& l) const;
+    void end_step();
+    void make_room(std::size_t layer, std::span<const std::uint32_t> slots);
+    outcome write_vectors(std::size_t layer, kv1::kv_side side, std::span<const std::uint32_t> slots,
+                          const kv1::tensor_view& vectors, thread_team* team);
+    outcome replace_keys(std::size_t layer, channels part, std::span<const std::uint32_t> slots,
+                         const std::vector<float>& keys);
+    outcome failed(const char* what, const kv1::status& why) const;
+
+    // Of a slot's row in a saved state.
+    enum class row_kind : std::uint8_t { codes = 1 };
+    [[nodiscard]] std::size_t side_bytes(std::size_t layer, kv1::kv_side side) const;
+    void save_row(place p, std::uint32_t slot, std::size_t nominal, ggml_type type, std::byte* out);
+    void load_row(place p, std::uint32_t slot, std::size_t nominal, ggml_type type, const std::byte* in);
+    void copy_side(place p, std::span<std::byte> slot, std::span<std::byte> side, bool out) const;
+
+    settings how_;
+    std::vector<cache_layer> layers_;
+    std::size_t slots_ = 0;
+    std::optional<kv1::slot_store> store_;
+    std::optional<step_book> book_;
+    bool refused_ = false, warned_ = false;
+    std::vector<std::uint32_t> batch_;
+};
+
+} // namespace kv1_ggml

@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Saved states. llama.cpp saves a cache row by row of its tensors (llama_state_*, prompt caches, slots of llama-server),
+// each row in the bytes of the nominal type. A slot's row is one of
+//
+//   zeros                        nothing was ever written
+//   ff ff, kind, 0, codes        what the slot holds, the rest zeros
+//   numbers of the nominal type  the fp16 copy of a slot that has one; what llama.cpp's own cache would hold
+//
+// No finite fp16 number has the bytes ff ff. So what is restored is what was saved, bit for bit, with an f16 nominal
+// type. A quantized one has no room for fp16 copies: slots are then restored as their codes.
+#include "slot_cache.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <span>
+#include <utility>
+
+namespace kv1_ggml {
+
+namespace {
+
+constexpr std::size_t marker_bytes = 4;
+
+bool is_zero(std::span<const std::byte> row) noexcept {
+    return std::all_of(row.begin(), row.end(), [](std::byte b) { return b == std::byte{0}; });
+}
+
+} // namespace
+
+std::size_t slot_cache::side_bytes(std::size_t layer, kv1::kv_side side) const {
+    const kv1::layer_description& l = store_->description().layers[layer];
+    const bool key = side == kv1::kv_side::key;
+    return kv1::row_bytes(key ? l.key_format : l.value_format, key ? l.key_dim : l.value_dim,
+                          key ? l.key_group : l.value_group);
+}
+
+// One side's rows out of a slot's raw bytes, or into them. [KV head][key, then value]
+void slot_cache::copy_side(place p, std::span<std::byte> slot, std::span<std::byte> side, bool out) const {
+    const std::size_t heads = layers_[p.layer].kv_heads, bytes = side_bytes(p.layer, p.side);
+    const std::size_t skipped = p.side == kv1::kv_side::value ? side_bytes(p.layer, kv1::kv_side::key) : 0;
+    for (std::size_t h = 0; h < heads; ++h) {
+        std::byte* const inside = slot.data() + h * (slot.size() / heads) + skipped;
+        std::byte* const apart = side.data() + h * bytes;
+        std::memcpy(out ? apart : inside, out ? inside : apart, bytes);
+    }
+}
+
+void slot_cache::save_row(place p, std::uint32_t slot, std::size_t nominal, ggml_type type, std::byte* out) {
+    std::memset(out, 0, nominal);
+    if (!store_ || !book_->written(slot))
+        return;
+    const cache_layer& l = layers_[p.layer];
+    const kv1::layer_description& shape = store_->description().layers[p.layer];
+    const std::size_t dim = p.side == kv1::kv_side::key ? l.key_dim : l.value_dim;
+    const std::size_t codes = l.kv_heads * side_bytes(p.layer, p.side);
+    const kv1::kv_format format = p.side == kv1::kv_side::key ? shape.key_format : shape.value_format;
+    const bool plain = format == kv1::kv_format::fp16 || format == kv1::kv_format::fp32;
+    const bool numbers = type == GGML_TYPE_F16 && (plain || store_->has_fp16(p.layer, slot));
+    if (numbers) {
+        if (format == kv1::kv_format::fp32 && !std::exchange(warned_, true))
+            say(GGML_LOG_LEVEL_WARN, "fp32 keys and values are rounded to fp16 in a saved state");
+        std::vector<float> head(dim);
+        for (std::size_t h = 0; h < l.kv_heads; ++h) {
+            if (const kv1::status s = store_->try_read(p.layer, p.side, h, std::span(&slot, 1), head); !s)
+                failed("saving a state", s);
+            for (std::size_t c = 0; c < dim; ++c) {
+                const std::uint16_t bits = kv1::float16(head[c]).bits();
+                std::memcpy(out + (h * dim + c) * 2, &bits, 2);
+            }
+        }
+        if (!is_zero({out, nominal}))
+            return;
+    }
+    if (codes + marker_bytes > nominal) {
+        if (!std::exchange(warned_, true))
+            say(GGML_LOG_LEVEL_ERROR,
+                "layer %zu: %zu bytes of codes do not fit a row of %zu bytes, so the state is not saved; "
+                "-ctk "
+                "f16 -ctv f16 has room",
+                l.of_model, codes, nominal);
+        return;
+    }
+    std::vector<std::byte> raw(store_->raw_bytes(p.layer));
+    if (const kv1::status s = store_->try_export_raw(p.layer, std::span(&slot, 1), raw); !s)
+        failed("saving a state", s);
+    out[0] = out[1] = std::byte{0xff};
+    out[2] = static_cast<std::byte>(row_kind::codes);
+    copy_side(p, raw, {out + marker_bytes, codes}, true);
+}
+
+void slot_cache::load_row(place p, std::uint32_t slot, std::size_t nominal, ggml_type type,
+                          const std::byte* in) {
+    const cache_layer& l = layers_[p.layer];
+    if (p.side == kv1::kv_side::key)
+        book_->place(slot, step_book::unknown);
+    if (is_zero({in, nominal})) {
+        if (p.side == kv1::kv_side::value)
+            return;
+        if (const kv1::status s = store_->try_clear(p.layer, std::span(&slot, 1)); !s)
+            failed("restoring a state", s);
+        return;
+    }
+    const std::size_t dim = p.side == kv1::kv_side::key ? l.key_dim : l.value_dim;
+    if (in[0] == std::byte{0xff} && in[1] == std::byte{0xff}) {
+        const std::size_t codes = l.kv_heads * side_bytes(p.layer, p.side);
+        if (in[2] != static_cast<std::byte>(row_kind::codes) || codes + marker_bytes > nominal ||
+            !is_zero({in + marker_bytes + codes, nominal - marker_bytes - codes})) {
+            if (!std::exchange(warned_, true))
+                say(GGML_LOG_LEVEL_ERROR, "layer %zu: the state was saved under another policy", l.of_model);
+            return;
+        }
+        std::vector<std::byte> raw(store_->raw_bytes(p.layer)),
+            side(in + marker_bytes, in + marker_bytes + codes);
+        kv1::status s = store_->try_export_raw(p.layer, std::span(&slot, 1), raw);
+        if (s) {
+            copy_side(p, raw, side, false);
+            s = store_->try_import_raw(p.layer, std::span(&slot, 1), raw);
+        }
+        if (!s)
+            failed("restoring a state", s);
+        return;
+    }
+    if (type != GGML_TYPE_F16) {
+        if (!std::exchange(warned_, true))
+            say(GGML_LOG_LEVEL_ERROR,
+                "a state that llama.cpp's own quantized cache saved can not be restored");
+        return;
+    }
+    if (p.side == kv1::kv_side::key)
+        make_room(p.layer, std::span(&slot, 1));
+    std::vector<kv1::float16> numbers(l.kv_heads * dim);
+    std::memcpy(static_cast<void*>(numbers.data()), in, std::min(nominal, numbers.size() * 2));
+    write_vectors(p.layer, p.side, std::span(&slot, 1),
+                  kv1::tensor_view(numbers.data(), std::size_t{1}, l.kv_heads, dim), nullptr);
+}
+
+void slot_cache::save(const ggml_tensor* tensor, std::byte* out, std::size_t offset, std::size_t bytes) {
+    const std::optional<place> p = find(tensor);
+    const ggml_tensor* const root = root_of(tensor);
+    const std::size_t row = root->nb[1],
+                      at = offset + static_cast<std::size_t>(static_cast<const std::byte*>(tensor->data) -
+                                                             static_cast<const std::byte*>(root->data));
+    if (!p || at % row != 0 || bytes % row != 0) {
+        std::memset(out, 0, bytes);
+        say(GGML_LOG_LEVEL_ERROR, "%s is read in parts of rows", root->name);
+        return;
+    }
+    end_step();
+    for (std::size_t i = 0; i < bytes / row; ++i)
+        save_row(*p, static_cast<std::uint32_t>(at / row + i), row, root->type, out + i * row);
+}
+
+void slot_cache::load(const ggml_tensor* tensor, const std::byte* in, std::size_t offset, std::size_t bytes) {
+    const std::optional<place> p = find(tensor);
+    const ggml_tensor* const root = root_of(tensor);
+    const std::size_t row = root->nb[1],
+                      at = offset + static_cast<std::size_t>(static_cast<const std::byte*>(tensor->data) -
+                                                             static_cast<const std::byte*>(root->data));
+    if (!p || at % row != 0 || bytes % row != 0 || !ready()) {
+        say(GGML_LOG_LEVEL_ERROR, "%s can not be restored", root->name);
+        return;
+    }
+    end_step();
+    for (std::size_t i = 0; i < bytes / row; ++i)
+        load_row(*p, static_cast<std::uint32_t>(at / row + i), row, root->type, in + i * row);
+}
+
+// llama.cpp copies the keys of a layer, then its values. A slot is copied with both.
+void slot_cache::copy(const ggml_tensor* to, const ggml_tensor* root, std::size_t first_row,
+                      std::size_t rows) {
+    const std::optional<place> p = find(root);
+    if (!p || root_of(to) != root || !store_ || p->side == kv1::kv_side::value)
+        return;
+    end_step();
+    const auto first =
+        static_cast<std::uint32_t>(static_cast<std::size_t>(static_cast<const std::byte*>(to->data) -
+                                                            static_cast<const std::byte*>(root->data)) /
+                                   root->nb[1]);
+    std::vector<std::uint32_t> sources, destinations, cleared;
+    for (std::uint32_t i = 0; i < rows; ++i) {
+        const auto source = static_cast<std::uint32_t>(first_row) + i;
+        // The book is the same for all layers, and changes with the last.
+        if (book_->written(source)) {
+            sources.push_back(source);
+            destinations.push_back(first + i);
+        } else if (book_->written(first + i)) {
+            cleared.push_back(first + i);
+        }
+    }
+    make_room(p->layer, destinations);
+    kv1::status s = store_->try_copy(p->layer, sources, destinations);
+    if (s)
+        s = store_->try_clear(p->layer, cleared);
+    if (!s)
+        failed("copying a stream", s);
+    if (p->layer + 1 < layers_.size())
+        return;
+    for (std::size_t i = 0; i < sources.size(); ++i)
+        book_->copy(sources[i], destinations[i]);
+    for (const std::uint32_t slot : cleared)
+        book_->clear(slot);
+}
+
+void slot_cache::clear() {
+    if (!store_)
+        return;
+    store_->clear();
+    book_->clear();
+    for (cache_layer& l : layers_)
+        l.written = false;
+}
+
+} // namespace kv1_ggml
