@@ -4,15 +4,12 @@
  * kv1::c), or one C++ file of yours that includes kv1/c_api.hpp. With -DBUILD_SHARED_LIBS=ON it is a shared
  * library, as Python's ctypes wants it (tests/c/flow.py).
  *
- *   kv1_encoding encoding = {.struct_size = sizeof encoding, .levels = KV1_LEVELS_LEAST_SQUARES, .hadamard = 128};
- *   kv1_layer layer = {.struct_size = sizeof layer, .kv_heads = 8, .key_dim = 128, .value_dim = 128,
- *                      .key_format = KV1_COMPACT3, .value_format = KV1_COMPACT2,
- *                      .key_encoding = &encoding, .value_encoding = &encoding};
+ *   kv1_layer layer = {.struct_size = sizeof layer, .kv_heads = 8, .key_dim = 128, .value_dim = 128};
  *   kv1_cache_options options = {.struct_size = sizeof options, .layers = &layer, .distinct_layers = 1,
- *                                .layer_count = 32, .capacity_tokens = 4096, .fp16_sinks = 4, .fp16_window = 32};
+ *                                .layer_count = 32, .capacity_tokens = 4096};
  *   kv1_cache* cache;
  *   kv1_error error;
- *   if (kv1_cache_create(&options, &cache, &error) != KV1_OK) ...
+ *   if (kv1_cache_create_with_policy("safe", &options, &cache, &error) != KV1_OK) ...
  *   kv1_sequence sequence;
  *   kv1_sequence_create(cache, &sequence, NULL);
  *   for each step:
@@ -23,8 +20,9 @@
  *                      kv1_contiguous_output(out, KV1_FP32, tokens, 32, 128), NULL, NULL, &error);
  *       kv1_commit(cache, sequence, &error);
  *
- * This is the policy `safe` (kv1/cache_policy.hpp), for models that nobody trained for their cache. KV1_AFFINE2 without
- * an encoding is for models that were trained with it.
+ * The policy `safe` (kv1/cache_policy.hpp) is for models that nobody trained for their cache. kv1_cache_create takes
+ * formats and encodings as they stand in the layers; KV1_AFFINE2 without an encoding is for models that were trained
+ * with it.
  *
  * kv1/kv_cache.hpp says what formats, encodings, windows, commits and prefixes are: everything here does what
  * its namesake there does. cache.append(sequence, layer, keys, values, executor) is kv1_append(cache, sequence,

@@ -258,6 +258,62 @@ static void basis(void) {
     CHECK(kv1_cache_create(&options, &turned, &error) == KV1_INVALID_ARGUMENT && error.layer == 0);
 }
 
+/* A cache of a policy is the cache that its encodings, formats and fp16 tokens make. What the policy takes from a
+ * calibration is in the encodings that it is given. */
+static void policies(void) {
+    kv1_layer by_hand = layer_of(heads, dim, KV1_COMPACT3), named;
+    kv1_encoding keys, values, parts;
+    kv1_cache_options options, shape;
+    kv1_cache *a = NULL, *b = NULL;
+    const kv1_tensor tensor = kv1_contiguous(x, KV1_FP32, tokens, heads, dim);
+    size_t i, h;
+    kv1_encoding_init(&keys);
+    keys.levels = KV1_LEVELS_LEAST_SQUARES;
+    keys.hadamard = dim;
+    values = keys;
+    keys.means = means;
+    by_hand.value_format = KV1_COMPACT2;
+    by_hand.key_encoding = &keys;
+    by_hand.value_encoding = &values;
+    options = options_for(&by_hand, 2, 64, 16);
+    options.fp16_sinks = 2;
+    options.fp16_window = 5;
+    a = made(&options);
+
+    named = layer_of(heads, dim, KV1_AFFINE2); /* whose format the policy replaces */
+    kv1_encoding_init(&parts);
+    parts.means = means;
+    named.key_encoding = &parts;
+    named.value_encoding = &parts; /* which the policy does not name */
+    shape = options_for(&named, 2, 64, 16);
+    CHECK(kv1_cache_create_with_policy("c3+ls+had+mean,c2+ls+had@2:5", &shape, &b, &error) == KV1_OK);
+    for (i = 0; i < 2; ++i) {
+        kv1_cache* cache = i == 0 ? a : b;
+        const kv1_sequence s = sequence_of(cache);
+        for (h = 0; h < 2; ++h)
+            CHECK(kv1_append(cache, s, h, tensor, tensor, NULL, &error) == KV1_OK);
+        CHECK(kv1_attend(cache, s, 1, kv1_contiguous(q, KV1_FP32, 1, heads, dim),
+                         kv1_contiguous_output(i == 0 ? out : other, KV1_FP32, 1, heads, dim), NULL, NULL,
+                         &error) == KV1_OK);
+        CHECK(kv1_read(cache, s, 1, KV1_VALUES, 1, 0, tokens, i == 0 ? stored : plain, &error) == KV1_OK);
+        kv1_cache_destroy(cache);
+    }
+    CHECK(memcmp(out, other, sizeof out) == 0 && memcmp(stored, plain, sizeof stored) == 0);
+
+    CHECK(kv1_cache_create_with_policy("c3+lss", &shape, &b, &error) == KV1_INVALID_ARGUMENT && b == NULL);
+    CHECK(kv1_cache_create_with_policy("2/2:4", &shape, &b, &error) == KV1_OUT_OF_RANGE && error.layer == 2);
+    CHECK(kv1_cache_create_with_policy("2+g5", &shape, &b, &error) == KV1_INVALID_ARGUMENT);
+    CHECK(kv1_cache_create_with_policy("c2+ls+ew", &shape, &b, &error) == KV1_SHAPE_MISMATCH);
+    CHECK(error.layer == 0 && strstr(error.rule, "+ew") != NULL);
+    CHECK(kv1_cache_create_with_policy(NULL, &shape, &b, &error) == KV1_INVALID_ARGUMENT);
+    CHECK(kv1_cache_create_with_policy("safe", NULL, &b, &error) == KV1_INVALID_ARGUMENT);
+    CHECK(kv1_cache_create_with_policy("safe", &shape, NULL, &error) == KV1_INVALID_ARGUMENT);
+    named.key_encoding = named.value_encoding = NULL;
+    CHECK(kv1_cache_create_with_policy("safe", &shape, &b, &error) == KV1_OK);
+    kv1_cache_destroy(b);
+    CHECK(kv1_cache_create_with_policy("balanced", &shape, &b, &error) == KV1_SHAPE_MISMATCH && b == NULL);
+}
+
 /* Few enough tokens are all seen in fp16, which holds these numbers exactly. */
 static void fp16_copies(void) {
     const kv1_layer coarse = layer_of(heads, dim, KV1_AFFINE2), exact = layer_of(heads, dim, KV1_PLAIN_FP16);
@@ -354,6 +410,7 @@ int main(void) {
     error_weights();
     turning_means();
     basis();
+    policies();
     fp16_copies();
     sliding_windows();
     return report();

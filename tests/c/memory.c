@@ -31,6 +31,12 @@ static kv1_tensor some(size_t n) { return kv1_contiguous(x, KV1_FP32, n, kv_head
 static kv1_output outputs(size_t n) { return kv1_contiguous_output(out, KV1_FP32, n, kv_heads, dim); }
 
 static kv1_code call_create(void) { return kv1_cache_create(&options, &cache, &error); }
+static kv1_code call_create_with_policy(void) {
+    kv1_cache* made_of_it;
+    const kv1_code code = kv1_cache_create_with_policy("safe/0:c4+ls", &options, &made_of_it, &error);
+    kv1_cache_destroy(made_of_it);
+    return code;
+}
 static kv1_code call_capacity(void) {
     size_t n;
     return kv1_capacity_for_bytes(&options, 1 << 20, &n, &error);
@@ -227,6 +233,7 @@ static void failing(void) {
     fails_cleanly("moment_estimator", call_moments);
     fails_cleanly("moment_estimator_add", call_moments_add);
     fails_cleanly("moments", call_moment_values);
+    fails_cleanly("cache_create_with_policy", call_create_with_policy);
     fails_cleanly("calibrator", call_calibrator);
     fails_cleanly("output_projection", call_projection);
     fails_cleanly("calibrate", call_calibrate);

@@ -187,6 +187,14 @@ static inline void kv1_cache_options_init(kv1_cache_options* options) {
  * KV1_SHAPE_MISMATCH for options that no cache can have (naming the layer), KV1_UNSUPPORTED_FORMAT,
  * KV1_UNSUPPORTED_TARGET (the environment's KV1_TARGET), KV1_OUT_OF_MEMORY. *cache is then null. */
 KV1_C_API kv1_code kv1_cache_create(const kv1_cache_options* options, kv1_cache** cache, kv1_error* error);
+/** Makes a cache of a policy such as "safe" or "c3+ls+had+mean,c2+ls+had@4:32" (kv1/cache_policy.hpp). Formats, levels,
+ * rotations, groups, axes, fp16 sinks and window are the policy's, pages too where it names them; the rest is the
+ * options'. What the policy takes from a calibration (+mean, +ew, +basis) are the arrays of each layer's encodings, the
+ * means being a projection's bias, say. Errors: KV1_INVALID_ARGUMENT for what is no policy; KV1_OUT_OF_RANGE for a layer
+ * that the options do not have; KV1_SHAPE_MISMATCH for an array that is missing; those of kv1_cache_create. *cache is
+ * then null. */
+KV1_C_API kv1_code kv1_cache_create_with_policy(const char* policy, const kv1_cache_options* options,
+                                                kv1_cache** cache, kv1_error* error);
 /** Frees the cache and all that it holds; null is ignored. */
 KV1_C_API void kv1_cache_destroy(kv1_cache* cache);
 

@@ -6,7 +6,9 @@
 #include <kv1/c/cache.h>
 #include <kv1/detail/c_api/support.hpp>
 
+#include <kv1/cache_policy.hpp>
 #include <kv1/detail/arena.hpp>
+#include <kv1/detail/buffer.hpp>
 #include <kv1/hadamard.hpp>
 #include <kv1/kv_cache.hpp>
 
@@ -204,6 +206,32 @@ inline status c_take_options(const kv1_cache_options& given, c_description& out)
     return had_memory ? taken : had_memory;
 }
 
+// The cache of a policy. What it takes from a calibration are the parts of the options' encodings.
+inline status c_take_policy(const char* text, const kv1_cache_options& options, c_description& out) noexcept {
+    result<cache_policy> policy = try_parse_policy(text);
+    if (!policy)
+        return policy.reason();
+    c_description given; // whose parts are read while out's are written
+    if (const status s = c_take_options(options, given); !s)
+        return s;
+    if (const status s = c_take_options(options, out); !s)
+        return s;
+    buffer<layer_calibration> parts;
+    if (!parts.resize(given.description.layers.size()))
+        return c_no_memory();
+    for (std::size_t i = 0; i < parts.size(); ++i) {
+        const vector_encoding &k = given.description.layers[i].key_encoding,
+                              &v = given.description.layers[i].value_encoding;
+        parts[i] = {k.means, v.means, k.error_weights, v.error_weights, k.basis, v.basis};
+    }
+    result<cache_description> described =
+        try_describe_cache(*policy, std::move(out.description), parts.view());
+    if (!described)
+        return described.reason();
+    out.description = std::move(*described);
+    return {};
+}
+
 inline result<c_cache> c_make(c_description&& from) noexcept {
     return c_cache::create(std::move(from.description), c_allocator<std::byte>(from.memory));
 }
@@ -269,6 +297,23 @@ kv1_code kv1_cache_create(const kv1_cache_options* options, kv1_cache** cache, k
         return c_refuse_null(error);
     c_description d;
     if (const kv1::status s = c_take_options(*options, d); !s)
+        return c_report(s, error);
+    auto made = c_make(std::move(d));
+    if (!made)
+        return c_report(made.reason(), error);
+    *cache = new (std::nothrow) kv1_cache{std::move(*made)};
+    return c_report(*cache != nullptr ? kv1::status{} : c_no_memory(), error);
+}
+
+kv1_code kv1_cache_create_with_policy(const char* policy, const kv1_cache_options* options, kv1_cache** cache,
+                                      kv1_error* error) {
+    using namespace kv1::detail;
+    if (cache != nullptr)
+        *cache = nullptr;
+    if (c_any_null(policy, options, cache))
+        return c_refuse_null(error);
+    c_description d;
+    if (const kv1::status s = c_take_policy(policy, *options, d); !s)
         return c_report(s, error);
     auto made = c_make(std::move(d));
     if (!made)
