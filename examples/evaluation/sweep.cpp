@@ -163,7 +163,7 @@ public:
                     side->error_weights = weighted;
                 }
                 std::tie(all.fp16_sinks, all.fp16_window) = key;
-                found[key] = parts_of(calibrate(model_, sample, options_.seq_len, all, {}, pool));
+                found[key] = parts_of(calibrate(model_, sample, {options_.seq_len}, all, {}, pool));
             }
             descriptions_.push_back(describe(model_.config(), p, found[key], options_.seq_len));
         }

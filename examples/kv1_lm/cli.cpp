@@ -192,11 +192,21 @@ int run_or_throw(int argc, const char* const* argv, std::istream& in, std::ostre
 
     calibrate_options c;
     CLI::App* calibrate_command = app.add_subcommand(
-        "calibrate", "Add error weights, from a text, to the cache that a model folder names");
+        "calibrate", "Take what a model folder's cache wants to know of the model from a text");
     add_common(*calibrate_command, c.model);
     calibrate_command->get_option("--model")->required();
     calibrate_command->add_option("--text", c.text, "UTF-8 text; not one to measure on")->required();
-    add_count(*calibrate_command, "--tokens", c.tokens, "Tokens of it to use");
+    std::string calibrated_policy;
+    calibrate_command->add_option(
+        "--policy", calibrated_policy,
+        "The folder's cache from now on, such as balanced; none: the one that it names, with error weights");
+    add_count(*calibrate_command, "--tokens", c.tokens, "Tokens of the text to use");
+    calibrate_command
+        ->add_option("--seq-len", c.chunk_tokens,
+                     "Tokens of a chunk; several share the text. None: as many as the model can read")
+        ->expected(1, -1);
+    add_count(*calibrate_command, "--query-stride", c.query_stride,
+              "4: every fourth query counts for error weights and bases");
     c.threads = k.threads;
     calibrate_command->add_option("--threads", c.threads, "Threads")
         ->check(CLI::Range(1, 1024))
@@ -245,6 +255,8 @@ int run_or_throw(int argc, const char* const* argv, std::istream& in, std::ostre
             sweep(s, out, err);
         }
     } else if (*calibrate_command) {
+        if (calibrate_command->count("--policy") != 0)
+            c.policy = parse_policy(calibrated_policy, "--policy");
         calibrate_folder(c, out);
     } else if (*convert_command) {
         convert(v, out);

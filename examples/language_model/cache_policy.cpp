@@ -47,7 +47,7 @@ calibration parts_of(const kv1::calibration& found) {
 
 kv1::rotary_embedding rotary_of(const model_config& config) {
     return {kv1::rotary_frequencies(static_cast<double>(config.rope_theta), config.head_dim),
-            kv1::rotary_pairs::interleaved};
+            config.rotary_pairs};
 }
 
 kv1::cache_description describe(const model_config& config, const cache_policy& policy, const calibration& c,

@@ -39,9 +39,12 @@ public:
     }
 
     [[nodiscard]] const std::filesystem::path& path() const noexcept { return folder_.path(); }
-    [[nodiscard]] auto calibrate(const std::string& text = "other.txt") const {
-        return kv1_test::run_kv1_lm({"calibrate", "--model", path().string(), "--text",
-                                     (path() / text).string(), "--tokens", "2048"});
+    [[nodiscard]] auto calibrate(const std::string& text = "other.txt",
+                                 const std::vector<std::string>& more = {}) const {
+        std::vector<std::string> words{
+            "calibrate", "--model", path().string(), "--text", (path() / text).string(), "--tokens", "2048"};
+        words.insert(words.end(), more.begin(), more.end());
+        return kv1_test::run_kv1_lm(words);
     }
     [[nodiscard]] kv1_lm::model_cache cache() const {
         return kv1_lm::choose_cache(path(), kv1_lm::model_config::read(path() / "config.json"), {});
@@ -71,7 +74,7 @@ TEST_CASE("calibrate adds error weights to a model's cache, which then costs les
     const auto r = m.calibrate();
     INFO(r.err);
     REQUIRE(r.code == 0);
-    CHECK_THAT(r.out, ContainsSubstring("error weights from 2048 tokens"));
+    CHECK_THAT(r.out, ContainsSubstring("calibrated on 2048 tokens"));
     CHECK_THAT(r.out, ContainsSubstring("c2+ls+had+ew,c2+ls+had+ew"));
     CHECK(m.cache().calibrated.key_means[0].empty()); // the cache has no use for them
 
@@ -81,7 +84,7 @@ TEST_CASE("calibrate adds error weights to a model's cache, which then costs les
     tokens.resize(2048);
     const kv1_lm::model_cache cache = m.cache();
     kv1_lm::thread_pool pool(2);
-    const kv1::calibration found = calibrate(shipped, tokens, 1024, cache.policy, {}, pool);
+    const kv1::calibration found = calibrate(shipped, tokens, {1024}, cache.policy, {}, pool);
     CHECK(cache.calibrated.key_weights == kv1_lm::parts_of(found).key_weights);
     CHECK(cache.calibrated.value_weights == kv1_lm::parts_of(found).value_weights);
     CHECK(kv1::kv_cache::create(describe(shipped.config(), cache.policy, cache.calibrated, 64)));
@@ -114,6 +117,56 @@ TEST_CASE("calibrate takes the means that a cache names; those that a model was 
     m.write(kv1_lm::means_file, kv1_lm::to_safetensors(trained));
     CHECK(m.cache().calibrated.value_means[0] == std::vector<float>(64, 0.5f));
     CHECK(m.cache().calibrated.key_weights[0].size() == 2048);
+}
+
+TEST_CASE("calibrate takes what a policy names, from chunks of several lengths", "[calibrate]") {
+    const writable_model m(nullptr); // whose folder names no cache
+    const double before = m.divergence();
+    REQUIRE(
+        m.calibrate("other.txt", {"--policy", "balanced", "--seq-len", "256", "1024", "--query-stride", "2"})
+            .code == 0);
+    const kv1_lm::model_cache cache = m.cache();
+    CHECK(cache.policy == kv1::parse_policy("balanced"));
+    std::vector<std::int32_t> tokens = kv1_lm::tokenizer::read(m.path() / "tokenizer.json")
+                                           .encode(kv1_lm::read_text_file(m.path() / "other.txt"));
+    tokens.resize(2048);
+
+    // the same by hand: 1,024 tokens in four chunks, then 1,024 in one
+    const kv1_lm::model& shipped = kv1_test::shipped_model();
+    kv1_lm::thread_pool pool(1);
+    kv1::cache_description shape = shipped.cache_shape({kv1::kv_format::fp32, kv1::kv_format::fp32}, 1024);
+    for (kv1::layer_description& layer : shape.layers)
+        layer.rotary = kv1_lm::rotary_of(shipped.config());
+    kv1::calibrator by_hand(cache.policy, shape, {.query_stride = 2});
+    for (std::size_t i = 0; i < shape.layers.size(); ++i)
+        by_hand.set_output_projection(i, shipped.output_projection(i));
+    kv1::kv_cache plain(shape);
+    std::span<const std::int32_t> rest(tokens);
+    for (const std::size_t n : {256, 256, 256, 256, 1024}) {
+        const kv1::sequence_id sequence = plain.create_sequence();
+        (void)shipped.forward(rest.first(n), plain, sequence, kv1::precision::exact, pool,
+                              [&](std::size_t layer, kv1::tensor_view q, kv1::tensor_view k,
+                                  kv1::tensor_view v) { by_hand.add(layer, q, k, v); });
+        plain.destroy_sequence(sequence);
+        rest = rest.subspan(n);
+    }
+    const kv1_lm::calibration expected = kv1_lm::parts_of(by_hand.finish());
+    CHECK(cache.calibrated.key_means == expected.key_means);
+    CHECK(cache.calibrated.key_weights == expected.key_weights);
+    CHECK(cache.calibrated.value_weights == expected.value_weights);
+    CHECK(m.divergence() < 0.2 * before); // of two bits, minimum and maximum
+
+    for (const auto& [more, why] :
+         {std::pair<std::vector<std::string>, const char*>{{"--policy", "safe"}, "takes nothing from a text"},
+          {{"--policy", "balanced/8:c4+ls"}, "the model has layers 0 to 7"},
+          {{"--policy", "balancd"}, "--policy"},
+          {{"--policy", "small", "--seq-len", "1025"}, "--seq-len 1025: the model takes 1 to 1024 tokens"},
+          {{"--policy", "small", "--query-stride", "0"}, "stride"}}) {
+        const auto r = m.calibrate("other.txt", more);
+        CHECK(r.code == 2);
+        CHECK_THAT(r.err, ContainsSubstring(why));
+    }
+    CHECK(m.cache().policy == cache.policy);
 }
 
 TEST_CASE("calibrate refuses a cache that has no use for weights, and an empty text", "[calibrate]") {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The transformer on models of the Llama family, against Transformers, and the same models from GGUF files.
+#include "calibrate.hpp"
 #include "command_line.hpp"
 #include "error.hpp"
 #include "gguf_model.hpp"
@@ -179,6 +180,36 @@ TEST_CASE("Models of the Llama family have Transformers' logits", "[model]") {
         const auto golden = kv1_test::read_family_model(name);
         const auto m = kv1_lm::model::read(golden.folder);
         REQUIRE(largest_difference(logits_of(m, golden.ids, plain), golden.logits) <= tolerance);
+    }
+}
+
+// A key that RoPE turned is turned back, in double, by the pairs of channels that Transformers turns. The first layer's
+// keys of one token differ in their positions alone: turned back they are alike, and their mean is each of them.
+TEST_CASE("Means of keys before RoPE are taken as the Llama family turns them", "[model][calibrate]") {
+    for (const char* name : kv1_test::llama_family) {
+        INFO(name);
+        const auto golden = kv1_test::read_family_model(name);
+        const auto m = kv1_lm::model::read(golden.folder);
+        const kv1_lm::model_config& c = m.config();
+        const std::vector<std::int32_t> ids(40, golden.ids.front());
+        kv1_lm::thread_pool pool(1);
+        std::vector<float> first; // token 0 stands where RoPE does not turn
+        kv1::kv_cache cache(m.cache_shape({kv1::kv_format::fp32, kv1::kv_format::fp32}, ids.size()));
+        (void)m.forward(ids, cache, cache.create_sequence(), kv1::precision::exact, pool,
+                        [&](std::size_t layer, kv1::tensor_view, kv1::tensor_view k, kv1::tensor_view) {
+                            for (std::size_t h = 0; layer == 0 && h < c.kv_heads; ++h) {
+                                const auto* key = static_cast<const float*>(k.at(0, h));
+                                first.insert(first.end(), key, key + c.head_dim);
+                            }
+                        });
+        const kv1::calibration found =
+            calibrate(m, ids, {ids.size()}, kv1_lm::parse_policy("c4+ls+mean,c4+ls"), {}, pool);
+        // fp16 has 11 bits; angles in fp32 are off by 40 / 2^24
+        const std::vector<float> means = found.means(0, kv1::kv_side::key);
+        REQUIRE(means.size() == first.size());
+        for (std::size_t i = 0; i < means.size(); ++i)
+            REQUIRE(std::fabs(means[i] - first[i]) <= 1e-3f * std::fabs(first[i]) + 1e-5f);
+        REQUIRE(found.rotary(0).frequencies.size() == c.head_dim / 2);
     }
 }
 

@@ -71,7 +71,7 @@ kv1::calibration calibrate(const kv1_test::temporary_folder& folder, const char*
         tokens.push_back(100 + 37 * i);
     kv1_lm::thread_pool pool(1);
     kv1::calibration found =
-        kv1_lm::calibrate(kv1_test::shipped_model(), tokens, 48, kv1::parse_policy(policy),
+        kv1_lm::calibrate(kv1_test::shipped_model(), tokens, {48}, kv1::parse_policy(policy),
                           kv1_lm::fingerprint_of_model(folder.path()), pool);
     kv1::save_calibration(found, folder.path() / kv1_lm::calibration_file);
     return found;
