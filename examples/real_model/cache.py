@@ -100,6 +100,7 @@ class Library:
                 "kv1_calibration_load_file": [c_char_p, c_void_p, out, error],
                 "kv1_calibration_set_policy": [c_void_p, c_char_p, error],
                 "kv1_cache_create_calibrated": [c_void_p, POINTER(CacheOptions), out, error],
+                "kv1_cache_create_with_policy": [c_char_p, POINTER(CacheOptions), out, error],
                 "kv1_sequence_create": [c_void_p, POINTER(Sequence), error],
                 "kv1_append": [c_void_p, Sequence, c_size_t, Tensor, Tensor, executor, error],
                 "kv1_attend": [c_void_p, Sequence, c_size_t, Tensor, Tensor, POINTER(Attention), executor, error]}.items():
@@ -155,15 +156,19 @@ class Calibrator:
 
 
 class Cache:
-    """A cache of a calibration's parts under a policy, and one sequence in it."""
+    """A cache of a policy, whose calibrated parts are in a file (None: it takes none), and one sequence in it."""
 
     def __init__(self, library, model, calibration, policy, tokens, exact=False):
         self.library, self.handle, self.sequence, found = library, c_void_p(), Sequence(), c_void_p()
         self.options = sized(Attention, precision=EXACT if exact else 0)
-        library.call("kv1_calibration_load_file", calibration.encode(), None, byref(found))
-        library.call("kv1_calibration_set_policy", found, policy.encode())
-        library.call("kv1_cache_create_calibrated", found, byref(Shape(model, tokens).options), byref(self.handle))
-        library.functions.kv1_calibration_destroy(found)
+        shape = Shape(model, tokens)
+        if calibration is None:
+            library.call("kv1_cache_create_with_policy", policy.encode(), byref(shape.options), byref(self.handle))
+        else:
+            library.call("kv1_calibration_load_file", calibration.encode(), None, byref(found))
+            library.call("kv1_calibration_set_policy", found, policy.encode())
+            library.call("kv1_cache_create_calibrated", found, byref(shape.options), byref(self.handle))
+            library.functions.kv1_calibration_destroy(found)
         library.call("kv1_sequence_create", self.handle, byref(self.sequence))
 
     def attend(self, layer, q, k, v):

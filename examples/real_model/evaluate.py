@@ -72,7 +72,7 @@ def main():
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--library", required=True, help="kv1's C library, built with -DBUILD_SHARED_LIBS=ON")
     common.add_argument("--model", required=True, help="GGUF file of a Llama model")
-    common.add_argument("--calibration", required=True, help="file that calibrate writes and kld reads")
+    common.add_argument("--calibration", help="file that calibrate writes and kld reads; none: policies need none")
     common.add_argument("--text", nargs="+", required=True, help="text files")
     parser = argparse.ArgumentParser(description="What a cache policy costs a model that nobody trained for it.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -88,6 +88,8 @@ def main():
     second.add_argument("--last", type=int, help="positions of a chunk that count; all unless it is given")
     second.add_argument("--exact", action="store_true", help="attention in fp32 on decoded values")
     options = parser.parse_args()
+    if options.command == "calibrate" and options.calibration is None:
+        parser.error("calibrate needs --calibration, the file to write")
     model, library = llama.Model(options.model), cache.Library(options.library)
     (calibrate if options.command == "calibrate" else kld)(options, model, library)
 
