@@ -67,7 +67,8 @@ struct cached_side {
     std::vector<double> slope, centre; // [token][group]: centre = base + z slope
     std::vector<float> off_centre;     // [token][channel]: l - z, exact
     double half_level = 0.0;           // z
-    bool two_bits = false, codebook = false;
+    int bits = 0;                      // of a code
+    bool codebook = false;
     // keys quantized per channel: of full pages scales and minima [page][channel], in place of slope and
     // centre; tokens from `sealed` on are fp16
     bool per_channel = false;
@@ -99,9 +100,8 @@ struct cached_side {
         std::vector<kv1::float16> stored_scales(metadata >= 2 ? n * groups : 0),
             stored_minima(metadata == 4 ? n * groups : 0);
         cache.export_rows(id, layer, side, head, 0, n, {packed, stored_scales, stored_minima});
-        const auto bits = static_cast<std::size_t>(kv1::detail::traits_of(f).code_bits);
+        bits = kv1::detail::traits_of(f).code_bits;
         codebook = kv1::info_of(f).codebook; // codes 0 ... 3 are levels 0, 5, 9, 14
-        two_bits = bits == 2;
         const double z = codebook ? 7.0 : 0.5 * static_cast<double>((1 << bits) - 1);
         half_level = z;
         off_centre.resize(n * dim);
@@ -122,9 +122,10 @@ struct cached_side {
             slope.push_back(s);
             centre.push_back(base + z * s);
             for (std::size_t c = 0; c < group_dim; ++c) {
+                const auto wide = static_cast<std::size_t>(bits);
                 unsigned code = 0;
-                for (std::size_t b = 0; b < bits; ++b) {
-                    const std::size_t at = (t % groups * group_dim + c) * bits + b;
+                for (std::size_t b = 0; b < wide; ++b) {
+                    const std::size_t at = (t % groups * group_dim + c) * wide + b;
                     code |= (std::to_integer<unsigned>(packed[t / groups * width + at / 8]) >> (at % 8) & 1u)
                             << b;
                 }
@@ -143,7 +144,7 @@ private:
         per_channel = true;
         page_tokens = section.tokens;
         sealed = cache.length(id, layer) / page_tokens * page_tokens;
-        two_bits = traits.code_bits == 2;
+        bits = traits.code_bits;
         codebook = traits.codebook();
         half_level = 0.5 * traits.top_level();
         std::vector<std::int32_t> indptr(2), indices(cache.count_blocks({&id, 1}, layer)), last(1);
@@ -190,21 +191,29 @@ struct row_options {
 namespace oracle {
 
 // A query in pairs of channels, as detail/kernels/pairs.inl defines it: float by float, since a multiplier is
-// rounded up and a table's entry to the nearest.
+// rounded up and a table's entry to the nearest. The high bits of 3-bit codes go by fours.
 struct paired_query {
-    double step = 0.0, multiplier_sum = 0.0, half_steps = 0.0; // of all pairs: the largest errors
+    double step = 0.0, multiplier_sum = 0.0, half_steps = 0.0; // of all pairs and fours: the largest errors
     std::vector<double> centred;                               // [pair][16]: multiplier * (t - 255 / 2)
+    std::vector<double> centred_fours;                         // [four][16], where codes have 3 bits
     std::array<float, 4> levels{};                             // of codes, about their middle
 
     paired_query() = default;
-    paired_query(std::span<const float> q, bool codebook)
+    paired_query(std::span<const float> q, int bits, bool codebook)
         : levels(codebook ? std::array{-7.0f, -2.0f, 2.0f, 7.0f} : std::array{-1.5f, -0.5f, 0.5f, 1.5f}) {
         const auto at = [&](std::size_t i) { return i < q.size() ? q[i] : 0.0f; };
         const std::size_t pairs = (q.size() + 1) / 2;
         float widest = 0.0f;
         for (std::size_t p = 0; p < pairs; ++p)
             widest = std::max(widest, std::fabs(at(2 * p)) + std::fabs(at(2 * p + 1)));
-        const float half = levels[3], top = half * widest;
+        const auto size_of_four = [&](std::size_t c) {
+            return (std::fabs(at(c)) + std::fabs(at(c + 1))) + (std::fabs(at(c + 2)) + std::fabs(at(c + 3)));
+        };
+        const std::size_t fours = bits == 3 ? (q.size() + 3) / 4 : 0;
+        float widest_four = 0.0f;
+        for (std::size_t p = 0; p < fours; ++p)
+            widest_four = std::max(widest_four, size_of_four(4 * p));
+        const float half = levels[3], top = std::max(half * widest, 2.0f * widest_four);
         step = static_cast<double>(top / 127.0f * (2.0f / 255.0f));
         for (std::size_t p = 0; p < pairs; ++p) {
             const float a = at(2 * p), b = at(2 * p + 1);
@@ -220,18 +229,38 @@ struct paired_query {
             multiplier_sum += static_cast<double>(m);
             half_steps += static_cast<double>(m) * step * (0.5 + 255 * gamma(8));
         }
+        for (std::size_t p = 0; p < fours; ++p) {
+            const float reach = 2.0f * size_of_four(4 * p);
+            const float m = top > 0.0f ? std::min(std::ceil(reach * (127.0f / top)), 127.0f) : 0.0f;
+            const float inverse = m > 0.0f ? 127.5f / (m * (top / 127.0f)) : 0.0f;
+            for (unsigned c = 0; c < 16; ++c) {
+                float t = 127.5f;
+                for (unsigned k = 0; k < 4; ++k)
+                    t = std::fma(at(4 * p + k) * inverse, (c >> k & 1u) != 0 ? 2.0f : -2.0f, t);
+                centred_fours.push_back(static_cast<double>(m) *
+                                        (static_cast<double>(std::nearbyint(t)) - 127.5));
+            }
+            multiplier_sum += static_cast<double>(m);
+            half_steps += static_cast<double>(m) * step * (0.5 + 255 * gamma(8));
+        }
     }
     // off: levels of the channels of a token, about their middle
     [[nodiscard]] double dot(const float* off, std::size_t channels) const {
+        const bool by_fours = !centred_fours.empty();
+        // of a channel: the high bit of its code, and what is left of it; code 0 past the last channel
+        const auto high_bit = [&](std::size_t c) -> std::size_t { return c < channels && off[c] > 0.0f; };
+        const auto low_code = [&](std::size_t c) -> std::size_t {
+            if (c >= channels)
+                return 0;
+            const float level = by_fours ? off[c] + (off[c] > 0.0f ? -2.0f : 2.0f) : off[c];
+            return static_cast<std::size_t>(std::find(levels.begin(), levels.end(), level) - levels.begin());
+        };
         double sum = 0.0;
-        for (std::size_t c = 0; c < channels; c += 2) {
-            const auto code = [&](float level) {
-                return static_cast<std::size_t>(std::find(levels.begin(), levels.end(), level) -
-                                                levels.begin());
-            };
-            const std::size_t low = code(off[c]), high = c + 1 < channels ? code(off[c + 1]) : 0;
-            sum += centred[c * 8 + low + 4 * high];
-        }
+        for (std::size_t c = 0; c < channels; c += 2)
+            sum += centred[c * 8 + low_code(c) + 4 * low_code(c + 1)];
+        for (std::size_t c = 0; by_fours && c < channels; c += 4)
+            sum += centred_fours[c * 4 + high_bit(c) + 2 * high_bit(c + 1) + 4 * high_bit(c + 2) +
+                                 8 * high_bit(c + 3)];
         return sum;
     }
 };
@@ -317,7 +346,7 @@ public:
                 at.code_sum += at.codes.back();
             }
             if (paired)
-                at.pairs = paired_query(at.row, keys.codebook);
+                at.pairs = paired_query(at.row, keys.bits, keys.codebook);
         }
     }
 
@@ -401,7 +430,7 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
     // the query as the kernels prepare it, group by group
     const kv1::target used =
         keys.per_channel ? kv1::detail::without_pairs(kv1::current_target()) : kv1::current_target();
-    const bool paired = fast_keys && keys.two_bits && kv1::detail::takes_pairs(used);
+    const bool paired = fast_keys && (keys.bits == 2 || keys.bits == 3) && kv1::detail::takes_pairs(used);
     std::vector<float> q(query.begin(), query.end());
     std::vector<double> i(d);
     struct query_part {
@@ -427,7 +456,7 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
             part.code_sum += i[p * part_dim + c];
         }
         if (paired)
-            part.pairs = oracle::paired_query(own, keys.codebook);
+            part.pairs = oracle::paired_query(own, keys.bits, keys.codebook);
         else if (fast_keys)
             part.sum = static_cast<float>(part.step) * static_cast<float>(part.code_sum);
     }

@@ -4,7 +4,7 @@
 // online, chunk by chunk, with a running maximum and sum (Milakov and Gimelshein 2018; FlashAttention). Parsed once
 // per target.
 
-// Pairs: the kernels of 2-bit keys are those of pairs.inl.
+// Pairs: the kernels of keys of 2 and 3 bits are those of pairs.inl.
 template <bool Pairs>
 inline void attend_rows(const attention_job& job) noexcept {
     const section_layout& keys = job.layout->keys();
@@ -49,14 +49,13 @@ inline void attend_rows(const attention_job& job) noexcept {
         const std::size_t rows = row_tile_size(job.rows, tile);
         if (in_pairs) {
 #if defined(KV1_ISA_PAIRS)
-            pair_query(own, part, keys.traits(), tables + tile_at * 8, codes[0] + tile_at, r - tile_row, rows,
-                       code_scales[n], code_offsets[n]);
+            pair_query(own, part, keys.traits(), tables + tile_at * pair_table_bytes, codes + tile_at,
+                       r - tile_row, rows, code_scales[n], code_offsets[n]);
 #endif
             return;
         }
         std::int32_t code_sum = 0;
-        round_query(own, part, keys.traits(), {codes[0] + tile_at, codes[1] + tile_at}, r - tile_row, rows,
-                    code_scales[n], code_sum);
+        round_query(own, part, keys.traits(), codes + tile_at, r - tile_row, rows, code_scales[n], code_sum);
         code_offsets[n] = -code_scales[n] * (half_code * static_cast<float>(code_sum));
         if (!per_channel) // codes and bases meet the same query
             query_sums[n] = code_scales[n] * static_cast<float>(code_sum);
@@ -108,9 +107,8 @@ inline void attend_rows(const attention_job& job) noexcept {
         for (std::size_t r = 0; r < job.rows; ++r)
             round_row(query + (g * job.rows + r) * part, r, g);
 
-    const query_rows q{
-        job.rows,    part,        query, query_sums, {codes[0], codes[1]}, in_pairs ? tables : nullptr,
-        code_scales, code_offsets};
+    const query_rows q{job.rows,    part,        query, query_sums, codes, in_pairs ? tables : nullptr,
+                       code_scales, code_offsets};
     const std::size_t page_tokens = keys.tokens, granule = granule_of(*job.layout);
     // a tile's share of K's and of V's bytes
     const std::size_t page_tiles = page_tokens / tile_tokens;
@@ -142,8 +140,10 @@ inline void attend_rows(const attention_job& job) noexcept {
         if (last < fetched)
             list_tiles(job, granule, last, fetched, after);
         const std::size_t slots = chunk.count * tile_tokens;
-        const chunk_view key_view{
-            &keys, chunk.tiles, chunk.count, &values, chunk.tiles, in_keys ? 0 : chunk.count, value_share};
+        const chunk_view key_view{&keys,       chunk.tiles,
+                                  chunk.count, &values,
+                                  chunk.tiles, in_keys ? 0 : chunk.count,
+                                  value_share, round_up(value_share, line_bytes) / line_bytes};
         if (per_channel)
             add_page_scores(
                 job, chunk, key_view, q, [&](const float* own, std::size_t r) { round_row(own, r, 0); }, mode,
@@ -183,9 +183,10 @@ inline void attend_rows(const attention_job& job) noexcept {
             prefetch_channels(keys, after);
         if (in_keys)
             transpose_values(keys, chunk.tiles, chunk.count, values, job.scratch->transposed);
-        const chunk_view value_view{
-            &values,  in_keys ? transposed : chunk.tiles, chunk.count, &keys, after.tiles, after.count,
-            key_share};
+        const chunk_view value_view{&values,     in_keys ? transposed : chunk.tiles,
+                                    chunk.count, &keys,
+                                    after.tiles, after.count,
+                                    key_share,   round_up(key_share, line_bytes) / line_bytes};
         const softmax_rows weights{job.rows, scores, maxima, rescale, denominators};
         if (values.groups() == 1)
             job.value_kernels->value_sums[mode](value_view, weights, sums, value_stride);

@@ -29,13 +29,16 @@ struct kept_tile {
 };
 inline constexpr std::size_t most_kept = 8; // of a query row
 
+// A channel's room in the tables of a query row by pairs (kernels/pairs.inl): 8 bytes of pairs, 4 of fours.
+inline constexpr std::size_t pair_table_bytes = 12;
+
 // The memory that attend_rows works in, too large for a thread's stack.
 struct attention_scratch {
     alignas(64) float query[scratch_floats];
     alignas(64) float sums[scratch_floats];
     alignas(64) float scores[max_rows * score_stride];
-    alignas(64) std::int8_t codes[2][scratch_floats];
-    alignas(64) std::uint8_t tables[8 * scratch_floats];     // of pairs
+    alignas(64) std::int8_t codes[scratch_floats];
+    alignas(64) std::uint8_t tables[pair_table_bytes * scratch_floats];
     alignas(64) float group_scores[max_rows * score_stride]; // of one of several groups of channels
     // of keys quantized per channel: queries times a page's scales, and its metadata
     alignas(64) float scaled[scratch_floats];
@@ -54,18 +57,21 @@ struct query_rows {
     std::size_t stride;  // floats between rows: channels, padded
     const float* values; // [rows][stride]
     const float* sums;   // [rows]: sum of the values
-    // values / code_scale rounded (fast only), by bit slice; in row tiles, stride bytes a row. On the scalar
-    // target: plain [rows][stride]. Of pairs (kernels/pairs.inl): their multipliers, [0] alone.
-    const std::int8_t* codes[2];
-    const std::uint8_t* tables; // of pairs, in row tiles, 8 stride bytes a row; null where not in pairs
-    const float* code_scales;   // [rows]
+    // values / code_scale rounded (fast only), in row tiles, stride bytes a row. On the scalar target: plain
+    // [rows][stride]. Of pairs (kernels/pairs.inl): their multipliers.
+    const std::int8_t* codes;
+    const std::uint8_t*
+        tables; // of pairs, in row tiles, pair_table_bytes * stride a row; null where not in pairs
+    const float* code_scales; // [rows]
     // [rows]: -code_scale * top level / 2 * sum of codes, which centres the stored levels
     const float* code_offsets;
 };
 
 // Whether keys are taken by channel pairs (kernels/pairs.inl): the format's part of the answer, and the
 // target's.
-constexpr bool takes_pairs(const format_traits& keys) noexcept { return keys.code_bits == 2; }
+constexpr bool takes_pairs(const format_traits& keys) noexcept {
+    return keys.code_bits == 2 || keys.code_bits == 3;
+}
 constexpr bool takes_pairs(target t) noexcept {
 #if defined(__AVX512F__) && defined(__AVX512CD__) && defined(__AVX512VL__) && defined(__AVX512DQ__) &&       \
     defined(__AVX512BW__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)

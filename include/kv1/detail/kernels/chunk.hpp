@@ -128,17 +128,23 @@ struct chunk_view {
     const tile_ref* next_tiles;
     std::size_t next_count;
     std::size_t next_share; // bytes of that section that come with a tile
+    std::size_t next_lines; // of these bytes, the lines that this walk fetches
 };
 
 // Groups of channels are walked one by one, as sections. While group g of `count` is walked, a share of the
-// next section is prefetched, with the metadata of one of its groups. This gives that share as a section.
-inline section_layout fetched_with(const chunk_view& view, std::size_t g, std::size_t count) noexcept {
+// next section is prefetched, with the metadata of one of its groups.
+struct group_share {
+    section_layout section; // where the share begins
+    std::size_t lines;      // of each tile
+};
+inline group_share fetched_with(const chunk_view& view, std::size_t g, std::size_t count) noexcept {
     const std::size_t its_groups = view.next_layout->groups();
     const section_layout its = view.next_layout->group(g < its_groups ? g : its_groups - 1);
-    section_layout s = *view.next_layout;
-    s.offset += g * (view.next_share / count / line_bytes * line_bytes);
-    s.scale_offset = its.scale_offset;
-    s.minimum_offset = its.minimum_offset;
+    const std::size_t lines = view.next_lines / count;
+    group_share s{*view.next_layout, g + 1 < count ? lines : view.next_lines - g * lines};
+    s.section.offset += g * lines * line_bytes;
+    s.section.scale_offset = its.scale_offset;
+    s.section.minimum_offset = its.minimum_offset;
     return s;
 }
 

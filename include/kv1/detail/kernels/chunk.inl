@@ -44,10 +44,11 @@ KV1_LAZY KV1_INLINE void scatter_query_by_4(const std::int8_t* plain, std::size_
 }
 
 // Rounds a query row to 8 bits for the fast path. Channels are reordered so that four consecutive bytes are multiplied
-// by the four bytes of a lane. codes: those of the row tile, by bit slice; the row is row r of `rows` rows in it.
+// by the four bytes of a lane of the first bit slice. codes: those of the row tile; the row is row r of `rows` rows in
+// it.
 KV1_LAZY inline void round_query(const float* query, std::size_t padded, const format_traits& t,
-                                 std::int8_t* const (&codes)[2], std::size_t r, std::size_t rows,
-                                 float& scale, std::int32_t& sum) noexcept {
+                                 std::int8_t* codes, std::size_t r, std::size_t rows, float& scale,
+                                 std::int32_t& sum) noexcept {
     f32 largest(0.0f);
     for (std::size_t i = 0; i < padded; i += lanes)
         largest = xs::max(largest, xs::abs(f32::load_aligned(query + i)));
@@ -62,21 +63,20 @@ KV1_LAZY inline void round_query(const float* query, std::size_t padded, const f
         store_u8(xs::bitwise_cast<std::uint32_t>(code), reinterpret_cast<std::uint8_t*>(plain) + i);
     }
     sum = xs::reduce_add(total);
-    for (int p = 0; p < t.slice_count(); ++p)
-        switch (t.field_bits(p)) {
-        case 1:
-            scatter_query<8>(plain, padded, codes[p] + r * 32, rows);
-            break;
-        case 2:
-            scatter_query_by_4(plain, padded, codes[p] + r * 16, rows);
-            break;
-        case 4:
-            scatter_query<2>(plain, padded, codes[p] + r * 8, rows);
-            break;
-        case 8:
-            scatter_query<1>(plain, padded, codes[p] + r * 4, rows);
-            break;
-        }
+    switch (t.field_bits(0)) {
+    case 1:
+        scatter_query<8>(plain, padded, codes + r * 32, rows);
+        break;
+    case 2:
+        scatter_query_by_4(plain, padded, codes + r * 16, rows);
+        break;
+    case 4:
+        scatter_query<2>(plain, padded, codes + r * 8, rows);
+        break;
+    case 8:
+        scatter_query<1>(plain, padded, codes + r * 4, rows);
+        break;
+    }
 }
 
 // The tiles of tokens first ... last - 1, and tiles that complete their granules. token[k] is the first token of tile
@@ -190,19 +190,15 @@ KV1_NOINLINE void add_group_scores(const Kernels& kernels, std::size_t mode, con
                                    const query_rows& q, float* scores, float* own, float* tops) noexcept {
     const std::size_t groups = view.layout->groups(), slots = view.count * tile_tokens;
     for (std::size_t g = 0; g < groups; ++g) {
-        const section_layout keys = view.layout->group(g), next = fetched_with(view, g, groups);
+        const section_layout keys = view.layout->group(g);
+        const group_share next = fetched_with(view, g, groups);
         const std::size_t row = g * q.rows, at = row * q.stride;
-        kernels.key_scores[mode](
-            {&keys, view.tiles, view.count, &next, view.next_tiles, view.next_count, view.next_share},
-            {q.rows,
-             q.stride,
-             q.values + at,
-             q.sums + row,
-             {q.codes[0] + at, q.codes[1] + at},
-             q.tables == nullptr ? nullptr : q.tables + 8 * at,
-             q.code_scales + row,
-             q.code_offsets + row},
-            g == 0 ? scores : own, tops);
+        kernels.key_scores[mode]({&keys, view.tiles, view.count, &next.section, view.next_tiles,
+                                  view.next_count, view.next_share, next.lines},
+                                 {q.rows, q.stride, q.values + at, q.sums + row, q.codes + at,
+                                  q.tables == nullptr ? nullptr : q.tables + pair_table_bytes * at,
+                                  q.code_scales + row, q.code_offsets + row},
+                                 g == 0 ? scores : own, tops);
         for (std::size_t r = 0; g != 0 && r < q.rows; ++r)
             for (std::size_t i = 0; i < slots; i += lanes) {
                 float* sum = scores + r * score_stride + i;
@@ -278,7 +274,8 @@ KV1_NOINLINE void add_page_scores(const attention_job& job, const chunk_tiles& c
                        view.next_layout,
                        view.next_tiles + first,
                        fetched < first ? 0 : fetched - first,
-                       view.next_share};
+                       view.next_share,
+                       view.next_lines};
         float* at = scores + first * tile_tokens;
         if (job.open_keys != nullptr && chunk.token[first] >= job.open_from) {
             tile_ref open_tiles[max_chunk_tiles];
@@ -329,7 +326,8 @@ KV1_NOINLINE void add_group_sums(const Kernels& kernels, std::size_t mode, const
                                  std::size_t stride) noexcept {
     const std::size_t groups = view.layout->groups();
     for (std::size_t g = 0; g < groups; ++g) {
-        const section_layout values = view.layout->group(g), next = fetched_with(view, g, groups);
+        const section_layout values = view.layout->group(g);
+        const group_share next = fetched_with(view, g, groups);
         float denominators[max_rows];
         softmax_rows own = w;
         if (g + 1 < groups) {
@@ -341,8 +339,8 @@ KV1_NOINLINE void add_group_sums(const Kernels& kernels, std::size_t mode, const
             own.scores = scores;
             own.denominators = denominators;
         }
-        kernels.value_sums[mode](
-            {&values, view.tiles, view.count, &next, view.next_tiles, view.next_count, view.next_share}, own,
-            sums + g * values.channels, stride);
+        kernels.value_sums[mode]({&values, view.tiles, view.count, &next.section, view.next_tiles,
+                                  view.next_count, view.next_share, next.lines},
+                                 own, sums + g * values.channels, stride);
     }
 }

@@ -49,7 +49,7 @@ KV1_LAZY KV1_NOINLINE inline void exact_tile(const attention_job& job, const que
     chunk.tiles[0] = tile;
     chunk.token[0] = token;
     chunk.count = 1;
-    const chunk_view view{&keys, chunk.tiles, 1, &keys, chunk.tiles, 0, 0};
+    const chunk_view view{&keys, chunk.tiles, 1, &keys, chunk.tiles, 0, 0, 0};
     float tops[max_rows];
     if (keys.axis == quantization_axis::per_channel)
         add_page_scores(

@@ -22,76 +22,113 @@ KV1_LAZY KV1_INLINE void prefetch(const void* p) {
 #endif
 }
 
-// A walk says where register n of line l lies, and what to prefetch meanwhile. Of keys: N registers of tokens, whose
-// lines follow one another.
+// Fetches lines at, at + own, ... of the `share` lines that a tile brings of what is walked next.
+KV1_LAZY KV1_INLINE void fetch(const std::byte* next, std::size_t at, std::size_t own, std::size_t share) {
+    for (; at < share; at += own)
+        prefetch(next + at * line_bytes);
+}
+
+// A walk says where register n of line l lies, and fetches meanwhile: each of the `own` lines of a tile some of the
+// `share` lines that the tile brings. Of keys: N registers of tokens, whose lines follow one another. second: the line
+// in which the second slice begins.
 template <std::size_t N>
 struct key_walk {
     const std::uint32_t* first[N];
     const std::byte* next[N];
+    std::size_t second, own, share;
+
     KV1_INLINE const std::uint32_t* line(std::size_t l, std::size_t n) const {
         return first[n] + l * line_lanes;
     }
-    KV1_INLINE const std::byte* ahead(std::size_t l, std::size_t n) const { return next[n] + l * line_bytes; }
-};
-// Of values: a table has the lines of the first 16 channels, and those of other runs of 16 lie at fixed distances.
-template <std::size_t N>
-struct value_walk {
-    const std::byte* const* lines;
-    const std::byte* const* next;
-    std::size_t offset[N], next_offset[N];
-    KV1_INLINE const std::uint32_t* line(std::size_t l, std::size_t n) const {
-        return reinterpret_cast<const std::uint32_t*>(lines[l] + offset[n]);
+    // Of 3-bit codes in line l of the first slice, the high bits: of four channels, in bits 0 ... 3 of each byte.
+    KV1_INLINE u32 high_bits(std::size_t l, std::size_t odd, std::size_t n) const {
+        return nibbles_of(u32::load_aligned(line(second + l / 2, n)), odd);
     }
-    KV1_INLINE const std::byte* ahead(std::size_t l, std::size_t n) const { return next[l] + next_offset[n]; }
+    KV1_INLINE void fetch_at(std::size_t l) const {
+        KV1_UNROLL for (std::size_t n = 0; n < N; n += registers_per_line) { fetch(next[n], l, own, share); }
+    }
+};
+// Of values: tables have the lines of the first 16 channels by slice, and those of other runs of 16 lie at fixed
+// distances. A line holds `Run` tokens, so there are several for a tile, or one for two of them.
+template <std::size_t N, std::size_t Run>
+struct value_walk {
+    static constexpr std::size_t tile_lines = Run < tile_tokens ? tile_tokens / Run : 1;
+    static constexpr std::size_t line_tiles = Run > tile_tokens ? Run / tile_tokens : 1;
+    const std::byte* const* lines[2];
+    const std::byte* const* next;
+    std::size_t offset[N];
+    std::size_t unit, units, share; // the first register's unit
+
+    KV1_INLINE const std::uint32_t* line(std::size_t l, std::size_t n) const {
+        return reinterpret_cast<const std::uint32_t*>(lines[0][l] + offset[n]);
+    }
+    // Of 3-bit codes, the high bits of tokens i, i + 4, i + 8 and i + 12 in bits 0 ... 3 of byte i.
+    KV1_INLINE u32 high_bits(std::size_t l, std::size_t odd, std::size_t n) const {
+        const auto* both = reinterpret_cast<const std::uint32_t*>(lines[1][l / 2] + offset[n]);
+        return (u32::load_aligned(both) >> static_cast<int>(4 * odd)) & u32(0x0f0f0f0fu);
+    }
+    KV1_INLINE void fetch_at(std::size_t l) const {
+        KV1_UNROLL for (std::size_t n = 0; n < N; n += registers_per_line) {
+            fetch(next[l], l % tile_lines * units + unit + n / registers_per_line, tile_lines * units,
+                  line_tiles * share);
+        }
+    }
 };
 
 // Lines first ... last - 1 into running sums. Unsigned: the rows' 8-bit numbers are 0 ... 255, as weights of codes below
-// 128 may be.
+// 128 may be. Bits: of a code; codes of 3 bits are joined from both slices, two lines of the first at a time.
 template <int Bits, bool Unsigned, int Top, std::size_t R, std::size_t N, class Walk, class Sum>
 KV1_INLINE void run_dots(const Walk& walk, std::size_t first, std::size_t last, const std::int8_t* rows,
                          Sum (&sum)[R][N]) {
-    constexpr std::size_t unpacked = 8 / Bits;
+    constexpr int width = Bits == 3 ? 2 : Bits; // of a field of the first slice
+    constexpr std::size_t unpacked = 8 / width, at_once = Bits == 3 ? 2 : 1;
     const u32 mask(((1u << Bits) - 1u) * 0x01010101u);
-    for (std::size_t l = first; l < last; ++l) {
-        u32 packed[N];
-        KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
-            packed[n] = u32::load_aligned(walk.line(l, n));
-            if (n % registers_per_line == 0)
-                prefetch(walk.ahead(l, n));
-        }
-        KV1_UNROLL for (std::size_t f = 0; f < unpacked; ++f) {
-            u32 codes[N];
+    for (std::size_t pair = first; pair < last; pair += at_once)
+        KV1_UNROLL for (std::size_t l = pair; l < pair + at_once; ++l) {
+            u32 packed[N], others[N];
+            walk.fetch_at(l);
             KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
-                codes[n] = f == 0 ? packed[n] : packed[n] >> (Bits * static_cast<int>(f));
-                if (Bits != 8)
-                    codes[n] = codes[n] & mask;
-                if (Top != (1 << Bits) - 1)
-                    codes[n] = levels_of(codes[n]);
+                packed[n] = others[n] = u32::load_aligned(walk.line(l, n));
+                if constexpr (Bits == 3) { // fields 0 and 2, 1 and 3 as nibbles
+                    const u32 high = walk.high_bits(pair, l - pair, n), low(0x33333333u);
+                    packed[n] = and_or(packed[n], low, to_bits_2_and_6<0>(high));
+                    others[n] = and_or(others[n] >> 2, low, to_bits_2_and_6<1>(high));
+                }
             }
-            KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
-                std::int32_t four;
-                std::memcpy(&four, rows + ((l * R + r) * unpacked + f) * 4, 4);
-                const dot_row broadcast = dot_broadcast<Unsigned>(four);
+            KV1_UNROLL for (std::size_t f = 0; f < unpacked; ++f) {
+                u32 codes[N];
                 KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
-                    sum[r][n] = dot_add<Top, Unsigned>(sum[r][n], codes[n], broadcast);
+                    codes[n] = Bits == 3 && f % 2 == 1 ? others[n] : packed[n];
+                    if (const std::size_t shift = Bits == 3 ? 4 * (f / 2) : f * Bits; shift != 0)
+                        codes[n] = codes[n] >> static_cast<int>(shift);
+                    if (Bits != 8)
+                        codes[n] = codes[n] & mask;
+                    if (Top != (1 << Bits) - 1)
+                        codes[n] = levels_of(codes[n]);
+                }
+                KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
+                    std::int32_t four;
+                    std::memcpy(&four, rows + ((l * R + r) * unpacked + f) * 4, 4);
+                    const dot_row broadcast = dot_broadcast<Unsigned>(four);
+                    KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
+                        sum[r][n] = dot_add<Top, Unsigned>(sum[r][n], codes[n], broadcast);
+                    }
                 }
             }
         }
-    }
 }
 
-// Top: the largest level, which is the largest code but for the codebook.
-template <int Bits, int Shift, bool Unsigned, int Top = (1 << Bits) - 1, std::size_t R, std::size_t N,
-          class Walk>
+// All lines of a unit. Top: the largest level, which is the largest code but for the codebook.
+template <int Bits, bool Unsigned, int Top = (1 << Bits) - 1, std::size_t R, std::size_t N, class Walk>
 KV1_INLINE void add_dots(const Walk& walk, std::size_t line_count, const std::int8_t* rows,
                          i32 (&total)[R][N]) {
-    constexpr std::size_t unpacked = 8 / Bits;
-    constexpr std::size_t limit = dot_limit<Top, Unsigned>;
-    if constexpr (dot_sums_are_totals && Shift == 0) {
+    if constexpr (dot_sums_are_totals) {
         // not both: they would not fit the registers
         run_dots<Bits, Unsigned, Top>(walk, 0, line_count, rows, total);
     } else {
-        constexpr std::size_t run = limit / unpacked; // lines between finishes
+        constexpr std::size_t unpacked = Bits == 3 ? 4 : 8 / Bits;
+        constexpr std::size_t fit = dot_limit<Top, Unsigned> / unpacked;
+        constexpr std::size_t run = Bits == 3 ? fit / 2 * 2 : fit; // lines between finishes
         static_assert(run > 0);
         for (std::size_t first = 0; first < line_count;) {
             const std::size_t last = line_count - first < run ? line_count : first + run;
@@ -102,7 +139,7 @@ KV1_INLINE void add_dots(const Walk& walk, std::size_t line_count, const std::in
             run_dots<Bits, Unsigned, Top>(walk, first, last, rows, sum);
             KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
                 KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
-                    total[r][n] = total[r][n] + (dot_finish<Top, Unsigned>(sum[r][n]) << Shift);
+                    total[r][n] = total[r][n] + dot_finish<Top, Unsigned>(sum[r][n]);
                 }
             }
             first = last;
@@ -115,11 +152,12 @@ KV1_LAZY KV1_INLINE const std::byte* share_of(const chunk_view& view, std::size_
     const tile_ref& t = view.next_tiles[k];
     return t.page + view.next_layout->offset + t.token / tile_tokens * view.next_share;
 }
-// And its metadata, on the way: half a line of each array.
+// And its metadata, on the way: half a line of each array there is.
 KV1_LAZY KV1_INLINE void prefetch_metadata(const chunk_view& view, std::size_t k) {
     if (k >= view.next_count)
         return;
     const tile_ref& t = view.next_tiles[k];
     prefetch(t.page + view.next_layout->scale_offset + t.token * sizeof(std::uint16_t));
-    prefetch(t.page + view.next_layout->minimum_offset + t.token * sizeof(std::uint16_t));
+    if (view.next_layout->traits().metadata == metadata_kind::scale_and_minimum)
+        prefetch(t.page + view.next_layout->minimum_offset + t.token * sizeof(std::uint16_t));
 }

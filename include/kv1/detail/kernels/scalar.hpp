@@ -239,7 +239,7 @@ void key_scores_fast(const chunk_view& view, const query_rows& q, float* scores,
         for (std::size_t t = 0; t < view.count * tile_tokens; ++t) {
             std::int64_t twice = 0; // 2 * sum i (level - top / 2)
             for (std::size_t c = 0; c < view.layout->channels; ++c)
-                twice += q.codes[0][r * q.stride + c] * centred_twice<Format>(view, t, c);
+                twice += q.codes[r * q.stride + c] * centred_twice<Format>(view, t, c);
             const affine_map p = affine_of<Format>(view, t);
             scores[r * score_stride + t] = p.slope * (static_cast<float>(twice) * (0.5f * q.code_scales[r])) +
                                            centre_of<Format>(p) * q.sums[r];
@@ -367,7 +367,7 @@ inline void channel_scores(const attention_job& job, std::span<const float> quer
                            std::size_t count, std::size_t first, std::size_t mode, float* scores) noexcept {
     const section_layout& keys = job.layout->keys();
     auto& scaled = job.scratch->scaled;
-    auto& codes = job.scratch->codes[1];
+    auto& codes = job.scratch->codes;
     for (std::size_t k = 0; k < count; ++k) { // tile by tile, for simplicity's sake
         const bool is_open = job.open_keys != nullptr && first + k * tile_tokens >= job.open_from;
         const tile_ref tile{is_open ? job.open_keys : tiles[k].page, tiles[k].token};
@@ -385,8 +385,8 @@ inline void channel_scores(const attention_job& job, std::span<const float> quer
         const float step = round_query({scaled, query.size()}, codes);
         const section_layout& layout = is_open ? job.open_layout->keys() : keys;
         (is_open ? job.open_kernels : job.key_kernels)
-            ->key_scores[mode]({&layout, &tile, 1, nullptr, nullptr, 0, 0},
-                               {1, query.size(), scaled, &sum, {codes, codes}, nullptr, &step, nullptr},
+            ->key_scores[mode]({&layout, &tile, 1, nullptr, nullptr, 0, 0, 0},
+                               {1, query.size(), scaled, &sum, codes, nullptr, &step, nullptr},
                                scores + k * tile_tokens, nullptr);
         for (std::size_t i = 0; i < tile_tokens; ++i)
             scores[k * tile_tokens + i] += shift;
@@ -399,7 +399,7 @@ inline void attend_rows(const attention_job& job) noexcept {
     const auto mode = static_cast<std::size_t>(job.mode);
     auto &query = job.scratch->query, &sums = job.scratch->sums;
     auto &scores = job.scratch->scores, &group_scores = job.scratch->group_scores;
-    auto& codes = job.scratch->codes[0];
+    auto& codes = job.scratch->codes;
     float query_sums[max_groups], steps[max_groups];
     const std::size_t key_groups = keys.groups(), key_group = keys.group_channels;
     const bool integer_keys = job.mode == precision::fast && keys.traits().code_bits != 0;
@@ -453,15 +453,9 @@ inline void attend_rows(const attention_job& job) noexcept {
             for (std::size_t g = 0; !per_channel && g < key_groups; ++g) {
                 const section_layout own = keys.group(g);
                 std::int8_t* const own_codes = codes + g * key_group;
-                job.key_kernels->key_scores[how]({&own, tiles, count, nullptr, nullptr, 0, 0},
-                                                 {1,
-                                                  key_group,
-                                                  query + g * key_group,
-                                                  query_sums + g,
-                                                  {own_codes, own_codes},
-                                                  nullptr,
-                                                  steps + g,
-                                                  nullptr},
+                job.key_kernels->key_scores[how]({&own, tiles, count, nullptr, nullptr, 0, 0, 0},
+                                                 {1, key_group, query + g * key_group, query_sums + g,
+                                                  own_codes, nullptr, steps + g, nullptr},
                                                  g == 0 ? out : group_scores, nullptr);
                 for (std::size_t i = 0; g != 0 && i < count * tile_tokens; ++i)
                     out[i] += group_scores[i];
@@ -518,7 +512,7 @@ inline void attend_rows(const attention_job& job) noexcept {
                 const section_layout own = values.group(g);
                 std::copy_n(scores, score_stride, group_scores);
                 state.denominator = denominator;
-                job.value_kernels->value_sums[mode]({&own, tiles, count, nullptr, nullptr, 0, 0},
+                job.value_kernels->value_sums[mode]({&own, tiles, count, nullptr, nullptr, 0, 0, 0},
                                                     {1, group_scores, &m, &rescale, &state.denominator},
                                                     sums + g * values.group_channels, max_vector_length);
             }

@@ -112,21 +112,16 @@ inline constexpr std::size_t registers_at_once = many_registers ? 4
 // Dot products of codes. It copies the pointers to a row tile's queries, so that the compiler knows that storing
 // scores does not change them.
 struct single_dots {
-    const std::int8_t* codes[2];
-    single_dots(const query_rows& q, std::size_t row)
-        : codes{q.codes[0] + row * q.stride, q.codes[1] + row * q.stride} {}
+    const std::int8_t* codes;
+    single_dots(const query_rows& q, std::size_t row) : codes(q.codes + row * q.stride) {}
+
+    // the lines of a tile at which others are fetched
+    static KV1_INLINE std::size_t walked_lines(const section_layout& s) { return s.slice_lines(0); }
 
     template <class Format, std::size_t R, std::size_t N>
-    KV1_INLINE void add(key_walk<N>& walk, const section_layout& s, i32 (&total)[R][N]) const {
+    KV1_INLINE void add(const key_walk<N>& walk, const section_layout& s, i32 (&total)[R][N]) const {
         constexpr format_traits t = traits_of(kv_format_of<Format>);
-        if constexpr (t.codebook())
-            add_dots<2, 0, false, t.top_level()>(walk, s.slice_lines(0), codes[0], total);
-        else
-            add_dots<t.slices[0].bits, t.slices[0].shift, false>(walk, s.slice_lines(0), codes[0], total);
-        if constexpr (t.slice_count() == 2) {
-            KV1_UNROLL for (std::size_t n = 0; n < N; ++n) { walk.first[n] += s.second_slice() * line_lanes; }
-            add_dots<t.slices[1].bits, t.slices[1].shift, false>(walk, s.slice_lines(1), codes[1], total);
-        }
+        add_dots<t.code_bits, false, t.top_level()>(walk, s.slice_lines(0), codes, total);
     }
 };
 
@@ -144,6 +139,9 @@ KV1_INLINE void fast_score_step(const chunk_view& view, const section_layout& s,
                                 const score_rows<R>& q, std::size_t at, float* scores, f32 (&top)[R]) {
     constexpr auto top_level = static_cast<float>(traits_of(kv_format_of<Format>).top_level());
     key_walk<N> walk;
+    walk.second = s.second_slice();
+    walk.own = Dots::walked_lines(s);
+    walk.share = view.next_lines;
     KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
         const std::size_t tile = (at + n) / registers_per_line;
         const tile_ref& ref = view.tiles[tile];
@@ -264,6 +262,7 @@ KV1_INLINE void exact_score_step(const chunk_view& view, const chunk_metadata<Fo
     const std::size_t runs = round_up(s.channels, reader::fields) / reader::fields;
     const std::uint32_t* first[N];
     const std::byte* next[N];
+    const std::size_t own = runs * reader::lines0, share = view.next_lines;
     f32 slope[N], base[N], sum[R][N];
     KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
         const std::size_t tile = (at + n) / registers_per_line;
@@ -284,8 +283,8 @@ KV1_INLINE void exact_score_step(const chunk_view& view, const chunk_metadata<Fo
         reader lane[N];
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
             lane[n].load(first[n], s.second_slice(), run);
-            if (n % registers_per_line == 0)
-                prefetch(next[n] + run * reader::lines0 * line_bytes);
+            for (std::size_t l = 0; n % registers_per_line == 0 && l < reader::lines0; ++l)
+                fetch(next[n], run * reader::lines0 + l, own, share);
         }
         KV1_UNROLL for (std::size_t i = 0; i < reader::fields; ++i) {
             f32 key[N];

@@ -34,10 +34,11 @@ KV1_LAZY KV1_INLINE f32 softmax_shift(float maximum) {
     return f32(maximum == lowest_score ? 0.0f : -maximum);
 }
 
-// The weights of a chunk for R rows, rounded for the integer path. Codes lie by bit slice, in a row tile's order.
+// The weights of a chunk for R rows, rounded for the integer path. Codes lie as the first bit slice has its tokens, in a
+// row tile's order.
 template <std::size_t R>
 struct rounded_weights {
-    alignas(64) std::int8_t codes[2][R * max_chunk_slots];
+    alignas(64) std::int8_t codes[R * max_chunk_slots];
     float step[R];
     std::int32_t code_sum[R];
     float affine_sum[R];
@@ -113,9 +114,7 @@ KV1_INLINE void round_weights(const chunk_view& view, const chunk_metadata<Forma
     const auto store = [&](const i32(&code)[registers_per_line], std::size_t k, std::size_t r) {
         alignas(16) std::uint8_t codes[tile_tokens];
         store_line_u8(code, codes);
-        store_weight_codes<t.slices[0].bits, R>(codes, k, r, out.codes[0]);
-        if constexpr (t.slice_count() == 2)
-            store_weight_codes<t.slices[1].bits, R>(codes, k, r, out.codes[1]);
+        store_weight_codes<t.slices[0].bits, R>(codes, k, r, out.codes);
     };
     for (std::size_t k = 0; k < view.count && !few; ++k) {
         KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
@@ -147,11 +146,12 @@ KV1_INLINE void round_weights(const chunk_view& view, const chunk_metadata<Forma
     }
 }
 
-// The lines of a chunk for channels 0 ... 15, by bit slice, and the lines of K to prefetch while they are walked.
+// The lines of a chunk for channels 0 ... 15, by bit slice, and where the share of K lies that a line's tile brings.
 struct value_lines {
     const std::byte* at[2][max_chunk_slots / 4];
     const std::byte* next[max_chunk_slots / 4];
-    std::size_t count[2];
+    std::size_t count;
+    std::size_t share; // lines
 };
 
 template <int Bits>
@@ -169,18 +169,15 @@ KV1_INLINE std::size_t list_lines(const chunk_view& view, std::size_t first_line
 template <class Format>
 KV1_INLINE void list_lines(const chunk_view& view, value_lines& lines) {
     constexpr format_traits t = traits_of(kv_format_of<Format>);
-    lines.count[0] = list_lines<t.slices[0].bits>(view, 0, lines.at[0]);
-    lines.count[1] = 0;
+    lines.count = list_lines<t.slices[0].bits>(view, 0, lines.at[0]);
     if constexpr (t.slice_count() == 2)
-        lines.count[1] = list_lines<t.slices[1].bits>(view, view.layout->slice_lines(0), lines.at[1]);
+        list_lines<t.slices[1].bits>(view, view.layout->slice_lines(0), lines.at[1]);
     constexpr std::size_t run = 32 / t.slices[0].bits;
-    const std::size_t groups = view.layout->units();
-    for (std::size_t l = 0; l < lines.count[0]; ++l) {
+    for (std::size_t l = 0; l < lines.count; ++l) {
         const std::size_t tile = l * run / tile_tokens;
-        lines.next[l] = tile < view.next_count
-                            ? share_of(view, tile) + l * run % tile_tokens / run * groups * line_bytes
-                            : lines.at[0][l];
+        lines.next[l] = tile < view.next_count ? share_of(view, tile) : lines.at[0][l];
     }
+    lines.share = view.next_lines;
 }
 
 // Computes the sums of R rows for N registers of channels, from `channel` on.
@@ -192,26 +189,17 @@ KV1_INLINE void fast_sum_step(const section_layout& s, const value_lines& lines,
     constexpr std::int32_t top_level = t.top_level();
     constexpr int top_weight = top_weight_code(t.code_bits);
     const std::size_t unit = s.unit_lines() * line_bytes;
-    value_walk<N> walk{lines.at[0], lines.next, {}, {}};
+    value_walk<N, 32 / t.slices[0].bits> walk{{lines.at[0], lines.at[1]}, lines.next, {},
+                                              channel / line_lanes,       s.units(),  lines.share};
     KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
         const std::size_t at = channel + n * lanes;
         walk.offset[n] = at / line_lanes * unit + at % line_lanes * 4;
-        walk.next_offset[n] = at / line_lanes * line_bytes;
     }
     i32 total[R][N];
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n) { total[r][n] = i32(0); }
     }
-    if constexpr (t.codebook())
-        add_dots<2, 0, true, top_level>(walk, lines.count[0], rounded.codes[0], total);
-    else
-        add_dots<t.slices[0].bits, t.slices[0].shift, (top_weight > 127)>(walk, lines.count[0],
-                                                                          rounded.codes[0], total);
-    if constexpr (t.slice_count() == 2) {
-        walk.lines = lines.at[1];
-        add_dots<t.slices[1].bits, t.slices[1].shift, (top_weight > 127)>(walk, lines.count[1],
-                                                                          rounded.codes[1], total);
-    }
+    add_dots<t.code_bits, (top_weight > 127), top_level>(walk, lines.count, rounded.codes, total);
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
             float* out = sums + r * sum_stride + channel + n * lanes;
@@ -266,7 +254,9 @@ KV1_INLINE void exact_sum_step(const chunk_view& view, const affine_slots& affin
     constexpr bool coded = reader::t.code_bits != 0;
     const section_layout& s = *view.layout;
     const std::size_t unit = s.unit_lines() * line_bytes;
-    const std::size_t groups = s.units();
+    constexpr std::size_t tile_lines = reader::fields < tile_tokens ? tile_tokens / reader::fields : 1;
+    constexpr std::size_t line_tiles = reader::fields > tile_tokens ? reader::fields / tile_tokens : 1;
+    const std::size_t units = s.units();
     std::size_t offset[N];
     f32 sum[R][N];
     KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
@@ -280,18 +270,15 @@ KV1_INLINE void exact_sum_step(const chunk_view& view, const affine_slots& affin
     for (std::size_t slot = 0; slot < view.count * tile_tokens; slot += reader::fields) {
         const std::size_t tile = slot / tile_tokens;
         const tile_ref& ref = view.tiles[tile];
-        const std::byte* next = ref.page;
-        std::size_t next_offset = 0;
-        if (tile < view.next_count) {
-            next = share_of(view, tile);
-            next_offset = slot % tile_tokens / reader::fields * groups * line_bytes;
-        }
+        const std::byte* const next = tile < view.next_count ? share_of(view, tile) : nullptr;
+        const std::size_t line = slot % tile_tokens / reader::fields * units;
         reader lane[N];
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
             lane[n].load(reinterpret_cast<const std::uint32_t*>(ref.page + offset[n]), s.slice_lines(0),
                          (ref.token + slot % tile_tokens) / reader::fields);
-            if (n % registers_per_line == 0)
-                prefetch(next + next_offset + (channel + n * lanes) / line_lanes * line_bytes);
+            if (n % registers_per_line == 0 && next != nullptr)
+                fetch(next, line + (channel + n * lanes) / line_lanes, tile_lines * units,
+                      line_tiles * view.next_lines);
         }
         KV1_UNROLL for (std::size_t i = 0; i < reader::fields; ++i) {
             const f32 slope(coded ? affine.slopes[slot + i] : 1.0f);

@@ -70,10 +70,6 @@ KV1_LAZY KV1_INLINE u32 look_up(u32 index, u32 table) {
     return u32(_mm512_permutexvar_epi8(__m512i(index), __m512i(table)));
 #endif
 }
-// (x & mask) | bits
-KV1_LAZY KV1_INLINE u32 and_or(u32 x, u32 mask, u32 bits) {
-    return u32(_mm512_ternarylogic_epi32(__m512i(x), __m512i(mask), __m512i(bits), 0xea));
-}
 // The numbers at even places of two registers, and those at odd places.
 KV1_LAZY KV1_INLINE void split_pairs(const float* p, f32& even, f32& odd) {
     const __m512i places = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
