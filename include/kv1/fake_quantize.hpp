@@ -25,10 +25,12 @@
 // names the vector as where().token; vectors before it are written.
 #pragma once
 
+#include <kv1/detail/turning_means.hpp>
 #include <kv1/format.hpp>
 #include <kv1/hadamard.hpp>
 #include <kv1/quantizer.hpp>
 #include <kv1/quantizers/all.hpp>
+#include <kv1/rotary_embedding.hpp>
 
 #include <algorithm>
 #include <array>
@@ -37,6 +39,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <tuple>
 
 namespace kv1::inline KV1_ABI {
 
@@ -53,12 +56,28 @@ struct fake_quantize_options {
     bool hadamard = false;
     /// Means, [channels]: taken off before quantizing and added afterwards; empty: none. A constant to the
     /// gradient. Keys whose means turn with their position (layer_description::rotary) have another one at
-    /// each: call once a position.
+    /// each: call once a position, with what turn_mean() gives.
     std::span<const float> centre{};
     /// An orthogonal matrix, [channels][channels], as a KV head of vector_encoding::basis has it: a vector less
     /// its mean becomes its products with the rows, before the Hadamard matrix. Empty: none. Not checked.
     std::span<const float> basis{};
 };
+
+/// The mean of a head's keys at a position, bit for bit as a cache takes it off keys that turn
+/// (layer_description::rotary): the `centre` of those keys. mean: before rotary embedding, [channels]; `turned`, as
+/// long, gets it, and may be `mean`. Precondition: the channels that turn are among them. O(channels).
+inline void turn_mean(const rotary_embedding& rotary, std::span<const float> mean, std::uint64_t position,
+                      std::span<float> turned) noexcept {
+    if (turned.data() != mean.data())
+        std::copy(mean.begin(), mean.end(), turned.begin());
+    for (std::size_t j = 0; j < rotary.frequencies.size(); ++j) {
+        float &first = turned[rotary.first_of(j)], &second = turned[rotary.second_of(j)];
+        const detail::unit_vector angle =
+            detail::unit_of(detail::half_turns_of(rotary.frequencies[j]), position);
+        if (first != 0.0f || second != 0.0f)
+            std::tie(first, second) = detail::turned(first, second, angle);
+    }
+}
 
 namespace detail {
 

@@ -114,17 +114,20 @@ std::vector<float> reflection(kv1_test::generator& g, std::size_t n) {
     return matrix;
 }
 
-// What a cache of one head gives back of a vector that it stores as a key.
+// What a cache of one head gives back of a vector that it stores as the first key.
 std::vector<float> through_a_cache(kv_format f, std::span<const float> x,
-                                   const kv1::vector_encoding& encoding) {
+                                   const kv1::vector_encoding& encoding,
+                                   const kv1::rotary_embedding& rotary = {}, std::size_t position = 0) {
     kv1::cache_description d;
     d.layers = {{.kv_heads = 1,
                  .key_dim = x.size(),
                  .value_dim = x.size(),
                  .key_format = f,
                  .value_format = kv_format::fp32,
-                 .key_encoding = encoding}};
+                 .key_encoding = encoding,
+                 .rotary = rotary}};
     d.capacity_tokens = d.page_tokens;
+    d.first_position = position;
     kv1::kv_cache cache(d);
     const kv1::sequence_id sequence = cache.create_sequence();
     const kv1::tensor_view one(x.data(), 1, 1, x.size());
@@ -213,6 +216,39 @@ TEST_CASE("With rounded metadata training sees what a cache gives back, whatever
                                      to_string(f), static_cast<int>(levels), hadamard, centred, n, kind,
                                      "in a basis");
                         }
+    KV1_REQUIRE_CLEAN(t);
+}
+
+TEST_CASE("A mean that turns is the cache's at every position, bit for bit", "[fake_quantize]") {
+    kv1_test::generator g(21);
+    tally t;
+    for (const kv1::rotary_pairs pairs : {kv1::rotary_pairs::half_split, kv1::rotary_pairs::interleaved})
+        for (const std::size_t n : {32u, 96u})
+            for (const std::size_t turning : {n, n / 2})
+                for (const std::size_t position : {0u, 1u, 77u, 8191u, 1000003u}) {
+                    const kv1::rotary_embedding rotary{kv1::rotary_frequencies(1e5, turning), pairs,
+                                                       n - turning};
+                    std::vector<float> mean = kv1_test::normal_values(g, n);
+                    mean[rotary.first_of(1)] = mean[rotary.second_of(1)] = 0.0f; // a pair without a mean
+                    std::vector<float> exact = mean, at(n);
+                    kv1::apply_rotary(rotary, std::span(exact), static_cast<std::int64_t>(position));
+                    kv1::turn_mean(rotary, mean, position, at);
+                    for (std::size_t i = 0; i < n; ++i)
+                        t.expect(std::fabs(at[i] - exact[i]) < 1e-6f, n, turning, position, i);
+                    std::vector<float> x = kv1_test::normal_values(g, n);
+                    for (std::size_t i = 0; i < n; ++i)
+                        x[i] += at[i];
+                    kv1::vector_encoding e{.levels = kv1::level_choice::least_squares};
+                    e.hadamard = kv1::rotation_width(n);
+                    e.means = mean;
+                    const options o{.levels = e.levels, .hadamard = true, .centre = at};
+                    t.expect(
+                        kv1_test::same_bits(quantized(kv_format::compact2, x, o),
+                                            through_a_cache(kv_format::compact2, x, e, rotary, position)),
+                        n, turning, position);
+                    kv1::turn_mean(rotary, mean, position, mean);
+                    t.expect(kv1_test::same_bits(mean, at), "in place", n, turning, position);
+                }
     KV1_REQUIRE_CLEAN(t);
 }
 

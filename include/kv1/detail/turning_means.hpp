@@ -23,6 +23,8 @@
 #include <cstdint>
 #include <iterator>
 #include <span>
+#include <tuple>
+#include <utility>
 
 namespace kv1::inline KV1_ABI::detail {
 
@@ -86,15 +88,29 @@ inline unit_vector unit_at(std::uint32_t phase) noexcept {
     return {((quarter + 1) & 2u) != 0 ? -across : across, (quarter & 2u) != 0 ? -along : along};
 }
 
+// A pair of a mean's channels at a position, given the angle there.
+inline std::pair<float, float> turned(float first, float second, unit_vector u) noexcept {
+    return {as_written(product_of(first, u.cosine) - product_of(second, u.sine)),
+            as_written(product_of(first, u.sine) + product_of(second, u.cosine))};
+}
+
+// Half a frequency as a part of a turn, 2^64 a turn.
+inline std::uint64_t half_turns_of(float frequency) noexcept {
+    constexpr double per_radian = 0.15915494309189533577;
+    const double turns = 0.5 * static_cast<double>(frequency) * per_radian, part = turns - std::floor(turns);
+    return part < 1.0 ? static_cast<std::uint64_t>(std::ldexp(part, 64)) : 0; // it may round to 1
+}
+
+// The angle of a position.
+inline unit_vector unit_of(std::uint64_t half_turns, std::uint64_t position) noexcept {
+    return unit_at(static_cast<std::uint32_t>(half_turns * (2 * position) >> 32));
+}
+
 // The mean at a position: writes the channels that turn, and leaves the others as they are.
 inline void set_mean_at(const turning_mean& m, std::uint64_t position, float* mean) noexcept {
-    for (std::size_t j = 0; j < m.count; ++j) {
-        const unit_vector u = unit_at(static_cast<std::uint32_t>(m.half_turns[j] * (2 * position) >> 32));
-        mean[m.first_channel[j]] =
-            as_written(product_of(m.first[j], u.cosine) - product_of(m.second[j], u.sine));
-        mean[m.second_channel[j]] =
-            as_written(product_of(m.first[j], u.sine) + product_of(m.second[j], u.cosine));
-    }
+    for (std::size_t j = 0; j < m.count; ++j)
+        std::tie(mean[m.first_channel[j]], mean[m.second_channel[j]]) =
+            turned(m.first[j], m.second[j], unit_of(m.half_turns[j], position));
 }
 
 #include <kv1/detail/precise_math_end.inl>
@@ -201,13 +217,6 @@ private:
 
     static bool slow(float frequency) noexcept {
         return std::fabs(frequency) * static_cast<float>(wave_tokens) <= 1.0f;
-    }
-    // Half a frequency as a part of a turn, 2^64 a turn.
-    static std::uint64_t half_turns_of(float frequency) noexcept {
-        constexpr double per_radian = 0.15915494309189533577;
-        const double turns = 0.5 * static_cast<double>(frequency) * per_radian,
-                     part = turns - std::floor(turns);
-        return part < 1.0 ? static_cast<std::uint64_t>(std::ldexp(part, 64)) : 0; // it may round to 1
     }
     static void fill_waves(float frequency, float* waves) noexcept {
         for (std::size_t i = 0; i < wave_tokens; ++i) {
