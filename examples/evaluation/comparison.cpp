@@ -39,30 +39,30 @@ std::size_t likeliest_of(std::span<const float> logits) {
 } // namespace
 
 reference_predictions::reference_predictions(const model& m, std::span<const std::int32_t> tokens,
-                                             std::size_t positions, std::span<const float> states,
-                                             thread_pool& pool)
-    : model_(m), tokens_(tokens), logits_(tokens.size() * m.config().vocab_size) {
-    const std::size_t vocabulary = m.config().vocab_size;
-    for_each_block(states, pool, [&](std::size_t first, std::span<const float> logits) {
-        std::ranges::copy(logits, logits_.begin() + static_cast<std::ptrdiff_t>(first * vocabulary));
+                                             std::size_t first, std::size_t positions,
+                                             std::span<const float> states, thread_pool& pool)
+    : vocabulary_(m.config().vocab_size), tokens_(tokens), first_(first), end_(first + positions),
+      logits_(positions * vocabulary_) {
+    for_each_block(m, states, pool, [&](std::size_t at, std::span<const float> logits) {
+        std::ranges::copy(logits, logits_.begin() + static_cast<std::ptrdiff_t>((at - first_) * vocabulary_));
     });
-    for (std::size_t i = 0; i < positions; ++i) {
+    for (std::size_t i = first_; i < end_; ++i) {
         log_sums_.push_back(log_sum_exp(row(i)));
         likeliest_.push_back(likeliest_of(row(i)));
     }
 }
 
-comparison reference_predictions::compare(std::span<const float> states, thread_pool& pool) const {
-    const std::size_t vocabulary = model_.config().vocab_size, positions = log_sums_.size();
+comparison reference_predictions::compare(const model& m, std::span<const float> states,
+                                          thread_pool& pool) const {
     comparison sums;
-    for_each_block(states, pool, [&](std::size_t first, std::span<const float> logits) {
-        for (std::size_t at = first; at < std::min(first + rows_at_once, positions); ++at) {
-            const auto p = row(at), q = logits.subspan((at - first) * vocabulary, vocabulary);
-            const double p_norm = log_sums_[at], q_norm = log_sum_exp(q);
+    for_each_block(m, states, pool, [&](std::size_t from, std::span<const float> logits) {
+        for (std::size_t at = from; !logits.empty(); ++at, logits = logits.subspan(vocabulary_)) {
+            const auto p = row(at), q = logits.first(vocabulary_);
+            const double p_norm = log_sums_[at - first_], q_norm = log_sum_exp(q);
             const double kld = divergence(p, p_norm, q, q_norm);
             sums.kld += kld;
             sums.worst_kld = std::max(sums.worst_kld, kld);
-            sums.agreed += likeliest_of(q) == likeliest_[at] ? 1 : 0;
+            sums.agreed += likeliest_of(q) == likeliest_[at - first_] ? 1 : 0;
             ++sums.positions;
             if (at + 1 < tokens_.size()) {
                 const auto target = static_cast<std::size_t>(tokens_[at + 1]);
@@ -76,21 +76,24 @@ comparison reference_predictions::compare(std::span<const float> states, thread_
 }
 
 std::span<const float> reference_predictions::row(std::size_t position) const {
-    const std::size_t vocabulary = model_.config().vocab_size;
-    return std::span(logits_).subspan(position * vocabulary, vocabulary);
+    return std::span(logits_).subspan((position - first_) * vocabulary_, vocabulary_);
 }
 
-// Calls use(first token, logits) for runs of tokens, one after the other. The runs are the same whatever is
-// compared, since a BLAS may round a product differently with another number of rows.
+// Calls use(first position, logits) for runs of the positions, one after the other. The runs are the same whatever is
+// compared, since a BLAS may round a product differently with another number of rows: all tokens of a run of
+// rows_at_once are computed, also those that are not compared.
 template <class Use>
-void reference_predictions::for_each_block(std::span<const float> states, thread_pool& pool, Use use) const {
-    const std::size_t vocabulary = model_.config().vocab_size, hidden = model_.config().hidden_size;
-    std::vector<float> logits(std::min(tokens_.size(), rows_at_once) * vocabulary);
-    for (std::size_t first = 0; first < tokens_.size(); first += rows_at_once) {
-        const std::size_t count = std::min(rows_at_once, tokens_.size() - first);
-        const auto block = std::span(logits).first(count * vocabulary);
-        model_.logits(states.subspan(first * hidden, count * hidden), block, pool);
-        use(first, block);
+void reference_predictions::for_each_block(const model& m, std::span<const float> states, thread_pool& pool,
+                                           Use use) const {
+    const std::size_t hidden = m.config().hidden_size;
+    std::vector<float> logits(std::min(tokens_.size(), rows_at_once) * vocabulary_);
+    for (std::size_t from = first_ / rows_at_once * rows_at_once; from < end_; from += rows_at_once) {
+        const std::size_t count = std::min(rows_at_once, tokens_.size() - from);
+        m.logits(states.subspan(from * hidden, count * hidden), std::span(logits).first(count * vocabulary_),
+                 pool);
+        const std::size_t begin = std::max(from, first_), end = std::min(from + count, end_);
+        use(begin, std::span<const float>(logits).subspan((begin - from) * vocabulary_,
+                                                          (end - begin) * vocabulary_));
     }
 }
 

@@ -25,23 +25,24 @@ struct comparison {
 /// The predictions of a reference run, which other runs over the same tokens are compared with.
 class reference_predictions {
 public:
-    /// states: the run's final hidden states, [tokens][hidden_size], of which the first `positions` are
-    /// compared. Takes memory for tokens.size() * vocab_size floats. `m` and the tokens must outlive this
-    /// object.
-    reference_predictions(const model& m, std::span<const std::int32_t> tokens, std::size_t positions,
-                          std::span<const float> states, thread_pool& pool);
+    /// states: the run's final hidden states, [tokens][hidden_size], of which those of `positions` from `first` on
+    /// are compared. Takes memory for positions * vocab_size floats. `m` and the tokens must outlive this object.
+    reference_predictions(const model& m, std::span<const std::int32_t> tokens, std::size_t first,
+                          std::size_t positions, std::span<const float> states, thread_pool& pool);
 
-    /// Compares another run, given its hidden states: KL(reference || other), agreement, likelihoods.
-    [[nodiscard]] comparison compare(std::span<const float> states, thread_pool& pool) const;
+    /// Compares another run, given its hidden states: KL(reference || other), agreement, likelihoods. The run is
+    /// of `m`, which has the same vocabulary.
+    [[nodiscard]] comparison compare(const model& m, std::span<const float> states, thread_pool& pool) const;
 
 private:
     [[nodiscard]] std::span<const float> row(std::size_t position) const;
     template <class Use>
-    void for_each_block(std::span<const float> states, thread_pool& pool, Use use) const;
+    void for_each_block(const model& m, std::span<const float> states, thread_pool& pool, Use use) const;
 
-    const model& model_;
+    std::size_t vocabulary_;
     std::span<const std::int32_t> tokens_;
-    std::vector<float> logits_; // [tokens][vocab_size]
+    std::size_t first_, end_;   // positions
+    std::vector<float> logits_; // [positions][vocab_size]
     std::vector<double> log_sums_;
     std::vector<std::size_t> likeliest_;
 };

@@ -31,26 +31,27 @@ namespace {
 // What one thread needs to measure chunks.
 class chunk_worker {
 public:
-    chunk_worker(const model& m, const kld_options& options, const model_cache& kv)
-        : model_(m), options_(options), reference_(m.cache_shape(options.reference, options.seq_len)),
+    chunk_worker(const model& m, const model& original, const kld_options& options, const model_cache& kv)
+        : model_(m), original_(original), options_(options),
+          reference_(original.cache_shape(options.reference, options.seq_len)),
           kv_(describe(m.config(), kv.policy, kv.calibrated, options.seq_len)) {}
 
     comparison measure(std::span<const std::int32_t> tokens) {
-        const std::size_t positions = tokens.size() - (options_.include_last_logit ? 0 : 1);
-        const reference_predictions reference(model_, tokens, positions, run(reference_, tokens),
-                                              one_thread_);
-        return reference.compare(run(kv_, tokens), one_thread_);
+        const std::size_t end = tokens.size() - (options_.include_last_logit ? 0 : 1);
+        const reference_predictions reference(original_, tokens, options_.skip, end - options_.skip,
+                                              run(original_, reference_, tokens), one_thread_);
+        return reference.compare(model_, run(model_, kv_, tokens), one_thread_);
     }
 
 private:
-    std::vector<float> run(kv1::kv_cache& cache, std::span<const std::int32_t> tokens) {
+    std::vector<float> run(const model& m, kv1::kv_cache& cache, std::span<const std::int32_t> tokens) {
         const kv1::sequence_id sequence = cache.create_sequence();
-        std::vector<float> states = model_.forward(tokens, cache, sequence, options_.precision, one_thread_);
+        std::vector<float> states = m.forward(tokens, cache, sequence, options_.precision, one_thread_);
         cache.destroy_sequence(sequence);
         return states;
     }
 
-    const model& model_;
+    const model &model_, &original_;
     const kld_options& options_;
     kv1::kv_cache reference_, kv_;
     thread_pool one_thread_{1}; // each chunk runs on one thread, beside others
@@ -73,22 +74,33 @@ double shrink(const kv1::cache_description& cache) {
 
 kld_result measure_kld(const kld_options& options, std::ostream& log) {
     const model m = model::read(options.model);
+    std::optional<model> other;
+    if (!options.original.empty())
+        other.emplace(model::read(options.original));
+    const model& original = other ? *other : m;
+    if (original.config().vocab_size != m.config().vocab_size)
+        throw input_error(options.original.string(), "has another vocabulary than the model");
     const model_cache kv = choose_cache(options.model, m.config(), options.kv);
     if (options.seq_len < 2 || options.seq_len > m.config().max_positions)
         throw input_error("--seq-len " + std::to_string(options.seq_len) + ": the model takes 2 to " +
                           std::to_string(m.config().max_positions) + " tokens");
     if (options.stride == 0)
         throw input_error("--stride 0: chunks have to move on");
+    if (options.skip > options.seq_len - 2)
+        throw input_error("--skip " + std::to_string(options.skip) + ": nothing is left of a chunk");
 
     std::vector<std::int32_t> tokens =
         tokenizer::read(options.model / "tokenizer.json").encode(read_text_file(options.text));
     if (options.max_tokens != 0 && tokens.size() > options.max_tokens)
         tokens.resize(options.max_tokens);
     std::vector<std::span<const std::int32_t>> chunks;
-    for (std::size_t at = 0; at + 1 < tokens.size(); at += std::min(options.stride, tokens.size() - at))
+    for (std::size_t at = 0; at + options.skip + 1 < tokens.size();
+         at += std::min(options.stride, tokens.size() - at))
         chunks.push_back(std::span(tokens).subspan(at, std::min(options.seq_len, tokens.size() - at)));
     if (chunks.empty())
-        throw input_error(options.text.string() + ": fewer than two tokens, nothing to measure");
+        throw input_error(options.text.string() + ": fewer than " +
+                          (options.skip == 0 ? "two" : std::to_string(options.skip + 2)) +
+                          " tokens, nothing to measure");
 
     std::vector<comparison> results(chunks.size());
     {
@@ -96,7 +108,7 @@ kld_result measure_kld(const kld_options& options, std::ostream& log) {
         run_side_by_side(
             chunks.size(), options.threads,
             [&] {
-                return [&, worker = std::make_unique<chunk_worker>(m, options, kv)](std::size_t i) {
+                return [&, worker = std::make_unique<chunk_worker>(m, original, options, kv)](std::size_t i) {
                     results[i] = worker->measure(chunks[i]);
                 };
             },
@@ -176,6 +188,7 @@ void kld(const kld_options& options, std::ostream& out, std::ostream& log) {
         {"loaded_tokens", r.loaded_tokens},
         {"seq_len", options.seq_len},
         {"stride", options.stride},
+        {"skip", options.skip},
         {"include_last_logit", options.include_last_logit},
         {"max_position_kld_nats", r.max_position_nats},
         {"max_chunk_mean_kld_nats", r.max_chunk_mean_nats},

@@ -5,7 +5,7 @@
 //
 // The text is cut into chunks, and each is run from an empty cache. A chunk of n tokens gives n - 1
 // positions, since its last logits predict a token outside of it. With include_last_logit it gives n
-// divergences.
+// divergences. The reference may be another model, such as the one that this one was adapted from.
 #pragma once
 
 #include "cache_policy.hpp"
@@ -24,12 +24,14 @@ namespace kv1_lm {
 
 struct kld_options {
     std::filesystem::path model = {};
+    std::filesystem::path original = {}; ///< folder of the model to compare with; empty: the same model
     std::filesystem::path text = {};
     std::optional<cache_policy> kv = {}; ///< none: the cache that the model's folder names
     kv_formats reference{kv1::kv_format::fp32, kv1::kv_format::fp32};
     kv1::precision precision = kv1::precision::exact;
     std::size_t seq_len = 1024;
     std::size_t stride = 1024;
+    std::size_t skip = 0;       ///< positions at each chunk's start that are not counted
     std::size_t max_tokens = 0; ///< 0: the whole text
     bool include_last_logit = false;
     std::size_t threads = 1;

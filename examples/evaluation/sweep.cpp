@@ -121,10 +121,10 @@ public:
             return model_.forward(tokens, cache, cache.create_sequence(), options_.precision, pool);
         };
         const reference_predictions reference(
-            model_, tokens, tokens.size() - 1,
+            model_, tokens, 0, tokens.size() - 1,
             run(model_.cache_shape({kv1::kv_format::fp32, kv1::kv_format::fp32}, options_.seq_len)), pool);
         for (const std::size_t p : wanted) {
-            const comparison sums = reference.compare(run(descriptions_[p]), pool);
+            const comparison sums = reference.compare(model_, run(descriptions_[p]), pool);
             const std::lock_guard lock(mutex_);
             done_[p][i] = sums;
         }

@@ -142,12 +142,16 @@ int run_or_throw(int argc, const char* const* argv, std::istream& in, std::ostre
     CLI::App* kld_command =
         app.add_subcommand("kld", "Measure what a cache format costs: KL(P_reference || P_kv)");
     add_common(*kld_command, k.model);
+    kld_command->add_option("--original", k.original,
+                            "Model folder to compare with, such as the one that this one was adapted from; "
+                            "not given: the model itself");
     kld_command->add_option("--text", k.text, "UTF-8 text to measure on")->required();
     add_cache(*kld_command, kld_texts, k.threads);
     kld_command->add_option("--reference", kld_texts.reference, "Bits of the cache to compare with")
         ->capture_default_str();
     add_count(*kld_command, "--seq-len", k.seq_len, "Tokens of a chunk");
     add_count(*kld_command, "--stride", k.stride, "Tokens from one chunk to the next");
+    add_count(*kld_command, "--skip", k.skip, "Positions at each chunk's start that are not counted");
     add_count(*kld_command, "--max-tokens", k.max_tokens, "Tokens of the text to use; 0 is all");
     kld_command->add_flag("--include-last-logit", k.include_last_logit,
                           "Count the last position of each chunk too");

@@ -130,6 +130,46 @@ TEST_CASE("chunks are cut, dropped and counted as documented", "[kld]") {
     CHECK(shape(32, 16, 16, true).reference_perplexity == shape(32, 16, 16, false).reference_perplexity);
 }
 
+TEST_CASE("positions at a chunk's start may be left out", "[kld]") {
+    // caches of fp32, whose results do not depend on how many tokens a product took
+    const auto chunks = [](std::size_t skip, std::size_t tokens) {
+        return measure({.original = KV1_LM_DEFAULT_MODEL_DIR,
+                        .kv = kv1_lm::parse_policy("32"),
+                        .seq_len = 300,
+                        .stride = 300,
+                        .skip = skip,
+                        .max_tokens = tokens});
+    };
+    const kv1_lm::kld_result all = chunks(0, 600), late = chunks(130, 600), early = chunks(0, 131);
+    CHECK(late.positions == 2 * 169);
+    // the first chunk's positions are those before 130 and those after
+    CHECK(std::fabs(130 * early.nats_per_token + 169 * late.chunk_means[0] - 299 * all.chunk_means[0]) <
+          1e-3 * 299 * all.chunk_means[0]);
+    CHECK(early.nats_per_token != late.chunk_means[0]);
+    CHECK(chunks(130, 300 + 131).chunk_means.size() == 1);
+    CHECK(chunks(130, 300 + 132).chunk_means.size() == 2);
+}
+
+TEST_CASE("another model may be the reference", "[kld]") {
+    const auto against = [](const char* original, const char* kv) {
+        return measure({.original = original, .kv = kv1_lm::parse_policy(kv), .max_tokens = 256});
+    };
+    const kv1_lm::kld_result same = against(KV1_LM_MODEL_DIR, "2"), alone = against("", "2");
+    CHECK(same.nats_per_token == alone.nats_per_token);
+    CHECK(same.kv_perplexity == alone.kv_perplexity);
+
+    const kv1_lm::kld_result other = against(KV1_LM_DEFAULT_MODEL_DIR, "32");
+    CHECK(other.nats_per_token > 0.01);
+    CHECK(other.kv_perplexity == against("", "32").reference_perplexity);
+    std::ostringstream log;
+    const kv1_lm::kld_result turned = kv1_lm::measure_kld({.model = KV1_LM_DEFAULT_MODEL_DIR,
+                                                           .text = KV1_LM_TEXT_FILE,
+                                                           .kv = kv1_lm::parse_policy("32"),
+                                                           .max_tokens = 256},
+                                                          log);
+    CHECK(other.reference_perplexity == turned.reference_perplexity);
+}
+
 TEST_CASE("the number of threads changes no figure", "[kld]") {
     const auto with = [](std::size_t threads) {
         return measure({.seq_len = 48, .stride = 48, .max_tokens = 480, .threads = threads});
@@ -192,6 +232,9 @@ TEST_CASE("what kld can not do ends with exit code 2 and one line, before any wo
     refused({"--text", text, "--seq-len", "1"}, "--seq-len 1");
     refused({"--text", text, "--seq-len", "1025"}, "--seq-len 1025");
     refused({"--text", text, "--stride", "0"}, "--stride 0");
+    refused({"--text", text, "--seq-len", "64", "--skip", "63"}, "--skip 63");
+    refused({"--text", text, "--skip", "100", "--max-tokens", "101"}, "fewer than 102 tokens");
+    refused({"--text", text, "--original", folder.path().string()}, "config.json");
     refused({"--text", text, "--reference", "7"}, "--reference: '7'");
     refused({"--text", text, "--json", (folder.path() / "no" / "report.json").string()}, "report.json");
     refused({"--text", text, "--json", folder.path().string()}, folder.path().string());
