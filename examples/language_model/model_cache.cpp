@@ -72,6 +72,15 @@ cache_policy read_policy(const std::filesystem::path& folder, const model_config
 
 } // namespace
 
+bool means_turn(const safetensors& means) {
+    const auto found = means.metadata().find(means_that_turn.first);
+    if (found == means.metadata().end())
+        return false;
+    if (found->second != means_that_turn.second)
+        throw input_error(means.origin(), "key_means: \"before rotary embedding\" is what it may say");
+    return true;
+}
+
 kv1::model_fingerprint fingerprint_of_model(const std::filesystem::path& folder) {
     const std::vector<std::byte> weights = read_binary_file(folder / "model.safetensors");
     return kv1::fingerprint_of(weights);
@@ -94,7 +103,7 @@ model_cache choose_cache(const std::filesystem::path& folder, const model_config
         const std::vector<std::size_t> shape{config.kv_heads, config.head_dim};
         choice.calibrated.key_means = read_tensors(file, config.layers, "key_means", shape);
         choice.calibrated.value_means = read_tensors(file, config.layers, "value_means", shape);
-        choice.calibrated.means_turn = false; // they are those of keys as they are stored
+        choice.calibrated.means_turn = means_turn(file);
         no_more_than(file, 2 * config.layers);
     }
     return choice;

@@ -4,7 +4,8 @@
 //
 //   config.json              "kv1": {"policy": "c3+ls+had+mean+ew,c2+ls+had+mean+ew"}, as kv1/cache_policy.hpp
 //                            has it
-//   kv1_means.safetensors    with +mean: layers.I.key_means and layers.I.value_means, [kv_heads][head_dim]
+//   kv1_means.safetensors    with +mean: layers.I.key_means and layers.I.value_means, [kv_heads][head_dim]; with
+//                            "key_means": "before rotary embedding" in its metadata, or else those of keys after it
 //   kv1_calibration.bin      with +ew, +basis: error weights, bases; with +mean where there is no
 //                            kv1_means.safetensors: means (kv1/calibration_file.hpp), named after model.safetensors
 //
@@ -20,11 +21,21 @@
 
 #include <filesystem>
 #include <optional>
+#include <string>
+#include <utility>
 
 namespace kv1_lm {
 
+class safetensors;
+
 inline constexpr const char* means_file = "kv1_means.safetensors";
 inline constexpr const char* calibration_file = "kv1_calibration.bin";
+
+/// The metadata of a file of means, where those of keys turn with their position; and whether they do.
+/// @{
+inline const std::pair<std::string, std::string> means_that_turn{"key_means", "before rotary embedding"};
+[[nodiscard]] bool means_turn(const safetensors& means);
+/// @}
 
 /// The fingerprint of the weights in a model's folder. Throws input_error.
 [[nodiscard]] kv1::model_fingerprint fingerprint_of_model(const std::filesystem::path& folder);

@@ -33,12 +33,6 @@ Tensor by_head(const Tensor& x, std::int64_t heads) {
 
 double scale_of(const Tensor& q) { return 1.0 / std::sqrt(static_cast<double>(q.size(3))); }
 
-// Sinks are seen as they are by every query, so they may take the place of what the cache gives back of them.
-Tensor with_sinks(const Tensor& plain, const Tensor& cached, std::int64_t sinks) {
-    const std::int64_t n = std::min(sinks, plain.size(1));
-    return n == 0 ? cached : torch::cat({plain.narrow(1, 0, n), cached.narrow(1, n, cached.size(1) - n)}, 1);
-}
-
 #if KV1_TRAIN_FLASH
 using torch::autograd::AutogradContext;
 using torch::autograd::tensor_list;
@@ -124,48 +118,41 @@ Tensor attend(const Tensor& q, const Tensor& k, const Tensor& v) {
                                                         by_head(v, heads), std::nullopt, 0.0, true);
     return out.transpose(1, 2).flatten(2);
 #else
-    return attend_by_operations(q, k, v, k, v, {});
+    return attend_by_operations(q, k, v, k, v, 0);
 #endif
 }
 
 Tensor attend(const Tensor& q, const Tensor& plain_k, const Tensor& plain_v, const Tensor& k, const Tensor& v,
-              fp16_tokens as_they_are) {
-    const std::int64_t length = q.size(1);
-    const auto [sinks, window] = as_they_are;
-    if (window >= length || sinks >= length)
+              std::int64_t window) {
+    if (window >= q.size(1))
         return attend(q, plain_k, plain_v);
     if (window == 0)
-        return attend(q, with_sinks(plain_k, k, sinks), with_sinks(plain_v, v, sinks));
+        return attend(q, k, v);
 #if KV1_TRAIN_FLASH
     if (is_for_flash(q))
-        return windowed_attention::apply(q, plain_k, plain_v, with_sinks(plain_k, k, sinks),
-                                         with_sinks(plain_v, v, sinks), window)
-            .flatten(2);
+        return windowed_attention::apply(q, plain_k, plain_v, k, v, window).flatten(2);
 #endif
-    return attend_by_operations(q, plain_k, plain_v, k, v, as_they_are);
+    return attend_by_operations(q, plain_k, plain_v, k, v, window);
 }
 
 Tensor attend_by_operations(const Tensor& q, const Tensor& plain_k, const Tensor& plain_v, const Tensor& k,
-                            const Tensor& v, fp16_tokens as_they_are) {
+                            const Tensor& v, std::int64_t window) {
     const std::int64_t heads = q.size(2), length = q.size(1);
     const Tensor queries = by_head(q, heads) * scale_of(q);
     const auto scores_with = [&](const Tensor& keys) {
         return torch::matmul(queries, by_head(keys, heads).transpose(-2, -1));
     };
-    const Tensor seen_k = with_sinks(plain_k, k, as_they_are.sinks),
-                 seen_v = with_sinks(plain_v, v, as_they_are.sinks);
-    Tensor scores = scores_with(seen_k);
+    Tensor scores = scores_with(k);
     const Tensor ones = torch::ones({length, length}, q.options().dtype(torch::kBool));
     Tensor in_window;
-    if (as_they_are.window > 0) {
-        in_window = ones.triu(1 - as_they_are.window); // tokens after query - window
+    if (window > 0) {
+        in_window = ones.triu(1 - window); // tokens after query - window
         scores = torch::where(in_window, scores_with(plain_k), scores);
     }
     const Tensor p = torch::softmax(scores.masked_fill(ones.triu(1), -infinity), -1);
-    const Tensor out = in_window.defined()
-                           ? torch::matmul(p * in_window, by_head(plain_v, heads)) +
-                                 torch::matmul(p * in_window.logical_not(), by_head(seen_v, heads))
-                           : torch::matmul(p, by_head(seen_v, heads));
+    const Tensor out = in_window.defined() ? torch::matmul(p * in_window, by_head(plain_v, heads)) +
+                                                 torch::matmul(p * in_window.logical_not(), by_head(v, heads))
+                                           : torch::matmul(p, by_head(v, heads));
     return out.transpose(1, 2).flatten(2);
 }
 

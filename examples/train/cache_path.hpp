@@ -15,24 +15,38 @@ namespace kv1_train {
 
 /// Cosines and sines, [positions][head_dim / 2] each, fp32, and which channels make a pair.
 struct rotary_table {
-    torch::Tensor cosines, sines;
+    torch::Tensor cosines, sines;           ///< of keys and queries, as the reference computes them
+    torch::Tensor mean_cosines, mean_sines; ///< of means, as the cache computes them (kv1::turn_mean)
     kv1::rotary_pairs pairs = kv1::rotary_pairs::interleaved;
     [[nodiscard]] static rotary_table make(std::int64_t positions, std::int64_t head_dim, float theta,
                                            kv1::rotary_pairs pairs, torch::Device device);
+};
+
+/// What a policy with `means` takes off vectors; constants to the gradient.
+struct centring {
+    torch::Tensor means; ///< [heads][head_dim], fp32
+    bool turn = false;   ///< means of keys before rotation, which turn with their positions
+};
+
+/// Keys as attention sees them.
+struct keys_seen {
+    torch::Tensor cached; ///< as a cache gives them back
+    torch::Tensor plain;  ///< as they are; undefined where nobody asked
 };
 
 /// Rotates each pair of channels by the angle of its position. x is [batch][positions][heads][head_dim].
 [[nodiscard]] torch::Tensor rotate(const torch::Tensor& x, const rotary_table& table);
 
 /// What a cache of this policy gives back of x, [batch][positions][heads][head_dim], in x's type; computed in
-/// fp32. The gradient is straight-through. On the CPU it throws kv1::error for values that no cache can hold;
-/// on CUDA NaN stays NaN. centre: means of x, [heads][head_dim], fp32, which a policy with `means` takes off;
-/// a constant to the gradient.
+/// fp32. The first `sinks` positions stay as they are. The gradient is straight-through. On the CPU it throws
+/// kv1::error for values that no cache can hold; on CUDA NaN stays NaN.
 [[nodiscard]] torch::Tensor through_cache(const torch::Tensor& x, const trained_side& side,
-                                          const torch::Tensor& centre);
+                                          const torch::Tensor& means, std::int64_t sinks = 0);
 
-/// rotate(), then through_cache(), without rounding to x's type in between.
-[[nodiscard]] torch::Tensor rotate_through_cache(const torch::Tensor& x, const rotary_table& table,
-                                                 const trained_side& side, const torch::Tensor& centre);
+/// rotate(), then through_cache(), without rounding to x's type in between; and with `also_plain` rotate() alone,
+/// from the same pass over x.
+[[nodiscard]] keys_seen rotate_through_cache(const torch::Tensor& x, const rotary_table& table,
+                                             const trained_side& side, const centring& centre,
+                                             std::int64_t sinks = 0, bool also_plain = false);
 
 } // namespace kv1_train

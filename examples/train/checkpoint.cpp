@@ -5,6 +5,7 @@
 #include "error.hpp"
 #include "file.hpp"
 #include "json_file.hpp"
+#include "model_cache.hpp"
 #include "safetensors.hpp"
 #include "safetensors_writer.hpp"
 
@@ -14,6 +15,7 @@
 #include <array>
 #include <charconv>
 #include <cstdio>
+#include <map>
 #include <string>
 #include <system_error>
 #include <utility>
@@ -28,7 +30,6 @@ using nlohmann::json;
 
 constexpr std::string_view prefix = "step-";
 constexpr const char* state_file = "trainer_state.safetensors";
-constexpr const char* means_file = "kv1_means.safetensors";
 
 std::optional<std::int64_t> step_of(const std::filesystem::path& folder) {
     const std::string name = folder.filename().string();
@@ -71,7 +72,10 @@ void write_means(const durable_folder& folder, const language_model& model) {
         for (const std::int64_t side : {0, 1})
             means.emplace_back("layers." + std::to_string(i) + (side == 0 ? ".key_means" : ".value_means"),
                                model.means()[i][side]);
-    folder.write(means_file, to_safetensors(means, {}));
+    std::map<std::string, std::string> about;
+    if (model.means_turn())
+        about.insert(kv1_lm::means_that_turn);
+    folder.write(kv1_lm::means_file, to_safetensors(means, about));
 }
 
 } // namespace
@@ -79,9 +83,10 @@ void write_means(const durable_folder& folder, const language_model& model) {
 void read_means(const std::filesystem::path& folder, language_model& model) {
     const torch::NoGradGuard no_gradient;
     std::error_code error;
-    if (!std::filesystem::exists(folder / means_file, error))
+    if (!std::filesystem::exists(folder / kv1_lm::means_file, error))
         return;
-    const auto file = kv1_lm::safetensors::read(folder / means_file);
+    const auto file = kv1_lm::safetensors::read(folder / kv1_lm::means_file);
+    model.set_means_turn(kv1_lm::means_turn(file));
     for (std::int64_t i = 0; i < model.means().size(0); ++i)
         for (const std::int64_t side : {0, 1}) {
             const std::string name =

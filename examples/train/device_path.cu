@@ -233,6 +233,30 @@ __device__ void scaled_binary(vector<N>& x, const cache_path_job& job) {
         x.v[j] = x.v[j] >= 0.0f ? scale : -scale;
 }
 
+// What is taken off the vector of a row, as kv1::turn_mean() has it: no operation is fused.
+template <int N>
+__device__ vector<N> mean_of(const cache_path_job& job, std::int64_t head, std::int64_t position, int lane) {
+    const float* means = job.means + head * (32 * N);
+    vector<N> m;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+        const int channel = lane + 32 * j;
+        if (job.mean_cosines == nullptr) {
+            m.v[j] = means[channel];
+            continue;
+        }
+        const int pair = job.half_split ? channel % (16 * N) : channel / 2;
+        const bool is_second = job.half_split ? channel >= 16 * N : channel % 2 != 0;
+        const float first = means[job.half_split ? pair : 2 * pair],
+                    second = means[job.half_split ? pair + 16 * N : 2 * pair + 1];
+        const float cosine = job.mean_cosines[position * (16 * N) + pair],
+                    sine = job.mean_sines[position * (16 * N) + pair];
+        m.v[j] = is_second ? __fadd_rn(__fmul_rn(first, sine), __fmul_rn(second, cosine))
+                           : __fsub_rn(__fmul_rn(first, cosine), __fmul_rn(second, sine));
+    }
+    return m;
+}
+
 // A warp takes a vector.
 template <int N, class T>
 __global__ void cache_path_kernel(cache_path_job job) {
@@ -240,23 +264,33 @@ __global__ void cache_path_kernel(cache_path_job job) {
     const int lane = static_cast<int>(threadIdx.x % 32);
     if (row >= job.rows)
         return;
-    const auto* in = static_cast<const T*>(job.x) + row * (32 * N);
-    auto* out = static_cast<T*>(job.y) + row * (32 * N);
+    const std::int64_t position = row / job.heads % job.positions, at = row * (32 * N);
+    const auto* in = static_cast<const T*>(job.x) + at;
+    auto* out = static_cast<T*>(job.y) + at;
     vector<N> x;
 #pragma unroll
     for (int j = 0; j < N; ++j)
         x.v[j] = load(in, lane + 32 * j);
+    if (job.added != nullptr)
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+            x.v[j] += load(static_cast<const T*>(job.added) + at, lane + 32 * j);
     if (job.cosines != nullptr && job.half_split)
-        turn_halves(x, job.cosines, job.sines, row / job.heads % job.positions, lane, job.inverse);
+        turn_halves(x, job.cosines, job.sines, position, lane, job.inverse);
     else if (job.cosines != nullptr)
-        turn(x, job.cosines, job.sines, row / job.heads % job.positions, lane, job.inverse);
-    if (job.format != scheme::plain) {
-        const float* centre =
-            job.centre != nullptr ? job.centre + row % job.heads * (32 * N) + lane : nullptr;
-        if (centre != nullptr)
+        turn(x, job.cosines, job.sines, position, lane, job.inverse);
+    if (job.plain != nullptr)
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+            store(static_cast<T*>(job.plain) + at, lane + 32 * j, x.v[j]);
+    if (job.format != scheme::plain && position >= job.sinks) {
+        vector<N> mean;
+        if (job.means != nullptr) {
+            mean = mean_of<N>(job, row % job.heads, position, lane);
 #pragma unroll
             for (int j = 0; j < N; ++j)
-                x.v[j] -= centre[32 * j];
+                x.v[j] -= mean.v[j];
+        }
         if (job.hadamard)
             rotate_hadamard(x, lane);
         if (job.format == scheme::affine || job.format == scheme::compact) {
@@ -270,10 +304,10 @@ __global__ void cache_path_kernel(cache_path_job job) {
         }
         if (job.hadamard)
             rotate_hadamard(x, lane);
-        if (centre != nullptr)
+        if (job.means != nullptr)
 #pragma unroll
             for (int j = 0; j < N; ++j)
-                x.v[j] += centre[32 * j];
+                x.v[j] += mean.v[j];
     }
 #pragma unroll
     for (int j = 0; j < N; ++j)

@@ -11,14 +11,19 @@ namespace kv1_train::cuda {
 enum class scheme : std::int32_t { plain, affine, compact, scaled_binary, binary };
 
 struct cache_path_job {
-    const void* x = nullptr; // [rows][channels], contiguous
-    void* y = nullptr;       // alike; may be x
+    const void* x = nullptr;     // [rows][channels], contiguous
+    const void* added = nullptr; // alike, or null: added to x first
+    void* y = nullptr;           // alike; may be x
+    void* plain = nullptr;       // alike, or null: gets x, turned
     const float* cosines = nullptr;
-    const float* sines = nullptr;  // [positions][channels / 2]; null: no rotation
-    const float* centre = nullptr; // [heads][channels], or null
-    std::int64_t rows = 0;         // batch * positions * heads
+    const float* sines = nullptr; // [positions][channels / 2]; null: no rotation
+    const float* means = nullptr; // [heads][channels], or null
+    const float* mean_cosines = nullptr;
+    const float* mean_sines = nullptr; // [positions][channels / 2]: means turn; null: they do not
+    std::int64_t rows = 0;             // batch * positions * heads
     std::int64_t positions = 1;
     std::int64_t heads = 1;
+    std::int64_t sinks = 0;    // the first positions, which are not quantized
     std::int32_t channels = 0; // a multiple of 32, 256 at the most
     std::int32_t max_code = 0;
     scheme format = scheme::plain;
@@ -30,7 +35,7 @@ struct cache_path_job {
     bool round_metadata = false;
 };
 
-/// y = what the cache gives back of x, turned first.
+/// y = what the cache gives back of x + added, turned first.
 void run(const cache_path_job& job, void* stream);
 
 struct token_loss_job {

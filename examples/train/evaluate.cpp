@@ -13,6 +13,7 @@
 #include <cmath>
 #include <iomanip>
 #include <ostream>
+#include <string>
 
 namespace kv1_train {
 
@@ -31,6 +32,8 @@ void evaluate(const evaluate_options& options, std::ostream& out) {
     if (options.length < 2 || static_cast<std::size_t>(options.length) > model->config().max_positions)
         throw kv1_lm::input_error("--length: 2 to the model's " +
                                   std::to_string(model->config().max_positions) + " tokens");
+    if (options.skip > options.length - 2)
+        throw kv1_lm::input_error("--skip " + std::to_string(options.skip) + ": nothing is left of a chunk");
     const auto length = static_cast<std::size_t>(options.length);
     const std::size_t chunks = text.size() / length;
     if (chunks == 0)
@@ -43,15 +46,22 @@ void evaluate(const evaluate_options& options, std::ostream& out) {
         const sequences s = reader.read(static_cast<std::int64_t>(count), [&](std::int64_t i) {
             return (at + static_cast<std::size_t>(i)) * length;
         });
-        const comparison c = compare(model->original_logits(s.inputs, type),
-                                     model->logits(s.inputs, options.kv, type), s.targets);
+        const auto counted = [&](const torch::Tensor& rows) {
+            const torch::Tensor chunk = rows.unflatten(0, {static_cast<std::int64_t>(count), -1});
+            return chunk.narrow(1, options.skip, chunk.size(1) - options.skip).flatten(0, 1);
+        };
+        const comparison c = compare(counted(model->original_logits(s.inputs, type)),
+                                     counted(model->logits(s.inputs, options.kv, type)), counted(s.targets));
         const double share = static_cast<double>(count) / static_cast<double>(chunks);
         sum.reference_loss += share * c.reference_loss;
         sum.kv_loss += share * c.kv_loss;
         sum.divergence += share * c.divergence;
         at += count;
     }
-    out << chunks << " chunks of " << length << " tokens, keys and values " << to_string(options.kv) << '\n'
+    out << chunks << " chunks of " << length << " tokens";
+    if (options.skip > 0)
+        out << " without their first " << options.skip;
+    out << ", keys and values " << to_string(options.kv) << '\n'
         << std::fixed << std::setprecision(4) << "perplexity, plain  " << std::exp(sum.reference_loss)
         << "\nperplexity, kv     " << std::exp(sum.kv_loss) << std::setprecision(6) << "\nKL divergence      "
         << sum.divergence << " nats\n";

@@ -19,6 +19,7 @@ struct evaluate_options {
     std::filesystem::path adapter; ///< PEFT folder of an adapter for it; empty: none
     training_policy kv;
     std::int64_t length = 1024; ///< tokens of a chunk; its last has no target, as in kv1-lm kld
+    std::int64_t skip = 0;      ///< positions at each chunk's start that are not counted
     std::int64_t batch = 16;    ///< chunks at a time
     std::string device = "auto", type = "fp32";
 };

@@ -204,7 +204,7 @@ void language_model::merge() {
 }
 
 Tensor language_model::logits(const Tensor& tokens, const training_policy& kv, torch::ScalarType type,
-                              Tensor* seen) const {
+                              observed_means* seen) const {
     return run(tokens, kv, type, true, seen);
 }
 
@@ -213,7 +213,7 @@ Tensor language_model::original_logits(const Tensor& tokens, torch::ScalarType t
 }
 
 Tensor language_model::run(const Tensor& tokens, const training_policy& kv, torch::ScalarType type,
-                           bool adapted, Tensor* seen) const {
+                           bool adapted, observed_means* seen) const {
     const kv1_lm::model_config& c = config_;
     const std::int64_t batch = tokens.size(0), length = tokens.size(1);
     const double epsilon = static_cast<double>(c.rms_norm_eps);
@@ -235,36 +235,41 @@ Tensor language_model::run(const Tensor& tokens, const training_policy& kv, torc
     const auto normalized = [&](const Tensor& x, const channel_weights& norm) {
         return norm.weight.defined() ? normalize(x.to(torch::kFloat32), of(norm), epsilon).to(type) : x;
     };
-    const fp16_tokens plain_tokens{static_cast<std::int64_t>(kv.cache.fp16_sinks),
-                                   static_cast<std::int64_t>(kv.cache.fp16_window)};
-    const bool has_plain_tokens = plain_tokens.sinks > 0 || plain_tokens.window > 0;
+    const auto sinks = std::min(static_cast<std::int64_t>(kv.cache.fp16_sinks), length),
+               window = static_cast<std::int64_t>(kv.cache.fp16_window);
+    const auto mean_of = [&](const Tensor& t) {
+        return t.narrow(0, 0, std::min(batch, seen->sequences))
+            .narrow(1, sinks, length - sinks)
+            .to(torch::kFloat32)
+            .mean(at::IntArrayRef{0, 1});
+    };
 
     Tensor x = torch::embedding(named_.embeddings.weight, tokens);
     std::vector<Tensor> observed;
     for (std::size_t i = 0; i < named_.layers.size(); ++i) {
         const auto& l = named_.layers[i];
-        const Tensor centres = means_[extent(i)];
+        const Tensor means = means_[extent(i)];
         const Tensor h = normalize(x, of(l.attention_norm), epsilon).to(type);
         const Tensor q = rotate(normalized(heads(apply(h, l.query, l.query_bias)), l.query_norm), rotary_);
         // what attention sees of a key or value is what the cache gives back of it
         const Tensor new_k = normalized(heads(apply(h, l.key, l.key_bias)), l.key_norm);
         const Tensor new_v = heads(apply(h, l.value, l.value_bias));
-        const Tensor k = rotate_through_cache(new_k, rotary_, kv.key(i), centres[0]);
-        const Tensor v = through_cache(new_v, kv.value(i), centres[1]);
-        if (seen != nullptr) {
+        const keys_seen k =
+            rotate_through_cache(new_k, rotary_, kv.key(i), {means[0], means_turn_}, sinks, window > 0);
+        const Tensor v = through_cache(new_v, kv.value(i), means[1], sinks);
+        if (seen != nullptr && sinks < length) {
             const torch::NoGradGuard no_gradient;
-            const auto mean = [](const Tensor& t) { return t.to(torch::kFloat32).flatten(0, 1).mean(0); };
-            observed.push_back(torch::stack({mean(rotate(new_k, rotary_)), mean(new_v)}));
+            observed.push_back(torch::stack({mean_of(new_k), mean_of(new_v)}));
         }
         const Tensor attended =
-            has_plain_tokens ? attend(q, rotate(new_k, rotary_), new_v, k, v, plain_tokens) : attend(q, k, v);
+            window > 0 ? attend(q, k.plain, new_v, k.cached, v, window) : attend(q, k.cached, v);
         x = x + apply(attended, l.output, l.output_bias);
 
         const Tensor m = normalize(x, of(l.mlp_norm), epsilon).to(type);
         x = x + apply(torch::silu(apply(m, l.gate)) * apply(m, l.up), l.down);
     }
     if (seen != nullptr)
-        *seen = torch::stack(observed);
+        seen->means = observed.empty() ? means_.clone() : torch::stack(observed);
     return apply(normalize(x, of(named_.final_norm), epsilon).to(type), named_.head).flatten(0, 1);
 }
 

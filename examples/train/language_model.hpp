@@ -41,6 +41,12 @@ struct flat_parameters {
         0; ///< the first so many values are matrices', the rest are norms' and biases'
 };
 
+/// Means of keys, before rotation, and of values, taken on the way through a model.
+struct observed_means {
+    std::int64_t sequences = 1; ///< the first so many of a batch are looked at
+    torch::Tensor means;        ///< shaped as language_model::means()
+};
+
 class language_model {
 public:
     /// Weights are zero; load() or initialize() them.
@@ -64,10 +70,9 @@ public:
 
     /// Logits [batch * length][words] of tokens [batch][length], int64, in `type`, which matrix products and
     /// attention are computed in; the residual stream and norms are fp32.
-    /// `seen`, where given, gets the means of the batch's keys (after rotation) and values, shaped as
-    /// means().
+    /// `seen`, where given, gets the means of what the policy quantizes.
     [[nodiscard]] torch::Tensor logits(const torch::Tensor& tokens, const training_policy& kv,
-                                       torch::ScalarType type, torch::Tensor* seen = nullptr) const;
+                                       torch::ScalarType type, observed_means* seen = nullptr) const;
     /// Logits with plain keys and values and without the adapter: of the model as it was loaded.
     [[nodiscard]] torch::Tensor original_logits(const torch::Tensor& tokens, torch::ScalarType type) const;
 
@@ -75,6 +80,9 @@ public:
     /// first. No parameter: no gradient moves it.
     [[nodiscard]] torch::Tensor& means() noexcept { return means_; }
     [[nodiscard]] const torch::Tensor& means() const noexcept { return means_; }
+    /// Whether means of keys are those before rotation, and turn with the position. They do, but for models of old.
+    [[nodiscard]] bool means_turn() const noexcept { return means_turn_; }
+    void set_means_turn(bool turn) noexcept { means_turn_ = turn; }
 
     [[nodiscard]] const kv1_lm::model_config& config() const noexcept { return config_; }
     [[nodiscard]] torch::Device device() const { return base_.values.device(); }
@@ -97,12 +105,13 @@ private:
     using weights = kv1_lm::model_weights<projection, channel_weights>;
 
     [[nodiscard]] torch::Tensor run(const torch::Tensor& tokens, const training_policy& kv,
-                                    torch::ScalarType type, bool adapted, torch::Tensor* seen) const;
+                                    torch::ScalarType type, bool adapted, observed_means* seen) const;
 
     kv1_lm::model_config config_;
     flat_parameters base_, added_;
     std::optional<lora_options> adapter_;
     torch::Tensor means_;
+    bool means_turn_ = true;
     weights named_; // the head is the embeddings where the two are tied
     std::vector<std::pair<std::string, projection*>> projections_;
     std::vector<std::pair<std::string, channel_weights*>> channels_;

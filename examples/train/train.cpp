@@ -57,6 +57,8 @@ nlohmann::json fingerprint(const train_options& o) {
         {"held_out", o.held_out}};
     if (o.lora.rank > 0)
         all["lora"] = describe(o.lora);
+    if (o.kv.cache.needs_means())
+        all["key_means"] = "before rotary embedding";
     return all;
 }
 
@@ -200,13 +202,15 @@ private:
         trained.gradients.zero_();
         const std::int64_t parts = rows_ / micro_;
         Tensor losses = torch::zeros({2}, torch::dtype(torch::kFloat32).device(device_));
+        Tensor observed; // by the first part: the means that the next step takes a share of
         for (std::int64_t part = 0; part < parts; ++part) {
             const std::int64_t first = step * o_.batch + ranks_.rank() * rows_ + part * micro_;
             const sequences s = reader_.read(
                 micro_, [&](std::int64_t i) { return order_.start(static_cast<std::uint64_t>(first + i)); });
             const double share = 1.0 / static_cast<double>(parts * ranks_.size());
-            if (o_.kv.cache.needs_means() && part == 0)
-                observe(s.inputs, step);
+            const bool observes = o_.kv.cache.needs_means() && part == 0;
+            if (observes && step == 0)
+                find_means(s.inputs);
             Tensor taught;
             if (teacher_) {
                 const torch::NoGradGuard no_gradient;
@@ -219,7 +223,10 @@ private:
                 taught = plain.detach().clone(); // a copy, since the gradient takes over its memory
                 plain.backward(loss_of(plain.detach(), s.targets, {}, 0.0, share).gradient);
             }
-            const Tensor logits = model_->logits(s.inputs, o_.kv, type_);
+            observed_means seen{sequences_seen, {}};
+            const Tensor logits = model_->logits(s.inputs, o_.kv, type_, observes ? &seen : nullptr);
+            if (observes)
+                observed = seen.means;
             const token_loss loss = loss_of(logits.detach(), s.targets, taught,
                                             taught.defined() ? o_.teacher_weight : 0.0, share);
             logits.backward(loss.gradient);
@@ -227,22 +234,31 @@ private:
         }
         ranks_.sum(trained.gradients);
         ranks_.sum(losses);
+        if (observed.defined())
+            update_means(observed, share_of_a_step);
         Tensor norm = clip(trained.gradients, o_.clip);
         optimizer_.update(trained.values, trained.gradients, rate, step);
         return {losses, norm};
     }
 
-    // Updates the means by moving average: each time they take a share of the means of a few sequences, and
-    // all of them at first.
-    void observe(const Tensor& inputs, std::int64_t step) {
-        constexpr std::int64_t sequences_seen = 4;
-        constexpr double share = 0.02;
+    // Updates the means by moving average: each step they take a share of the means of a few sequences, and all of
+    // them at first.
+    void update_means(Tensor seen, double share) {
         const torch::NoGradGuard no_gradient;
-        Tensor seen;
-        const Tensor few = inputs.narrow(0, 0, std::min(inputs.size(0), sequences_seen));
-        (void)model_->logits(few, step == 0 ? plain_kv : o_.kv, type_, &seen);
         ranks_.sum(seen);
-        model_->means().lerp_(seen.div_(static_cast<double>(ranks_.size())), step == 0 ? 1.0 : share);
+        model_->means().lerp_(seen.div_(static_cast<double>(ranks_.size())), share);
+    }
+
+    // The first means, from a pass with plain keys and values.
+    void find_means(const Tensor& inputs) {
+        const torch::NoGradGuard no_gradient;
+        observed_means seen{sequences_seen, {}};
+        training_policy plain;
+        plain.cache.fp16_sinks = o_.kv.cache.fp16_sinks;
+        const Tensor few = inputs.narrow(0, 0, std::min(inputs.size(0), sequences_seen));
+        (void)model_->logits(few, plain, type_, &seen);
+        model_->set_means_turn(true);
+        update_means(seen.means, 1.0);
     }
 
     [[nodiscard]] bool has_teacher() const noexcept {
@@ -295,6 +311,9 @@ private:
             out_ << line << std::endl;
     }
     [[nodiscard]] bool first_rank() const noexcept { return ranks_.rank() == 0; }
+
+    static constexpr std::int64_t sequences_seen = 4;
+    static constexpr double share_of_a_step = 0.02;
 
     const train_options& o_;
     std::ostream& out_;

@@ -157,6 +157,7 @@ int run_or_throw(int argc, const char* const* argv, std::ostream& out, std::ostr
     evaluate_command->add_option("--length", e.length, "Tokens of a chunk")
         ->check(CLI::PositiveNumber)
         ->capture_default_str();
+    add_count(*evaluate_command, "--skip", e.skip, "Positions at each chunk's start that are not counted");
     evaluate_command->add_option("--batch", e.batch, "Chunks at a time")
         ->check(CLI::PositiveNumber)
         ->capture_default_str();

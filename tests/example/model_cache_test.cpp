@@ -35,7 +35,8 @@ namespace {
 struct trained_model {
     json config = kv1_lm::read_json_file(std::filesystem::path(KV1_LM_MODEL_DIR) / "config.json").value;
     std::vector<std::pair<std::string, std::vector<std::size_t>>> means;
-    float value = 0.125f; // of every mean
+    float value = 0.125f;       // of every mean
+    std::string key_means = {}; // which keys they are of
 
     trained_model() {
         config["kv1"] = {{"policy", "c3+ls+had+mean,c2+ls+had+mean"}, {"round_metadata", true}};
@@ -54,6 +55,8 @@ struct trained_model {
                 data.append(reinterpret_cast<const char*>(&value), sizeof value);
             header[name] = {{"dtype", "F32"}, {"shape", shape}, {"data_offsets", {from, data.size()}}};
         }
+        if (!key_means.empty())
+            header["__metadata__"] = {{"key_means", key_means}};
         const std::string text = header.dump();
         const auto length = static_cast<std::uint64_t>(text.size());
         std::string file(sizeof length, '\0');
@@ -248,6 +251,25 @@ TEST_CASE("kld and generate run the cache that a model names", "[model_cache]") 
     std::vector<std::string> grouped = generate;
     grouped.insert(grouped.end(), {"--kv", "2+ls+g32,c2/0:4"});
     CHECK_THAT(run(grouped).err, ContainsSubstring("cache (--kv 2+ls+g32,c2, 1 layers otherwise)"));
+}
+
+TEST_CASE("means of keys before rotary embedding turn with the keys", "[model_cache]") {
+    const kv1_test::temporary_folder folder;
+    trained_model m;
+    m.write(folder);
+    CHECK_FALSE(cache_of(folder).calibrated.means_turn);
+    m.key_means = "before rotary embedding";
+    m.write(folder);
+    const kv1_lm::model_cache cache = cache_of(folder);
+    CHECK(cache.calibrated.means_turn);
+    auto config = kv1_lm::model_config::read(folder.path() / "config.json");
+    for (const kv1::rotary_pairs pairs : {kv1::rotary_pairs::interleaved, kv1::rotary_pairs::half_split}) {
+        config.rotary_pairs = pairs;
+        const auto d = kv1_lm::describe(config, cache.policy, cache.calibrated, 64);
+        CHECK(d.layers[0].rotary.frequencies.size() == 16);
+        CHECK(d.layers[0].rotary.pairs == pairs);
+    }
+    refuses([](trained_model& other) { other.key_means = "of some keys"; }, "key_means");
 }
 
 TEST_CASE("a folder that names what is no cache is refused", "[model_cache]") {

@@ -18,11 +18,13 @@
 #include "compare.hpp"
 
 #include <kv1/fake_quantize.hpp>
+#include <kv1/kv_cache.hpp>
 
 #include <catch2/generators/catch_generators.hpp>
 #include <catch2/matchers/catch_matchers.hpp>
 
 #include <torch/autograd.h>
+#include <torch/cuda.h>
 #include <torch/utils.h>
 
 #include <algorithm>
@@ -140,6 +142,78 @@ TEST_CASE("Tensors go through the cache as kv1's fake quantization says, head by
             REQUIRE(kv1_test::same_bits(values(y, row), expected));
         }
     }
+}
+
+TEST_CASE("Keys and their means turn as in a cache, and its sinks stay as they are", "[train]") {
+    torch::manual_seed(8);
+    constexpr std::int64_t positions = 40, heads = 2, dim = 32, sinks = 3;
+    const auto pairs = GENERATE(kv1::rotary_pairs::interleaved, kv1::rotary_pairs::half_split);
+    const auto table = kv1_train::rotary_table::make(positions + 9, dim, 1e4f, pairs, torch::kCPU);
+    const Tensor means = torch::randn({heads, dim}) * 3;
+    const Tensor x = (torch::randn({2, positions, heads, dim}) + means).requires_grad_(true);
+    const kv1_train::trained_side side{kv1::parse_policy("c2+ls+had+mean").common.key, true};
+    const auto seen = kv1_train::rotate_through_cache(x, table, side, {means, true}, sinks, true);
+    REQUIRE(torch::equal(seen.plain, kv1_train::rotate(x.detach(), table)));
+
+    kv1::layer_description layer{heads, dim, dim, kv1::kv_format::compact2, kv1::kv_format::fp32};
+    layer.key_encoding = {.levels = kv1::level_choice::least_squares};
+    layer.key_encoding.hadamard = kv1::rotation_width(dim);
+    layer.key_encoding.means.assign(means.data_ptr<float>(), means.data_ptr<float>() + heads * dim);
+    layer.rotary = {kv1::rotary_frequencies(1e4, dim), pairs};
+    for (std::int64_t b = 0; b < 2; ++b) {
+        const Tensor plain = seen.plain[b].detach().contiguous(),
+                     cached = seen.cached[b].detach().contiguous();
+        REQUIRE(torch::equal(cached.narrow(0, 0, sinks), plain.narrow(0, 0, sinks)));
+        kv1::kv_cache cache(kv1::uniform_cache(1, layer, positions));
+        const kv1::sequence_id sequence = cache.create_sequence();
+        const kv1::tensor_view keys(plain.data_ptr<float>(), positions, heads, dim);
+        cache.append(sequence, 0, keys, keys);
+        for (std::int64_t h = 0; h < heads; ++h) {
+            std::vector<float> back(positions * dim);
+            cache.read(sequence, 0, kv1::kv_side::key, static_cast<std::size_t>(h), 0, positions, back);
+            const Tensor expected = torch::tensor(back).view({positions, dim});
+            REQUIRE(torch::equal(cached.select(1, h).narrow(0, sinks, positions - sinks),
+                                 expected.narrow(0, sinks, positions - sinks)));
+        }
+    }
+
+    // the gradients of both are turned back, and meet
+    const Tensor to_cached = torch::randn_like(x), to_plain = torch::randn_like(x);
+    (seen.cached * to_cached + seen.plain * to_plain).sum().backward();
+    const Tensor y = x.detach().clone().requires_grad_(true);
+    (kv1_train::rotate(y, table) * (to_cached + to_plain)).sum().backward();
+    REQUIRE(near(x.grad(), y.grad(), 1e-5));
+    const auto alone = kv1_train::rotate_through_cache(x.detach(), table, side, {means, true}, sinks);
+    REQUIRE(torch::equal(alone.cached, seen.cached));
+    REQUIRE_FALSE(alone.plain.defined());
+}
+
+TEST_CASE("Tensors go through the cache on a GPU as on a processor", "[train]") {
+    if (!torch::cuda::is_available())
+        SKIP("no GPU");
+    torch::manual_seed(9);
+    for (const auto pairs : {kv1::rotary_pairs::interleaved, kv1::rotary_pairs::half_split})
+        for (const std::int64_t dim : {32, 64, 96, 128})
+            for (const char* text : {"c2+ls+had+mean", "3+ls+mean", "c3+had"}) {
+                INFO(text << ", " << dim << " channels");
+                const kv1_train::trained_side side{kv1::parse_policy(text).common.key, true};
+                const Tensor means = torch::randn({3, dim}) * 3, x = torch::randn({2, 50, 3, dim}) + means;
+                const auto seen = [&](torch::Device device) {
+                    const Tensor in = x.to(device).detach().requires_grad_(true);
+                    const auto both = kv1_train::rotate_through_cache(
+                        in, kv1_train::rotary_table::make(50, dim, 1e5f, pairs, device), side,
+                        {means.to(device), true}, 4, true);
+                    (both.cached * 2 + both.plain * both.plain.detach()).sum().backward();
+                    return std::vector<Tensor>{both.cached.cpu(), both.plain.cpu(), in.grad().cpu()};
+                };
+                const auto there = seen(torch::kCUDA), here = seen(torch::kCPU);
+                REQUIRE(near(there[1], here[1], 1e-5));
+                REQUIRE(near(there[2], here[2], 1e-4));
+                // Sums of a warp have another order, so that a number halfway between two codes may get the other.
+                const double others =
+                    (there[0] - here[0]).abs().gt(1e-4).to(torch::kFloat64).mean().item<double>();
+                REQUIRE(others < 0.01);
+            }
 }
 
 TEST_CASE("The loss's gradient is the one that autograd finds", "[train]") {
