@@ -3,7 +3,7 @@
 // Decode attention: one query token over n cached tokens, softmax included, one thread.
 //
 //   attend/decode/<K>/<V>/<precision>/<target>/h<heads>/kv<kv_heads>/d<head_dim>/n<tokens>/<cold|warm>
-//       [/g<group>][/channel/p<page_tokens>][/v<value_dim>[/in_keys]][/lse]
+//       [/g<group>][/channel/p<page_tokens>][/v<value_dim>[/in_keys]][/lse][/fp16<sinks>+<window>]
 //
 // warm: all calls read one layer. cold: calls rotate over so many layers that this cache, and one of the same
 // shape in fp16, exceed 256 MB. Bytes are the row-format bytes that are read. Counters:
@@ -34,6 +34,7 @@ struct decode_case {
     std::size_t value_dim = 0; // 0: the head dim
     bool values_in_keys = false;
     bool log_sum_exp = false; // asked for, as where parts are joined
+    std::size_t fp16_sinks = 0, fp16_window = 0;
 
     [[nodiscard]] std::size_t outputs() const { return value_dim == 0 ? shape.head_dim : value_dim; }
     [[nodiscard]] std::size_t stored_values() const { return values_in_keys ? 0 : outputs(); }
@@ -54,7 +55,10 @@ void decode(benchmark::State& state, const decode_case& c, kv1::precision mode) 
     layer_shape.key_group = layer_shape.value_group = c.group;
     if (c.per_channel)
         layer_shape.key_axis = kv1::quantization_axis::per_channel;
-    kv1::kv_cache cache(kv1::uniform_cache(layers, layer_shape, c.tokens, c.page_tokens));
+    kv1::cache_description shape = kv1::uniform_cache(layers, layer_shape, c.tokens, c.page_tokens);
+    shape.fp16_sinks = c.fp16_sinks;
+    shape.fp16_window = c.fp16_window;
+    kv1::kv_cache cache(shape);
     const kv1::target measured = kv1::current_target();
     kv1::set_target(kv1::best_target()); // fills faster; filling is not measured
     const kv1::sequence_id sequence = bench::fill(cache, c.tokens);
@@ -93,15 +97,18 @@ void decode(benchmark::State& state, const decode_case& c, kv1::precision mode) 
 }
 
 void register_decode(const decode_case& c, kv1::precision mode, kv1::target t) {
-    const std::string name = "attend/decode/" + bench::name_of(c.key) + "/" + bench::name_of(c.value) +
-                             (mode == kv1::precision::fast ? "/fast/" : "/exact/") + bench::name_of(t) +
-                             "/h" + std::to_string(c.shape.heads) + "/kv" + std::to_string(c.shape.kv_heads) +
-                             "/d" + std::to_string(c.shape.head_dim) + "/n" + std::to_string(c.tokens) +
-                             (c.cold ? "/cold" : "/warm") +
-                             (c.group == 0 ? "" : "/g" + std::to_string(c.group)) +
-                             (c.per_channel ? "/channel/p" + std::to_string(c.page_tokens) : "") +
-                             (c.value_dim == 0 ? "" : "/v" + std::to_string(c.value_dim)) +
-                             (c.values_in_keys ? "/in_keys" : "") + (c.log_sum_exp ? "/lse" : "");
+    const std::string name =
+        "attend/decode/" + bench::name_of(c.key) + "/" + bench::name_of(c.value) +
+        (mode == kv1::precision::fast ? "/fast/" : "/exact/") + bench::name_of(t) + "/h" +
+        std::to_string(c.shape.heads) + "/kv" + std::to_string(c.shape.kv_heads) + "/d" +
+        std::to_string(c.shape.head_dim) + "/n" + std::to_string(c.tokens) + (c.cold ? "/cold" : "/warm") +
+        (c.group == 0 ? "" : "/g" + std::to_string(c.group)) +
+        (c.per_channel ? "/channel/p" + std::to_string(c.page_tokens) : "") +
+        (c.value_dim == 0 ? "" : "/v" + std::to_string(c.value_dim)) + (c.values_in_keys ? "/in_keys" : "") +
+        (c.log_sum_exp ? "/lse" : "") +
+        (c.fp16_sinks + c.fp16_window == 0
+             ? ""
+             : "/fp16" + std::to_string(c.fp16_sinks) + "+" + std::to_string(c.fp16_window));
     bench::register_on(t, name, [c, mode](benchmark::State& state) { decode(state, c, mode); });
 }
 
@@ -153,6 +160,17 @@ int main(int argc, char** argv) {
                     register_decode({f, f, large, cold ? std::size_t{32768} : std::size_t{4096}, cold},
                                     kv1::precision::fast, t);
         register_decode({kv_format::affine4, two, large, 4096, false}, kv1::precision::fast, t);
+        // the recommended cache, c3,c2@4:32, and what its parts cost
+        for (const bool cold : {false, true})
+            for (const std::size_t window : {std::size_t{0}, std::size_t{32}})
+                register_decode({.key = kv_format::compact3,
+                                 .value = kv_format::compact2,
+                                 .shape = large,
+                                 .tokens = cold ? std::size_t{32768} : std::size_t{4096},
+                                 .cold = cold,
+                                 .fp16_sinks = window == 0 ? std::size_t{0} : std::size_t{4},
+                                 .fp16_window = window},
+                                kv1::precision::fast, t);
         // DeepSeek's latent attention: stored once, and with its values apart
         for (const kv_format f : {two, kv_format::affine4, kv_format::affine8, kv_format::fp16})
             for (const bool in_keys : {true, false})
