@@ -13,6 +13,7 @@ import numpy
 
 import cache
 import llama
+import peers
 
 
 def chunks(model, paths, tokens, wanted, shuffled):
@@ -51,11 +52,13 @@ def kld(options, model, library):
     plain = [model.forward(t, llama.plain_attention)[first:] for t in texts]
     print(f"{options.chunks} chunks of {options.tokens} tokens, positions from {first} on")
     print("| policy | KLD | perplexity |\n| --- | --- | --- |")
-    for policy in [None] + options.policies:
+    for policy in [None] + options.policies + options.peers:
         divergence, loss, count, predicted = 0.0, 0.0, 0, 0
         for text, reference in zip(texts, plain):
             hidden = reference
-            if policy is not None:
+            if policy in options.peers:
+                hidden = model.forward(text, peers.attend(policy, model.dim))[first:]
+            elif policy is not None:
                 kept = cache.Cache(library, model, options.calibration, policy, len(text), options.exact)
                 hidden = model.forward(text, kept.attend)[first:]
             for i in range(0, len(hidden), 256):
@@ -82,7 +85,8 @@ def main():
     first.add_argument("--long", type=int, default=2, help="chunks of 8,192 tokens")
     first.add_argument("--stride", type=int, default=4, help="every so many queries count for error weights and bases")
     second = commands.add_parser("kld", parents=[common])
-    second.add_argument("--policies", nargs="+", required=True)
+    second.add_argument("--policies", nargs="*", default=[])
+    second.add_argument("--peers", nargs="*", default=[], help="caches of others (peers.py), such as q4_0+had")
     second.add_argument("--tokens", type=int, default=1024)
     second.add_argument("--chunks", type=int, default=8)
     second.add_argument("--last", type=int, help="positions of a chunk that count; all unless it is given")
