@@ -42,19 +42,34 @@ AT(kv1_save_options, model, 16);
 AT(kv1_load_options, model, 8);
 AT(kv1_calibrator_options, policy, 8);
 AT(kv1_calibrator_options, scale, 32);
+AT(kv1_slot_memory, holds_slots, 16);
+AT(kv1_slot_options, slots, 32);
+AT(kv1_slot_options, fp16_window, 64);
+AT(kv1_slot_options, huge_pages, 72);
+AT(kv1_slot_options, memory, 80);
+AT(kv1_slot_view, items, 24);
+AT(kv1_slot_mask, data, 24);
+AT(kv1_slot_mask, head_stride, 48);
+AT(kv1_slot_stream, mask, 48);
+AT(kv1_slot_attention, precision, 16);
+AT(kv1_slot_attention, window, 24);
+AT(kv1_slot_attention, log_sum_exp, 48);
 _Static_assert(sizeof(kv1_error) == 48 && sizeof(kv1_sequence) == 8 && sizeof(kv1_tensor) == 56 &&
                    sizeof(kv1_output) == 56 && sizeof(kv1_executor) == 16 && sizeof(kv1_memory) == 24 &&
                    sizeof(kv1_mask) == 32 && sizeof(kv1_range) == 16 && sizeof(kv1_attention_part) == 16 &&
                    sizeof(kv1_rows) == 24 && sizeof(kv1_const_rows) == 24 && sizeof(kv1_section) == 88 &&
                    sizeof(kv1_block_tables) == 32 && sizeof(kv1_prefix_salt) == 16 &&
                    sizeof(kv1_prefix_pin) == 16 && sizeof(kv1_prefix_event) == 24 &&
-                   sizeof(kv1_fingerprint) == 32 && sizeof(kv1_sink) == 16 && sizeof(kv1_source) == 24,
+                   sizeof(kv1_fingerprint) == 32 && sizeof(kv1_sink) == 16 && sizeof(kv1_source) == 24 &&
+                   sizeof(kv1_slot_memory) == 24 && sizeof(kv1_slot_view) == 40 &&
+                   sizeof(kv1_slot_mask) == 56 && sizeof(kv1_slot_stream) == 104,
                "a structure without struct_size never changes");
 #endif
 _Static_assert(sizeof(kv1_code) == 4 && sizeof(kv1_format) == 4 && sizeof(kv1_scalar) == 4 &&
                    sizeof(kv1_axis) == 4 && sizeof(kv1_rotary_pairs) == 4 && sizeof(kv1_levels) == 4 &&
                    sizeof(kv1_mask_kind) == 4 && sizeof(kv1_precision) == 4 && sizeof(kv1_side) == 4 &&
-                   sizeof(kv1_prefix_event_kind) == 4,
+                   sizeof(kv1_prefix_event_kind) == 4 && sizeof(kv1_slot_view_kind) == 4 &&
+                   sizeof(kv1_slot_mask_kind) == 4,
                "enumerations are 32 bits wide");
 
 enum { dim = 32, tokens = 20 };
