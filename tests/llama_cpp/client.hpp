@@ -70,6 +70,8 @@ public:
         (void)kv1_device();
         llama_model_params m = llama_model_default_params();
         m.devices = devices;
+        // weights as they are in the file: the same products on both sides
+        m.use_extra_bufts = false;
         m.n_gpu_layers = policy != nullptr ? 999 : 0;
         model_.reset(llama_model_load_from_file(file.c_str(), m));
         if (model_ == nullptr)
