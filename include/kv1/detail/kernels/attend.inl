@@ -118,27 +118,32 @@ inline void attend_rows(const attention_job& job) noexcept {
     tile_ref transposed[max_chunk_tiles]; // of values that lie in keys
     for (std::size_t k = 0; in_keys && k < max_chunk_tiles; ++k)
         transposed[k] = {job.scratch->transposed, k * tile_tokens};
-    std::size_t first = job.first_token, last = first, now = 0;
-    if (first < any.last)
-        last = chunk_end(*job.layout, first, any.last);
-    while (last <= any.first && last < any.last) { // chunks that no row sees
-        first = last;
-        last = chunk_end(*job.layout, first, any.last);
-    }
+    // the first chunk from a token on that some row sees
+    const bool asks = job.mask != nullptr || job.slots != nullptr;
+    const auto seen_from = [&](std::size_t from) {
+        row_view c{from, from};
+        while (c.last < any.last) {
+            c = {c.last, chunk_end(*job.layout, c.last, any.last)};
+            if (c.last > any.first && (!asks || some_row_sees(job, seen, c.first, c.last)))
+                return c;
+        }
+        return row_view{c.last, c.last};
+    };
+    std::size_t now = 0;
+    auto [first, last] = seen_from(job.first_token);
     if (first < last)
         list_tiles(job, granule, first, last, lists[now]);
     while (first < last) {
         const chunk_tiles& chunk = lists[now];
         chunk_tiles& after = lists[1 - now];
-        const std::size_t after_last = last < any.last ? chunk_end(*job.layout, last, any.last) : last;
+        const row_view next = seen_from(last);
         // past the range's end begins what the next task is likely to walk
-        const std::size_t fetched =
-            last == job.last_token && last % page_tokens == 0 && last < job.fetch_token
-                ? chunk_end(*job.layout, last, job.fetch_token)
-                : after_last;
+        const row_view fetched = last == job.last_token && last % page_tokens == 0 && last < job.fetch_token
+                                     ? row_view{last, chunk_end(*job.layout, last, job.fetch_token)}
+                                     : next;
         after.count = 0;
-        if (last < fetched)
-            list_tiles(job, granule, last, fetched, after);
+        if (fetched.first < fetched.last)
+            list_tiles(job, granule, fetched.first, fetched.last, after);
         const std::size_t slots = chunk.count * tile_tokens;
         const chunk_view key_view{&keys,       chunk.tiles,
                                   chunk.count, &values,
@@ -158,11 +163,22 @@ inline void attend_rows(const attention_job& job) noexcept {
         const bool masked = job.mask != nullptr && last > job.mask_first;
         const bool whole =
             !adjusted && !masked && last - first == slots && first >= all.first && last <= all.last;
+        const bool entire = asks && job.soft_cap <= 0.0f && job.alibi_slopes == nullptr &&
+                            last - first == slots && first >= all.first && last <= all.last;
+        slot_rules::span positions{0, 0};
+        if (entire && job.slots != nullptr && job.slots->positions != nullptr)
+            positions = positions_of(*job.slots, first, last);
+        bool left = whole; // the row's scores are left as they are
         for (std::size_t r = 0; r < job.rows; ++r) {
             float* row = scores + r * score_stride;
-            if (!whole)
+            const std::size_t head = (job.first_row + r) % job.head_group;
+            if (!whole && entire &&
+                (r == 0 || head == 0 || (job.slots != nullptr && job.slots->bias_head_stride != 0)))
+                left = leaves_scores(job, (job.first_row + r) / job.head_group, job.first_head + head, first,
+                                     last, positions);
+            if (!left)
                 adjust_scores(job, r, seen[r], chunk, shifts[r], row);
-            if (!whole || job.key_turning != nullptr)
+            if (!left || job.key_turning != nullptr)
                 tops[r] = maximum_of(row, slots, lowest_score);
             const float largest = tops[r];
             if (corrected && sample.tile.page != nullptr)
@@ -193,8 +209,8 @@ inline void attend_rows(const attention_job& job) noexcept {
         else
             add_group_sums(*job.value_kernels, mode, value_view, weights, job.scratch->group_scores, sums,
                            value_stride);
-        first = last;
-        last = after_last;
+        first = next.first;
+        last = next.last;
         now = 1 - now;
     }
 

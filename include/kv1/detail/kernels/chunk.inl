@@ -134,6 +134,103 @@ KV1_LAZY KV1_INLINE bool all_set(const std::uint8_t* mask) {
     return (low & high) == 0x0101010101010101u;
 }
 
+// False: a query sees none of the tokens first ... last - 1 in a head. What is asked is found out with little, so some of
+// several rules that hide them together may be missed.
+KV1_LAZY inline bool may_see(const attention_job& job, std::size_t query, std::size_t head, std::size_t first,
+                             std::size_t last) noexcept {
+    if (first >= last)
+        return false;
+    if (job.mask != nullptr && first >= job.mask_first &&
+        all_are(job.mask + query * job.mask_stride + (first - job.mask_first), last - first, 0))
+        return false;
+    if (job.slots == nullptr)
+        return true;
+    const slot_rules& rules = *job.slots;
+    if (rules.positions != nullptr) { // in whole tiles: what is none of the tokens stands nowhere
+        const slot_rules::span seen = rules.seen_by(query);
+        const i32 from(seen.first), to(seen.last);
+        bool some = false;
+        for (std::size_t t = first / tile_tokens * tile_tokens; !some && t < last; t += lanes) {
+            const i32 at = i32::load_unaligned(rules.positions + t);
+            some = xs::any((at >= from) & (at <= to));
+        }
+        if (!some)
+            return false;
+    }
+    if (rules.bias != nullptr) {
+        const std::byte* const row = rules.bias_row(query, head);
+        const auto element = static_cast<std::size_t>(rules.element());
+        // -infinity, as often as it fits: what hides tokens in most masks
+        const std::uint32_t infinity = rules.bias_type == scalar_type::fp32   ? 0xff800000u
+                                       : rules.bias_type == scalar_type::fp16 ? 0xfc00fc00u
+                                                                              : 0xff80ff80u;
+        if (all_are(row + (first - rules.bias_first) * element, (last - first) * element, infinity))
+            return false;
+        alignas(64) float added[tile_tokens];
+        bool some = false;
+        for (std::size_t t = first; !some && t < last; t += tile_tokens) {
+            const std::size_t n = last - t < tile_tokens ? last - t : tile_tokens;
+            load_floats(rules.bias_type,
+                        row + static_cast<std::ptrdiff_t>(t - rules.bias_first) * rules.element(), n, added);
+            for (std::size_t i = 0; i < n; ++i)
+                some = some || !(added[i] <= lowest_score);
+        }
+        return some;
+    }
+    return true;
+}
+
+// Whether some row sees some of the tokens first ... last - 1. True is permitted if none does.
+KV1_LAZY KV1_NOINLINE inline bool some_row_sees(const attention_job& job, const row_view* seen,
+                                                std::size_t first, std::size_t last) noexcept {
+    const bool by_head = job.slots != nullptr && job.slots->bias_head_stride != 0;
+    for (std::size_t r = 0; r < job.rows; ++r) {
+        const std::size_t row = job.first_row + r, head = row % job.head_group;
+        if (r != 0 && head != 0 && !by_head) // as the row before
+            continue;
+        if (may_see(job, row / job.head_group, job.first_head + head,
+                    first > seen[r].first ? first : seen[r].first, last < seen[r].last ? last : seen[r].last))
+            return true;
+    }
+    return false;
+}
+
+// Whether a query sees all tokens of a chunk in a head, and no mask or rule changes a score. False is permitted.
+// positions: the smallest and the largest of the chunk.
+KV1_LAZY inline bool leaves_scores(const attention_job& job, std::size_t query, std::size_t head,
+                                   std::size_t first, std::size_t last, slot_rules::span positions) noexcept {
+    if (job.mask != nullptr && last > job.mask_first) {
+        const std::size_t from = first > job.mask_first ? first : job.mask_first;
+        if (!all_are(job.mask + query * job.mask_stride + (from - job.mask_first), last - from, 0x01010101u))
+            return false;
+    }
+    if (job.slots == nullptr)
+        return true;
+    const slot_rules& rules = *job.slots;
+    if (rules.positions != nullptr) {
+        const slot_rules::span seen = rules.seen_by(query);
+        if (positions.first < seen.first || positions.last > seen.last)
+            return false;
+    }
+    if (rules.bias == nullptr)
+        return rules.slopes == nullptr;
+    const auto element = static_cast<std::size_t>(rules.element());
+    return all_are(rules.bias_row(query, head) + (first - rules.bias_first) * element,
+                   (last - first) * element, 0);
+}
+
+// The smallest and the largest position of the tiles of tokens first ... last - 1.
+KV1_LAZY KV1_INLINE slot_rules::span positions_of(const slot_rules& rules, std::size_t first,
+                                                  std::size_t last) {
+    i32 low = i32::load_unaligned(rules.positions + first), high = low;
+    for (std::size_t t = first; t < last; t += lanes) {
+        const i32 at = i32::load_unaligned(rules.positions + t);
+        low = xs::min(low, at);
+        high = xs::max(high, at);
+    }
+    return {xs::reduce_min(low), xs::reduce_max(high)};
+}
+
 // Applies soft cap and position bias to a row's scores, and sets scores of tokens that the row does not see to
 // lowest_score.
 KV1_LAZY inline void adjust_scores(const attention_job& job, std::size_t row, const row_view& seen,
