@@ -13,11 +13,11 @@
 // (layer_description::rotary, vector_encoding::means).
 //
 // Caches take it with all formats, groups of channels, keys per channel, bases, sliding windows, fp16 sinks and windows,
-// prefixes, forks and saved sequences. These refuse it, with errc::invalid_argument:
+// prefixes, forks and saved sequences. Slot stores take it with the positions that keys are written with
+// (slot_store.hpp). These refuse it, with errc::invalid_argument:
 //
 //   a layer whose frequencies are more than half of key_dim's channels, or reach past its last channel
 //   values in keys (layer_description::values_in_keys) of which channels turn
-//   slot stores (slot_store.hpp), which have no sequences
 //   context_parallel of the examples: round-robin pages and ALiBi, where means turn
 //
 // Frequencies are data: those that Llama 3 and YaRN scale are handed in as scaled. (YaRN also multiplies turned

@@ -23,7 +23,8 @@
 // that one of its slots lies in, whole. With 64 slots a page, 100 slots that lie scattered over 100 pages cost what 6,400
 // consecutive slots cost. A mask hides slots, and does not make a page cheaper.
 //
-// A slot that was never written to, or was cleared, holds zeros as codes stand for them. Hide it.
+// A slot that was never written to, or was cleared, holds zeros as codes stand for them. Hide it: where means turn, its
+// score is a finite number of no meaning.
 //
 // fp16 copies. With fp16_slots, a slot that is written to is seen by all queries as it was given, rounded to fp16, until
 // settle(), release_fp16() or flush() takes its fp16 copy away. From then on it is seen as its codes. settle() leaves the
@@ -34,6 +35,17 @@
 //
 // Which call changes what. write() replaces keys, values or both. A key that turns to another position (context shift) is
 // read, turned and written again; each time it is rounded anew.
+//
+// Means that turn. A layer may keep keys less their mean before RoPE (layer_description::rotary). Its keys come with the
+// positions that RoPE has turned them by. The store keeps a position beside each key, an int32 that is exported, copied
+// and moved with it, so attention asks for none: a mask's positions may be others. A shifted key is written with its new
+// position. The mean's share of a score costs little where slots that follow each other hold positions that do, as a
+// prompt's tokens have them. Where each slot of a tile of 16 stands elsewhere it costs more than all else: about 0.2 us a
+// slot and KV head.
+//
+// Keys per channel (quantization_axis::per_channel) are refused. They share a scale a channel over the tokens of a page,
+// which is chosen when the page is full. A slot that is written again would need the page's other keys as they came, and
+// its scales would be those of tokens that happen to lie side by side.
 //
 // Errors. Each call has a noexcept `try_` form that returns a status or a result, and a form that throws kv1::error with
 // that status. A failed call leaves the store as it was, with one exception: a write() that fails with out_of_memory may
@@ -123,14 +135,36 @@ public:
     template <executor E = inline_executor>
     status try_write(std::size_t layer, std::span<const std::uint32_t> slots, tensor_view keys,
                      tensor_view values, E&& run = {}) noexcept {
-        return core_->write(layer, slots, keys, values, run);
+        return core_->write(layer, slots, {}, keys, values, run);
     }
     /// As a plan.
     [[nodiscard]] result<work_plan> try_plan_write(std::size_t layer, std::span<const std::uint32_t> slots,
                                                    tensor_view keys, tensor_view values) noexcept {
-        return planned(core_->plan_write(layer, slots, keys, values));
+        return planned(core_->plan_write(layer, slots, {}, keys, values));
     }
     /// @}
+    /// The same with the positions that RoPE has turned the keys by, one a slot, none negative. Layers whose means turn
+    /// (keeps_positions()) take keys in no other way, others do not look at positions. Errors: as above;
+    /// shape_mismatch, invalid_argument for positions.
+    /// @{
+    template <executor E = inline_executor>
+    status try_write(std::size_t layer, std::span<const std::uint32_t> slots,
+                     std::span<const std::int32_t> positions, tensor_view keys, tensor_view values,
+                     E&& run = {}) noexcept {
+        return core_->write(layer, slots, positions, keys, values, run);
+    }
+    /// As a plan.
+    [[nodiscard]] result<work_plan> try_plan_write(std::size_t layer, std::span<const std::uint32_t> slots,
+                                                   std::span<const std::int32_t> positions, tensor_view keys,
+                                                   tensor_view values) noexcept {
+        return planned(core_->plan_write(layer, slots, positions, keys, values));
+    }
+    /// @}
+    /// The position that a slot's key was written with, in a layer that keeps them (keeps_positions()); -1: there is
+    /// none.
+    [[nodiscard]] std::int32_t key_position(std::size_t layer, std::uint32_t slot) const noexcept {
+        return core_->key_position(layer, slot);
+    }
     /// No keys, or no values.
     [[nodiscard]] static constexpr tensor_view nothing() noexcept {
         return {static_cast<const float*>(nullptr), 0, 0, 0};
@@ -187,7 +221,8 @@ public:
         return core_->read(layer, side, kv_head, slots, out);
     }
     /// Bytes of one slot of a layer in export_raw(): for each KV head the key's row, then the value's (row.hpp), each as
-    /// packed codes, scales, minima. Precondition: such a layer exists.
+    /// packed codes, scales, minima; behind them the key's position (int32), where the store keeps it. Precondition: such
+    /// a layer exists.
     [[nodiscard]] std::size_t raw_bytes(std::size_t layer) const noexcept { return core_->raw_bytes(layer); }
     /// Copies the codes of slots out, [slots][raw_bytes()]. Errors: out_of_range; shape_mismatch for the size of out.
     status try_export_raw(std::size_t layer, std::span<const std::uint32_t> slots,
@@ -195,7 +230,8 @@ public:
         return core_->export_raw(layer, slots, out);
     }
     /// Stores what export_raw() gave, bit for bit; the slots lose their fp16 copies. No slot comes twice. Errors:
-    /// out_of_range, invalid_argument; shape_mismatch for the size of in; non_finite for metadata or plain values.
+    /// out_of_range, invalid_argument, also for a position below -1; shape_mismatch for the size of in; non_finite for
+    /// metadata or plain values.
     status try_import_raw(std::size_t layer, std::span<const std::uint32_t> slots,
                           std::span<const std::byte> in) noexcept {
         return core_->import_raw(layer, slots, in);
@@ -255,10 +291,22 @@ public:
                E&& run = {}) {
         detail::throw_if_error(try_write(layer, slots, keys, values, run));
     }
+    /// The same with the positions that RoPE has turned the keys by. Throws kv1::error: as above.
+    template <executor E = inline_executor>
+    void write(std::size_t layer, std::span<const std::uint32_t> slots,
+               std::span<const std::int32_t> positions, tensor_view keys, tensor_view values, E&& run = {}) {
+        detail::throw_if_error(try_write(layer, slots, positions, keys, values, run));
+    }
     /// The same as a plan. Throws kv1::error: as write().
     [[nodiscard]] work_plan plan_write(std::size_t layer, std::span<const std::uint32_t> slots,
                                        tensor_view keys, tensor_view values) {
         return try_plan_write(layer, slots, keys, values).value();
+    }
+    /// With positions. Throws kv1::error: as write().
+    [[nodiscard]] work_plan plan_write(std::size_t layer, std::span<const std::uint32_t> slots,
+                                       std::span<const std::int32_t> positions, tensor_view keys,
+                                       tensor_view values) {
+        return try_plan_write(layer, slots, positions, keys, values).value();
     }
     /// Attention of queries [queries][query_heads][key_dim] to the slots of their streams, to outputs
     /// [queries][query_heads][value_dim]. Throws kv1::error: out_of_range, shape_mismatch, invalid_argument, the token

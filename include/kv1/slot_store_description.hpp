@@ -7,6 +7,7 @@
 #include <kv1/layout.hpp>
 
 #include <cstddef>
+#include <cstdint>
 #include <span>
 #include <vector>
 
@@ -14,8 +15,8 @@ namespace kv1::inline KV1_ABI {
 
 /// Layers whose slots have the same numbers.
 struct slot_store_description {
-    /// In the model's order. Sliding windows are left at 0 (slot_attention_options::window), keys are quantized per token,
-    /// and their means do not turn (layer_description::rotary is empty).
+    /// In the model's order. Sliding windows are left at 0 (slot_attention_options::window), and keys are quantized per
+    /// token (slot_store.hpp says why). Where means turn with positions, positions come with the keys that are written.
     std::vector<layer_description> layers;
     std::size_t slots = 0;        ///< of each layer, rounded up to whole pages; at most 2^31 - 1
     std::size_t page_tokens = 64; ///< slots of a page; a multiple of tile_tokens
@@ -43,12 +44,18 @@ struct slot_memory {
     bool holds_slots = false;
 };
 
-/// Bytes that the slots of one layer take: their pages, and one page more. Preconditions: such a layer exists, and its
-/// page_tokens are positive.
+/// Whether a store keeps the positions of a layer's keys: where their means turn with them.
+[[nodiscard]] inline bool keeps_positions(const layer_description& l) noexcept {
+    return !l.rotary.empty() && !l.key_encoding.means.empty();
+}
+
+/// Bytes that the slots of one layer take: their pages, and one page more; with 4 bytes a slot for positions, where the
+/// store keeps them. Preconditions: such a layer exists, and its page_tokens are positive.
 [[nodiscard]] inline std::size_t slot_memory_bytes(const slot_store_description& d, std::size_t layer) {
     const layer_description& l = d.layers[layer];
     const std::size_t pages = d.slots / d.page_tokens + (d.slots % d.page_tokens != 0 ? 1 : 0);
-    return (pages + 1) * l.kv_heads * layout_of(l, d.page_tokens).bytes();
+    return (pages + 1) * (l.kv_heads * layout_of(l, d.page_tokens).bytes() +
+                          (keeps_positions(l) ? d.page_tokens * sizeof(std::int32_t) : 0));
 }
 
 } // namespace kv1::inline KV1_ABI

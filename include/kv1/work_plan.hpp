@@ -59,7 +59,8 @@ inline status run_all(planned_work& work, executor_view run) noexcept {
 
 /// A call of a slot store that has begun and is not done. What the call was given (tensors, slots, masks) lives until
 /// finish() or the plan's end. A plan may end without finish(): slots that were to be written to then hold what they held
-/// or what they were to hold, without a new fp16 copy, and outputs are unspecified.
+/// or what they were to hold, without a new fp16 copy; keys whose means turn then hold numbers of no meaning, and outputs
+/// are unspecified.
 class work_plan {
 public:
     /// Takes a call's work, null for a call that has nothing to do; slot_store makes plans.

@@ -235,6 +235,83 @@ static void lives_in_lent_memory(void) {
     free(room);
 }
 
+/* Keys about a mean that turns: a cache and a store that holds them in other places give the same. */
+static void keys_turn_about_their_means(void) {
+    enum { PAIRS = DIM / 2 };
+    kv1_layer layer = layer_of(KV_HEADS, DIM, KV1_COMPACT4);
+    kv1_encoding encoding;
+    kv1_rotary rotary;
+    kv1_slot_options options;
+    kv1_cache_options cache_options;
+    kv1_slot_store* store;
+    kv1_cache* cache;
+    kv1_sequence sequence;
+    kv1_slot_stream stream;
+    kv1_plan* plan = NULL;
+    float frequencies[PAIRS], means[KV_HEADS * DIM], row[DIM], again[DIM];
+    static float out[HEADS * DIM], expected[HEADS * DIM];
+    int32_t positions[TOKENS];
+    uint32_t slots[TOKENS];
+    size_t t, i, phase, bytes = 0, without = 0;
+    kv1_rotary_frequencies(10000.0, DIM, frequencies);
+    fill(means, sizeof means / sizeof *means);
+    kv1_encoding_init(&encoding);
+    encoding.levels = KV1_LEVELS_LEAST_SQUARES;
+    encoding.means = means;
+    kv1_rotary_init(&rotary);
+    rotary.frequencies = frequencies;
+    rotary.pair_count = PAIRS;
+    options = slot_options(&layer);
+    layer.key_encoding = &encoding;
+    CHECK(kv1_slot_memory_bytes(&options, 0, &without, NULL) == KV1_OK);
+    layer.rotary = &rotary;
+    CHECK(kv1_slot_memory_bytes(&options, 0, &bytes, NULL) == KV1_OK);
+    CHECK(bytes == without + (CELLS + PAGE) * sizeof(int32_t));
+    store = store_of(&options);
+    cache_options = options_for(&layer, 1, CELLS, PAGE);
+    cache = made(&cache_options);
+    sequence = sequence_of(cache);
+    CHECK(kv1_append(cache, sequence, 0, tokens_of(keys, 0, TOKENS), tokens_of(values, 0, TOKENS), NULL,
+                     NULL) == KV1_OK);
+    for (t = 0; t < TOKENS; ++t) { /* pages 1, 2, 0 */
+        positions[t] = (int32_t)t;
+        slots[t] = (uint32_t)((t + PAGE) % CELLS);
+    }
+    CHECK(kv1_slots_write(store, 0, slots, 3, tokens_of(keys, 0, 3), tokens_of(values, 0, 3), NULL, NULL) ==
+          KV1_SHAPE_MISMATCH);
+    CHECK(kv1_slots_write_at(store, 0, slots, NULL, 3, tokens_of(keys, 0, 3), tokens_of(values, 0, 3), NULL,
+                             NULL) == KV1_INVALID_ARGUMENT);
+    CHECK(kv1_slots_write_at(store, 0, slots, positions, 50, tokens_of(keys, 0, 50), tokens_of(values, 0, 50),
+                             NULL, NULL) == KV1_OK);
+    CHECK(kv1_slots_plan_write_at(store, 0, slots + 50, positions + 50, TOKENS - 50,
+                                  tokens_of(keys, 50, TOKENS - 50), tokens_of(values, 50, TOKENS - 50), &plan,
+                                  NULL) == KV1_OK);
+    for (phase = 0; phase < kv1_plan_phases(plan); ++phase)
+        for (i = 0; i < kv1_plan_tasks(plan, phase); ++i)
+            kv1_plan_run(plan, phase, i);
+    CHECK(kv1_plan_finish(plan, NULL) == KV1_OK);
+    CHECK(kv1_slots_key_position(store, 0, slots[69]) == 69 && kv1_slots_key_position(store, 0, CELLS) == -1);
+    CHECK(kv1_slots_key_position(NULL, 0, 0) == -1);
+    CHECK(kv1_slots_read(store, 0, KV1_KEYS, 1, slots + 60, 1, row, NULL) == KV1_OK);
+    CHECK(kv1_read(cache, sequence, 0, KV1_KEYS, 1, 60, 1, again, NULL) == KV1_OK);
+    CHECK(memcmp(row, again, sizeof row) == 0);
+    memset(&stream, 0, sizeof stream);
+    stream.queries = 1;
+    {
+        const uint32_t blocks[3] = {1, 2, 0};
+        stream.slots = kv1_slot_table(blocks, 3, TOKENS);
+        CHECK(kv1_slots_attend(store, 0, &stream, 1, tokens_of(keys, 0, 1),
+                               kv1_contiguous_output(out, KV1_FP32, 1, KV_HEADS, DIM), NULL, NULL,
+                               NULL) == KV1_OK);
+    }
+    CHECK(kv1_attend(cache, sequence, 0, tokens_of(keys, 0, 1),
+                     kv1_contiguous_output(expected, KV1_FP32, 1, KV_HEADS, DIM), NULL, NULL,
+                     NULL) == KV1_OK);
+    CHECK(memcmp(out, expected, KV_HEADS * DIM * sizeof(float)) == 0);
+    kv1_cache_destroy(cache);
+    kv1_slots_destroy(store);
+}
+
 static void refuses_what_it_cannot_do(void) {
     const kv1_layer layer = layer_of(KV_HEADS, DIM, KV1_AFFINE2);
     kv1_slot_options options = slot_options(&layer);
@@ -277,6 +354,7 @@ int main(void) {
     attends_as_a_cache();
     copies_exports_and_moves();
     lives_in_lent_memory();
+    keys_turn_about_their_means();
     refuses_what_it_cannot_do();
     return report();
 }

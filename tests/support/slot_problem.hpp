@@ -55,6 +55,14 @@ struct slot_vectors {
     return x;
 }
 
+/// A position for each slot. In most places slots that follow each other have positions that do.
+[[nodiscard]] inline std::vector<std::int32_t> positions_by_slot(std::span<const std::uint32_t> slots) {
+    std::vector<std::int32_t> p;
+    for (const std::uint32_t s : slots)
+        p.push_back(static_cast<std::int32_t>(s % 23 == 0 ? s * 977 % 5000 : s + s / 64 * 300));
+    return p;
+}
+
 /// The slots of a view, in order, from its documentation.
 [[nodiscard]] inline std::vector<std::uint32_t> slots_of(const kv1::slot_view& v, std::size_t page_tokens) {
     std::vector<std::uint32_t> slots;
@@ -120,7 +128,10 @@ using added_score = std::function<double(std::size_t query, std::size_t head, st
 
 /// Holds the exact path's outputs of one stream to the definition. Bounds: a score is a sum of D products, and so is a
 /// rotated query or key before it, so it is off by at most e = gamma(2 D + 8) |q| |k| scale, and by 2 u for each term that
-/// is added; soft caps make no error larger. All weights then carry a factor of at most e^(2 e + 20 u), the roundings
+/// is added; soft caps make no error larger. A mean that turns adds waves of D / 2 pairs, each with 3 roundings and sines
+/// and cosines to 16 u, of amplitudes that are at most |q| |mean| scale together (and as much again for shares of other
+/// channels): 2 u (24 + 3 D / 2) of that.
+/// All weights then carry a factor of at most e^(2 e + 20 u), the roundings
 /// of their own exponentials, rescalings and joins included, and an exponent's rounding of 1.25 u times its size. Sums
 /// of N weighted values add gamma(N + 64) of their vector's norm, since they may be rotated back.
 class slot_oracle {
@@ -141,6 +152,11 @@ public:
             std::vector<float> keys(n * d), values(n * dv);
             store_.read(layer_, kv1::kv_side::key, kv, slots, keys);
             store_.read(layer_, kv1::kv_side::value, kv, slots, values);
+            double mean = 0.0;
+            for (std::size_t k = 0; kv1::keeps_positions(l) && k < d; ++k)
+                mean += std::pow(static_cast<double>(l.key_encoding.means[kv * d + k]), 2);
+            const double wave =
+                kv1_test::unit_roundoff * 2 * (24 + 1.5 * static_cast<double>(d)) * std::sqrt(mean);
             for (std::size_t i = 0; i < s.queries; ++i)
                 for (std::size_t h = kv * group; h < (kv + 1) * group; ++h) {
                     const float* q = queries.data() + ((first + i) * heads + h) * d;
@@ -165,6 +181,7 @@ public:
                         scores[c] = score + bias;
                         error = std::max(error, gamma(2.0 * static_cast<double>(d) + 8) * std::sqrt(qq * kk) *
                                                         std::fabs(scale) +
+                                                    wave * std::sqrt(qq) * std::fabs(scale) +
                                                     8 * unit_roundoff * (std::fabs(score) + std::fabs(bias)));
                         top = std::max(top, scores[c]);
                     }

@@ -52,6 +52,13 @@ kv1::layer_description random_layer(generator& g) {
             e.hadamard = 32;
         if (g.chance(0.5))
             e.means = kv1_test::normal_values(g, l.kv_heads * dim);
+        if (!keys || e.means.empty() || !g.chance(0.7))
+            continue;
+        l.rotary.frequencies = kv1::rotary_frequencies(10000.0, 2 * g.between(1, dim / 2));
+        l.rotary.first_channel = g.below(dim - l.rotary.channels() + 1);
+        l.rotary.pairs = g.chance(0.5) ? kv1::rotary_pairs::half_split : kv1::rotary_pairs::interleaved;
+        for (std::size_t c = g.below(dim); c < dim && g.chance(0.5); ++c) // some pairs may have no mean
+            e.means[c] = 0.0f;
     }
     return l;
 }
@@ -157,7 +164,8 @@ void change(generator& g, kv1::slot_store& store) {
         store.release_fp16(some);
         break;
     case 1:
-        store.clear(0, some);
+        if (!kv1::keeps_positions(l)) // scores of such slots mean nothing
+            store.clear(0, some);
         break;
     case 2:
     case 3: {
@@ -169,8 +177,8 @@ void change(generator& g, kv1::slot_store& store) {
     }
     default: {
         const kv1_test::slot_vectors x(g, l, some.size());
-        const kv1::status s =
-            store.try_write(0, some, x.key_view(0, some.size()), x.value_view(0, some.size()));
+        const kv1::status s = store.try_write(0, some, kv1_test::positions_by_slot(some),
+                                              x.key_view(0, some.size()), x.value_view(0, some.size()));
         if (s.code() == kv1::errc::capacity_exceeded)
             store.flush();
         else
@@ -192,6 +200,19 @@ TEST_CASE("attention over slots is attention, whatever the view, the mask and wh
         d.slots = d.page_tokens * g.between(1, 10);
         d.fp16_slots = g.chance(0.6) ? g.between(1, 100) : 0;
         kv1::slot_store store(d);
+        if (kv1::keeps_positions(l)) {
+            const kv1_test::slot_vectors x(g, l, store.slots());
+            const std::vector<std::uint32_t> all = numbers_from(0, store.slots());
+            for (std::size_t s = 0; s < all.size(); s += d.page_tokens / 2) {
+                const auto some = std::span(all).subspan(s, d.page_tokens / 2);
+                if (d.fp16_slots != 0)
+                    store.flush();
+                const kv1::status written =
+                    store.try_write(0, some, kv1_test::positions_by_slot(some), x.key_view(s, some.size()),
+                                    x.value_view(s, some.size()));
+                REQUIRE(written);
+            }
+        }
         for (std::size_t i = g.between(1, 25); i > 0; --i)
             change(g, store);
         const std::size_t heads = l.kv_heads * g.between(1, 5);

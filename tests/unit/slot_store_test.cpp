@@ -24,6 +24,7 @@
 #include <span>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -58,7 +59,13 @@ std::vector<kv1::layer_description> layers() {
     bits.value_format = kv1::kv_format::affine3;
     kv1::layer_description latent = kv1::latent_layer(96, 64, kv1::kv_format::affine4);
     latent.kv_heads = kv_heads;
-    return {plain, two_bits, groups, encoded, bits, latent};
+    kv1::layer_description turning = encoded; // pairs in the middle turn, some of them with a mean
+    turning.key_encoding.means.clear();
+    for (std::size_t c = 0; c < kv_heads * 64; ++c)
+        turning.key_encoding.means.push_back(c % 5 == 0 ? 0.0f : 0.125f * static_cast<float>(c % 17));
+    turning.rotary.frequencies = kv1::rotary_frequencies(10000.0, 48);
+    turning.rotary.first_channel = 8;
+    return {plain, two_bits, groups, encoded, bits, latent, turning};
 }
 
 kv1::slot_store_description one_layer(const kv1::layer_description& l, std::size_t slots) {
@@ -73,7 +80,7 @@ std::string name_of(const kv1::layer_description& l) {
     return std::string(to_string(l.key_format)) + " x " + std::string(to_string(l.value_format));
 }
 
-// Writes vectors to slots in an order of no meaning, after other vectors.
+// Writes vectors to slots in an order of no meaning, after other vectors. Vector t stands at t.
 void write_over(generator& g, kv1::slot_store& store, std::span<const std::uint32_t> slots,
                 const slot_vectors& x) {
     const slot_vectors wrong(g, store.description().layers[0], slots.size());
@@ -83,19 +90,21 @@ void write_over(generator& g, kv1::slot_store& store, std::span<const std::uint3
             const std::size_t n = std::min(order.size() - i, g.between(1, 40));
             slot_vectors some = right ? x : wrong;
             std::vector<std::uint32_t> to(n);
+            std::vector<std::int32_t> at(n);
             for (std::size_t k = 0; k < n; ++k) {
                 const slot_vectors& from = right ? x : wrong;
                 const std::size_t t = order[i + k], key = kv_heads * x.key_dim,
                                   value = kv_heads * x.value_dim;
                 to[k] = slots[t];
+                at[k] = static_cast<std::int32_t>(t);
                 std::memcpy(some.keys.data() + k * key, from.keys.data() + t * key, key * 4);
                 std::memcpy(some.values.data() + k * value, from.values.data() + t * value, value * 4);
             }
             if (g.chance(0.5) || !x.has_values) {
-                store.write(0, to, some.key_view(0, n), some.value_view(0, n));
+                store.write(0, to, at, some.key_view(0, n), some.value_view(0, n));
             } else { // values first, keys in a call of their own
                 store.write(0, to, kv1::slot_store::nothing(), some.value_view(0, n));
-                store.write(0, to, some.key_view(0, n), kv1::slot_store::nothing());
+                store.write(0, to, at, some.key_view(0, n), kv1::slot_store::nothing());
             }
             i += n;
         }
@@ -114,6 +123,7 @@ void append(kv1::kv_cache& cache, kv1::sequence_id id, const slot_vectors& x, st
 struct contents {
     std::vector<std::byte> bytes;
     std::vector<bool> copied;
+    std::vector<std::int32_t> positions;
     std::vector<float> read;
     explicit contents(const kv1::slot_store& s) {
         const std::vector<std::uint32_t> all = numbers_from(0, s.slots());
@@ -122,8 +132,10 @@ struct contents {
             const std::size_t at = bytes.size();
             bytes.resize(at + all.size() * s.raw_bytes(l));
             s.export_raw(l, all, std::span(bytes).subspan(at));
-            for (const std::uint32_t slot : all)
+            for (const std::uint32_t slot : all) {
                 copied.push_back(s.has_fp16(l, slot));
+                positions.push_back(s.key_position(l, slot));
+            }
             for (const kv_side side : {kv_side::key, kv_side::value})
                 for (std::size_t h = 0; h < d.kv_heads; ++h) {
                     const std::size_t first = read.size(),
@@ -200,11 +212,16 @@ TEST_CASE("a decoded token sees what a cache with fp16 sinks and window shows it
     // outputs by e^(4 times that) - 1 of the largest value and a few roundings. Slots in any order make other chunks,
     // whose weights the fast path rounds in other ways.
     generator g(4102);
-    kv1::layer_description l{kv_heads, 64, 64};
-    l.key_encoding.levels = l.value_encoding.levels = kv1::level_choice::least_squares;
-    l.key_encoding.hadamard = 64;
+    kv1::layer_description apart{kv_heads, 64, 64};
+    apart.key_encoding.levels = apart.value_encoding.levels = kv1::level_choice::least_squares;
+    apart.key_encoding.hadamard = 64;
+    kv1::layer_description latent = kv1::latent_layer(96, 64, kv1::kv_format::affine2);
+    latent.kv_heads = kv_heads;
+    latent.key_encoding.levels = kv1::level_choice::least_squares;
+    latent.key_encoding.hadamard = 32;
     constexpr std::size_t tokens = 100;
-    for (const bool in_order : {false, true}) {
+    for (const auto& [l, in_order] : {std::pair(apart, false), std::pair(apart, true),
+                                      std::pair(latent, false), std::pair(latent, true)}) {
         kv1::slot_store_description d = one_layer(l, 8 * page);
         d.fp16_slots = 40;
         d.fp16_sinks = 3;
@@ -221,7 +238,7 @@ TEST_CASE("a decoded token sees what a cache with fp16 sinks and window shows it
         double largest_key = 0.0, largest_value = 0.0;
         for (const float v : x.keys)
             largest_key = std::max(largest_key, std::fabs(static_cast<double>(v)));
-        for (const float v : x.values)
+        for (const float v : l.values_in_keys ? x.keys : x.values)
             largest_value = std::max(largest_value, std::fabs(static_cast<double>(v)));
         std::vector<std::int32_t> positions;
         for (std::size_t t = 0; t < tokens; ++t) {
@@ -240,10 +257,11 @@ TEST_CASE("a decoded token sees what a cache with fp16 sinks and window shows it
                 in_order ? slot_view::range(slots[0], t + 1) : slot_view::list(std::span(slots).first(t + 1));
             const slot_stream stream{1, view, slot_mask::causal()};
             const std::vector<float> out = attend(store, {&stream, 1}, q, {.mode = mode});
-            // sum |q k| / 8 of 64 channels, at most
-            const double score = 8 * largest_query * largest_key;
+            // sum |q k| / sqrt(D) of D channels, at most
+            const auto dim = static_cast<double>(l.key_dim);
+            const double score = std::sqrt(dim) * largest_query * largest_key;
             const double bound =
-                (std::expm1(4 * kv1_test::gamma(64 + 3) * score) + 64 * kv1_test::unit_roundoff) *
+                (std::expm1(4 * kv1_test::gamma(dim + 3) * score) + 64 * kv1_test::unit_roundoff) *
                 largest_value;
             for (std::size_t i = 0; i < out.size(); ++i)
                 REQUIRE(std::fabs(static_cast<double>(out[i]) - static_cast<double>(expected[i])) <= bound);
@@ -346,7 +364,7 @@ TEST_CASE("exports put slots back as they were, codes and fp16 copies", "[slots]
         kv1::slot_store store(d);
         const slot_vectors x(g, l, 30);
         const std::vector<std::uint32_t> slots = kv1_test::shuffled(g, numbers_from(17, 30));
-        store.write(0, slots, x.key_view(0, 30), x.value_view(0, 30));
+        store.write(0, slots, kv1_test::positions_by_slot(slots), x.key_view(0, 30), x.value_view(0, 30));
         const bool copies = store.fp16_slots_in_use(0) != 0;
         REQUIRE(copies == (l.key_format != kv1::kv_format::fp16));
         const contents before(store);
@@ -401,7 +419,9 @@ TEST_CASE("slots are copied and moved as if all were read before any is written"
             for (const bool pages : {false, true}) {
                 kv1::slot_store store(d);
                 const slot_vectors x(g, l, 40);
-                store.write(0, numbers_from(20, 40), x.key_view(0, 40), x.value_view(0, 40));
+                const std::vector<std::uint32_t> written = numbers_from(20, 40);
+                store.write(0, written, kv1_test::positions_by_slot(written), x.key_view(0, 40),
+                            x.value_view(0, 40));
                 store.release_fp16(numbers_from(30, 20));
                 // overlapping runs, or pages 1 and 0 to 4 and 3
                 std::vector<std::uint32_t> from = numbers_from(22, 30), to = numbers_from(25, 30);
@@ -433,6 +453,8 @@ TEST_CASE("slots are copied and moved as if all were read before any is written"
                 const contents after(store);
                 REQUIRE(after.bytes == expected);
                 REQUIRE(after.copied == copied);
+                for (std::size_t i = 0; i < from.size(); ++i)
+                    REQUIRE(after.positions[to[i]] == before.positions[from[i]]);
                 const std::vector<std::uint32_t> all = numbers_from(0, store.slots());
                 std::vector<float> row(l.key_dim);
                 for (std::size_t i = 0; i < from.size(); ++i) { // copies go along
@@ -443,6 +465,79 @@ TEST_CASE("slots are copied and moved as if all were read before any is written"
                 }
             }
     }
+}
+
+TEST_CASE("a context shift turns keys to other positions, and leaves what a cache makes of them there",
+          "[slots]") {
+    generator g(4112);
+    constexpr std::size_t tokens = 70, dropped = page, left = tokens - dropped;
+    const kv1::layer_description l = layers().back();
+    REQUIRE(kv1::keeps_positions(l));
+    const slot_vectors x(g, l, tokens);
+    kv1::slot_store store(one_layer(l, 4 * page));
+    const std::vector<std::uint32_t> table{2, 0, 3},
+        slots = kv1_test::slots_of(slot_view::table(table, tokens), page);
+    write_over(g, store, slots, x);
+    // an engine reads what is left, turns it back by what is dropped, and writes it again
+    const auto shifted = std::span(slots).subspan(dropped);
+    slot_vectors turned(g, l, left);
+    std::vector<std::int32_t> positions;
+    std::vector<float> row(l.key_dim);
+    for (std::size_t t = 0; t < left; ++t) {
+        positions.push_back(store.key_position(0, shifted[t]) - static_cast<std::int32_t>(dropped));
+        REQUIRE(positions[t] == static_cast<std::int32_t>(t));
+        for (std::size_t head = 0; head < kv_heads; ++head) {
+            store.read(0, kv_side::key, head, shifted.subspan(t, 1), row);
+            kv1::apply_rotary(l.rotary, std::span(row), -static_cast<std::int64_t>(dropped));
+            std::copy(row.begin(), row.end(), &turned.keys[(t * kv_heads + head) * l.key_dim]);
+        }
+    }
+    turned.values.assign(x.values.begin() + static_cast<std::ptrdiff_t>(dropped * kv_heads * l.value_dim),
+                         x.values.end());
+    store.write(0, shifted, positions, turned.key_view(0, left), kv1::slot_store::nothing());
+    kv1::kv_cache cache(kv1::uniform_cache(1, l, 4 * page, page));
+    const kv1::sequence_id id = cache.create_sequence();
+    append(cache, id, turned, 0, left);
+    for (std::size_t p = 0; p < 2; ++p)
+        for (std::size_t head = 0; head < kv_heads; ++head) {
+            const auto theirs = cache.page(0, head, static_cast<std::uint32_t>(p)),
+                       mine = store.page(0, head, table[1 + p]);
+            REQUIRE(std::memcmp(mine.data(), theirs.data(), theirs.size()) == 0);
+        }
+    const std::vector<float> q = kv1_test::normal_values(g, 3 * heads * l.key_dim);
+    std::vector<float> expected(3 * heads * l.value_dim);
+    cache.attend(id, 0, {q.data(), 3, heads, l.key_dim}, {expected.data(), 3, heads, l.value_dim});
+    const slot_stream stream{3, slot_view::table(std::span(table).subspan(1), left), slot_mask::causal()};
+    REQUIRE(attend(store, {&stream, 1}, q) == expected);
+}
+
+TEST_CASE("keys whose means turn are refused without their positions", "[slots]") {
+    generator g(4113);
+    kv1::slot_store store(one_layer(layers().back(), page));
+    const slot_vectors x(g, store.description().layers[0], 3);
+    const std::vector<std::uint32_t> slots{4, 9, 30};
+    store.write(0, slots, std::vector<std::int32_t>{100, 7, 0}, x.key_view(0, 3), x.value_view(0, 3));
+    REQUIRE(store.key_position(0, 4) == 100);
+    REQUIRE(store.key_position(0, 5) == -1);
+    REQUIRE(store.key_position(0, 1000) == -1);
+    const contents before(store);
+    const auto code_of = [&](const std::vector<std::int32_t>& positions, kv1::tensor_view keys) {
+        return store.try_write(0, slots, positions, keys, x.value_view(0, 3)).code();
+    };
+    REQUIRE(store.try_write(0, slots, x.key_view(0, 3), x.value_view(0, 3)).code() ==
+            kv1::errc::shape_mismatch);
+    REQUIRE(code_of({1, 2}, x.key_view(0, 3)) == kv1::errc::shape_mismatch);
+    REQUIRE(code_of({1, -1, 3}, x.key_view(0, 3)) == kv1::errc::invalid_argument);
+    std::vector<std::byte> raw(store.raw_bytes(0));
+    store.export_raw(0, std::span(slots).first(1), raw);
+    raw.back() = std::byte{0x80}; // of the position
+    REQUIRE(store.try_import_raw(0, std::span(slots).first(1), raw).code() == kv1::errc::invalid_argument);
+    REQUIRE(contents(store) == before);
+    REQUIRE(code_of({}, kv1::slot_store::nothing()) ==
+            kv1::errc::ok); // values alone leave keys where they are
+    REQUIRE(contents(store) == before);
+    store.clear(0, std::span(slots).first(1));
+    REQUIRE(store.key_position(0, 4) == -1);
 }
 
 TEST_CASE("a vector that is refused leaves every slot as it was", "[slots]") {
@@ -546,9 +641,11 @@ TEST_CASE("a plan gives what the call gives, for any threads", "[slots]") {
 
 TEST_CASE("slots lie in memory that the caller lends, and are found there again", "[slots]") {
     generator g(4110);
+    kv1::slot_store_description turning = one_layer(layers().back(), 3 * page + 1);
     kv1::slot_store_description d = one_layer({kv_heads, 64, 64}, 3 * page + 1);
     const std::size_t bytes = kv1::slot_memory_bytes(d, 0);
     REQUIRE(bytes == 5 * kv_heads * page * 40);
+    REQUIRE(kv1::slot_memory_bytes(turning, 0) == 5 * page * (kv_heads * (26 + 18) + 4));
     struct alignas(64) line {
         std::byte bytes[64];
     };
@@ -576,6 +673,19 @@ TEST_CASE("slots lie in memory that the caller lends, and are found there again"
         expected = attend(store, {&stream, 1}, q);
     }
     const kv1::slot_memory kept{memory.bytes, true};
+    {
+        std::vector<line> more(kv1::slot_memory_bytes(turning, 0) / 64);
+        std::memset(more.data(), 0xff, more.size() * 64);
+        kv1::slot_memory own{{more[0].bytes, more.size() * 64}, false};
+        const std::vector<std::uint32_t> slots{33, 2, 40};
+        kv1::slot_store first(turning, {&own, 1});
+        const slot_vectors y(g, turning.layers[0], 3);
+        first.write(0, slots, kv1_test::positions_by_slot(slots), y.key_view(0, 3), y.value_view(0, 3));
+        for (const std::uint32_t s : {64u, 127u}) // make all pages a store's
+            first.write(0, {&s, 1}, std::vector<std::int32_t>{1}, y.key_view(0, 1), y.value_view(0, 1));
+        own.holds_slots = true;
+        REQUIRE(contents(kv1::slot_store(turning, {&own, 1})) == contents(first));
+    }
     REQUIRE(attend(kv1::slot_store(d, {&kept, 1}), {&stream, 1}, q) == expected);
     const kv1::slot_memory too_short{memory.bytes.first(bytes - 64), false};
     REQUIRE(kv1::slot_store::create(d, {&too_short, 1}).code() == kv1::errc::shape_mismatch);

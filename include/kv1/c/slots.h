@@ -154,6 +154,14 @@ static inline void kv1_slot_attention_init(kv1_slot_attention* options) {
 KV1_C_API kv1_code kv1_slots_write(kv1_slot_store* store, size_t layer, const uint32_t* slots, size_t count,
                                    kv1_tensor keys, kv1_tensor values, const kv1_executor* executor,
                                    kv1_error* error);
+/** kv1_slots_write with the positions that RoPE has turned the keys by, [count], none negative. Layers whose means turn
+ * (kv1_layer.rotary, with means of keys) take keys in no other way, others do not look at positions. Errors: as
+ * kv1_slots_write. */
+KV1_C_API kv1_code kv1_slots_write_at(kv1_slot_store* store, size_t layer, const uint32_t* slots,
+                                      const int32_t* positions, size_t count, kv1_tensor keys,
+                                      kv1_tensor values, const kv1_executor* executor, kv1_error* error);
+/** The position that a slot's key was written with, in a layer whose means turn; -1: there is none. */
+KV1_C_API int32_t kv1_slots_key_position(const kv1_slot_store* store, size_t layer, uint32_t slot);
 /** Attention of queries [queries][heads][key_dim] to their streams' slots, to outputs [queries][heads][value_dim].
  * Null options are the default. Errors: KV1_OUT_OF_RANGE, KV1_SHAPE_MISMATCH, KV1_INVALID_ARGUMENT, the token being a
  * stream's first query; KV1_OUT_OF_MEMORY. */
@@ -169,6 +177,10 @@ typedef struct kv1_plan kv1_plan;
 KV1_C_API kv1_code kv1_slots_plan_write(kv1_slot_store* store, size_t layer, const uint32_t* slots,
                                         size_t count, kv1_tensor keys, kv1_tensor values, kv1_plan** plan,
                                         kv1_error* error);
+/** kv1_slots_write_at as a plan. Errors: as there; *plan is then null. */
+KV1_C_API kv1_code kv1_slots_plan_write_at(kv1_slot_store* store, size_t layer, const uint32_t* slots,
+                                           const int32_t* positions, size_t count, kv1_tensor keys,
+                                           kv1_tensor values, kv1_plan** plan, kv1_error* error);
 /** kv1_slots_attend as a plan. The options are copied, what they point to is not. Errors: as there; *plan is then null. */
 KV1_C_API kv1_code kv1_slots_plan_attend(const kv1_slot_store* store, size_t layer,
                                          const kv1_slot_stream* streams, size_t count, kv1_tensor queries,

@@ -39,10 +39,12 @@ public:
     [[nodiscard]] virtual std::size_t slots() const noexcept = 0;
 
     // ---- write
-    virtual status write(std::size_t layer, std::span<const std::uint32_t> slots, const tensor_view& keys,
+    virtual status write(std::size_t layer, std::span<const std::uint32_t> slots,
+                         std::span<const std::int32_t> positions, const tensor_view& keys,
                          const tensor_view& values, detail::executor_view run) noexcept = 0;
     [[nodiscard]] virtual result<std::unique_ptr<planned_work>>
-    plan_write(std::size_t layer, std::span<const std::uint32_t> slots, const tensor_view& keys,
+    plan_write(std::size_t layer, std::span<const std::uint32_t> slots,
+               std::span<const std::int32_t> positions, const tensor_view& keys,
                const tensor_view& values) noexcept = 0;
 
     // ---- attend
@@ -69,6 +71,7 @@ public:
                               std::span<std::byte> out) const noexcept = 0;
     virtual status import_raw(std::size_t layer, std::span<const std::uint32_t> slots,
                               std::span<const std::byte> in) noexcept = 0;
+    [[nodiscard]] virtual std::int32_t key_position(std::size_t layer, std::uint32_t slot) const noexcept = 0;
     [[nodiscard]] virtual std::size_t fp16_numbers(std::size_t layer) const noexcept = 0;
     virtual status export_fp16(std::size_t layer, std::span<const std::uint32_t> slots,
                                std::span<float16> out) const noexcept = 0;

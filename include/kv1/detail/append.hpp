@@ -43,11 +43,15 @@ struct append_job {
 
     // Slots of the new tokens, [tokens]; null: first_token, first_token + 1, ... Null with keys per channel.
     const std::uint32_t* slots = nullptr;
+    // Positions of the new tokens, [tokens], not negative; null: position_shift says them.
+    const std::int32_t* positions = nullptr;
 
     [[nodiscard]] std::size_t slot(std::size_t i) const noexcept {
         return slots != nullptr ? slots[i] : first_token + i;
     }
-    [[nodiscard]] std::uint64_t position(std::size_t i) const noexcept { return slot(i) + position_shift; }
+    [[nodiscard]] std::uint64_t position(std::size_t i) const noexcept {
+        return positions != nullptr ? static_cast<std::uint64_t>(positions[i]) : slot(i) + position_shift;
+    }
     [[nodiscard]] const prepared_encoding* encoding(const section_layout& s) const noexcept {
         return s.keys ? key_encoding : value_encoding;
     }

@@ -217,6 +217,8 @@ public:
         // The position of a slot of the body less its number: where the sequence begins, and the tokens that
         // were dropped before the slots. It matters to keys whose means turn with their position.
         std::size_t position_shift = 0;
+        // The same for slots whose order says nothing: a position for each vector, not negative. Null: none.
+        const std::int32_t* positions = nullptr;
         // Blocks of open keys, if the layer has any: open_begun for the page that the first slot lies in, if
         // that page holds tokens already; open_later for the pages after it.
         std::uint32_t open_begun = 0, open_later = 0;
@@ -348,6 +350,7 @@ private:
         append_job job = append_to(body_, to.body, keys, values);
         job.through_fp16 = copies_ != nullptr;
         job.position_shift = to.position_shift;
+        job.positions = to.positions;
         job.key_encoding = &encodings_.keys;
         job.value_encoding = &encodings_.values;
         if (open_keys_ != nullptr) {

@@ -33,6 +33,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <optional>
 #include <span>
 
@@ -261,11 +262,18 @@ private:
         for (std::size_t i = 0; i < blocks.size(); ++i)
             part.table[i] = layer_->block_of(blocks[i]);
         job.block_table = part.table.data();
+        job.block_positions = layer_->has_positions ? layer_->positions() : nullptr;
         see_all(job, places_.offset(), places_.end());
         if (by_positions()) {
             if (!part.positions.resize(blocks.size() * page(), -1))
                 return false;
-            for (std::size_t c = 0; c < columns(); ++c)
+            std::int32_t* const own = part.positions.data() + places_.offset();
+            if (!places_.is_list() && kind() == slot_mask_kind::by_position)
+                std::transform(mask().column_positions().begin(), mask().column_positions().end(), own,
+                               [](std::int32_t p) { return p < -1 ? -1 : p; });
+            else if (!places_.is_list())
+                std::iota(own, own + columns(), 0);
+            for (std::size_t c = 0; places_.is_list() && c < columns(); ++c)
                 part.positions[places_.place_of_column(c)] = position_of(c);
             for (const copied_column& c : copied_)
                 part.positions[places_.place_of_column(c.column)] = -1;

@@ -73,25 +73,27 @@ public:
     // Checks a call and makes its work. Null: no work.
     [[nodiscard]] result<std::unique_ptr<planned_work>> plan_write(std::size_t layer,
                                                                    std::span<const std::uint32_t> slots,
+                                                                   std::span<const std::int32_t> positions,
                                                                    const tensor_view& keys,
                                                                    const tensor_view& values) noexcept {
         if (layer >= layers())
             return no_such_layer(layer);
-        if (const status s = check_write(layers_[layer].shape(), slots, keys, values); !s)
+        if (const status s = check_write(layers_[layer].shape(), slots, positions, keys, values); !s)
             return placed(s, layer);
         if (slots.empty())
             return std::unique_ptr<planned_work>();
         std::unique_ptr<slot_write> work(new (std::nothrow) slot_write(
-            layers_[layer], store_of(layer), identity_.data(), slots, keys, values));
+            layers_[layer], store_of(layer), identity_.data(), slots, positions, keys, values));
         if (work == nullptr)
             return no_memory();
         if (const status s = work->prepare(); !s)
             return placed(s, layer);
         return std::unique_ptr<planned_work>(std::move(work));
     }
-    status write(std::size_t layer, std::span<const std::uint32_t> slots, const tensor_view& keys,
-                 const tensor_view& values, executor_view run) noexcept {
-        const result<std::unique_ptr<planned_work>> work = plan_write(layer, slots, keys, values);
+    status write(std::size_t layer, std::span<const std::uint32_t> slots,
+                 std::span<const std::int32_t> positions, const tensor_view& keys, const tensor_view& values,
+                 executor_view run) noexcept {
+        const result<std::unique_ptr<planned_work>> work = plan_write(layer, slots, positions, keys, values);
         if (!work || *work == nullptr)
             return work.reason();
         return placed(run_all(**work, run), layer);
@@ -220,9 +222,12 @@ public:
         for (std::size_t i = 0; i < slots.size(); ++i) {
             l.begin(slots[i]);
             l.copied.remove(slots[i]);
-            rows.load_raw(slots[i], in.subspan(i * size, size));
+            rows.load_raw(l, slots[i], in.subspan(i * size, size));
         }
         return {};
+    }
+    [[nodiscard]] std::int32_t key_position(std::size_t layer, std::uint32_t slot) const noexcept {
+        return layer < layers() && slot < slots() ? layers_[layer].position_of(slot) : -1;
     }
     [[nodiscard]] std::size_t fp16_numbers(std::size_t layer) const noexcept {
         return slot_rows(layers_[layer], store_of(layer)).fp16_numbers();
@@ -313,7 +318,7 @@ public:
         for (const std::uint32_t slot : slots) {
             l.copied.remove(slot);
             if (l.begun[slot / page()] != 0)
-                slot_rows(l, store).clear(slot);
+                slot_rows(l, store).clear(l, slot);
         }
         return {};
     }
@@ -378,10 +383,6 @@ private:
             if (l.key_axis != quantization_axis::per_token)
                 return placed({errc::invalid_argument,
                                "keys per channel need pages that are filled in order: not in a slot store"},
-                              i);
-            if (!l.rotary.empty())
-                return placed({errc::invalid_argument,
-                               "means that turn with the position need sequences: not in a slot store"},
                               i);
             slot_layer& made = layers_.emplace_back(l, lent.bytes);
             if (const status s = made.make(page(), blocks_, copy_blocks * page(), kernels_, lent.holds_slots,
@@ -459,7 +460,8 @@ private:
     }
 
     [[nodiscard]] status check_write(const layer_description& l, std::span<const std::uint32_t> slots,
-                                     const tensor_view& keys, const tensor_view& values) const noexcept {
+                                     std::span<const std::int32_t> positions, const tensor_view& keys,
+                                     const tensor_view& values) const noexcept {
         if (keys.has_negative_extent() || values.has_negative_extent())
             return {errc::invalid_argument, rule_extents};
         const bool has_keys = keys.data() != nullptr, has_values = values.data() != nullptr;
@@ -482,6 +484,16 @@ private:
         if (has_values)
             if (const status s = fits_slots(values, l.value_dim); !s)
                 return s;
+        if (positions.size() != slots.size() && !positions.empty())
+            return {errc::shape_mismatch, "one position for each slot"};
+        if (has_keys && keeps_positions(l) && positions.size() != slots.size())
+            return {errc::shape_mismatch,
+                    "keys whose means turn come with the positions that they turned by"};
+        for (std::size_t i = 0; i < positions.size(); ++i)
+            if (positions[i] < 0)
+                return {errc::invalid_argument,
+                        "positions of keys are not negative",
+                        {.token = static_cast<std::int64_t>(i)}};
         if (const status s = check_slots(slots); !s)
             return s;
         return check_distinct(slots);

@@ -2,15 +2,18 @@
 //
 // One layer of a slot store: its bytes, which of its pages were begun, which of its slots have an fp16 copy. Slot s is
 // token s % page_tokens of block s / page_tokens. One block more than slots need stays zero for good: it stands for
-// pages that nobody has written to, whose memory may hold anything.
+// pages that nobody has written to, whose memory may hold anything. Behind the blocks lie the positions of keys, if
+// their means turn: an int32 for each slot of each block, -1 where no key was written.
 #pragma once
 
 #include <kv1/cache_description.hpp>
+#include <kv1/detail/arena.hpp>
 #include <kv1/detail/buffer.hpp>
 #include <kv1/detail/layer_store.hpp>
 #include <kv1/detail/memory_source.hpp>
 #include <kv1/detail/slot_copies.hpp>
 #include <kv1/layout.hpp>
+#include <kv1/slot_store_description.hpp>
 #include <kv1/status.hpp>
 
 #include <algorithm>
@@ -81,21 +84,27 @@ struct slot_layer {
         set(body, layout_of(l, page));
         if (has_copies)
             set(copies, copy_layout(l, page));
-        if (!plane::addressable(body.layout, l.kv_heads, block_count + 1))
+        constexpr std::size_t most_bytes = (std::numeric_limits<std::ptrdiff_t>::max)();
+        has_positions = keeps_positions(l);
+        const std::size_t position_bytes = has_positions ? page * sizeof(std::int32_t) : 0;
+        if (!plane::addressable(body.layout, l.kv_heads, block_count + 1) ||
+            block_count + 1 > most_bytes / (body.block_bytes + position_bytes))
             return {errc::out_of_memory, "the memory's size overflows"};
         const std::span<std::byte> given = lent.bytes();
-        if (given.data() != nullptr && given.size() < (block_count + 1) * body.block_bytes)
-            return {errc::shape_mismatch, "lent memory has slot_store::memory_bytes() of its layer"};
+        const std::size_t bytes = (block_count + 1) * (body.block_bytes + position_bytes);
+        if (given.data() != nullptr && given.size() < bytes)
+            return {errc::shape_mismatch, "lent memory has slot_memory_bytes() of its layer"};
         if (reinterpret_cast<std::uintptr_t>(given.data()) % line_bytes != 0)
             return {errc::invalid_argument, "lent memory is aligned to line_bytes"};
         const std::size_t copy_blocks = has_copies ? copied_slots / page : 0;
-        if (!body.allocate(body.arena, block_count + 1, huge_pages) ||
-            !begun.resize(block_count, holds_slots ? 1 : 0) ||
+        if (!body.arena.allocate(bytes) || !begun.resize(block_count, holds_slots ? 1 : 0) ||
             !copied.reserve(block_count * page, copy_blocks * page, page) ||
             !copies_begun.resize(copy_blocks) ||
             (has_copies && !copies.allocate(copies.arena, copy_blocks, huge_pages)))
             return {errc::out_of_memory, "no memory for the slots"};
-        body.clear(blank());
+        if (huge_pages)
+            advise_huge_pages(body.arena.data(), bytes);
+        clear(blank());
         return {};
     }
 
@@ -103,7 +112,7 @@ struct slot_layer {
     void begin(std::uint32_t slot) noexcept {
         const auto block = static_cast<std::uint32_t>(slot / body.layout.page_tokens());
         if (begun[block] == 0)
-            body.clear(block);
+            clear(block);
         begun[block] = 1;
     }
     void begin_copy(std::uint32_t copy) noexcept {
@@ -120,6 +129,23 @@ struct slot_layer {
     [[nodiscard]] slot_place place_of(std::uint32_t slot) const noexcept {
         const std::size_t page = body.layout.page_tokens();
         return {block_of(slot / page), slot % page};
+    }
+    // Positions of keys, [blocks() + 1][page_tokens]. Precondition: has_positions.
+    [[nodiscard]] std::int32_t* positions() noexcept {
+        return reinterpret_cast<std::int32_t*>(body.block(blank() + 1));
+    }
+    [[nodiscard]] const std::int32_t* positions() const noexcept {
+        return reinterpret_cast<const std::int32_t*>(body.block(blank() + 1));
+    }
+    // Of a slot's key; -1: none was written, or the layer has no positions.
+    [[nodiscard]] std::int32_t position_of(std::uint32_t slot) const noexcept {
+        const slot_place at = place_of(slot);
+        return has_positions ? positions()[at.block * body.layout.page_tokens() + at.token] : -1;
+    }
+    // Precondition: the slot's page was begun.
+    void set_position(std::uint32_t slot, std::int32_t position) noexcept {
+        if (has_positions)
+            positions()[slot] = position;
     }
     [[nodiscard]] slot_place copy_place(std::uint32_t copy) const noexcept {
         const std::size_t page = copies.layout.page_tokens();
@@ -138,12 +164,19 @@ struct slot_layer {
         float mean = 0.0f;
         for (const float m : e.means)
             mean = (std::max)(mean, std::fabs(m));
+        mean = (std::max)(mean, e.turning.largest());
         // channels that are mixed: none of them becomes larger than all together are
         const std::size_t width = e.basis.empty() ? e.params.hadamard : e.params.channels;
         return 8192.0f / std::sqrt(static_cast<float>(width != 0 ? width : 1)) - mean;
     }
 
 private:
+    void clear(std::uint32_t block) noexcept {
+        body.clear(block);
+        const std::size_t page = body.layout.page_tokens();
+        if (has_positions)
+            std::fill_n(positions() + block * page, page, -1);
+    }
     void set(plane& p, const page_layout& layout) noexcept {
         p.layout = layout;
         p.kv_heads = shape().kv_heads;
@@ -157,7 +190,7 @@ public:
     plane body, copies;
     buffer<std::uint8_t> begun, copies_begun; // [blocks]: not 0: cleared, and perhaps written to
     slot_copies copied;
-    bool has_copies = false;
+    bool has_copies = false, has_positions = false;
 };
 
 } // namespace kv1::inline KV1_ABI::detail

@@ -2,7 +2,8 @@
 //
 // Single slots of a layer: decoded, and as bytes. A slot's raw bytes are, KV head by KV head, the key's packed codes, its
 // scales and minima (fp16, one for each group of channels, where the format has them), then the same of the value, if it
-// does not lie in the key. Example: with 2 KV heads of affine2 and 128 channels, 2 * (32 + 2 + 2 + 32 + 2 + 2) = 144 bytes.
+// does not lie in the key. Behind them comes the key's position, an int32, where the layer has positions. Example: with 2
+// KV heads of affine2 and 128 channels, 2 * (32 + 2 + 2 + 32 + 2 + 2) = 144 bytes.
 #pragma once
 
 #include <kv1/cache_views.hpp>
@@ -14,6 +15,7 @@
 #include <kv1/float16.hpp>
 #include <kv1/status.hpp>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -29,7 +31,9 @@ public:
     void read(kv_side side, std::uint32_t slot, std::size_t kv_head, std::span<float> out) const noexcept {
         const std::uint32_t copy = layer_.copied.of(slot);
         if (copy == slot_copies::none) {
-            store_.read(side, layer_.place_of(slot), kv_head, 0, out);
+            const std::int32_t position = layer_.position_of(slot);
+            store_.read(side, layer_.place_of(slot), kv_head,
+                        position < 0 ? 0 : static_cast<std::size_t>(position), out);
             return;
         }
         const slot_place at = layer_.copy_place(copy);
@@ -39,7 +43,7 @@ public:
     [[nodiscard]] std::size_t raw_bytes() const noexcept {
         std::size_t bytes = 0;
         for_each_section([&](const section_layout& s) { bytes += bytes_of(s); });
-        return layer_.body.kv_heads * bytes;
+        return layer_.body.kv_heads * bytes + (layer_.has_positions ? sizeof(std::int32_t) : 0);
     }
     void store_raw(std::uint32_t slot, std::span<std::byte> out) const noexcept {
         const slot_place at = layer_.place_of(slot);
@@ -54,8 +58,11 @@ public:
                 std::memcpy(out.data() + packed + 2 * scales_of(s), minima, 2 * minima_of(s));
                 out = out.subspan(bytes_of(s));
             });
+        const std::int32_t position = layer_.position_of(slot);
+        if (layer_.has_positions)
+            std::memcpy(out.data(), &position, sizeof position);
     }
-    // Errors: non_finite, naming the KV head.
+    // Errors: non_finite, naming the KV head; invalid_argument for a position.
     [[nodiscard]] status check_raw(std::span<const std::byte> in) const noexcept {
         status found;
         for (std::size_t head = 0; head < layer_.body.kv_heads; ++head)
@@ -65,10 +72,12 @@ public:
                     found = {own.code(), own.rule(), {.kv_head = static_cast<std::int64_t>(head)}};
                 in = in.subspan(bytes_of(s));
             });
+        if (found && layer_.has_positions && position_in(in) < -1)
+            return {errc::invalid_argument, "the position of a key is not negative, or -1 for none"};
         return found;
     }
-    // Preconditions: check_raw(), the slot's page was begun.
-    void load_raw(std::uint32_t slot, std::span<const std::byte> in) const noexcept {
+    // Preconditions: check_raw(), the slot's page was begun. `layer` is this layer.
+    void load_raw(slot_layer& layer, std::uint32_t slot, std::span<const std::byte> in) const noexcept {
         const slot_place at = layer_.place_of(slot);
         for (std::size_t head = 0; head < layer_.body.kv_heads; ++head)
             for_each_section([&](const section_layout& s) {
@@ -76,6 +85,8 @@ public:
                 store_row(s, page_of(layer_.body, at.block, head), at.token, row.buffers(), 0);
                 in = in.subspan(bytes_of(s));
             });
+        if (layer.has_positions)
+            layer.set_position(slot, position_in(in));
     }
 
     // Of a slot's fp16 copy: [KV head][key, then value].
@@ -95,8 +106,9 @@ public:
                                   std::size_t i) { store_code(s, page, token, c, in[i].bits()); });
     }
 
-    // Precondition: the slot's page was begun.
-    void clear(std::uint32_t slot) const noexcept {
+    // Precondition: the slot's page was begun. `layer` is this layer.
+    void clear(slot_layer& layer, std::uint32_t slot) const noexcept {
+        layer.set_position(slot, -1);
         const slot_place at = layer_.place_of(slot);
         for (std::size_t head = 0; head < layer_.body.kv_heads; ++head)
             for_each_section([&](const section_layout& s) {
@@ -143,11 +155,15 @@ public:
             if (by_pages) {
                 if (i % page == 0) {
                     layer.begin(to[i]);
-                    layer.body.copy(layer.place_of(from[i]).block, static_cast<std::uint32_t>(to[i] / page));
+                    const std::size_t source = layer.place_of(from[i]).block;
+                    layer.body.copy(static_cast<std::uint32_t>(source),
+                                    static_cast<std::uint32_t>(to[i] / page));
+                    if (layer.has_positions)
+                        std::copy_n(layer.positions() + source * page, page, layer.positions() + to[i]);
                 }
             } else {
                 layer.begin(to[i]);
-                load_raw(to[i], {bytes.data() + i * raw, raw});
+                load_raw(layer, to[i], {bytes.data() + i * raw, raw});
             }
             if (has_copy[i] == 0)
                 continue;
@@ -178,6 +194,11 @@ private:
         float16 numbers_[2 * max_groups];
     };
 
+    static std::int32_t position_in(std::span<const std::byte> in) noexcept {
+        std::int32_t position = 0;
+        std::memcpy(&position, in.data(), sizeof position);
+        return position;
+    }
     static std::size_t scales_of(const section_layout& s) noexcept {
         return s.traits().metadata != metadata_kind::none ? s.groups() : 0;
     }

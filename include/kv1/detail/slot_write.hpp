@@ -30,11 +30,12 @@ namespace kv1::inline KV1_ABI::detail {
 class slot_write final : public planned_work {
 public:
     // Keys, values, or both; a side without data is left as it is. blocks: 0, 1, 2, ... of the store. Preconditions:
-    // slots are those of the layer, none twice; the tensors fit.
+    // slots are those of the layer, none twice; the tensors fit, and positions if the layer has any.
     slot_write(slot_layer& layer, const layer_store& store, const std::uint32_t* blocks,
-               std::span<const std::uint32_t> slots, const tensor_view& keys,
-               const tensor_view& values) noexcept
-        : layer_(layer), store_(store), blocks_(blocks), slots_(slots), keys_(keys), values_(values) {}
+               std::span<const std::uint32_t> slots, std::span<const std::int32_t> positions,
+               const tensor_view& keys, const tensor_view& values) noexcept
+        : layer_(layer), store_(store), blocks_(blocks), slots_(slots), positions_(positions), keys_(keys),
+          values_(values) {}
     slot_write(const slot_write&) = delete;
     slot_write& operator=(const slot_write&) = delete;
     ~slot_write() override {
@@ -94,6 +95,8 @@ public:
         }
         if (!s)
             undo();
+        for (std::size_t i = 0; s && keys_.data() != nullptr && i < positions_.size(); ++i)
+            layer_.set_position(slots_[i], positions_[i]);
         return s;
     }
 
@@ -168,7 +171,8 @@ private:
             state.failure = keep_pages(task);
             state.kept = static_cast<bool>(state.failure);
         }
-        const layer_store::destination to{{blocks_, 0, slots_.data()}, {blocks_, 0, copy_slots_.data()}};
+        layer_store::destination to{{blocks_, 0, slots_.data()}, {blocks_, 0, copy_slots_.data()}};
+        to.positions = layer_.has_positions ? positions_.data() : nullptr;
         for_each_side([&](kv_side side, const tensor_view& x) {
             if (state.failure)
                 state.failure = store_.write_side(side, to, x, first_head(task), last_head(task));
@@ -216,6 +220,7 @@ private:
     layer_store store_;
     const std::uint32_t* blocks_;
     std::span<const std::uint32_t> slots_;
+    std::span<const std::int32_t> positions_;
     tensor_view keys_, values_;
     buffer<std::uint32_t> copy_slots_; // of the copies, [slots]; empty: the layer has none
     buffer<std::uint32_t> fresh_;      // slots that had no copy before

@@ -205,6 +205,14 @@ public:
     }
 
     [[nodiscard]] bool empty() const noexcept { return heads_.empty(); }
+    // No channel of a mean is larger than this, at any position.
+    [[nodiscard]] float largest() const noexcept {
+        float most = 0.0f;
+        for (const turning_mean& m : heads_)
+            for (std::size_t j = 0; j < m.count; ++j)
+                most = (std::max)(most, std::fabs(m.first[j]) + std::fabs(m.second[j]));
+        return most;
+    }
     // Of all KV heads; null: none.
     [[nodiscard]] const turning_mean* data() const noexcept {
         return heads_.empty() ? nullptr : heads_.data();

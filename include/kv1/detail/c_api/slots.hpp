@@ -201,7 +201,7 @@ kv1_code kv1_slot_memory_bytes(const kv1_slot_options* options, size_t layer, si
     if (!made)
         return c_report(made.reason(), error);
     const std::size_t page = made->layout(layer).page_tokens();
-    const std::size_t block = made->description().layers[layer].kv_heads * made->layout(layer).bytes();
+    const std::size_t block = kv1::slot_memory_bytes(made->description(), layer) / 2; // one and one more
     const std::size_t blocks = slots / page + (slots % page != 0 ? 1 : 0) + 1;
     if (blocks > SIZE_MAX / 2 / block)
         return c_report({kv1::errc::invalid_argument, "the memory's size overflows"}, error);
@@ -241,6 +241,23 @@ kv1_code kv1_slots_write(kv1_slot_store* store, size_t layer, const uint32_t* sl
         error);
 }
 
+kv1_code kv1_slots_write_at(kv1_slot_store* store, size_t layer, const uint32_t* slots,
+                            const int32_t* positions, size_t count, kv1_tensor keys, kv1_tensor values,
+                            const kv1_executor* executor, kv1_error* error) {
+    using namespace kv1::detail;
+    if (store == nullptr || c_missing(slots, count) || c_missing(positions, count))
+        return c_refuse_null(error);
+    if (const kv1::status s = c_check_types(keys, values); !s)
+        return c_report(s, error);
+    return c_report(store->store.try_write(layer, {slots, count}, {positions, count}, c_view(keys),
+                                           c_view(values), c_executor{executor}),
+                    error);
+}
+
+int32_t kv1_slots_key_position(const kv1_slot_store* store, size_t layer, uint32_t slot) {
+    return store == nullptr ? -1 : store->store.key_position(layer, slot);
+}
+
 kv1_code kv1_slots_attend(const kv1_slot_store* store, size_t layer, const kv1_slot_stream* streams,
                           size_t count, kv1_tensor queries, kv1_output outputs,
                           const kv1_slot_attention* options, const kv1_executor* executor, kv1_error* error) {
@@ -268,6 +285,28 @@ kv1_code kv1_slots_plan_write(kv1_slot_store* store, size_t layer, const uint32_
     if (made == nullptr)
         return c_report(c_no_memory(), error);
     auto work = store->store.try_plan_write(layer, {slots, count}, c_view(keys), c_view(values));
+    if (!work)
+        return c_report(work.reason(), error);
+    made->work.emplace(std::move(*work));
+    *plan = made.release();
+    return KV1_OK;
+}
+
+kv1_code kv1_slots_plan_write_at(kv1_slot_store* store, size_t layer, const uint32_t* slots,
+                                 const int32_t* positions, size_t count, kv1_tensor keys, kv1_tensor values,
+                                 kv1_plan** plan, kv1_error* error) {
+    using namespace kv1::detail;
+    if (plan != nullptr)
+        *plan = nullptr;
+    if (c_any_null(store, plan) || c_missing(slots, count) || c_missing(positions, count))
+        return c_refuse_null(error);
+    if (const kv1::status s = c_check_types(keys, values); !s)
+        return c_report(s, error);
+    std::unique_ptr<kv1_plan> made(new (std::nothrow) kv1_plan);
+    if (made == nullptr)
+        return c_report(c_no_memory(), error);
+    auto work =
+        store->store.try_plan_write(layer, {slots, count}, {positions, count}, c_view(keys), c_view(values));
     if (!work)
         return c_report(work.reason(), error);
     made->work.emplace(std::move(*work));

@@ -158,6 +158,8 @@ struct attention_job {
     std::size_t skipped_pages;          // pages that are not dropped before the first of block_table
     const page_hole* holes;             // of the sequence, in order
     std::size_t hole_count;
+    // Of slots whose order says nothing, in place of these: [block][page_tokens]; negative: of no token. Null: none.
+    const std::int32_t* block_positions;
 
     // The result goes to outputs [token][head][channel], or to partials if that is set. A partial result of a
     // row is {maximum, sum, weighted sums}, with the maximum in units of log2 (softmax.hpp) and without sink
@@ -170,8 +172,18 @@ struct attention_job {
     float* log_sum_exp; // may be null: [row] natural log of the softmax denominator
 };
 
+// Where the slots from a place on stand, up to the end of its page. Precondition: the job has block_positions.
+inline const std::int32_t* slot_positions(const attention_job& job, std::size_t place) noexcept {
+    const std::size_t page_tokens = job.layout->page_tokens();
+    return job.block_positions + job.block_table[place / page_tokens] * page_tokens + place % page_tokens;
+}
+
 // The position of the token at a place, an index among a job's tokens.
 inline std::uint64_t position_of(const attention_job& job, std::size_t place) noexcept {
+    if (job.block_positions != nullptr) {
+        const std::int32_t at = *slot_positions(job, place);
+        return at < 0 ? 0 : static_cast<std::uint64_t>(at);
+    }
     const std::size_t page_tokens = job.layout->page_tokens(), kept = place / page_tokens + job.skipped_pages;
     std::size_t gone = 0; // pages dropped before it
     for (std::size_t i = 0; i < job.hole_count && job.holes[i].first <= kept + gone; ++i)

@@ -167,6 +167,97 @@ KV1_INLINE void add_run(const turning_mean& m, const float* waves, std::size_t t
         add_waves<Rows, 1>(m, waves, from, scores + half, half - from);
 }
 
+// Whether the slots of a tile stand one after the other, the first at `start`. Slots of no token stand anywhere.
+KV1_LAZY KV1_INLINE bool in_row_from(const std::int32_t* at, std::uint32_t start) {
+    alignas(64) std::int32_t steps[tile_tokens];
+    for (std::size_t i = 0; i < tile_tokens; ++i)
+        steps[i] = static_cast<std::int32_t>(i);
+    bool all = true;
+    for (std::size_t i = 0; i < tile_tokens; i += lanes) {
+        const i32 own = i32::load_unaligned(at + i),
+                  wanted = i32(static_cast<std::int32_t>(start)) + i32::load_aligned(steps + i);
+        all = all && xs::all((own == wanted) | (own < i32(0)));
+    }
+    return all;
+}
+
+// Adds the waves of rows to their scores of a run of tokens, whose first one is at `position`.
+KV1_LAZY inline void add_run(const turning_mean& m, std::uint64_t position, std::size_t tokens,
+                             std::size_t rows, const float* still, float* waves, float* scores) noexcept {
+    turn_waves(m, 2 * position + tokens - 1, rows, still, waves);
+    if (m.shares != nullptr)
+        fold_waves(m, rows, waves);
+    std::size_t r = 0;
+    for (; r + 2 <= rows; r += 2)
+        add_run<2>(m, waves + 2 * r * m.padded, tokens, scores + r * score_stride);
+    for (; r < rows; ++r)
+        add_run<1>(m, waves + 2 * r * m.padded, tokens, scores + r * score_stride);
+}
+
+// The same for one token.
+KV1_LAZY inline void add_token(const turning_mean& m, std::uint64_t position, std::size_t rows,
+                               const float* still, float* scores) noexcept {
+    f32 sums[max_rows];
+    for (std::size_t r = 0; r < rows; ++r)
+        sums[r] = f32(0.0f);
+    for (std::size_t from = 0; from < m.padded; from += lanes) {
+        const unit_vectors u = units_of(m, from, 2 * position);
+        for (std::size_t r = 0; r < rows; ++r) {
+            const float* const own = still + 2 * r * m.padded + from;
+            sums[r] = xs::fma(f32::load_aligned(own), u.cosine,
+                              xs::fma(f32::load_aligned(own + m.padded), u.sine, sums[r]));
+        }
+    }
+    for (std::size_t r = 0; r < rows; ++r)
+        scores[r * score_stride] += xs::reduce_add(sums[r]);
+}
+
+// The same for a tile of slots that stand anywhere. A few that would stand in one row are taken together, as if all did.
+KV1_LAZY KV1_NOINLINE inline void add_scattered(const turning_mean& m, const std::int32_t* at,
+                                                std::size_t rows, const float* still, float* waves,
+                                                float* scores) noexcept {
+    constexpr std::size_t few = 4;
+    bool done[tile_tokens];
+    for (std::size_t i = 0; i < tile_tokens; ++i)
+        done[i] = at[i] < 0;
+    for (std::size_t first = 0; first < tile_tokens; ++first) {
+        if (done[first])
+            continue;
+        bool alike[tile_tokens];
+        std::size_t count = 0;
+        for (std::size_t i = 0; i < tile_tokens; ++i) {
+            alike[i] = !done[i] &&
+                       at[i] - at[first] == static_cast<std::int32_t>(i) - static_cast<std::int32_t>(first);
+            count += alike[i] ? 1 : 0;
+        }
+        if (count < few) {
+            done[first] = true;
+            add_token(m, static_cast<std::uint64_t>(at[first]), rows, still, scores + first);
+            continue;
+        }
+        float kept[max_rows * tile_tokens]; // scores of the others
+        for (std::size_t r = 0; r < rows; ++r)
+            std::memcpy(kept + r * tile_tokens, scores + r * score_stride, tile_tokens * sizeof(float));
+        add_run(m, static_cast<std::uint64_t>(at[first]) - first, tile_tokens, rows, still, waves, scores);
+        for (std::size_t i = 0; i < tile_tokens; ++i) {
+            done[i] = done[i] || alike[i];
+            for (std::size_t r = 0; r < rows && !alike[i]; ++r)
+                scores[r * score_stride + i] = kept[r * tile_tokens + i];
+        }
+    }
+}
+
+// Where the first slot of a tile stands, or would stand if the tile's first token followed on it. False: the tile has no
+// token.
+KV1_LAZY KV1_INLINE bool start_of_tile(const std::int32_t* at, std::int64_t& start) {
+    for (std::size_t i = 0; i < tile_tokens; ++i)
+        if (at[i] >= 0) {
+            start = std::int64_t{at[i]} - static_cast<std::int64_t>(i);
+            return true;
+        }
+    return false;
+}
+
 // Adds what the turning mean gives to the scores of rows first_row ... first_row + rows - 1 in tiles. places: of each
 // tile's first token.
 KV1_LAZY KV1_NOINLINE inline void add_mean_scores(const attention_job& job, const tile_ref* tiles,
@@ -181,19 +272,32 @@ KV1_LAZY KV1_NOINLINE inline void add_mean_scores(const attention_job& job, cons
         last = first + 1;
         if (places[first] == no_token)
             continue;
+        if (job.block_positions != nullptr) {
+            const std::int32_t* const at = slot_positions(job, places[first]);
+            float* const own = scores + first * tile_tokens;
+            std::int64_t start = 0;
+            if (!start_of_tile(at, start))
+                continue;
+            const auto follows = [&](std::size_t tile) {
+                return in_row_from(slot_positions(job, places[tile]),
+                                   static_cast<std::uint32_t>(start) +
+                                       static_cast<std::uint32_t>((tile - first) * tile_tokens));
+            };
+            if (!follows(first)) {
+                add_scattered(m, at, rows, still, waves, own);
+                continue;
+            }
+            while (last < count && last - first < longest && places[last] != no_token && follows(last))
+                ++last;
+            add_run(m, static_cast<std::uint64_t>(start), (last - first) * tile_tokens, rows, still, waves,
+                    own);
+            continue;
+        }
         const std::uint64_t position = position_of(job, places[first]);
         while (last < count && last - first < longest && places[last] != no_token &&
                (job.hole_count == 0 || tiles[last].token != 0 ||
                 position_of(job, places[last]) == position + (last - first) * tile_tokens))
             ++last;
-        const std::size_t tokens = (last - first) * tile_tokens;
-        turn_waves(m, 2 * position + tokens - 1, rows, still, waves);
-        if (m.shares != nullptr)
-            fold_waves(m, rows, waves);
-        std::size_t r = 0;
-        for (; r + 2 <= rows; r += 2)
-            add_run<2>(m, waves + 2 * r * m.padded, tokens, scores + r * score_stride + first * tile_tokens);
-        for (; r < rows; ++r)
-            add_run<1>(m, waves + 2 * r * m.padded, tokens, scores + r * score_stride + first * tile_tokens);
+        add_run(m, position, (last - first) * tile_tokens, rows, still, waves, scores + first * tile_tokens);
     }
 }
