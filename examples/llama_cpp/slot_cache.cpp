@@ -197,6 +197,10 @@ bool slot_cache::make() {
     return true;
 }
 
+bool slot_cache::keeps_positions(std::size_t layer) const noexcept {
+    return kv1::keeps_positions(store_->description().layers[layer]);
+}
+
 outcome slot_cache::failed(const char* what, const kv1::status& why) const {
     say(GGML_LOG_LEVEL_ERROR, "%s: %s", what, kv1::to_string(why).c_str());
     return outcome::failed;
@@ -239,11 +243,12 @@ void slot_cache::make_room(std::size_t layer, std::span<const std::uint32_t> slo
 // ---------------------------------------------------------------------------------------------- write
 
 outcome slot_cache::write_vectors(std::size_t layer, kv1::kv_side side, std::span<const std::uint32_t> slots,
-                                  const kv1::tensor_view& vectors, thread_team* team) {
+                                  std::span<const std::int32_t> positions, const kv1::tensor_view& vectors,
+                                  thread_team* team) {
     const kv1::tensor_view none = kv1::slot_store::nothing();
     const bool key = side == kv1::kv_side::key;
     kv1::result<kv1::work_plan> plan =
-        store_->try_plan_write(layer, slots, key ? vectors : none, key ? none : vectors);
+        store_->try_plan_write(layer, slots, positions, key ? vectors : none, key ? none : vectors);
     thread_team alone;
     const kv1::status s = plan ? (team != nullptr ? *team : alone).run(*plan) : plan.reason();
     return s ? outcome::done : failed(key ? "writing keys" : "writing values", s);
@@ -287,16 +292,27 @@ outcome slot_cache::write(const ggml_tensor* op, thread_team& team) {
     if (keys && (book_->batch().empty() || l.written)) { // a layer's keys come once a step
         end_step();
         book_->begin(batch_);
+        positions_.clear();
+        // Of the step's first layer: ggml reuses the memory of positions once the model's last layer has turned its keys.
+        if (const std::int32_t* at = positions_of(find_rope(rows), n)) {
+            positions_.assign(at, at + n);
+            book_->set_positions(at);
+        }
     }
     if (keys) {
         l.written = true;
-        if (const std::int32_t* at = positions_of(find_rope(rows), n))
-            book_->set_positions(at);
+        if (keeps_positions(p->layer) && positions_.size() != n) {
+            say(GGML_LOG_LEVEL_ERROR, "layer %zu: no positions are found for keys whose means turn",
+                l.of_model);
+            return outcome::failed;
+        }
         make_room(p->layer, batch_);
     }
+    const bool placed = keys && keeps_positions(p->layer);
     const std::size_t dim = keys ? l.key_dim : l.value_dim;
     const std::size_t head_bytes = dim * (rows->type == GGML_TYPE_F32 ? 4 : 2);
     return write_vectors(p->layer, p->side, batch_,
+                         placed ? std::span<const std::int32_t>(positions_) : std::span<const std::int32_t>{},
                          view_of(rows->type, rows->data, n, l.kv_heads, dim, rows->nb[1], head_bytes), &team);
 }
 
@@ -379,7 +395,7 @@ slot_cache::channels slot_cache::channels_of(const ggml_tensor* view, const cach
 
 // Keys are [slots][kv_heads][channels of the part].
 outcome slot_cache::replace_keys(std::size_t layer, channels part, std::span<const std::uint32_t> slots,
-                                 const std::vector<float>& keys) {
+                                 const std::int32_t* by, const std::vector<float>& keys) {
     const cache_layer& l = layers_[layer];
     std::vector<float> whole(slots.size() * l.kv_heads * l.key_dim), head(slots.size() * l.key_dim);
     std::vector<std::uint32_t> coded; // those that are seen as codes stay so
@@ -395,9 +411,14 @@ outcome slot_cache::replace_keys(std::size_t layer, channels part, std::span<con
             std::copy_n(keys.data() + (i * l.kv_heads + h) * part.count, part.count, to + part.first);
         }
     }
+    std::vector<std::int32_t> positions; // that they are turned to
+    if (keeps_positions(layer))
+        for (const std::uint32_t slot : slots)
+            positions.push_back(
+                std::max(0, store_->key_position(layer, slot) + (by != nullptr ? by[slot] : 0)));
     make_room(layer, slots);
     const outcome written =
-        write_vectors(layer, kv1::kv_side::key, slots,
+        write_vectors(layer, kv1::kv_side::key, slots, positions,
                       kv1::tensor_view(whole.data(), slots.size(), l.kv_heads, l.key_dim), nullptr);
     if (const kv1::status s = store_->try_release_fp16(coded); !s)
         return failed("context shift", s);
@@ -440,7 +461,7 @@ outcome slot_cache::turn(const ggml_tensor* op) {
                     key[c] *= how.magnitude;
             }
         }
-        if (replace_keys(p->layer, part, slots, keys) == outcome::failed)
+        if (replace_keys(p->layer, part, slots, by, keys) == outcome::failed)
             return outcome::failed;
         if (&l == &layers_.front())
             for (const std::uint32_t s : slots)
@@ -506,7 +527,7 @@ outcome slot_cache::encode(const ggml_tensor* op) {
                 keys.insert(keys.end(), key, key + part.count);
             }
         }
-        if (!slots.empty() && replace_keys(p->layer, part, slots, keys) == outcome::failed)
+        if (!slots.empty() && replace_keys(p->layer, part, slots, by, keys) == outcome::failed)
             return outcome::failed;
         if (by != nullptr && &l == &layers_.front())
             for (const std::uint32_t s : slots)

@@ -75,15 +75,20 @@ private:
     [[nodiscard]] kv1::result<kv1::layer_description> describe(const cache_layer& l) const;
     void end_step();
     void make_room(std::size_t layer, std::span<const std::uint32_t> slots);
+    // Whether the means of a layer's keys turn, so that a key has a position.
+    [[nodiscard]] bool keeps_positions(std::size_t layer) const noexcept;
     outcome write_vectors(std::size_t layer, kv1::kv_side side, std::span<const std::uint32_t> slots,
-                          const kv1::tensor_view& vectors, thread_team* team);
+                          std::span<const std::int32_t> positions, const kv1::tensor_view& vectors,
+                          thread_team* team);
+    // by: how far a slot's key was turned, by slot; null: not at all.
     outcome replace_keys(std::size_t layer, channels part, std::span<const std::uint32_t> slots,
-                         const std::vector<float>& keys);
+                         const std::int32_t* by, const std::vector<float>& keys);
     outcome failed(const char* what, const kv1::status& why) const;
 
     // Of a slot's row in a saved state.
     enum class row_kind : std::uint8_t { codes = 1 };
-    [[nodiscard]] std::size_t side_bytes(std::size_t layer, kv1::kv_side side) const;
+    [[nodiscard]] std::size_t side_bytes(std::size_t layer, kv1::kv_side side) const; // of a KV head
+    [[nodiscard]] std::size_t row_bytes(place p) const; // of all, and a key's position
     void save_row(place p, std::uint32_t slot, std::size_t nominal, ggml_type type, std::byte* out);
     void load_row(place p, std::uint32_t slot, std::size_t nominal, ggml_type type, const std::byte* in);
     void copy_side(place p, std::span<std::byte> slot, std::span<std::byte> side, bool out) const;
@@ -95,6 +100,7 @@ private:
     std::optional<step_book> book_;
     bool refused_ = false, warned_ = false;
     std::vector<std::uint32_t> batch_;
+    std::vector<std::int32_t> positions_; // of the step's tokens, empty where they are not known
 };
 
 } // namespace kv1_ggml

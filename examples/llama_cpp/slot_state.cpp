@@ -8,7 +8,8 @@
 //   numbers of the nominal type  the fp16 copy of a slot that has one; what llama.cpp's own cache would hold
 //
 // No finite fp16 number has the bytes ff ff. So what is restored is what was saved, bit for bit, with an f16 nominal
-// type. A quantized one has no room for fp16 copies: slots are then restored as their codes.
+// type. A quantized one has no room for fp16 copies: slots are then restored as their codes. So are slots of layers whose
+// keys have positions, for which a row of numbers has no room.
 #include "slot_cache.hpp"
 
 #include <algorithm>
@@ -35,15 +36,25 @@ std::size_t slot_cache::side_bytes(std::size_t layer, kv1::kv_side side) const {
                           key ? l.key_group : l.value_group);
 }
 
-// One side's rows out of a slot's raw bytes, or into them. [KV head][key, then value]
+std::size_t slot_cache::row_bytes(place p) const {
+    return layers_[p.layer].kv_heads * side_bytes(p.layer, p.side) +
+           (p.side == kv1::kv_side::key && keeps_positions(p.layer) ? sizeof(std::int32_t) : 0);
+}
+
+// One side's rows out of a slot's raw bytes, or into them. [KV head][key, then value], then a key's position
 void slot_cache::copy_side(place p, std::span<std::byte> slot, std::span<std::byte> side, bool out) const {
     const std::size_t heads = layers_[p.layer].kv_heads, bytes = side_bytes(p.layer, p.side);
     const std::size_t skipped = p.side == kv1::kv_side::value ? side_bytes(p.layer, kv1::kv_side::key) : 0;
-    for (std::size_t h = 0; h < heads; ++h) {
-        std::byte* const inside = slot.data() + h * (slot.size() / heads) + skipped;
-        std::byte* const apart = side.data() + h * bytes;
-        std::memcpy(out ? apart : inside, out ? inside : apart, bytes);
-    }
+    const auto move = [&](std::size_t inside, std::size_t apart, std::size_t n) {
+        std::memcpy(out ? side.data() + apart : slot.data() + inside,
+                    out ? slot.data() + inside : side.data() + apart, n);
+    };
+    const std::size_t position = keeps_positions(p.layer) ? sizeof(std::int32_t) : 0,
+                      of_head = (slot.size() - position) / heads;
+    for (std::size_t h = 0; h < heads; ++h)
+        move(h * of_head + skipped, h * bytes, bytes);
+    if (p.side == kv1::kv_side::key)
+        move(heads * of_head, heads * bytes, position);
 }
 
 void slot_cache::save_row(place p, std::uint32_t slot, std::size_t nominal, ggml_type type, std::byte* out) {
@@ -53,10 +64,11 @@ void slot_cache::save_row(place p, std::uint32_t slot, std::size_t nominal, ggml
     const cache_layer& l = layers_[p.layer];
     const kv1::layer_description& shape = store_->description().layers[p.layer];
     const std::size_t dim = p.side == kv1::kv_side::key ? l.key_dim : l.value_dim;
-    const std::size_t codes = l.kv_heads * side_bytes(p.layer, p.side);
+    const std::size_t codes = row_bytes(p);
     const kv1::kv_format format = p.side == kv1::kv_side::key ? shape.key_format : shape.value_format;
     const bool plain = format == kv1::kv_format::fp16 || format == kv1::kv_format::fp32;
-    const bool numbers = type == GGML_TYPE_F16 && (plain || store_->has_fp16(p.layer, slot));
+    const bool numbers =
+        type == GGML_TYPE_F16 && !keeps_positions(p.layer) && (plain || store_->has_fp16(p.layer, slot));
     if (numbers) {
         if (format == kv1::kv_format::fp32 && !std::exchange(warned_, true))
             say(GGML_LOG_LEVEL_WARN, "fp32 keys and values are rounded to fp16 in a saved state");
@@ -103,7 +115,7 @@ void slot_cache::load_row(place p, std::uint32_t slot, std::size_t nominal, ggml
     }
     const std::size_t dim = p.side == kv1::kv_side::key ? l.key_dim : l.value_dim;
     if (in[0] == std::byte{0xff} && in[1] == std::byte{0xff}) {
-        const std::size_t codes = l.kv_heads * side_bytes(p.layer, p.side);
+        const std::size_t codes = row_bytes(p);
         if (in[2] != static_cast<std::byte>(row_kind::codes) || codes + marker_bytes > nominal ||
             !is_zero({in + marker_bytes + codes, nominal - marker_bytes - codes})) {
             if (!std::exchange(warned_, true))
@@ -119,6 +131,8 @@ void slot_cache::load_row(place p, std::uint32_t slot, std::size_t nominal, ggml
         }
         if (!s)
             failed("restoring a state", s);
+        else if (p.side == kv1::kv_side::key && keeps_positions(p.layer))
+            book_->place(slot, store_->key_position(p.layer, slot));
         return;
     }
     if (type != GGML_TYPE_F16) {
@@ -131,7 +145,7 @@ void slot_cache::load_row(place p, std::uint32_t slot, std::size_t nominal, ggml
         make_room(p.layer, std::span(&slot, 1));
     std::vector<kv1::float16> numbers(l.kv_heads * dim);
     std::memcpy(static_cast<void*>(numbers.data()), in, std::min(nominal, numbers.size() * 2));
-    write_vectors(p.layer, p.side, std::span(&slot, 1),
+    write_vectors(p.layer, p.side, std::span(&slot, 1), {},
                   kv1::tensor_view(numbers.data(), std::size_t{1}, l.kv_heads, dim), nullptr);
 }
 

@@ -5,7 +5,9 @@
 #include "client.hpp"
 
 #include <kv1/cache_policy.hpp>
+#include <kv1/calibration_file.hpp>
 #include <kv1/kv_cache.hpp>
+#include <kv1/rotary_embedding.hpp>
 
 #include <catch2/catch_test_macros.hpp>
 
@@ -13,6 +15,8 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
+#include <functional>
 #include <map>
 #include <string>
 #include <string_view>
@@ -63,53 +67,125 @@ struct recorder {
     }
 };
 
+std::size_t number_of(const std::string& layer) { return std::stoul(layer.substr(1)); } // of "l2"
+
+std::string model(const char* name) {
+    return std::string(std::getenv("KV1_TEST_MODELS")) + "/" + name + ".gguf";
+}
+
+constexpr llama_pos tokens = 100;
+
+// Runs a text, and compares each token's attention with a cache of describe(layer, shape). With `exact` both compute in
+// fp32, and masked slots make no difference; `fast` rounds weights to 8 bits by runs of slots, which differ.
+void compare(
+    const std::string& file, const char* policy,
+    const std::function<kv1::cache_description(std::size_t, const kv1::layer_description&)>& describe) {
+    ::setenv("KV1_PRECISION", "exact", 1);
+    recorder record;
+    client::session s(file, policy, {.callback = recorder::see, .user = &record});
+    std::map<std::string, kv1::kv_cache> caches;
+    std::map<std::string, kv1::sequence_id> sequences;
+    std::size_t compared = 0;
+    for (llama_pos at = 0; at < tokens; ++at) {
+        (void)s.decode({{static_cast<llama_token>(3 + at * 7 % 200), at, {0}}});
+        for (const auto& [layer, got] : record.layers) {
+            auto own = caches.find(layer);
+            if (own == caches.end()) {
+                const kv1::layer_description l{got.kv_heads, got.dim, got.dim};
+                own = caches.emplace(layer, kv1::kv_cache(describe(number_of(layer), l))).first;
+                sequences.emplace(layer, own->second.create_sequence());
+            }
+            kv1::kv_cache& cache = own->second;
+            const kv1::sequence_id sequence = sequences.at(layer);
+            cache.append(sequence, 0, {got.keys.data(), 1, got.kv_heads, got.dim},
+                         {got.values.data(), 1, got.kv_heads, got.dim});
+            std::vector<float> expected(got.outputs.size());
+            cache.attend(sequence, 0, {got.queries.data(), 1, got.heads, got.dim},
+                         {expected.data(), 1, got.heads, got.dim}, {.mode = kv1::precision::exact});
+            cache.commit(sequence);
+            float largest = 0, difference = 0;
+            for (std::size_t i = 0; i < expected.size(); ++i) {
+                largest = std::max(largest, std::abs(expected[i]));
+                difference = std::max(difference, std::abs(expected[i] - got.outputs[i]));
+            }
+            INFO("position " << at << ", layer " << layer << ": " << difference << " of " << largest);
+            // Sums in fp32, which merge in another order.
+            CHECK(difference <= 1e-5f * largest);
+            ++compared;
+        }
+    }
+    CHECK(compared == 3 * tokens);
+    ::unsetenv("KV1_PRECISION");
+}
+
+// What a model's layers attend with over a text of another kind, as a calibration.
+kv1::calibration calibrated(const std::string& file, const char* policy,
+                            const kv1::rotary_embedding& rotary) {
+    recorder record;
+    client::session s(file, "16", {.callback = recorder::see, .user = &record});
+    std::map<std::size_t, step> all;
+    for (llama_pos at = 0; at < tokens; ++at) {
+        (void)s.decode({{static_cast<llama_token>(3 + at * 11 % 190), at, {0}}});
+        for (const auto& [layer, got] : record.layers) {
+            step& sum = all[number_of(layer)];
+            sum.heads = got.heads, sum.kv_heads = got.kv_heads, sum.dim = got.dim;
+            sum.keys.insert(sum.keys.end(), got.keys.begin(), got.keys.end());
+            sum.values.insert(sum.values.end(), got.values.begin(), got.values.end());
+            sum.queries.insert(sum.queries.end(), got.queries.begin(), got.queries.end());
+        }
+    }
+    const step& first = all.at(0);
+    kv1::layer_description l{first.kv_heads, first.dim, first.dim};
+    l.rotary = rotary;
+    kv1::calibrator found(kv1::parse_policy(policy), kv1::uniform_cache(all.size(), l, 512));
+    for (const auto& [layer, x] : all)
+        found.add(layer, {x.queries.data(), tokens, x.heads, x.dim},
+                  {x.keys.data(), tokens, x.kv_heads, x.dim}, {x.values.data(), tokens, x.kv_heads, x.dim});
+    return found.finish();
+}
+
 } // namespace
 
 TEST_CASE("decoded tokens under libllama and in a kv_cache", "[llama_cpp]") {
-    const std::string file = std::string(std::getenv("KV1_TEST_MODELS")) + "/llama.gguf";
-    // Under libllama a token always sees itself as it came: @0:1 at least. With `exact` both compute in fp32, and masked
-    // slots make no difference; `fast` rounds weights to 8 bits by runs of slots, which differ.
-    ::setenv("KV1_PRECISION", "exact", 1);
+    // Under libllama a token always sees itself as it came: @0:1 at least.
     for (const char* text : {"safe", "2,2@0:1", "c4+ls+had@2:8", "c2+ls+had,8@4:1"}) {
         INFO(text);
-        recorder record;
-        client::session s(file, text, {.callback = recorder::see, .user = &record});
-        const kv1::cache_policy policy = kv1::parse_policy(text);
-        std::map<std::string, kv1::kv_cache> caches;
-        std::map<std::string, kv1::sequence_id> sequences;
-        std::size_t compared = 0;
-        for (llama_pos at = 0; at < 100; ++at) {
-            (void)s.decode({{static_cast<llama_token>(3 + at * 7 % 200), at, {0}}});
-            for (const auto& [layer, got] : record.layers) {
-                auto own = caches.find(layer);
-                if (own == caches.end()) {
-                    kv1::layer_description l{got.kv_heads, got.dim, got.dim};
-                    own = caches
-                              .emplace(layer, kv1::kv_cache(
-                                                  kv1::describe_cache(policy, kv1::uniform_cache(1, l, 512))))
-                              .first;
-                    sequences.emplace(layer, own->second.create_sequence());
-                }
-                kv1::kv_cache& cache = own->second;
-                const kv1::sequence_id sequence = sequences.at(layer);
-                cache.append(sequence, 0, {got.keys.data(), 1, got.kv_heads, got.dim},
-                             {got.values.data(), 1, got.kv_heads, got.dim});
-                std::vector<float> expected(got.outputs.size());
-                cache.attend(sequence, 0, {got.queries.data(), 1, got.heads, got.dim},
-                             {expected.data(), 1, got.heads, got.dim}, {.mode = kv1::precision::exact});
-                cache.commit(sequence);
-                float largest = 0, difference = 0;
-                for (std::size_t i = 0; i < expected.size(); ++i) {
-                    largest = std::max(largest, std::abs(expected[i]));
-                    difference = std::max(difference, std::abs(expected[i] - got.outputs[i]));
-                }
-                INFO("position " << at << ", layer " << layer << ": " << difference << " of " << largest);
-                // Sums in fp32, which merge in another order.
-                CHECK(difference <= 1e-5f * largest);
-                ++compared;
-            }
-        }
-        CHECK(compared == 300);
+        compare(model("llama"), text, [&](std::size_t, const kv1::layer_description& l) {
+            return kv1::describe_cache(kv1::parse_policy(text), kv1::uniform_cache(1, l, 512));
+        });
     }
-    ::unsetenv("KV1_PRECISION");
+}
+
+TEST_CASE("keys less means that turn with their position", "[llama_cpp]") {
+    struct setting {
+        const char* model;
+        kv1::rotary_pairs pairs;
+        std::size_t dim;
+    };
+    const char* const policy = "c3+ls+had+mean,c2+ls+had@4:8";
+    const std::filesystem::path file = std::filesystem::temp_directory_path() / "kv1_llama_cpp_test.kv1calib";
+    for (const setting& s : {setting{"llama", kv1::rotary_pairs::interleaved, 64},
+                             setting{"qwen2", kv1::rotary_pairs::half_split, 32}}) {
+        INFO(s.model);
+        const kv1::rotary_embedding rotary{kv1::rotary_frequencies(10000.0, s.dim), s.pairs};
+        const kv1::calibration found = calibrated(model(s.model), policy, rotary);
+        kv1::save_calibration(found, file);
+        ::setenv("KV1_CALIBRATION", file.c_str(), 1);
+        compare(model(s.model), policy, [&](std::size_t layer, kv1::layer_description l) {
+            l.rotary = rotary;
+            kv1::cache_description all =
+                kv1::describe_cache(found, kv1::uniform_cache(found.layers(), l, 512));
+            all.layers = {all.layers[layer]};
+            return all;
+        });
+        // A saved state has the positions, too.
+        client::session before(model(s.model), policy), after(model(s.model), policy);
+        const client::tokens text{9, 14, 3, 77, 120, 5, 66, 31, 8, 92, 40, 17, 51, 23, 101, 4};
+        (void)before.decode(text, 0);
+        const std::vector<std::uint8_t> state = before.save();
+        REQUIRE(after.restore(state));
+        CHECK(after.save() == state);
+        ::unsetenv("KV1_CALIBRATION");
+    }
+    std::filesystem::remove(file);
 }
