@@ -142,7 +142,7 @@ TEST_CASE("calibrate takes what a policy names, from chunks of several lengths",
         by_hand.set_output_projection(i, shipped.output_projection(i));
     kv1::kv_cache plain(shape);
     std::span<const std::int32_t> rest(tokens);
-    for (const std::size_t n : {256, 256, 256, 256, 1024}) {
+    for (const std::size_t n : std::initializer_list<std::size_t>{256, 256, 256, 256, 1024}) {
         const kv1::sequence_id sequence = plain.create_sequence();
         (void)shipped.forward(rest.first(n), plain, sequence, kv1::precision::exact, pool,
                               [&](std::size_t layer, kv1::tensor_view q, kv1::tensor_view k,

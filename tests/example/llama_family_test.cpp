@@ -161,7 +161,7 @@ gguf_writer as_gguf(const std::filesystem::path& folder) {
             const std::size_t width = values.size() / t.shape[0], half = head_dim / 2;
             for (std::size_t head = 0; head < t.shape[0] / head_dim; ++head)
                 for (std::size_t i = 0; i < half; ++i)
-                    for (const std::size_t side : {0, 1})
+                    for (const std::size_t side : {std::size_t{0}, std::size_t{1}})
                         for (std::size_t x = 0; x < width; ++x)
                             rows[(head * head_dim + 2 * i + side) * width + x] =
                                 values[(head * head_dim + side * half + i) * width + x];
