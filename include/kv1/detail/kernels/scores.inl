@@ -3,9 +3,9 @@
 // Scores of query rows against the keys of a chunk of tokens. Parsed once per target. pairs.inl has another way to
 // take the dot products, for keys of 2 bits with AVX-512 VBMI.
 //
-// A line of K has 16 tokens, one a lane, and fills `registers_per_line` registers: one with AVX-512, two with AVX2. A chain of dot
-// products over the channels ends with one score in each lane. A decoded key is k = slope * c + base, with levels c. z
-// is the middle of the levels: 3/2 at 2 bits. A query is rounded to q ~ step * i, with i in 8 bits. Then
+// A line of K has 16 tokens, one a lane, and fills `registers_per_line` registers: one with AVX-512, two with AVX2. A
+// chain of dot products over the channels ends with one score in each lane. A decoded key is k = slope * c + base, with
+// levels c. z is the middle of the levels: 3/2 at 2 bits. A query is rounded to q ~ step * i, with i in 8 bits. Then
 //
 //   score = slope * step * (sum i c - z sum i) + (base + z * slope) * sum q
 //
@@ -131,8 +131,8 @@ struct score_rows {
     float scale[R], offset[R], sum[R];
 };
 
-// Computes the scores of R rows for N registers of tokens, from register `at` of the chunk on. A tile has `registers_per_line`
-// registers.
+// Computes the scores of R rows for N registers of tokens, from register `at` of the chunk on. A tile has
+// `registers_per_line` registers.
 template <class Format, std::size_t R, std::size_t N, class Dots>
 KV1_INLINE void fast_score_step(const chunk_view& view, const section_layout& s,
                                 const chunk_metadata<Format>& metadata, const Dots& dots,

@@ -3,9 +3,9 @@
 // Softmax weights from the scores of a chunk, and sums of its values by these weights. Parsed once per target, after
 // scores.inl.
 //
-// A line of V has 16 channels, one a lane, and fills `registers_per_line` registers. A lane's fields are tokens. A decoded value
-// is v = slope * c + base, with levels c. z is the middle of the levels: 3/2 at 2 bits. Softmax gives a token the
-// weight p. The product p * slope is rounded to step * i: one step for each row and chunk, and i a byte
+// A line of V has 16 channels, one a lane, and fills `registers_per_line` registers. A lane's fields are tokens. A
+// decoded value is v = slope * c + base, with levels c. z is the middle of the levels: 3/2 at 2 bits. Softmax gives a
+// token the weight p. The product p * slope is rounded to step * i: one step for each row and chunk, and i a byte
 // (weight_codes.hpp). Then
 //
 //   sum p v = step * (sum i c - z sum i) + sum p (base + z * slope)
