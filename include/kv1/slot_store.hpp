@@ -144,7 +144,7 @@ public:
     }
     /// @}
     /// The same with the positions that RoPE has turned the keys by, one a slot, none negative. Layers whose means turn
-    /// (keeps_positions()) take keys in no other way, others do not look at positions. Errors: as above;
+    /// (keeps_positions()) take keys in no other way; others check positions, and do not keep them. Errors: as above;
     /// shape_mismatch, invalid_argument for positions.
     /// @{
     template <executor E = inline_executor>

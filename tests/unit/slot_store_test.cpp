@@ -302,6 +302,17 @@ TEST_CASE("keys whose means turn are refused without their positions", "[slots]"
     REQUIRE(contents(store) == before);
     store.clear(0, std::span(slots).first(1));
     REQUIRE(store.key_position(0, 4) == -1);
+
+    // A layer that keeps none checks them all the same.
+    kv1::slot_store other(one_layer({kv_heads, 64, 64}, page));
+    const slot_vectors y(g, other.description().layers[0], 3);
+    const auto code = [&](const std::vector<std::int32_t>& positions) {
+        return other.try_write(0, slots, positions, y.key_view(0, 3), y.value_view(0, 3)).code();
+    };
+    REQUIRE(code({1, 2}) == kv1::errc::shape_mismatch);
+    REQUIRE(code({1, -1, 3}) == kv1::errc::invalid_argument);
+    REQUIRE(code({1, 2, 3}) == kv1::errc::ok);
+    REQUIRE(other.key_position(0, 4) == -1);
 }
 
 TEST_CASE("a vector that is refused leaves every slot as it was", "[slots]") {

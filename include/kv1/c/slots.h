@@ -155,8 +155,8 @@ KV1_C_API kv1_code kv1_slots_write(kv1_slot_store* store, size_t layer, const ui
                                    kv1_tensor keys, kv1_tensor values, const kv1_executor* executor,
                                    kv1_error* error);
 /** kv1_slots_write with the positions that RoPE has turned the keys by, [count], none negative. Layers whose means turn
- * (kv1_layer.rotary, with means of keys) take keys in no other way, others do not look at positions. Errors: as
- * kv1_slots_write. */
+ * (kv1_layer.rotary, with means of keys) take keys in no other way; others check positions, and do not keep them.
+ * Errors: as kv1_slots_write. */
 KV1_C_API kv1_code kv1_slots_write_at(kv1_slot_store* store, size_t layer, const uint32_t* slots,
                                       const int32_t* positions, size_t count, kv1_tensor keys,
                                       kv1_tensor values, const kv1_executor* executor, kv1_error* error);
