@@ -10,6 +10,7 @@
 // another layer's cache.
 #include "ggml.hpp"
 #include "kv_buffer.hpp"
+#include "model_parts.hpp"
 #include "settings.hpp"
 #include "slot_cache.hpp"
 #include "thread_team.hpp"
@@ -258,10 +259,17 @@ ggml_backend_buffer_type_t device_buffer_type(ggml_backend_dev_t) { return &own(
 
 bool device_supports_op(ggml_backend_dev_t, const ggml_tensor* op) {
     const ggml_tensor* const root = touched_by(op);
-    if (root == nullptr)
+    if (root == nullptr) {
+        // What follows attention stays with the CPU, but says which weights these are.
+        const ggml_tensor* const attention = attention_projected_by(op);
+        if (const ggml_tensor* r = attention != nullptr ? touched_by(attention) : nullptr)
+            context_of(r->buffer).cache().learn_projection(attention, op->src[0]);
         return false;
-    if (op->op == GGML_OP_FLASH_ATTN_EXT && root->data != nullptr)
+    }
+    if (root->data != nullptr && op->op == GGML_OP_FLASH_ATTN_EXT)
         context_of(root->buffer).cache().learn(op);
+    if (root->data != nullptr && op->op == GGML_OP_SET_ROWS)
+        context_of(root->buffer).cache().learn_keys(op);
     return true; // what can not be done is refused by name when it is computed
 }
 
@@ -305,7 +313,7 @@ extern "C" [[gnu::visibility("default")]] ggml_backend_reg_t ggml_backend_init()
         return nullptr;
     try {
         // Read again by each cache that is made; here, so that a mistake is seen at once.
-        if (!settings::from_environment())
+        if (!settings::from_environment(nullptr))
             return nullptr;
     } catch (const std::exception& e) {
         refuse(e);

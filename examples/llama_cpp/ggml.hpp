@@ -50,6 +50,10 @@ inline bool is_view(ggml_op op) noexcept {
            op == GGML_OP_TRANSPOSE;
 }
 
+inline bool is_float(const ggml_tensor* t) noexcept {
+    return t->type == GGML_TYPE_F32 || t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_BF16;
+}
+
 // A tensor of llama.cpp's cache: keys or values of a layer of the model.
 struct cache_name {
     bool keys;

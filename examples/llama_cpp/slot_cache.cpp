@@ -1,18 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "slot_cache.hpp"
 
+#include "model_parts.hpp"
 #include "rotary.hpp"
 
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
 #include <limits>
+#include <mutex>
 #include <string>
 #include <utility>
 
 namespace kv1_ggml {
 
 namespace {
+
+// Caches that llama.cpp has now.
+std::mutex live_mutex;
+std::vector<const slot_cache*> live;
 
 // A batch larger than this sees itself partly as codes.
 constexpr std::size_t largest_batch = 8192;
@@ -21,10 +27,6 @@ kv1::scalar_type scalar_of(ggml_type type) noexcept {
     return type == GGML_TYPE_F32    ? kv1::scalar_type::fp32
            : type == GGML_TYPE_BF16 ? kv1::scalar_type::bf16
                                     : kv1::scalar_type::fp16;
-}
-
-bool is_float(const ggml_tensor* t) noexcept {
-    return t->type == GGML_TYPE_F32 || t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_BF16;
 }
 
 // Rows of heads of channels, with strides in bytes.
@@ -78,7 +80,47 @@ bool slot_cache::add(const ggml_tensor* tensor, cache_name name) {
         return false;
     slots_ = slots;
     (name.keys ? own->keys : own->values) = tensor;
+    const std::lock_guard lock(live_mutex);
+    if (std::find(live.begin(), live.end(), this) == live.end())
+        live.push_back(this);
     return true;
+}
+
+slot_cache::~slot_cache() {
+    const std::lock_guard lock(live_mutex);
+    std::erase(live, this);
+}
+
+// Sliding windows make a second cache of other layers. A model beside this one (a draft's) has layers of the same numbers,
+// or its weights elsewhere.
+std::vector<const slot_cache*> slot_cache::of_model() const {
+    const auto buffer_of = [](const slot_cache& c) {
+        return c.layers_.front().parameters != nullptr ? c.layers_.front().parameters->buffer : nullptr;
+    };
+    const std::lock_guard lock(live_mutex);
+    std::vector<const slot_cache*> own;
+    for (const slot_cache* c : live) {
+        bool joins = c == this || (buffer_of(*c) == buffer_of(*this) && c->slots_ != 0);
+        for (const cache_layer& l : layers_)
+            for (const cache_layer& other : c->layers_)
+                joins = joins && (c == this || other.of_model != l.of_model);
+        if (joins)
+            own.push_back(c);
+    }
+    return own;
+}
+
+kv1::model_fingerprint slot_cache::model() const {
+    std::vector<const cache_layer*> all;
+    for (const slot_cache* c : of_model())
+        for (const cache_layer& l : c->layers_)
+            all.push_back(&l);
+    std::sort(all.begin(), all.end(),
+              [](const cache_layer* a, const cache_layer* b) { return a->of_model < b->of_model; });
+    kv1::model_fingerprint fingerprint;
+    for (const cache_layer* l : all)
+        fingerprint = joined(fingerprint, l->of_model, l->parameters);
+    return fingerprint;
 }
 
 std::optional<slot_cache::place> slot_cache::find(const ggml_tensor* tensor) const noexcept {
@@ -116,6 +158,22 @@ void slot_cache::learn(const ggml_tensor* attention) {
     l.values_in_keys = root_of(v) == l.keys;
 }
 
+void slot_cache::learn_keys(const ggml_tensor* set_rows) {
+    const std::optional<place> p = find(set_rows);
+    if (!p || p->side != kv1::kv_side::key || layers_[p->layer].parameters != nullptr)
+        return;
+    cache_layer& l = layers_[p->layer];
+    l.parameters = nearest_parameters(set_rows->src[0]);
+    if (const ggml_tensor* rope = find_rope(set_rows->src[0]))
+        l.rotary = turn_of(rope).rotary;
+}
+
+void slot_cache::learn_projection(const ggml_tensor* attention, const ggml_tensor* weights) {
+    const std::optional<place> p = find(attention->src[1]);
+    if (p && layers_[p->layer].output_projection == nullptr)
+        layers_[p->layer].output_projection = weights; // the first: an adapter's come later
+}
+
 kv1::result<kv1::layer_description> slot_cache::describe(const cache_layer& l) const {
     kv1::layer_description shape{l.kv_heads, l.key_dim, l.value_dim};
     shape.values_in_keys = l.values_in_keys;
@@ -151,10 +209,13 @@ bool slot_cache::ready() {
 }
 
 bool slot_cache::make() {
-    std::optional<settings> how = settings::from_environment();
+    const kv1::model_fingerprint own = model();
+    std::optional<settings> how = settings::from_environment(&own);
     if (!how)
         return false;
     how_ = std::move(*how);
+    if (how_.calibrate && !join_calibration())
+        return false;
     kv1::slot_store_description d;
     std::size_t bytes = 0, nominal = 0;
     for (const cache_layer& l : layers_) {
@@ -382,7 +443,7 @@ outcome slot_cache::attend(const ggml_tensor* op, thread_team& team) {
         if (const kv1::status s = plan ? team.run(*plan) : plan.reason(); !s)
             return failed("attention", s);
     }
-    return outcome::done;
+    return calibration_ != nullptr ? calibrate(op, p->layer, team) : outcome::done;
 }
 
 // ---------------------------------------------------------------------------------------------- context shift

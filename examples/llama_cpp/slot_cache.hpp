@@ -5,10 +5,13 @@
 // reserved and never touched: what it would hold is in the store.
 //
 // A layer's heads are not known when its tensors are made. They are learnt from the attention nodes of the first graph,
-// which the scheduler shows before anything is computed. The store is made when the first batch is written.
+// which the scheduler shows before anything is computed. The store is made when the first batch is written. So are
+// parameters by which a layer is known, and its output projection (model_parts.hpp), where a calibration wants them.
 #pragma once
 
+#include "calibration_run.hpp"
 #include "ggml.hpp"
+#include "mask_texts.hpp"
 #include "settings.hpp"
 #include "step_book.hpp"
 #include "thread_team.hpp"
@@ -29,10 +32,18 @@ enum class outcome : bool { failed, done };
 
 class slot_cache {
 public:
+    slot_cache() = default;
+    slot_cache(const slot_cache&) = delete;
+    slot_cache& operator=(const slot_cache&) = delete;
+    ~slot_cache();
+
     // Takes a tensor in, if it is one of a layer's keys or values.
     bool add(const ggml_tensor* tensor, cache_name name);
-    // Learns a layer's heads from an attention node.
+    // Learns a layer's heads from an attention node, how keys turn and by which parameters a layer is known from the
+    // node that writes its keys, and its output projection.
     void learn(const ggml_tensor* attention);
+    void learn_keys(const ggml_tensor* set_rows);
+    void learn_projection(const ggml_tensor* attention, const ggml_tensor* weights);
 
     // The operations of llama.cpp's graphs.
     outcome write(const ggml_tensor* set_rows, thread_team& team);
@@ -57,6 +68,8 @@ private:
         const ggml_tensor *keys = nullptr, *values = nullptr;
         std::size_t kv_heads = 0, key_dim = 0, value_dim = 0;
         bool values_in_keys = false, written = false; // in this step
+        const ggml_tensor *parameters = nullptr, *output_projection = nullptr;
+        kv1::rotary_embedding rotary;
     };
     // A layer and a side of it.
     struct place {
@@ -72,6 +85,11 @@ private:
     [[nodiscard]] channels channels_of(const ggml_tensor* view, const cache_layer& l) const noexcept;
     bool ready();
     bool make();
+    // The caches of this one's model, itself among them.
+    [[nodiscard]] std::vector<const slot_cache*> of_model() const;
+    [[nodiscard]] kv1::model_fingerprint model() const;
+    bool join_calibration();
+    outcome calibrate(const ggml_tensor* attention, std::size_t layer, thread_team& team);
     [[nodiscard]] kv1::result<kv1::layer_description> describe(const cache_layer& l) const;
     void end_step();
     void make_room(std::size_t layer, std::span<const std::uint32_t> slots);
@@ -98,6 +116,9 @@ private:
     std::size_t slots_ = 0;
     std::optional<kv1::slot_store> store_;
     std::optional<step_book> book_;
+    std::shared_ptr<calibration_run> calibration_;
+    std::vector<text_part> texts_; // of the step, for calibration_
+    std::uint64_t texts_of_step_ = 0;
     bool refused_ = false, warned_ = false;
     std::vector<std::uint32_t> batch_;
     std::vector<std::int32_t> positions_; // of the step's tokens, empty where they are not known

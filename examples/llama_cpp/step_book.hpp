@@ -27,6 +27,11 @@ public:
     static constexpr std::int32_t unknown = -1;
 
     [[nodiscard]] bool written(std::uint32_t slot) const noexcept { return cells_[slot].order != 0; }
+    // Where a slot's token stands, or unknown; and which slot was written first.
+    // @{
+    [[nodiscard]] std::int32_t position(std::uint32_t slot) const noexcept { return cells_[slot].position; }
+    [[nodiscard]] std::uint64_t order(std::uint32_t slot) const noexcept { return cells_[slot].order; }
+    // @}
     // In which step a slot was written or seen by a batch that it belongs to.
     [[nodiscard]] std::uint64_t last_use(std::uint32_t slot) const noexcept { return cells_[slot].used; }
     [[nodiscard]] std::uint64_t step() const noexcept { return step_; }

@@ -156,6 +156,17 @@ public:
     /// [value_dim][value_dim]. Errors: the same.
     status try_set_output_products(std::size_t layer, std::span<const float> products) noexcept;
 
+    /// The sliding window of the queries that are added from here on, 0: they see all tokens before them. For engines
+    /// that read windows off their masks, when a text has become longer than one. Otherwise the shape says it, which
+    /// also says that such a layer keeps no fp16 tokens. Errors: out_of_range for a layer that there is not.
+    status try_set_sliding_window(std::size_t layer, std::size_t tokens) noexcept {
+        if (layer >= size_)
+            return {
+                errc::out_of_range, "there is no such layer", {.layer = static_cast<std::int64_t>(layer)}};
+        layers_[layer].set_sliding_window(tokens);
+        return {};
+    }
+
     /// Adds tokens that a layer attends with, all after RoPE: queries [m][query heads][key_dim]; keys
     /// [n][kv_heads][key_dim] and values [n][kv_heads][value_dim] of these m tokens and of those before them,
     /// m <= n. The first of keys and values is at first_position of its text (0 but where keys behind a sliding
@@ -188,6 +199,10 @@ public:
     /// The same from products, [kv_heads][g][g][value_dim][value_dim]. Throws kv1::error.
     void set_output_products(std::size_t layer, std::span<const float> products) {
         detail::throw_if_error(try_set_output_products(layer, products));
+    }
+    /// The sliding window of the queries that are added from here on, 0: none. Throws kv1::error.
+    void set_sliding_window(std::size_t layer, std::size_t tokens) {
+        detail::throw_if_error(try_set_sliding_window(layer, tokens));
     }
     /// Adds tokens that a layer attends with: queries [m][query heads][key_dim], keys and values [n][kv_heads]
     /// [...] of them and of the tokens before them. Throws kv1::error; nothing was added then.

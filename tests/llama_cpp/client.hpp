@@ -6,6 +6,8 @@
 #include <ggml-backend.h>
 #include <llama.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -150,5 +152,31 @@ private:
     std::unique_ptr<llama_context, free_context> context_;
     std::size_t count_ = 0;
 };
+
+/// Tokens of the models that tiny_models.py writes.
+constexpr std::size_t tiny_vocabulary = 256;
+
+/// The mean KL divergence of rows of logits from those of a reference, in nats.
+inline double divergence(const std::vector<float>& reference, const std::vector<float>& other,
+                         std::size_t width) {
+    if (reference.size() != other.size())
+        throw std::runtime_error("logits of other sizes");
+    double sum = 0;
+    const auto log_sum = [&](const float* row) {
+        const float top = *std::max_element(row, row + width);
+        double total = 0;
+        for (std::size_t i = 0; i < width; ++i)
+            total += std::exp(static_cast<double>(row[i] - top));
+        return static_cast<double>(top) + std::log(total);
+    };
+    for (std::size_t at = 0; at < reference.size(); at += width) {
+        const double a = log_sum(reference.data() + at), b = log_sum(other.data() + at);
+        for (std::size_t i = 0; i < width; ++i) {
+            const double p = reference[at + i] - a, q = other[at + i] - b;
+            sum += std::exp(p) * (p - q);
+        }
+    }
+    return sum / static_cast<double>(reference.size() / width);
+}
 
 } // namespace client

@@ -17,6 +17,7 @@
 
 namespace {
 
+using client::divergence;
 using client::options;
 using client::place;
 using client::session;
@@ -42,27 +43,6 @@ tokens text(std::size_t n, std::uint32_t seed = 1) {
     for (llama_token& x : t)
         x = static_cast<llama_token>(3 + random() % 200);
     return t;
-}
-
-// The mean KL divergence of rows of logits from those of a reference, in nats.
-double divergence(const std::vector<float>& reference, const std::vector<float>& other, std::size_t width) {
-    REQUIRE(reference.size() == other.size());
-    double sum = 0;
-    const auto log_sum = [&](const float* row) {
-        const float top = *std::max_element(row, row + width);
-        double total = 0;
-        for (std::size_t i = 0; i < width; ++i)
-            total += std::exp(static_cast<double>(row[i] - top));
-        return static_cast<double>(top) + std::log(total);
-    };
-    for (std::size_t at = 0; at < reference.size(); at += width) {
-        const double a = log_sum(reference.data() + at), b = log_sum(other.data() + at);
-        for (std::size_t i = 0; i < width; ++i) {
-            const double p = reference[at + i] - a, q = other[at + i] - b;
-            sum += std::exp(p) * (p - q);
-        }
-    }
-    return sum / static_cast<double>(reference.size() / width);
 }
 
 // Between two ways to add up the same products: fp16 keys, values and queries round by 2^-11 of their size, and models of

@@ -217,14 +217,20 @@ TEST_CASE("calibration takes means and error weights as they are defined", "[cal
     generator g(1);
     for (int trial = 0; trial < 60; ++trial) {
         const text t = random_text(g);
-        const visibility sees{g.below(6), g.below(12), g.chance(0.3) ? g.between(1, 30) : 0,
-                              g.chance(0.3) ? g.between(1, 4) : 1};
+        visibility sees{g.below(6), g.below(12), g.chance(0.3) ? g.between(1, 30) : 0,
+                        g.chance(0.3) ? g.between(1, 4) : 1};
+        const bool told_later = g.chance(0.5);
+        if (sees.sliding_window != 0 && told_later)
+            sees.sinks = sees.window = 0; // which only a shape without a window leaves out
         kv1::calibration_options options{.query_stride = sees.stride};
         const double scale = g.chance(0.3) ? 0.25 : 1.0 / std::sqrt(static_cast<double>(t.key_dim));
         options.scale = scale == 0.25 ? 0.25f : 0.0f;
         kv1::calibrator c(parse_policy(policy_text(sees.sinks, sees.window)),
-                          shape_of(t, 1, sees.sliding_window), options);
+                          shape_of(t, 1, told_later ? 0 : sees.sliding_window), options);
         c.set_output_projection(0, t.w());
+        if (told_later)
+            c.set_sliding_window(0, sees.sliding_window);
+        CHECK(c.try_set_sliding_window(1, 0).code() == kv1::errc::out_of_range);
         for (std::size_t first = 0; first < t.tokens;) { // in several calls
             const std::size_t end = std::min(t.tokens, first + g.between(1, 40));
             t.add(c, 0, first, end, kv1::inline_executor());

@@ -131,6 +131,8 @@ public:
         return fits ? status{} : no_memory();
     }
 
+    void set_sliding_window(std::size_t tokens) noexcept { sliding_window_ = tokens; }
+
     // Takes products W_a^T W_b of the parts of the output projection that belong to query heads a and b. w is
     // [outputs][group * heads][value_dim].
     status set_projection(const tensor_view& w, executor_view run) noexcept {
