@@ -15,17 +15,18 @@
 // Cost of the fast path: per line (16 channels x 32/b tokens) and row 8/b dot4. Per tile and row the exponential (7
 // multiplications, 4 others) and 13 operations around it, 17 where codes are few (few_codes).
 
-// 2^t for t <= 0, within 3 units of 2^-24, and as well relative to the result up to t = 126. t = n + f with |f| <= 1/2. A polynomial for 2^f errs by 1.54 units at most
-// (minimax of degree 5 with constant term 1), and its rounding adds 1.2. The result is zero far below 2^-126.
+// 2^t for t <= 60, within 3 units of 2^-24 of the result, and zero for t < -63.5: beside the largest weight, which is 1,
+// a million weights of 2^-63.5 are less than what fp32 rounds away. t = n + f with |f| <= 1/2. A polynomial for 2^f errs
+// by 1.54 units at most (minimax of degree 5 with constant term 1), and its rounding adds 1.2.
 KV1_LAZY KV1_INLINE f32 exp2_nonpositive(f32 t) {
-    const f32 clamped = xs::max(t, f32(exp2_zero_from));
-    const f32 n = nearest(clamped);
-    const f32 f = clamped - n;
-    f32 p = xs::fma(f32(0x1.5bba14p-10f), f, f32(0x1.3cea88p-7f));
-    p = xs::fma(p, f, f32(0x1.c6b752p-5f));
-    p = xs::fma(p, f, f32(0x1.ebf9bcp-3f));
-    p = xs::fma(p, f, f32(0x1.62e42ap-1f));
-    return times_power_of_2(xs::fma(p, f, f32(1.0f)), n);
+    const f32 bounded = exponent_in_range(t);
+    const f32 n = nearest(bounded);
+    const f32 f = bounded - n;
+    f32 p = xs::fma(f32(exp2_factor * 0x1.5bba14p-10f), f, f32(exp2_factor * 0x1.3cea88p-7f));
+    p = xs::fma(p, f, f32(exp2_factor * 0x1.c6b752p-5f));
+    p = xs::fma(p, f, f32(exp2_factor * 0x1.ebf9bcp-3f));
+    p = xs::fma(p, f, f32(exp2_factor * 0x1.62e42ap-1f));
+    return times_power_of_2(xs::fma(p, f, f32(exp2_factor)), n);
 }
 
 // The number that is subtracted from a row's scores, in units of log2. If the row has seen nothing yet, all scores are

@@ -118,6 +118,13 @@ KV1_LAZY KV1_INLINE f32 reversed(f32 x) {
 // Rounds to the nearest integer, ties to even.
 KV1_LAZY KV1_INLINE f32 nearest(f32 x) { return xs::nearbyint(x); }
 KV1_LAZY KV1_INLINE i32 round_to_int(f32 x) { return i32(_mm512_cvtps_epi32(__m512(x))); }
-// x * 2^n for integral n, zero below the range of numbers; smaller n may be taken for exp2_zero_from.
-inline constexpr float exp2_zero_from = -200.0f;
-KV1_LAZY KV1_INLINE f32 times_power_of_2(f32 x, f32 n) { return f32(_mm512_scalef_ps(__m512(x), __m512(n))); }
+// exp2_nonpositive() comes in three steps that suit a target. An exponent t is kept in a range, x comes times
+// exp2_factor, and x / exp2_factor * 2^n follows for integral n: zero for n <= -64. Far smaller numbers would do, but
+// products with them end below 2^-126, where a processor may take a hundred cycles for each, as vscalefps does for what
+// it rounds to zero. Its lanes that are masked take none.
+inline constexpr float exp2_factor = 1.0f;
+KV1_LAZY KV1_INLINE f32 exponent_in_range(f32 t) { return t; }
+KV1_LAZY KV1_INLINE f32 times_power_of_2(f32 x, f32 n) {
+    const __mmask16 some = _mm512_cmp_ps_mask(__m512(n), _mm512_set1_ps(-64.0f), _CMP_NLE_UQ);
+    return f32(_mm512_maskz_scalef_ps(some, __m512(x), __m512(n)));
+}
