@@ -19,6 +19,7 @@
 #include <kv1/detail/schedule.hpp>
 #include <kv1/detail/slot_layer.hpp>
 #include <kv1/detail/slot_places.hpp>
+#include <kv1/detail/visible_columns.hpp>
 #include <kv1/detail/visible_parts.hpp>
 #include <kv1/slot_views.hpp>
 #include <kv1/status.hpp>
@@ -254,6 +255,19 @@ private:
         job.first_position = 0;
     }
 
+    // Columns at the ends of a range or table that are copied, or that no query sees, are no part of the job, unless
+    // nothing would be left of it.
+    void leave_out_hidden_ends(attention_job& job) const noexcept {
+        column_range seen =
+            visible_columns(mask(), columns(), queries(), queries_->heads(), options_->window);
+        if (!scattered_)
+            seen = {(std::max)(seen.first, front_), (std::min)(seen.last, columns() - back_)};
+        if (seen.first < seen.last)
+            see_all(job, places_.offset() + seen.first, places_.offset() + seen.last);
+        else if (!scattered_)
+            see_all(job, places_.offset() + front_, places_.offset() + columns() - back_);
+    }
+
     [[nodiscard]] bool place_body(slot_part& part) noexcept {
         attention_job& job = part.job;
         const std::span<const std::uint32_t> blocks = places_.blocks();
@@ -264,6 +278,8 @@ private:
         job.block_table = part.table.data();
         job.block_positions = layer_->has_positions ? layer_->positions() : nullptr;
         see_all(job, places_.offset(), places_.end());
+        if (!places_.is_list())
+            leave_out_hidden_ends(job);
         if (by_positions()) {
             if (!part.positions.resize(blocks.size() * page(), -1))
                 return false;
@@ -285,8 +301,6 @@ private:
                 job.visible_base = own + 1;
                 job.visible_step = 1;
             }
-            job.first_visible += front_;
-            job.last_token -= back_;
             job.first_position = static_cast<std::ptrdiff_t>(own);
             job.window = options_->window;
         }

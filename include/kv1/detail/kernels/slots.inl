@@ -15,10 +15,13 @@ KV1_LAZY KV1_INLINE bool all_are(const void* from, std::size_t bytes, std::uint3
         others = others | (u32::load_aligned(words) ^ u32(pattern));
     }
     bool same = !xs::any(others != u32(0u));
-    for (; same && i < bytes; i += sizeof pattern) {
-        const std::size_t left = bytes - i < sizeof pattern ? bytes - i : sizeof pattern;
-        same = std::memcmp(at + i, &pattern, left) == 0;
+    for (; same && i + sizeof pattern <= bytes; i += sizeof pattern) {
+        std::uint32_t word;
+        std::memcpy(&word, at + i, sizeof word);
+        same = word == pattern;
     }
+    if (same && i < bytes)
+        same = std::memcmp(at + i, &pattern, bytes - i) == 0;
     return same;
 }
 
