@@ -493,8 +493,8 @@ command_llama() {
         llama=$source_dir/build/llama/llama.cpp
         say "building llama.cpp"
         quiet cmake -S "$source" -B "$llama" "${generator[@]}" -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON \
-            -DGGML_OPENMP=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF
-        build "$llama" --target llama-completion llama-bench
+            -DGGML_OPENMP=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF
+        build "$llama" --target llama-completion llama-bench llama-server
     fi
     say "building libggml-kv1.so and its tests"
     configure build/llama/kv1 -DKV1_BUILD_TESTS=ON -DKV1_BUILD_EXAMPLES=ON -DKV1_BUILD_LM=OFF -DKV1_BUILD_GGML=ON \
@@ -504,6 +504,12 @@ command_llama() {
     say "testing"
     (cd build/llama/kv1 && ctest --output-on-failure --no-tests=error -R '^llama_cpp' </dev/null 2>&1) | tee -a "$log"
     backend=$source_dir/build/llama/kv1/examples/llama_cpp/libggml-kv1.so
+    if [ -x "$llama/bin/llama-server" ]; then
+        say "llama-server and its clients"
+        # One thread: ggml's spin for each other, which takes long where others work, too.
+        build/llama/venv/bin/python tests/llama_cpp/check_server.py "$llama/bin/llama-server" "$backend" "$model" 1 \
+            </dev/null 2>&1 | tee -a "$log"
+    fi
     say "generating on the cache of KV1_POLICY (${KV1_POLICY-safe})"
     # Weights as they are in the file: a virtual machine may name AMX instructions that it does not have.
     GGML_BACKEND_PATH=$backend "$llama/bin/llama-completion" -m "$model" --device KV1 -fa on --no-repack -t "$jobs" \
