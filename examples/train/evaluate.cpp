@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <iomanip>
+#include <memory>
 #include <ostream>
 #include <string>
 
@@ -23,8 +24,15 @@ void evaluate(const evaluate_options& options, std::ostream& out) {
     const torch::ScalarType type = type_of(options.type, device);
     const auto model = read_model(options.model, device, true);
     if (!options.adapter.empty())
-        read_adapter(options.adapter, *model);
+        read_adapter(options.adapter, *model, type);
     check_layers(options.kv, model->config().layers, "--kv");
+    std::unique_ptr<language_model> other;
+    if (!options.original.empty()) {
+        other = read_model(options.original, device, true);
+        if (other->config().vocab_size != model->config().vocab_size)
+            throw kv1_lm::input_error(options.original.string(), "has another vocabulary than the model");
+    }
+    const language_model& original = other ? *other : *model;
     const token_file text = token_file::open(options.data);
     if (text.vocab_size() > model->config().vocab_size)
         throw kv1_lm::input_error(options.data.string(),
@@ -50,7 +58,7 @@ void evaluate(const evaluate_options& options, std::ostream& out) {
             const torch::Tensor chunk = rows.unflatten(0, {static_cast<std::int64_t>(count), -1});
             return chunk.narrow(1, options.skip, chunk.size(1) - options.skip).flatten(0, 1);
         };
-        const comparison c = compare(counted(model->original_logits(s.inputs, type)),
+        const comparison c = compare(counted(original.original_logits(s.inputs, type)),
                                      counted(model->logits(s.inputs, options.kv, type)), counted(s.targets));
         const double share = static_cast<double>(count) / static_cast<double>(chunks);
         sum.reference_loss += share * c.reference_loss;

@@ -112,9 +112,9 @@ void write_adapter(const durable_folder& folder, const language_model& model,
     folder.write(weights_file, to_safetensors(halves, {{"format", "pt"}}));
 }
 
-void read_adapter(const std::filesystem::path& folder, language_model& model) {
+void read_adapter(const std::filesystem::path& folder, language_model& model, torch::ScalarType type) {
     const torch::NoGradGuard no_gradient;
-    model.adapt(read_options(folder), 0, torch::kFloat32);
+    model.adapt(read_options(folder), 0, type);
     const auto file = kv1_lm::safetensors::read(folder / weights_file);
     for (const parameter& p : model.trained().parts) {
         const kv1_lm::tensor* found = file.find(p.name);

@@ -14,6 +14,8 @@
 
 #include <nlohmann/json.hpp>
 
+#include <torch/types.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -45,8 +47,10 @@ void write_adapter(const durable_folder& folder, const language_model& model,
                    const std::filesystem::path& base);
 
 /// Gives a model the adapter in a PEFT folder. Throws input_error for one that is not this model's, and for what is
-/// not plain LoRA: DoRA, rank-stabilized scales, biases, ranks of single layers.
-void read_adapter(const std::filesystem::path& folder, language_model& model);
+/// not plain LoRA: DoRA, rank-stabilized scales, biases, ranks of single layers. `type`: what logits will be computed
+/// in.
+void read_adapter(const std::filesystem::path& folder, language_model& model,
+                  torch::ScalarType type = torch::kFloat32);
 
 /// The cache that an adapter was trained for: plain keys and values where its folder names none.
 [[nodiscard]] training_policy read_adapter_policy(const std::filesystem::path& folder);

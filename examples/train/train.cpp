@@ -35,18 +35,20 @@ using kv1_lm::input_error;
 using torch::Tensor;
 using clock = std::chrono::steady_clock;
 
+std::int64_t longest(const train_options& o) { return std::ranges::max(o.lengths); }
+
 // The options that decide a run's result. Ranks, micro-batches, device and saving do not.
-nlohmann::json fingerprint(const train_options& o) {
+nlohmann::json fingerprint(const train_options& o, const std::optional<lora_options>& adapter) {
     nlohmann::json all = {
         {"model", o.model.filename().string()},
         {"init", o.init},
         {"teacher", o.teacher.filename().string()},
         {"self_teacher", o.self_teacher},
-        {"teacher_weight", o.teacher.empty() && !o.self_teacher && o.lora.rank == 0 ? 0.0 : o.teacher_weight},
+        {"teacher_weight", o.teacher.empty() && !o.self_teacher && !adapter ? 0.0 : o.teacher_weight},
         {"kv", to_string(o.kv)},
         {"steps", o.steps},
         {"batch", o.batch},
-        {"length", o.length},
+        {"length", o.lengths.size() == 1 ? nlohmann::json(o.lengths.front()) : nlohmann::json(o.lengths)},
         {"learning_rate", o.learning_rate},
         {"last_learning_rate", o.last_learning_rate},
         {"warmup", o.warmup},
@@ -55,8 +57,10 @@ nlohmann::json fingerprint(const train_options& o) {
         {"clip", o.clip},
         {"seed", o.seed},
         {"held_out", o.held_out}};
-    if (o.lora.rank > 0)
-        all["lora"] = describe(o.lora);
+    if (adapter)
+        all["lora"] = describe(*adapter);
+    if (!o.init_adapter.empty())
+        all["init_adapter"] = o.init_adapter.filename().string();
     if (o.kv.cache.needs_means())
         all["key_means"] = "before rotary embedding";
     return all;
@@ -64,8 +68,11 @@ nlohmann::json fingerprint(const train_options& o) {
 
 std::unique_ptr<language_model> prepare(const train_options& o, torch::Device device,
                                         torch::ScalarType type) {
-    auto model = read_model(o.model, device, o.init || o.lora.rank > 0);
-    if (o.lora.rank > 0)
+    const bool adapts = o.lora.rank > 0 || !o.init_adapter.empty();
+    auto model = read_model(o.model, device, o.init || adapts);
+    if (!o.init_adapter.empty())
+        read_adapter(o.init_adapter, *model, type);
+    else if (adapts)
         model->adapt(o.lora, o.seed, type);
     else if (!o.init)
         model->initialize(o.seed);
@@ -79,18 +86,18 @@ public:
           text_(token_file::open(o_.data)), ranks_(ranks::from_environment(device_)),
           model_(prepare(o_, device_, type_)),
           optimizer_(model_->trained().values, model_->trained().matrix_weights, o_.optimizer),
-          reader_(text_, o_.length, device_) {
+          reader_(text_, longest(o_), device_) {
         if (!o_.teacher.empty()) {
             teacher_ = read_model(o_.teacher, device_, true);
             if (teacher_->config().vocab_size != model_->config().vocab_size)
                 throw input_error(o_.teacher.string(), "has another vocabulary than the model");
         }
         check();
-        order_ = {o_.seed, text_.size() - held_out_, static_cast<std::size_t>(o_.length)};
+        order_ = {o_.seed, text_.size() - held_out_, static_cast<std::size_t>(longest(o_))};
     }
 
     void run() {
-        const nlohmann::json options = fingerprint(o_);
+        const nlohmann::json options = fingerprint(o_, model_->adapter());
         std::int64_t step = 0;
         const auto last = last_checkpoint(o_.out);
         if (o_.resume && last)
@@ -107,7 +114,7 @@ public:
             std::to_string(held_out_) + " held out");
 
         const schedule rates{o_.learning_rate, o_.last_learning_rate, o_.warmup, o_.steps};
-        const std::int64_t tokens_of_a_step = o_.batch * o_.length;
+        const std::int64_t tokens_of_a_step = o_.batch * longest(o_);
         const stop_signal stop;
         std::optional<kv1_lm::progress_bar> bar;
         bar.emplace(err_, o_.show_progress && first_rank(), "steps", static_cast<std::size_t>(o_.steps));
@@ -178,9 +185,14 @@ private:
         check_layers(o_.kv, model_->config().layers, "--kv");
         if (text_.vocab_size() > model_->config().vocab_size)
             throw input_error(o_.data.string(), "was made with a larger vocabulary than the model's");
-        if (o_.length < 1 || static_cast<std::size_t>(o_.length) > model_->config().max_positions)
-            throw input_error("--length: the model has positions for 1 to " +
-                              std::to_string(model_->config().max_positions) + " tokens");
+        for (const std::int64_t length : o_.lengths) {
+            if (length < 1 || static_cast<std::size_t>(length) > model_->config().max_positions)
+                throw input_error("--length: the model has positions for 1 to " +
+                                  std::to_string(model_->config().max_positions) + " tokens");
+            if (longest(o_) % length != 0)
+                throw input_error("--length: " + std::to_string(length) + " does not divide the longest, " +
+                                  std::to_string(longest(o_)));
+        }
         if (o_.batch < 1 || o_.batch % ranks_.size() != 0)
             throw input_error("--batch: " + std::to_string(o_.batch) + " sequences cannot be shared among " +
                               std::to_string(ranks_.size()) + " ranks");
@@ -189,7 +201,7 @@ private:
         if (rows_ % micro_ != 0)
             throw input_error("--micro-batch: does not divide a rank's " + std::to_string(rows_) +
                               " sequences");
-        const std::size_t window = static_cast<std::size_t>(o_.length) + 1;
+        const std::size_t window = static_cast<std::size_t>(longest(o_)) + 1;
         held_out_ =
             o_.held_out > 0 ? static_cast<std::size_t>(o_.held_out) : std::max(text_.size() / 100, window);
         if (text_.size() < held_out_ + window || held_out_ < window)
@@ -201,16 +213,19 @@ private:
         flat_parameters& trained = model_->trained();
         trained.gradients.zero_();
         const std::int64_t parts = rows_ / micro_;
+        const std::int64_t length = o_.lengths[static_cast<std::size_t>(step) % o_.lengths.size()];
+        const std::int64_t looked_at = sequences_seen * (longest(o_) / length);
         Tensor losses = torch::zeros({2}, torch::dtype(torch::kFloat32).device(device_));
         Tensor observed; // by the first part: the means that the next step takes a share of
         for (std::int64_t part = 0; part < parts; ++part) {
             const std::int64_t first = step * o_.batch + ranks_.rank() * rows_ + part * micro_;
-            const sequences s = reader_.read(
+            sequences s = reader_.read(
                 micro_, [&](std::int64_t i) { return order_.start(static_cast<std::uint64_t>(first + i)); });
+            s.inputs = s.inputs.view({-1, length});
             const double share = 1.0 / static_cast<double>(parts * ranks_.size());
             const bool observes = o_.kv.cache.needs_means() && part == 0;
-            if (observes && step == 0)
-                find_means(s.inputs);
+            if (observes && step == 0 && !brings_means())
+                find_means(s.inputs, looked_at);
             Tensor taught;
             if (teacher_) {
                 const torch::NoGradGuard no_gradient;
@@ -223,7 +238,7 @@ private:
                 taught = plain.detach().clone(); // a copy, since the gradient takes over its memory
                 plain.backward(loss_of(plain.detach(), s.targets, {}, 0.0, share).gradient);
             }
-            observed_means seen{sequences_seen, {}};
+            observed_means seen{looked_at, {}};
             const Tensor logits = model_->logits(s.inputs, o_.kv, type_, observes ? &seen : nullptr);
             if (observes)
                 observed = seen.means;
@@ -250,15 +265,20 @@ private:
     }
 
     // The first means, from a pass with plain keys and values.
-    void find_means(const Tensor& inputs) {
+    void find_means(const Tensor& inputs, std::int64_t sequences) {
         const torch::NoGradGuard no_gradient;
-        observed_means seen{sequences_seen, {}};
+        observed_means seen{sequences, {}};
         training_policy plain;
         plain.cache.fp16_sinks = o_.kv.cache.fp16_sinks;
-        const Tensor few = inputs.narrow(0, 0, std::min(inputs.size(0), sequences_seen));
+        const Tensor few = inputs.narrow(0, 0, std::min(inputs.size(0), sequences));
         (void)model_->logits(few, plain, type_, &seen);
         model_->set_means_turn(true);
         update_means(seen.means, 1.0);
+    }
+
+    // An adapter to go on with may have means of its own, which many sequences were seen for.
+    [[nodiscard]] bool brings_means() const {
+        return !o_.init_adapter.empty() && model_->means_turn() && model_->means().any().item<bool>();
     }
 
     [[nodiscard]] bool has_teacher() const noexcept {
@@ -269,7 +289,7 @@ private:
     // every time. With an adapter, the first is the model as it was.
     comparison validate() const {
         const torch::NoGradGuard no_gradient;
-        const auto length = static_cast<std::size_t>(o_.length);
+        const auto length = static_cast<std::size_t>(longest(o_));
         const std::size_t windows = (held_out_ - 1) / length;
         const std::size_t wanted =
             static_cast<std::size_t>(std::max<std::int64_t>(o_.validation_batches, 1) * micro_);
@@ -312,7 +332,7 @@ private:
     }
     [[nodiscard]] bool first_rank() const noexcept { return ranks_.rank() == 0; }
 
-    static constexpr std::int64_t sequences_seen = 4;
+    static constexpr std::int64_t sequences_seen = 4; // of the longest
     static constexpr double share_of_a_step = 0.02;
 
     const train_options& o_;

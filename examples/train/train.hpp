@@ -12,6 +12,7 @@
 #include <filesystem>
 #include <iosfwd>
 #include <string>
+#include <vector>
 
 namespace kv1_train {
 
@@ -27,14 +28,17 @@ struct train_options {
     /// With a rank: trains an adapter and leaves the model's weights as they are. Without another teacher the model
     /// as it was, with plain keys and values, is the teacher.
     lora_options lora;
-    double teacher_weight = 0.5; ///< of KL(teacher || model); cross entropy has the rest
-    std::filesystem::path out;   ///< folder of the run: log.csv and checkpoints
+    std::filesystem::path init_adapter; ///< PEFT folder of an adapter to go on with instead of a new one
+    double teacher_weight = 0.5;        ///< of KL(teacher || model); cross entropy has the rest
+    std::filesystem::path out;          ///< folder of the run: log.csv and checkpoints
 
     training_policy kv;
     std::int64_t steps = 1000;
     std::int64_t batch = 64;      ///< sequences of a step, over all ranks
     std::int64_t micro_batch = 0; ///< sequences at a time on a rank; 0: all of a rank's
-    std::int64_t length = 1024;
+    /// Tokens of a sequence. Steps take these in turn: they read sequences of the longest, which a batch counts, and
+    /// cut them. So every step has as many tokens. Each divides the longest.
+    std::vector<std::int64_t> lengths{1024};
     double learning_rate = 1e-3, last_learning_rate = 1e-5;
     std::int64_t warmup = 100;
     adamw_options optimizer;

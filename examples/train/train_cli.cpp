@@ -108,6 +108,11 @@ int run_or_throw(int argc, const char* const* argv, std::ostream& out, std::ostr
                                                   "weights as they are; the model as it was is the teacher");
     rank->check(CLI::Range(1, 4096))->excludes("--self-teacher");
     train_command
+        ->add_option("--init-adapter", t.init_adapter,
+                     "Train the adapter in this PEFT folder on, with its rank, targets and means")
+        ->excludes(rank)
+        ->excludes("--self-teacher");
+    train_command
         ->add_option("--lora-alpha", t.lora.alpha, "The adapter counts alpha / rank; 0 is twice the rank")
         ->check(CLI::NonNegativeNumber)
         ->needs(rank)
@@ -124,7 +129,13 @@ int run_or_throw(int argc, const char* const* argv, std::ostream& out, std::ostr
     add_count(*train_command, "--steps", t.steps, "Steps");
     add_count(*train_command, "--batch", t.batch, "Sequences of a step, over all ranks");
     add_count(*train_command, "--micro-batch", t.micro_batch, "Sequences at a time; 0 is all of a rank's");
-    add_count(*train_command, "--length", t.length, "Tokens of a sequence");
+    train_command
+        ->add_option("--length", t.lengths,
+                     "Tokens of a sequence; with several, such as 8192,1024, steps take turns and cut the "
+                     "longest, which --batch counts")
+        ->delimiter(',')
+        ->check(CLI::NonNegativeNumber)
+        ->capture_default_str();
     add_count(*train_command, "--lr", t.learning_rate, "Learning rate after the warm-up");
     add_count(*train_command, "--last-lr", t.last_learning_rate, "Learning rate at the end");
     add_count(*train_command, "--warmup", t.warmup, "Steps of the warm-up");
@@ -153,6 +164,10 @@ int run_or_throw(int argc, const char* const* argv, std::ostream& out, std::ostr
     evaluate_command->add_option("--model", e.model, "Model folder")->required();
     evaluate_command->add_option("--adapter", e.adapter,
                                  "PEFT folder of an adapter for it, to compare with the model without it");
+    evaluate_command
+        ->add_option("--original", e.original,
+                     "Model folder to compare with, such as the one that this one was trained from")
+        ->excludes("--adapter");
     add_cache(*evaluate_command, evaluate_cache);
     evaluate_command->add_option("--length", e.length, "Tokens of a chunk")
         ->check(CLI::PositiveNumber)

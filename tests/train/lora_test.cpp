@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Adapters: gradients, PEFT's form, training and resuming; and the Llama family that they are for.
+#include "batch_reader.hpp"
 #include "checkpoint.hpp"
 #include "error.hpp"
 #include "file.hpp"
@@ -8,14 +9,20 @@
 #include "language_model.hpp"
 #include "llama_family.hpp"
 #include "lora.hpp"
+#include "sampler_order.hpp"
+#include "token_file.hpp"
 #include "training_fixture.hpp"
 
 #include <torch/autograd.h>
 #include <torch/utils.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <filesystem>
+#include <sstream>
 #include <string>
+#include <utility>
 #include <vector>
 
 using torch::Tensor;
@@ -68,6 +75,13 @@ std::vector<std::string> adapting(const kv1_test::training_fixture& f, const std
         else if (arguments[i] == "--lr")
             arguments[i + 1] = "2e-2";
     arguments.insert(arguments.end(), more.begin(), more.end());
+    return arguments;
+}
+
+std::vector<std::string> with(std::vector<std::string> arguments,
+                              const std::vector<std::pair<std::string, std::string>>& changes) {
+    for (const auto& [option, value] : changes)
+        *(std::ranges::find(arguments, option) + 1) = value;
     return arguments;
 }
 
@@ -169,6 +183,94 @@ TEST_CASE("A model's frozen weights stay, and a resumed adapter equals one that 
     REQUIRE(other.err.find("another lora") != std::string::npos);
 }
 
+TEST_CASE("A run goes on with the adapter of another, its rank and its means", "[train]") {
+    const kv1_test::training_fixture f;
+    train_base(f);
+    const auto first = kv1_test::run_kv1_train(adapting(f, "first"));
+    INFO(first.err);
+    REQUIRE(first.code == 0);
+    const std::filesystem::path adapter = f.path() / "first/step-00000006";
+    auto arguments = with(adapting(f, "still", {"--last-lr", "0"}), {{"--lr", "0"}});
+    auto rank = std::ranges::find(arguments, "--lora-rank");
+    *rank++ = "--init-adapter";
+    *rank = adapter.string();
+    // At a rate of 0 the adapter stays as it was, bit for bit, and means take a share of a step's.
+    const auto still = kv1_test::run_kv1_train(arguments);
+    INFO(still.err);
+    REQUIRE(still.code == 0);
+    const std::filesystem::path after = f.path() / "still/step-00000006";
+    for (const char* file : {"adapter_model.safetensors", "kv1.json"})
+        REQUIRE(same_file(after / file, adapter / file));
+    const auto config = kv1_lm::read_json_file(after / "adapter_config.json").value;
+    REQUIRE(config.at("r") == 4);
+    const torch::NoGradGuard no_gradient;
+    const auto means = [&](const std::filesystem::path& folder) {
+        const auto model = kv1_train::read_model(f.path() / "base/step-00000020", torch::kCPU, true);
+        kv1_train::read_adapter(folder, *model);
+        return model->means().clone();
+    };
+    const Tensor before = means(adapter);
+    // six steps leave 0.98^6 of the old means, and a text over and over has about the same ones everywhere
+    const double moved = (means(after) - before).norm().item<double>(), size = before.norm().item<double>();
+    REQUIRE(moved > 0.0);
+    REQUIRE(moved < 0.1 * size);
+
+    const auto both = kv1_test::run_kv1_train(adapting(f, "both", {"--init-adapter", adapter.string()}));
+    REQUIRE(both.code == 2);
+    REQUIRE(both.err.find("--lora-rank excludes --init-adapter") != std::string::npos);
+}
+
+TEST_CASE("Steps that take turns at lengths cut the same sequences", "[train]") {
+    const kv1_test::training_fixture f;
+    train_base(f);
+    const auto run = [](const std::vector<std::string>& arguments) {
+        const auto result = kv1_test::run_kv1_train(arguments);
+        INFO(result.err);
+        REQUIRE(result.code == 0);
+    };
+    const auto log = [&](const std::string& out) {
+        const auto bytes = kv1_lm::read_binary_file(f.path() / out / "log.csv");
+        std::istringstream lines(std::string(reinterpret_cast<const char*>(bytes.data()), bytes.size()));
+        std::vector<std::vector<std::string>> rows;
+        for (std::string line; std::getline(lines, line);) {
+            rows.emplace_back();
+            std::istringstream cells(line);
+            for (std::string cell; std::getline(cells, cell, ',');)
+                rows.back().push_back(cell);
+        }
+        return rows;
+    };
+    run(with(adapting(f, "long"), {{"--length", "64"}}));
+    run(with(adapting(f, "turns"), {{"--length", "64,16"}}));
+    run(with(adapting(f, "same"), {{"--length", "64,64"}}));
+    const auto whole = log("long"), turns = log("turns"), same = log("same");
+    REQUIRE(turns.size() == 7); // a head and six steps
+    REQUIRE(turns[0][1] == "tokens");
+    for (std::size_t step = 1; step <= 6; ++step)
+        REQUIRE(turns[step][1] == whole[step][1]);
+    REQUIRE(turns[1][4] == whole[1][4]); // the loss of the first step, whose length is that of the other run
+    REQUIRE(turns[2][4] != whole[2][4]);
+    REQUIRE(same_file(f.path() / "same/step-00000006/adapter_model.safetensors",
+                      f.path() / "long/step-00000006/adapter_model.safetensors"));
+
+    // What the second step sees is the same sequences in four parts: its cross entropy in plain pieces, by hand.
+    run(with(adapting(f, "plain"), {{"--length", "16,64"}, {"--steps", "1"}, {"--kv", "16"}}));
+    const torch::NoGradGuard no_gradient;
+    const auto model = kv1_train::read_model(f.path() / "base/step-00000020", torch::kCPU, true);
+    const auto text = kv1_train::token_file::open(f.path() / "tokens");
+    const kv1_train::batch_reader reader(text, 64, torch::kCPU);
+    const kv1_train::sample_order order{.seed = 7, .tokens = text.size() - 130, .length = 64};
+    const auto s = reader.read(8, [&](std::int64_t i) { return order.start(static_cast<std::uint64_t>(i)); });
+    const Tensor logits = model->logits(s.inputs.view({32, 16}), kv1_train::plain_kv, torch::kFloat32);
+    const double expected =
+        -torch::log_softmax(logits, 1).gather(1, s.targets.unsqueeze(1)).mean().item<double>();
+    REQUIRE(std::abs(std::stod(log("plain")[1][4]) - expected) < 1e-4 * expected);
+
+    const auto refused = kv1_test::run_kv1_train(with(adapting(f, "uneven"), {{"--length", "64,24"}}));
+    REQUIRE(refused.code == 2);
+    REQUIRE(refused.err.find("24 does not divide the longest, 64") != std::string::npos);
+}
+
 TEST_CASE("An adapter's folder is read back, and merged into a model that kv1-lm's cache runs", "[train]") {
     const kv1_test::training_fixture f;
     train_base(f);
@@ -203,6 +305,16 @@ TEST_CASE("An adapter's folder is read back, and merged into a model that kv1-lm
                                                    "c2+ls+had+mean@2:8", "--length", "64"});
     INFO(measured.err);
     REQUIRE(measured.code == 0);
+    // beside the original, the merged weights are the adapter within their rounding
+    const auto beside = kv1_test::run_kv1_train({"evaluate", "--data", f.file("tokens"), "--model",
+                                                 f.file("merged"), "--original", base.string(), "--kv",
+                                                 "c2+ls+had+mean@2:8", "--length", "64"});
+    INFO(beside.err);
+    REQUIRE(beside.code == 0);
+    const auto divergence = [](const std::string& out) {
+        return std::stod(out.substr(out.find("divergence") + 10));
+    };
+    REQUIRE(std::abs(divergence(beside.out) - divergence(measured.out)) < 0.02 * divergence(measured.out));
 }
 
 TEST_CASE("Adapters that this trainer does not know are refused by the option", "[train]") {
