@@ -11,9 +11,10 @@
 //   table      blocks in any order                               list       slots in any order
 //   window     a range of which an fp16 mask shows the last eighth
 //   turning    keys whose means turn, in a range                 scattered  the same, in slots in any order
+//   clients    the same, where four sequences lie between each other, a token of each in turn, and the query sees one
 //
 // Counters: ratio, the median time of a call over that of the cache; ratio_fastest, the same of the fastest calls. The
-// cache of `window` sees what the mask shows, by its own window.
+// cache of `window` sees what the mask shows, by its own window; that of `clients` has the tokens of all four.
 
 #include "limits.hpp"
 #include "support.hpp"
@@ -40,7 +41,8 @@ double median(std::vector<double> x) {
 
 void decode(benchmark::State& state, const slot_case& c) {
     const auto& [heads, kv_heads, dim] = c.shape;
-    const bool turning = c.name == "turning" || c.name == "scattered", window = c.name == "window";
+    const bool turning = c.name == "turning" || c.name == "scattered" || c.name == "clients",
+               window = c.name == "window";
     kv1::layer_description l{kv_heads, dim, dim};
     if (turning) {
         l.key_format = kv1::kv_format::compact2;
@@ -68,6 +70,8 @@ void decode(benchmark::State& state, const slot_case& c) {
         std::shuffle(slots.begin(), slots.end(), generator);
     std::vector<std::int32_t> positions(c.tokens);
     std::iota(positions.begin(), positions.end(), 0);
+    for (std::size_t t = 0; c.name == "clients" && t < c.tokens; ++t)
+        positions[t] = static_cast<std::int32_t>(t / 4);
     const kv1::target measured = kv1::current_target();
     kv1::set_target(kv1::best_target()); // filling is not measured
     const kv1::sequence_id sequence = cache.create_sequence();
@@ -84,12 +88,14 @@ void decode(benchmark::State& state, const slot_case& c) {
     std::vector<kv1::float16> added(c.tokens, kv1::float16(0.0f));
     for (std::size_t t = 0; window && t < c.tokens / 8 * 7; ++t)
         added[t] = kv1::float16(-std::numeric_limits<float>::infinity());
+    for (std::size_t t = 0; c.name == "clients" && t < c.tokens; ++t)
+        added[t] = kv1::float16(t % 4 == 1 ? 0.0f : -std::numeric_limits<float>::infinity());
     kv1::slot_stream stream{1, kv1::slot_view::range(0, c.tokens), kv1::slot_mask::causal()};
     if (c.name == "positions")
         stream.mask = kv1::slot_mask::by_position(own, positions);
     if (c.name == "bytes")
         stream.mask = kv1::slot_mask::bytes(visible, c.tokens);
-    if (c.name == "additive" || window)
+    if (c.name == "additive" || c.name == "clients" || window)
         stream.mask = kv1::slot_mask::additive(added.data(), static_cast<std::ptrdiff_t>(c.tokens));
     if (c.name == "table")
         stream.slots = kv1::slot_view::table(blocks, c.tokens);
@@ -128,7 +134,7 @@ int main(int argc, char** argv) {
             continue; // an oracle, slow on purpose
         for (const slot_case& shape : {slot_case{"", {32, 8, 128}, 8192}, slot_case{"", {9, 3, 64}, 2048}})
             for (const char* name : {"causal", "positions", "bytes", "additive", "table", "list", "window",
-                                     "turning", "scattered"}) {
+                                     "turning", "scattered", "clients"}) {
                 slot_case c = shape;
                 c.name = name;
                 bench::register_on(

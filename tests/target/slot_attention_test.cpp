@@ -18,6 +18,7 @@
 #include <limits>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -256,6 +257,81 @@ TEST_CASE("attention over slots is attention, whatever the view, the mask and wh
                 first += b.stream.queries;
             }
         });
+    }
+}
+
+TEST_CASE("sequences that lie between each other get the means of their own positions", "[slots]") {
+    generator g(4204);
+    constexpr float hidden = -std::numeric_limits<float>::infinity();
+    for (int round = 0; round < 25; ++round) {
+        constexpr std::size_t page = 32;
+        kv1::layer_description l{g.between(1, 2), 64, 32, kv1::kv_format::compact2};
+        l.key_encoding.levels = kv1::level_choice::least_squares;
+        l.key_encoding.means = kv1_test::normal_values(g, l.kv_heads * l.key_dim);
+        l.rotary.frequencies = kv1::rotary_frequencies(10000.0, l.key_dim);
+        kv1::slot_store_description d;
+        d.layers = {l};
+        d.page_tokens = page;
+        d.slots = page * g.between(1, 25);
+        d.fp16_slots = g.chance(0.3) ? d.slots : 0;
+        kv1::slot_store store(d);
+
+        // a token of each sequence in turn, and sometimes of another one; some slots stay empty
+        const std::size_t sequences = g.between(1, 20), n = store.slots();
+        std::vector<std::int32_t> next(sequences), positions;
+        for (std::int32_t& p : next)
+            p = static_cast<std::int32_t>(g.below(100000));
+        std::vector<std::uint32_t> used;
+        std::vector<std::size_t> owner(n, sequences); // of a slot
+        for (std::uint32_t s = 0; s < n; ++s) {
+            if (g.chance(0.05))
+                continue;
+            owner[s] = g.chance(0.1) ? g.below(sequences) : s % sequences;
+            used.push_back(s);
+            positions.push_back(next[owner[s]]++);
+        }
+        const kv1_test::slot_vectors x(g, l, used.size());
+        const std::size_t coded =
+            used.size() * 3 / 4; // the others keep their fp16 copies, where there are any
+        for (const auto& [first, last] : {std::pair(std::size_t{0}, coded), std::pair(coded, used.size())}) {
+            store.flush();
+            store.write(0, std::span(used).subspan(first, last - first),
+                        std::span(positions).subspan(first, last - first), x.key_view(first, last - first),
+                        x.value_view(first, last - first));
+        }
+
+        // each query sees one sequence, and not all of it
+        const std::size_t m = g.between(1, 6), heads = l.kv_heads * g.between(1, 4);
+        std::vector<float> added;
+        std::vector<kv1::float16> halves;
+        std::vector<std::uint8_t> visible;
+        for (std::size_t i = 0; i < m; ++i) {
+            const std::size_t own = g.below(sequences);
+            for (std::size_t s = 0; s < n; ++s)
+                added.push_back(owner[s] == own && !g.chance(0.05) ? 0.0f : hidden);
+        }
+        for (const float a : added) {
+            halves.emplace_back(a);
+            visible.push_back(a == 0.0f ? 1 : 0);
+        }
+        const std::vector<float> q = kv1_test::normal_values(g, m * heads * l.key_dim);
+        std::vector<float> out(m * heads * l.value_dim), lse(m * heads);
+        const slot_view view = slot_view::range(0, n);
+        const auto stride = static_cast<std::ptrdiff_t>(n);
+        for (const slot_mask& mask :
+             {slot_mask::additive(halves.data(), stride), slot_mask::bytes(visible, n)}) {
+            CAPTURE(round, sequences, n, m, static_cast<int>(mask.kind()));
+            const slot_stream stream{m, view, mask};
+            kv1::slot_attention_options o;
+            o.mode = kv1::precision::exact;
+            o.log_sum_exp = lse;
+            kv1_test::for_each_target([&](kv1::target) {
+                store.attend(0, {&stream, 1}, {q.data(), m, heads, l.key_dim},
+                             {out.data(), m, heads, l.value_dim}, o);
+                kv1_test::slot_oracle(store, 0).check(stream, o, kv1_test::added_by(stream, o, added), q,
+                                                      heads, out, 0);
+            });
+        }
     }
 }
 

@@ -158,7 +158,8 @@ inline void attend_rows(const attention_job& job) noexcept {
         else
             add_group_scores(*job.key_kernels, mode, key_view, q, scores, job.scratch->group_scores, tops);
         if (job.key_turning != nullptr)
-            add_mean_scores(job, chunk.tiles, chunk.token, chunk.count, 0, job.rows, scores);
+            add_mean_scores(job, chunk.tiles, chunk.token, chunk.count, 0, job.rows, scores,
+                            [&](std::size_t token) { return tokens_seen_by(job, 0, job.rows, token); });
 
         const bool masked = job.mask != nullptr && last > job.mask_first;
         const bool whole =

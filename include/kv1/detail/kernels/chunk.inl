@@ -195,6 +195,55 @@ KV1_LAZY KV1_NOINLINE inline bool some_row_sees(const attention_job& job, const 
     return false;
 }
 
+// The tokens of a tile that a query sees in a head, a bit each.
+KV1_LAZY KV1_NOINLINE inline std::uint32_t tokens_seen(const attention_job& job, const row_view& seen,
+                                                       std::size_t query, std::size_t head,
+                                                       std::size_t first) noexcept {
+    const std::size_t begin = seen.first > first ? seen.first - first : 0;
+    const std::size_t end = seen.last < first + tile_tokens ? seen.last - first : tile_tokens;
+    if (seen.last <= first || begin >= end)
+        return 0;
+    bool shown[tile_tokens] = {};
+    for (std::size_t i = begin; i < end; ++i)
+        shown[i] = true;
+    for (std::size_t i = begin; job.mask != nullptr && i < end; ++i)
+        if (first + i >= job.mask_first)
+            shown[i] = job.mask[query * job.mask_stride + (first + i - job.mask_first)] != 0;
+    if (job.slots != nullptr && job.slots->positions != nullptr) {
+        const slot_rules::span span = job.slots->seen_by(query);
+        const std::int32_t* const at = job.slots->positions + first;
+        for (std::size_t i = begin; i < end; ++i)
+            shown[i] = shown[i] && at[i] >= span.first && at[i] <= span.last;
+    }
+    if (job.slots != nullptr && job.slots->bias != nullptr) {
+        const slot_rules& rules = *job.slots;
+        alignas(64) float added[tile_tokens];
+        load_floats(rules.bias_type,
+                    rules.bias_row(query, head) +
+                        static_cast<std::ptrdiff_t>(first + begin - rules.bias_first) * rules.element(),
+                    end - begin, added);
+        for (std::size_t i = begin; i < end; ++i)
+            shown[i] = shown[i] && !(added[i - begin] <= lowest_score);
+    }
+    std::uint32_t bits = 0;
+    for (std::size_t i = 0; i < tile_tokens; ++i)
+        bits |= static_cast<std::uint32_t>(shown[i]) << i;
+    return bits;
+}
+
+// Those that one of the job's rows first_row ... first_row + rows - 1 sees.
+KV1_LAZY inline std::uint32_t tokens_seen_by(const attention_job& job, std::size_t first_row,
+                                             std::size_t rows, std::size_t first) noexcept {
+    const bool by_head = job.slots != nullptr && job.slots->bias_head_stride != 0;
+    std::uint32_t bits = 0;
+    for (std::size_t r = first_row; r < first_row + rows; ++r) {
+        const std::size_t row = job.first_row + r, head = row % job.head_group;
+        if (r == first_row || head == 0 || by_head)
+            bits |= tokens_seen(job, view_of(job, r), row / job.head_group, job.first_head + head, first);
+    }
+    return bits;
+}
+
 // Whether a query sees all tokens of a chunk in a head, and no mask or rule changes a score. False is permitted.
 // positions: the smallest and the largest of the chunk.
 KV1_LAZY inline bool leaves_scores(const attention_job& job, std::size_t query, std::size_t head,

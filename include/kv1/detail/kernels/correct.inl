@@ -59,7 +59,8 @@ KV1_LAZY KV1_NOINLINE inline void exact_tile(const attention_job& job, const que
     else
         add_group_scores(*job.key_kernels, exact, view, q, scores, job.scratch->group_scores, tops);
     if (job.key_turning != nullptr)
-        add_mean_scores(job, chunk.tiles, chunk.token, 1, first_row, q.rows, scores);
+        add_mean_scores(job, chunk.tiles, chunk.token, 1, first_row, q.rows, scores,
+                        [&](std::size_t place) { return tokens_seen_by(job, first_row, q.rows, place); });
 }
 
 // Applies to one tile's scores what adjust_scores() does to a chunk's.

@@ -212,37 +212,67 @@ KV1_LAZY inline void add_token(const turning_mean& m, std::uint64_t position, st
         scores[r * score_stride] += xs::reduce_add(sums[r]);
 }
 
-// The same for a tile of slots that stand anywhere. A few that would stand in one row are taken together, as if all did.
-KV1_LAZY KV1_NOINLINE inline void add_scattered(const turning_mean& m, const std::int32_t* at,
+// Tokens of a chunk whose slots do not stand one after the other.
+struct scattered_tokens {
+    std::uint16_t slot[max_chunk_slots]; // of the chunk
+    std::int32_t position[max_chunk_slots];
+    std::size_t count = 0;
+};
+
+// The same for scattered tokens. Sequences that grow side by side lie between each other, a token of one after a token of
+// the next, and each goes on where it was. Such tokens are brought together and take their waves as a run. Example: of
+// the positions 7, 300, 8, 301, 9, 302, ... there are two runs, which begin at 7 and at 300.
+KV1_LAZY KV1_NOINLINE inline void add_scattered(const turning_mean& m, const scattered_tokens& tokens,
                                                 std::size_t rows, const float* still, float* waves,
-                                                float* scores) noexcept {
-    constexpr std::size_t few = 4;
-    bool done[tile_tokens];
-    for (std::size_t i = 0; i < tile_tokens; ++i)
-        done[i] = at[i] < 0;
-    for (std::size_t first = 0; first < tile_tokens; ++first) {
-        if (done[first])
-            continue;
-        bool alike[tile_tokens];
-        std::size_t count = 0;
-        for (std::size_t i = 0; i < tile_tokens; ++i) {
-            alike[i] = !done[i] &&
-                       at[i] - at[first] == static_cast<std::int32_t>(i) - static_cast<std::int32_t>(first);
-            count += alike[i] ? 1 : 0;
+                                                float* room, float* scores) noexcept {
+    constexpr std::size_t most = 16, few = 4; // runs, and tokens that are no run
+    constexpr std::uint8_t none = most;
+    std::int32_t next[most];
+    std::size_t length[most], runs = 0, latest = 0;
+    std::uint8_t run_of[max_chunk_slots];
+    for (std::size_t i = 0; i < tokens.count; ++i) {
+        run_of[i] = none;
+        for (std::size_t n = 0; n < runs && run_of[i] == none; ++n) {
+            const std::size_t run = latest + n < runs ? latest + n : latest + n - runs;
+            if (next[run] == tokens.position[i])
+                run_of[i] = static_cast<std::uint8_t>(run);
         }
-        if (count < few) {
-            done[first] = true;
-            add_token(m, static_cast<std::uint64_t>(at[first]), rows, still, scores + first);
-            continue;
+        if (run_of[i] == none && runs < most) {
+            run_of[i] = static_cast<std::uint8_t>(runs);
+            length[runs++] = 0;
         }
-        float kept[max_rows * tile_tokens]; // scores of the others
-        for (std::size_t r = 0; r < rows; ++r)
-            std::memcpy(kept + r * tile_tokens, scores + r * score_stride, tile_tokens * sizeof(float));
-        add_run(m, static_cast<std::uint64_t>(at[first]) - first, tile_tokens, rows, still, waves, scores);
-        for (std::size_t i = 0; i < tile_tokens; ++i) {
-            done[i] = done[i] || alike[i];
-            for (std::size_t r = 0; r < rows && !alike[i]; ++r)
-                scores[r * score_stride + i] = kept[r * tile_tokens + i];
+        if (run_of[i] == none)
+            continue;
+        ++length[run_of[i]];
+        next[run_of[i]] = tokens.position[i] + 1; // past 2^31 - 1 nothing stands
+        latest = run_of[i] + 1u < runs ? run_of[i] + 1u : 0;
+    }
+    std::uint16_t order[max_chunk_slots]; // by run
+    std::size_t first[most], filled[most];
+    for (std::size_t run = 0, at = 0; run < runs; ++run) {
+        first[run] = filled[run] = at;
+        at += length[run];
+    }
+    for (std::size_t i = 0; i < tokens.count; ++i)
+        if (run_of[i] != none && length[run_of[i]] >= few)
+            order[filled[run_of[i]]++] = tokens.slot[i];
+        else
+            add_token(m, static_cast<std::uint64_t>(tokens.position[i]), rows, still,
+                      scores + tokens.slot[i]);
+    for (std::size_t run = 0; run < runs; ++run) {
+        if (length[run] < few)
+            continue;
+        auto position = static_cast<std::uint64_t>(next[run]) - length[run];
+        for (std::size_t at = first[run], left = length[run], n = 0; left != 0;
+             at += n, left -= n, position += n) {
+            n = left < 2 * wave_tokens ? left : 2 * wave_tokens;
+            const std::size_t even = n + n % 2; // waves begin in the middle between two tokens
+            for (std::size_t r = 0; r < rows; ++r)
+                std::memset(room + r * score_stride, 0, even * sizeof(float));
+            add_run(m, position, even, rows, still, waves, room);
+            for (std::size_t r = 0; r < rows; ++r)
+                for (std::size_t k = 0; k < n; ++k)
+                    scores[r * score_stride + order[at + k]] += room[r * score_stride + k];
         }
     }
 }
@@ -259,45 +289,57 @@ KV1_LAZY KV1_INLINE bool start_of_tile(const std::int32_t* at, std::int64_t& sta
 }
 
 // Adds what the turning mean gives to the scores of rows first_row ... first_row + rows - 1 in tiles. places: of each
-// tile's first token.
-KV1_LAZY KV1_NOINLINE inline void add_mean_scores(const attention_job& job, const tile_ref* tiles,
-                                                  const std::size_t* places, std::size_t count,
-                                                  std::size_t first_row, std::size_t rows,
-                                                  float* scores) noexcept {
+// tile's first token. seen(place) gives the tokens of a tile that some row sees, a bit each; others may go without.
+template <class Seen>
+KV1_NOINLINE inline void add_mean_scores(const attention_job& job, const tile_ref* tiles,
+                                         const std::size_t* places, std::size_t count, std::size_t first_row,
+                                         std::size_t rows, float* scores, const Seen& seen) noexcept {
     constexpr std::size_t longest = 2 * wave_tokens / tile_tokens; // run, in tiles
     const turning_mean& m = *job.key_turning;
     const float* const still = job.scratch->still_waves + 2 * first_row * m.padded;
     float* const waves = job.scratch->waves;
+    if (job.block_positions == nullptr) {
+        for (std::size_t first = 0, last = 0; first < count; first = last) {
+            last = first + 1;
+            if (places[first] == no_token)
+                continue;
+            const std::uint64_t position = position_of(job, places[first]);
+            while (last < count && last - first < longest && places[last] != no_token &&
+                   (job.hole_count == 0 || tiles[last].token != 0 ||
+                    position_of(job, places[last]) == position + (last - first) * tile_tokens))
+                ++last;
+            add_run(m, position, (last - first) * tile_tokens, rows, still, waves,
+                    scores + first * tile_tokens);
+        }
+        return;
+    }
+    scattered_tokens scattered;
     for (std::size_t first = 0, last = 0; first < count; first = last) {
         last = first + 1;
-        if (places[first] == no_token)
+        std::int64_t start = 0;
+        if (places[first] == no_token || !start_of_tile(slot_positions(job, places[first]), start))
             continue;
-        if (job.block_positions != nullptr) {
-            const std::int32_t* const at = slot_positions(job, places[first]);
-            float* const own = scores + first * tile_tokens;
-            std::int64_t start = 0;
-            if (!start_of_tile(at, start))
-                continue;
-            const auto follows = [&](std::size_t tile) {
-                return in_row_from(slot_positions(job, places[tile]),
-                                   static_cast<std::uint32_t>(start) +
-                                       static_cast<std::uint32_t>((tile - first) * tile_tokens));
-            };
-            if (!follows(first)) {
-                add_scattered(m, at, rows, still, waves, own);
-                continue;
-            }
+        const auto follows = [&](std::size_t tile) {
+            return in_row_from(slot_positions(job, places[tile]),
+                               static_cast<std::uint32_t>(start) +
+                                   static_cast<std::uint32_t>((tile - first) * tile_tokens));
+        };
+        if (follows(first)) {
             while (last < count && last - first < longest && places[last] != no_token && follows(last))
                 ++last;
             add_run(m, static_cast<std::uint64_t>(start), (last - first) * tile_tokens, rows, still, waves,
-                    own);
+                    scores + first * tile_tokens);
             continue;
         }
-        const std::uint64_t position = position_of(job, places[first]);
-        while (last < count && last - first < longest && places[last] != no_token &&
-               (job.hole_count == 0 || tiles[last].token != 0 ||
-                position_of(job, places[last]) == position + (last - first) * tile_tokens))
-            ++last;
-        add_run(m, position, (last - first) * tile_tokens, rows, still, waves, scores + first * tile_tokens);
+        const std::int32_t* const at = slot_positions(job, places[first]);
+        const std::uint32_t shown = seen(places[first]);
+        for (std::size_t i = 0; i < tile_tokens; ++i) {
+            if (at[i] < 0 || (shown >> i & 1u) == 0)
+                continue;
+            scattered.slot[scattered.count] = static_cast<std::uint16_t>(first * tile_tokens + i);
+            scattered.position[scattered.count++] = at[i];
+        }
     }
+    if (scattered.count != 0)
+        add_scattered(m, scattered, rows, still, waves, job.scratch->group_scores, scores);
 }
