@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Chooses how each layer is kept, under a budget of bytes. Layers differ in what a bit is worth: on a model of 30
-// layers two-bit keys of some cost five times what those of others do.
+// Chooses how each layer is kept, under a budget of bytes. Layers differ in what a bit is worth. On SmolLM2-135M-Instruct,
+// of 30 layers, two-bit keys cost up to 100 times as much in one layer as in another, and a choice for each layer has a KL
+// divergence of 0.0090 nats where `balanced` with +basis has 0.0143 at the same bytes (examples/real_model).
 //
 //   std::vector<kv1::layer_option> options;
 //   for (layer ...)
