@@ -500,7 +500,7 @@ command_llama() {
     configure build/llama/kv1 -DKV1_BUILD_TESTS=ON -DKV1_BUILD_EXAMPLES=ON -DKV1_BUILD_LM=OFF -DKV1_BUILD_GGML=ON \
         -DKV1_GGML_SOURCE="$source" -DKV1_LLAMA_BUILD="$llama" \
         -DPython3_EXECUTABLE="$source_dir/build/llama/venv/bin/python"
-    build build/llama/kv1 --target kv1_ggml kv1_llama_cpp_tests
+    build build/llama/kv1 --target kv1_ggml kv1_llama_cpp_tests kv1_llama_cpp_refusals
     say "testing"
     (cd build/llama/kv1 && ctest --output-on-failure --no-tests=error -R '^llama_cpp' </dev/null 2>&1) | tee -a "$log"
     backend=$source_dir/build/llama/kv1/examples/llama_cpp/libggml-kv1.so
@@ -581,6 +581,23 @@ hidden_tests() {
             "$program" '[.]' --allow-running-no-tests || return 1
         fi
     done
+}
+
+# libggml-kv1.so and its tests, on two threads, under the llama.cpp of command_llama, which is not instrumented.
+llama_tsan() {
+    local dir=build/extended/llama-tsan
+    configure "$dir" -DCMAKE_CXX_COMPILER=g++ -DKV1_BUILD_TESTS=ON -DKV1_BUILD_EXAMPLES=ON -DKV1_BUILD_LM=OFF \
+        -DKV1_BUILD_GGML=ON -DKV1_GGML_SOURCE="${LLAMA_SOURCE:-$source_dir/build/llama/source/vendor/llama.cpp}" \
+        -DKV1_LLAMA_BUILD="${LLAMA_BUILD:-$source_dir/build/llama/llama.cpp}" -DKV1_SANITIZE=thread \
+        -DPython3_EXECUTABLE="$source_dir/build/llama/venv/bin/python" \
+        -DCMAKE_CXX_FLAGS="-march=native -DKV1_STATIC_DISPATCH" -DCMAKE_CXX_FLAGS_RELEASE="-O1 -DNDEBUG"
+    build "$dir" --target kv1_ggml kv1_llama_cpp_tests
+    cd "$dir"
+    ctest --output-on-failure --no-tests=error -R '^llama_cpp/models'
+    # ggml's own threads meet at barriers that are not instrumented.
+    TSAN_OPTIONS=ignore_noninstrumented_modules=1 KV1_TEST_THREADS=2 KV1_TEST_MODELS=$PWD/tests/llama_cpp/models \
+        KV1_TEST_BACKEND=$PWD/examples/llama_cpp/libggml-kv1.so without_randomization \
+        tests/llama_cpp/kv1_llama_cpp_tests 'a prompt and*,sequences*,a calibration*,a state*'
 }
 
 # The golden figures: 379,687 positions in 372 chunks, KLD within 0.5 %, perplexities within 0.1 %.
@@ -678,6 +695,7 @@ command_extended() {
         -DCMAKE_CXX_FLAGS_DEBUG="-g1 -O0"
     stage "hidden (long) tests" hidden_tests
     stage "llama.cpp on kv1's cache" command_llama
+    stage "llama.cpp on kv1's cache, ThreadSanitizer" llama_tsan
     stage "KLD on the whole of WikiText-2" whole_text
     stage "adapters on the whole of WikiText-2" shipped_adapters
     stage "AddressSanitizer, UndefinedBehaviorSanitizer" sanitized asan address,undefined clang++ -DKV1_BUILD_MPI=ON

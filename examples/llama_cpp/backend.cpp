@@ -169,7 +169,7 @@ void backend_free(ggml_backend_t b) {
 outcome compute(ggml_tensor* op, thread_team& team) {
     const ggml_tensor* const root = touched_by(op);
     if (root == nullptr || root->data == nullptr)
-        return outcome::failed;
+        return unknown(op);
     slot_cache& cache = context_of(root->buffer).cache();
     switch (op->op) {
     case GGML_OP_SET_ROWS:
@@ -181,11 +181,7 @@ outcome compute(ggml_tensor* op, thread_team& team) {
     case GGML_OP_CPY:
         return cached(op) != nullptr ? cache.encode(op) : cache.decode(op);
     default:
-        say(GGML_LOG_LEVEL_ERROR,
-            "operation %d on %s is not among those of flash attention: -fa on is needed, and a model that "
-            "has it",
-            static_cast<int>(op->op), root->name);
-        return outcome::failed;
+        return unknown(op);
     }
 }
 
@@ -234,7 +230,7 @@ void device_props(ggml_backend_dev_t d, ggml_backend_dev_props* p) {
     p->type = device_type(d);
     device_memory(d, &p->memory_free, &p->memory_total);
     p->caps.host_buffer = true;
-    p->caps.mmap_support = true;
+    allow_mmap(p->caps);
 }
 
 ggml_backend_t device_init(ggml_backend_dev_t d, const char*) try {

@@ -77,6 +77,13 @@ inline std::optional<cache_name> cache_name_of(const ggml_tensor* root) noexcept
     return cache_name{keys, layer};
 }
 
+// Where versions differ by a member that one does not have, it is set where it is there.
+template <class Capabilities>
+void allow_mmap(Capabilities& of_device) {
+    if constexpr (requires { of_device.mmap_support; })
+        of_device.mmap_support = true;
+}
+
 inline float float_param(const ggml_tensor* op, std::size_t i) noexcept {
     float x = 0;
     std::memcpy(&x, op->op_params + i, sizeof x);

@@ -63,9 +63,24 @@ std::vector<float> slopes_of(float largest_bias, std::size_t heads) {
 
 } // namespace
 
+outcome unknown(const ggml_tensor* op) {
+    say(GGML_LOG_LEVEL_ERROR,
+        "ggml's operation %d with a result of type %d on the cache ('%s') is none that is known: -fa on is "
+        "needed, and "
+        "a model that has flash attention",
+        static_cast<int>(op->op), static_cast<int>(op->type), op->name);
+    return outcome::failed;
+}
+
 // ---------------------------------------------------------------------------------------------- layers
 
 bool slot_cache::add(const ggml_tensor* tensor, cache_name name) {
+    if (tensor->type == GGML_TYPE_F32) {
+        say(GGML_LOG_LEVEL_ERROR,
+            "llama.cpp converts f32 keys and values before it attends: leave -ctk and -ctv alone; "
+            "KV1_POLICY=32 keeps them in fp32");
+        return false;
+    }
     auto own = std::find_if(layers_.begin(), layers_.end(),
                             [&](const cache_layer& l) { return l.of_model == name.layer; });
     if (own == layers_.end()) {
@@ -319,13 +334,13 @@ outcome slot_cache::write(const ggml_tensor* op, thread_team& team) {
     const ggml_tensor *const rows = op->src[0], *const indices = op->src[1];
     const std::optional<place> p = find(op);
     if (!p)
-        return outcome::failed;
+        return unknown(op);
     if (op->ne[0] != root_of(op)->ne[0]) {
         say(GGML_LOG_LEVEL_ERROR, "values are written transposed: -fa on is needed");
         return outcome::failed;
     }
     if (!ready())
-        return outcome::failed;
+        return outcome::failed; // the log says why, once
     cache_layer& l = layers_[p->layer];
     const bool keys = p->side == kv1::kv_side::key;
     if (!is_float(rows) || (indices->type != GGML_TYPE_I64 && indices->type != GGML_TYPE_I32)) {
@@ -384,8 +399,10 @@ outcome slot_cache::attend(const ggml_tensor* op, thread_team& team) {
                              *const sinks = op->src[4];
     const std::optional<place> p = find(k);
     learn(op);
-    if (!p || p->side != kv1::kv_side::key || !ready())
-        return outcome::failed;
+    if (!p || p->side != kv1::kv_side::key)
+        return unknown(op);
+    if (!ready())
+        return outcome::failed; // the log says why, once
     const cache_layer& l = layers_[p->layer];
     const std::size_t dim = size_of(q->ne[0]), tokens = size_of(q->ne[1]), heads = size_of(q->ne[2]),
                       streams = size_of(q->ne[3]), cells = size_of(k->ne[1]);
@@ -489,7 +506,7 @@ outcome slot_cache::replace_keys(std::size_t layer, channels part, std::span<con
 outcome slot_cache::turn(const ggml_tensor* op) {
     const std::optional<place> p = find(op);
     if (!p || p->side != kv1::kv_side::key)
-        return outcome::failed;
+        return unknown(op);
     if (!store_)
         return outcome::done; // nothing was ever written
     end_step();
@@ -535,7 +552,7 @@ outcome slot_cache::decode(const ggml_tensor* op) {
     const ggml_tensor* const from = op->src[0];
     const std::optional<place> p = find(from);
     if (!p || p->side != kv1::kv_side::key || op->type != GGML_TYPE_F32)
-        return outcome::failed;
+        return unknown(op);
     const cache_layer& l = layers_[p->layer];
     auto* const out = static_cast<std::byte*>(op->data);
     if (!store_) {
@@ -564,7 +581,7 @@ outcome slot_cache::encode(const ggml_tensor* op) {
     const ggml_tensor* const from = op->src[0];
     const std::optional<place> p = find(op);
     if (!p || p->side != kv1::kv_side::key || from->type != GGML_TYPE_F32)
-        return outcome::failed;
+        return unknown(op);
     if (!store_)
         return outcome::done;
     cache_layer& l = layers_[p->layer];

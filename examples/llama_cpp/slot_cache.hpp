@@ -30,6 +30,9 @@ namespace kv1_ggml {
 // Why an operation can not be done; the log has a line about it. ggml reports a failed graph to llama_decode().
 enum class outcome : bool { failed, done };
 
+// Says that an operation on a cache is none that is known.
+outcome unknown(const ggml_tensor* op);
+
 class slot_cache {
 public:
     slot_cache() = default;

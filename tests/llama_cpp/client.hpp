@@ -47,10 +47,16 @@ inline ggml_backend_dev_t kv1_device() {
     return device;
 }
 
+/// KV1_TEST_THREADS, for tests that do not say how many: 1 where it is not set.
+inline int default_threads() {
+    const char* const text = std::getenv("KV1_TEST_THREADS");
+    return text != nullptr ? std::max(1, std::atoi(text)) : 1;
+}
+
 struct options {
     std::uint32_t cells = 512, sequences = 1, ubatch = 64;
     bool unified = true;
-    int threads = 1;
+    int threads = default_threads();
     ggml_type keys = GGML_TYPE_F16, values = GGML_TYPE_F16;
     llama_flash_attn_type flash = LLAMA_FLASH_ATTN_TYPE_ENABLED;
     ggml_backend_sched_eval_callback callback = nullptr;

@@ -89,6 +89,13 @@ TEST_CASE("a long prompt, in several batches, with a quantized nominal type", "[
         session plain(file, nullptr), coded(file, "16", {.keys = GGML_TYPE_Q8_0, .values = GGML_TYPE_Q8_0});
         CHECK(divergence(use(plain), use(coded), plain.vocabulary()) < same);
     }
+    for (const ggml_type nominal :
+         {GGML_TYPE_BF16, GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_IQ4_NL}) {
+        INFO("nominal type " << nominal);
+        const std::string file = models().back(); // qwen3
+        session plain(file, nullptr), coded(file, "16", {.keys = nominal, .values = nominal});
+        CHECK(divergence(use(plain), use(coded), plain.vocabulary()) < same);
+    }
 }
 
 TEST_CASE("cells that are dropped and used again", "[llama_cpp]") {
@@ -185,6 +192,7 @@ TEST_CASE("what can not work is refused", "[llama_cpp]") {
     INFO(file);
     session off(file, "safe", {.flash = LLAMA_FLASH_ATTN_TYPE_DISABLED});
     CHECK(off.try_decode({{5, 0, {0}}}) != 0);
+    CHECK_THROWS(session(file, "safe", {.keys = GGML_TYPE_F32, .values = GGML_TYPE_F32}));
     session unknown(file, "no such policy");
     CHECK(unknown.try_decode({{5, 0, {0}}}) != 0);
     session calibrated(file, "balanced");
