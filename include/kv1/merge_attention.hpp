@@ -3,6 +3,7 @@
 // Results of attention over disjoint sets of tokens, joined to the result over all of them.
 #pragma once
 
+#include <kv1/detail/vector_sums.hpp>
 #include <kv1/status.hpp>
 
 #include <algorithm>
@@ -56,8 +57,7 @@ inline status try_merge_attention(std::span<const attention_part> parts, std::si
             for (const attention_part& p : parts) {
                 const float w = weight(p) * inverse;
                 if (w != 0.0f)
-                    for (std::size_t c = 0; c < n; ++c)
-                        joined[c] += w * p.outputs[first + c];
+                    detail::add_multiple(joined, w, p.outputs.data() + first, n);
             }
             std::copy_n(joined, n, outputs.begin() + static_cast<std::ptrdiff_t>(first));
         }

@@ -14,6 +14,7 @@
 #include <kv1/detail/kernels/restore.hpp>
 #include <kv1/detail/kernels/softmax.hpp>
 #include <kv1/detail/scratch_pool.hpp>
+#include <kv1/detail/vector_sums.hpp>
 #include <kv1/executor.hpp>
 #include <kv1/tensor.hpp>
 
@@ -67,8 +68,10 @@ inline void merge_partials(float* partials, std::size_t ranges, std::size_t stri
         float* p = partials + i * stride;
         const float factor = softmax_rescale(p[0], maximum);
         denominator += p[1] * factor;
-        for (std::size_t c = 0; c < channels; ++c)
-            partials[2 + c] = i == 0 ? p[2 + c] * factor : partials[2 + c] + p[2 + c] * factor;
+        if (i == 0)
+            multiply(p + 2, factor, channels);
+        else
+            add_multiple(partials + 2, factor, p + 2, channels);
     }
     partials[0] = maximum;
     partials[1] = denominator;
@@ -235,6 +238,10 @@ private:
                 partials_.get() + ((kv_head * rows_ + job.first_row) * split_.ranges + range) * stride_;
             job.partial_stride = split_.ranges * stride_;
         }
+        if (row_split + 1 == split_.row_splits && kv_head + 1 < kv_heads_) {
+            job.next_pages = job.pages + common_.layout->bytes();
+            job.next_token = split_.first_token;
+        }
         job.log_sum_exp = log_sum_exp_.empty() ? nullptr : lse;
         job.scratch = &scratch.as<attention_scratch>();
         job.target->attend_rows(job);
@@ -259,8 +266,7 @@ private:
         const float seen_weights = state.denominator;
         const float factor =
             heads_.sink_logits == nullptr ? 1.0f : add_sink_logit(state, heads_.sink_logits[head]);
-        for (std::size_t c = 0; c < channels_; ++c)
-            partial[2 + c] = state.denominator > 0.0f ? partial[2 + c] * factor / state.denominator : 0.0f;
+        multiply(partial + 2, state.denominator > 0.0f ? factor / state.denominator : 0.0f, channels_);
         restore_output(job, state.denominator > 0.0f ? factor * seen_weights / state.denominator : 0.0f,
                        partial + 2);
         common_.target->store_outputs(outputs_.type(), partial + 2, channels_,

@@ -152,6 +152,7 @@ public:
             if (const status s = attend(job, some); !s)
                 return s;
         }
+        end();
         return q.count;
     }
 
@@ -198,6 +199,7 @@ public:
                 from = slopes_.empty() ? to : (std::max)(to, kept_from(parts[p], to));
             }
         }
+        end();
         return count;
     }
 
@@ -244,18 +246,22 @@ private:
         return (std::numeric_limits<std::size_t>::max)();
     }
 
-    // Starts a result: zeros and -infinity for each query row. False: no memory.
+    // Starts a result, to which nothing has been joined yet. False: no memory.
     [[nodiscard]] bool begin(const part_sources& parts, const tensor_view& queries) noexcept {
         std::size_t channels = 0;
         for (const part_source& p : parts)
             if (p.table != nullptr)
                 channels = p.job.layout->values().channels;
-        if (!total_.resize(queries.tokens() * queries.heads(), channels))
-            return false;
+        joined_ = false;
+        return total_.resize(queries.tokens() * queries.heads(), channels);
+    }
+    // Ends it: zeros and -infinity for each query row if there was nothing to join.
+    void end() noexcept {
+        if (joined_)
+            return;
         std::fill(total_.outputs.begin(), total_.outputs.end(), 0.0f);
         std::fill(total_.log_sum_exp.begin(), total_.log_sum_exp.end(),
                   -std::numeric_limits<float>::infinity());
-        return true;
     }
 
     // The job without the whole pages before a run; places of the run count from the first page that is left.
@@ -300,18 +306,22 @@ private:
         return attend(job, queries);
     }
 
-    // Runs a job and merges its result into the total.
+    // Runs a job and merges its result into the total. The first one's is the total.
     status attend(const attention_job& job, const tensor_view& queries) noexcept {
         const std::size_t heads = queries.heads(), channels = job.layout->values().channels;
         const std::size_t rows = queries.tokens() * heads;
-        if (!part_.resize(rows, channels))
+        if (joined_ && !part_.resize(rows, channels))
             return no_memory();
-        if (const status s = attend_heads(job, kv_heads_, queries,
-                                          {part_.outputs.data(), queries.tokens(), heads, channels},
-                                          {slopes_.empty() ? nullptr : slopes_.data(), nullptr},
-                                          {part_.log_sum_exp.data(), rows}, run_);
+        row_results& own = joined_ ? part_ : total_;
+        if (const status s = attend_heads(
+                job, kv_heads_, queries, {own.outputs.data(), queries.tokens(), heads, channels},
+                {slopes_.empty() ? nullptr : slopes_.data(), nullptr}, {own.log_sum_exp.data(), rows}, run_);
             !s)
             return s;
+        if (!joined_) {
+            joined_ = true;
+            return {};
+        }
         const std::span<float> outputs(total_.outputs.data(), rows * channels),
             lse(total_.log_sum_exp.data(), rows);
         const attention_part both[] = {
@@ -323,6 +333,7 @@ private:
     std::span<const float> slopes_;
     executor_view run_;
     row_results total_, part_;
+    bool joined_ = false; // total_ has the result of a part
     buffer<std::uint8_t> mask_;
 };
 

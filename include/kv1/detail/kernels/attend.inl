@@ -132,7 +132,7 @@ inline void attend_rows(const attention_job& job) noexcept {
     std::size_t now = 0;
     auto [first, last] = seen_from(job.first_token);
     if (first < last)
-        list_tiles(job, granule, first, last, lists[now]);
+        list_tiles(job, job.pages, granule, first, last, lists[now]);
     while (first < last) {
         const chunk_tiles& chunk = lists[now];
         chunk_tiles& after = lists[1 - now];
@@ -143,11 +143,17 @@ inline void attend_rows(const attention_job& job) noexcept {
                                      : next;
         after.count = 0;
         if (fetched.first < fetched.last)
-            list_tiles(job, granule, fetched.first, fetched.last, after);
+            list_tiles(job, job.pages, granule, fetched.first, fetched.last, after);
+        else if (job.next_pages != nullptr)
+            list_tiles(job, job.next_pages, granule, job.next_token,
+                       chunk_end(*job.layout, job.next_token, job.last_token), after);
+        const bool few = chunk.count < page_tiles && !in_keys;
+        if (few)
+            prefetch_values(values, chunk);
         const std::size_t slots = chunk.count * tile_tokens;
         const chunk_view key_view{&keys,       chunk.tiles,
                                   chunk.count, &values,
-                                  chunk.tiles, in_keys ? 0 : chunk.count,
+                                  chunk.tiles, in_keys || few ? 0 : chunk.count,
                                   value_share, round_up(value_share, line_bytes) / line_bytes};
         if (per_channel)
             add_page_scores(

@@ -118,8 +118,10 @@ struct attention_job {
     const page_layout* open_layout;
     const struct format_kernels* open_kernels;
     std::size_t open_from;
-    std::size_t first_visible; // no row sees an earlier token
-    std::size_t fetch_token;   // what is stored up to here is likely to be attended next
+    std::size_t first_visible;   // no row sees an earlier token
+    std::size_t fetch_token;     // what is stored up to here is likely to be attended next
+    const std::byte* next_pages; // where nothing is: the same of the next KV head from next_token on, or null
+    std::size_t next_token;
 
     // queries [token][head][channel] of the group of heads that share this KV head
     const void* queries;

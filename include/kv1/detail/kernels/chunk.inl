@@ -87,13 +87,12 @@ struct chunk_tiles {
     std::size_t count = 0;
 };
 
-KV1_LAZY inline void list_tiles(const attention_job& job, std::size_t granule, std::size_t first,
-                                std::size_t last, chunk_tiles& out) noexcept {
+KV1_LAZY inline void list_tiles(const attention_job& job, const std::byte* pages, std::size_t granule,
+                                std::size_t first, std::size_t last, chunk_tiles& out) noexcept {
     const std::size_t page_tokens = job.layout->page_tokens();
     std::size_t index = first / page_tokens, in_page = first - index * page_tokens, count = 0;
     while (first < last) {
-        const std::byte* page =
-            job.pages + static_cast<std::size_t>(job.block_table[index++]) * job.block_stride;
+        const std::byte* page = pages + static_cast<std::size_t>(job.block_table[index++]) * job.block_stride;
         for (; in_page < page_tokens && first < last; in_page += tile_tokens, first += tile_tokens, ++count) {
             out.tiles[count] = {page, in_page};
             out.token[count] = first;
@@ -105,6 +104,24 @@ KV1_LAZY inline void list_tiles(const attention_job& job, std::size_t granule, s
         in_page = 0;
     }
     out.count = count;
+}
+
+// Prefetches the values of a chunk that is less than a page. (The shares of values that come with tiles of keys lie in a
+// row, so they are those tiles' values only where pages are whole.)
+KV1_LAZY KV1_NOINLINE inline void prefetch_values(const section_layout& s,
+                                                  const chunk_tiles& chunk) noexcept {
+    for (std::size_t k = 0; k < chunk.count; ++k) {
+        const tile_ref& tile = chunk.tiles[k];
+        const std::byte* slice = tile.page + s.offset;
+        for (int p = 0; p < s.traits().slice_count(); slice += s.slice_lines(p++) * line_bytes) {
+            const std::size_t first = tile.token * s.slice_lines(p) / s.tokens;
+            const std::size_t last =
+                round_up((tile.token + tile_tokens) * s.slice_lines(p), s.tokens) / s.tokens;
+            for (std::size_t u = 0; u < s.units(); ++u)
+                for (std::size_t l = first; l < last; ++l)
+                    prefetch(slice + (u * s.unit_lines() + l) * line_bytes);
+        }
+    }
 }
 
 // A row sees the tokens first ... last - 1 that the mask shows.

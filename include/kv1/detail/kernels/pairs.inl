@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Scores against keys of 2 bits by channel pairs. Parsed once per target; empty unless the target can look bytes of a
-// register up in a table of 64 (AVX-512 VBMI). It lies in the region of AVX-512 VNNI, and pair_tables hands it out
+// Scores against keys of 2 and 3 bits by channel pairs. Parsed once per target; empty unless the target can look bytes
+// of a register up in a table of 64 (AVX-512 VBMI). It lies in the region of AVX-512 VNNI, and pair_tables hands it out
 // (tables.inl). tests/support/attention_oracle.hpp has the same rounding in plain C++ (paired_query).
 //
 // Let a and b be the query's numbers for the two channels of a pair, and c_a and c_b their codes. The pair adds
@@ -20,12 +20,19 @@
 //
 // For the codebook, the level less 7 takes the place of c - 3/2, and 7 that of 3/2 in R.
 //
+// A code of 3 bits is its two low bits and 4 h, with the high bit h. Low bits go by pairs, as above. High bits go by
+// fours of channels, in lines and tables of their own. A four adds the sum of 4 q (h - 1/2), which is within
+// +-2 (|q_0| + ... + |q_3|). Pairs and fours share the step.
+//
 //   line of K      lane = token, byte j of it = channels 4 j ... 4 j + 3: pairs (0, 1) in its low half, (2, 3) above
 //   tables         [line][half][row of the tile][64]: entry 16 j + c_a + 4 c_b
 //   multipliers    [line][half][row of the tile][4]
+//   of high bits   byte j = channels 8 j ... 8 j + 7: fours in its low half and above; tables and multipliers alike,
+//                  behind those of all pairs, with entry 16 j + h_0 + 2 h_1 + 4 h_2 + 8 h_3
 //
 // Per line (16 tokens x 16 channels) and 4 registers of 4 rows: 32 vpermb, 32 vpdpbusd, 4 shifts, 8 vpternlog, 8
-// tables and 8 broadcasts loaded. Making tables takes 5 operations a pair, once a task.
+// tables and 8 broadcasts loaded. High bits take as much for 32 channels. Making tables takes 5 operations a pair, once a
+// task.
 
 #if defined(KV1_ISA_PAIRS)
 
@@ -58,15 +65,17 @@ KV1_LAZY inline void pair_query(const float* query, std::size_t padded, const fo
     // of a line of the second slice, the fours half by half, each once
     const i32 four_halves(0, 4, 8, 12, 2, 6, 10, 14, 0, 4, 8, 12, 2, 6, 10, 14);
     alignas(64) float lanes_of_a[lanes];
-    alignas(64) float sides[4][lanes]; // of the high bits of four channels, for each index
+    alignas(64) float first_sides[lanes],
+        second_sides[lanes]; // of the high bits of a four's first two channels
     f32 level_of_b[4];
     for (std::size_t c = 0; c < lanes; ++c) {
         lanes_of_a[c] = static_cast<float>(keys.level(static_cast<std::uint32_t>(c & 3))) - middle;
-        for (std::size_t k = 0; k < 4; ++k)
-            sides[k][c] = (c >> k & 1) != 0 ? high_half : -high_half;
+        first_sides[c] = (c & 1) != 0 ? high_half : -high_half;
+        second_sides[c] = (c & 2) != 0 ? high_half : -high_half;
     }
     for (std::size_t c = 0; c < 4; ++c)
         level_of_b[c] = f32(lanes_of_a[c]);
+    const f32 first_side = f32::load_aligned(first_sides), second_side = f32::load_aligned(second_sides);
     const f32 level_of_a = f32::load_aligned(lanes_of_a), scaled(multiplier_top / top),
               step(top / multiplier_top), centre(0.5f * pair_top), zero(0.0f);
     std::uint8_t* const four_tables = tables + 8 * padded * rows;
@@ -107,21 +116,22 @@ KV1_LAZY inline void pair_query(const float* query, std::size_t padded, const fo
         const f32 its_inverse = centre / (its_multiplier * step);
         const auto its_any = its_multiplier > zero;
         four_total = four_total + its_multiplier;
-        alignas(64) float even[lanes], odd[lanes]; // channels
-        xs::select(its_any, a * its_inverse, zero).store_aligned(even);
-        xs::select(its_any, b * its_inverse, zero).store_aligned(odd);
+        const f32 even = xs::select(its_any, a * its_inverse, zero),
+                  odd = xs::select(its_any, b * its_inverse, zero);
         store_u8(xs::bitwise_cast<std::uint32_t>(numbers_at(xs::to_int(its_multiplier), four_halves)), bytes);
-        for (std::size_t half = 0; half < 2; ++half) {
-            const std::size_t at = (i / 16 + half) * rows + r;
-            for (std::size_t j = 0; j < 4; ++j) {
-                const std::size_t c = 4 * j + 2 * half;
-                f32 entry = xs::fma(f32(even[c]), f32::load_aligned(sides[0]), centre);
-                entry = xs::fma(f32(odd[c]), f32::load_aligned(sides[1]), entry);
-                entry = xs::fma(f32(even[c + 1]), f32::load_aligned(sides[2]), entry);
-                entry = xs::fma(f32(odd[c + 1]), f32::load_aligned(sides[3]), entry);
-                const i32 rounded = xs::max(xs::min(round_to_int(entry), i32(255)), i32(0));
-                store_u8(xs::bitwise_cast<std::uint32_t>(rounded), four_tables + at * 64 + j * 16);
+        for (int half = 0; half < 2; ++half) {
+            const std::size_t at = (i / 16 + static_cast<std::size_t>(half)) * rows + r;
+            const i32 from = quarters + quarters + i32(2 * half), next = from + i32(1);
+            const f32 low = xs::fma(numbers_at(odd, from), second_side,
+                                    xs::fma(numbers_at(even, from), first_side, centre));
+            const f32 third = numbers_at(even, next), fourth = numbers_at(odd, next);
+            i32 entry[4];
+            KV1_UNROLL for (std::size_t c = 0; c < 4; ++c) {
+                const f32 sum = xs::fma(third, f32(c % 2 != 0 ? high_half : -high_half), low);
+                entry[c] = round_to_int(xs::fma(fourth, f32(c / 2 != 0 ? high_half : -high_half), sum));
             }
+            pack_quarters(entry[0], entry[1], entry[2], entry[3])
+                .store_aligned(reinterpret_cast<std::uint32_t*>(four_tables + at * 64));
             std::memcpy(four_multipliers + at * 4, bytes + half * 4, 4);
         }
     }

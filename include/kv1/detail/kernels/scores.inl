@@ -249,9 +249,43 @@ struct field_reader {
 };
 
 // The number of registers that the exact path takes at once: two for plain formats, which have no other path; one for
-// codes, for which it is the reference.
+// codes, for which it is the reference, and for fp16, whose sums take twice the registers, where there are few.
 template <class Format>
-inline constexpr std::size_t exact_registers = traits_of(kv_format_of<Format>).code_bits == 0 ? 2 : 1;
+inline constexpr std::size_t exact_registers = traits_of(kv_format_of<Format>).code_bits != 0 ? 1
+                                               : kv_format_of<Format> == kv_format::fp16 && !many_registers
+                                                   ? 1
+                                                   : 2;
+
+// Sums of fp16 numbers times the factors of R rows. A lane holds two of them. They are converted as they lie in memory,
+// so a register has the first number and the second in turns, and meets both factors in turns. Sums of the two are added
+// up at the end.
+template <std::size_t R, std::size_t N>
+struct half_sums {
+    f32 low[R][N], high[R][N]; // of the first half of a register's lanes, of the second
+
+    KV1_INLINE half_sums() {
+        KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
+            KV1_UNROLL for (std::size_t n = 0; n < N; ++n) { low[r][n] = high[r][n] = f32(0.0f); }
+        }
+    }
+    // at: of N registers. factors: two of each row, `stride` apart.
+    KV1_INLINE void add(const std::uint32_t* const (&at)[N], const float* factors, std::size_t stride) {
+        f32 first[N], second[N];
+        KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
+            const auto* halves = reinterpret_cast<const std::uint16_t*>(at[n]);
+            first[n] = load_half(halves);
+            second[n] = load_half(halves + lanes);
+        }
+        KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
+            const f32 both = broadcast_pair(factors + r * stride);
+            KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
+                low[r][n] = xs::fma(first[n], both, low[r][n]);
+                high[r][n] = xs::fma(second[n], both, high[r][n]);
+            }
+        }
+    }
+    KV1_INLINE f32 sum(std::size_t r, std::size_t n) const { return add_neighbours(low[r][n], high[r][n]); }
+};
 
 template <class Format, std::size_t R, std::size_t N>
 KV1_INLINE void exact_score_step(const chunk_view& view, const chunk_metadata<Format>& metadata,
@@ -279,26 +313,40 @@ KV1_INLINE void exact_score_step(const chunk_view& view, const chunk_metadata<Fo
         KV1_UNROLL for (std::size_t r = 0; r < R; ++r) { sum[r][n] = f32(0.0f); }
     }
     const float* query = q.values + row * q.stride;
-    for (std::size_t run = 0; run < runs; ++run, query += reader::fields) {
-        reader lane[N];
-        KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
-            lane[n].load(first[n], s.second_slice(), run);
-            for (std::size_t l = 0; n % registers_per_line == 0 && l < reader::lines0; ++l)
-                fetch(next[n], run * reader::lines0 + l, own, share);
-        }
-        KV1_UNROLL for (std::size_t i = 0; i < reader::fields; ++i) {
-            f32 key[N];
+    if constexpr (kv_format_of<Format> == kv_format::fp16) {
+        half_sums<R, N> sums;
+        for (std::size_t run = 0; run < runs; ++run, query += reader::fields) {
+            sums.add(first, query, q.stride);
             KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
-                key[n] = lane[n].template value<true>(i, slope[n], base[n]);
+                first[n] += line_lanes;
+                if (n % registers_per_line == 0)
+                    fetch(next[n], run, own, share);
             }
-            KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
-                const f32 factor(query[r * q.stride + i]);
+        }
+        KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
+            KV1_UNROLL for (std::size_t n = 0; n < N; ++n) { sum[r][n] = sums.sum(r, n); }
+        }
+    } else
+        for (std::size_t run = 0; run < runs; ++run, query += reader::fields) {
+            reader lane[N];
+            KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
+                lane[n].load(first[n], s.second_slice(), run);
+                for (std::size_t l = 0; n % registers_per_line == 0 && l < reader::lines0; ++l)
+                    fetch(next[n], run * reader::lines0 + l, own, share);
+            }
+            KV1_UNROLL for (std::size_t i = 0; i < reader::fields; ++i) {
+                f32 key[N];
                 KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
-                    sum[r][n] = xs::fma(key[n], factor, sum[r][n]);
+                    key[n] = lane[n].template value<true>(i, slope[n], base[n]);
+                }
+                KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
+                    const f32 factor(query[r * q.stride + i]);
+                    KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
+                        sum[r][n] = xs::fma(key[n], factor, sum[r][n]);
+                    }
                 }
             }
         }
-    }
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
             sum[r][n].store_aligned(scores + (row + r) * score_stride + (at + n) * lanes);
@@ -376,7 +424,7 @@ inline void key_scores_exact(const chunk_view& view, const query_rows& q, float*
     const auto some = [&](auto size, std::size_t row) {
         exact_scores<Format, size()>(view, metadata, q, row, scores, tops);
     };
-    if constexpr (exact_registers<Format> == 1)
+    if constexpr (traits_of(kv_format_of<Format>).code_bits != 0)
         for_few_row_tiles(q.rows, some);
     else
         for_row_tiles(q.rows, some);

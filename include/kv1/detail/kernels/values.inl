@@ -268,19 +268,27 @@ KV1_INLINE void exact_sum_step(const chunk_view& view, const affine_slots& affin
         }
     }
     const float* weights = w.scores + row * score_stride;
+    half_sums<R, N> sums_of_halves; // of fp16
     for (std::size_t slot = 0; slot < view.count * tile_tokens; slot += reader::fields) {
         const std::size_t tile = slot / tile_tokens;
         const tile_ref& ref = view.tiles[tile];
         const std::byte* const next = tile < view.next_count ? share_of(view, tile) : nullptr;
         const std::size_t line = slot % tile_tokens / reader::fields * units;
-        reader lane[N];
+        const std::size_t its_line = (ref.token + slot % tile_tokens) / reader::fields;
+        const std::uint32_t* at[N];
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
-            lane[n].load(reinterpret_cast<const std::uint32_t*>(ref.page + offset[n]), s.slice_lines(0),
-                         (ref.token + slot % tile_tokens) / reader::fields);
+            at[n] = reinterpret_cast<const std::uint32_t*>(ref.page + offset[n]);
             if (n % registers_per_line == 0 && next != nullptr)
                 fetch(next, line + (channel + n * lanes) / line_lanes, tile_lines * units,
                       line_tiles * view.next_lines);
         }
+        if constexpr (kv_format_of<Format> == kv_format::fp16) {
+            KV1_UNROLL for (std::size_t n = 0; n < N; ++n) { at[n] += its_line * line_lanes; }
+            sums_of_halves.add(at, weights + slot, score_stride);
+            continue;
+        }
+        reader lane[N];
+        KV1_UNROLL for (std::size_t n = 0; n < N; ++n) { lane[n].load(at[n], s.slice_lines(0), its_line); }
         KV1_UNROLL for (std::size_t i = 0; i < reader::fields; ++i) {
             const f32 slope(coded ? affine.slopes[slot + i] : 1.0f);
             const f32 base(coded ? affine.bases[slot + i] : 0.0f);
@@ -298,6 +306,8 @@ KV1_INLINE void exact_sum_step(const chunk_view& view, const affine_slots& affin
     }
     KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
         KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
+            if constexpr (kv_format_of<Format> == kv_format::fp16)
+                sum[r][n] = sum[r][n] + sums_of_halves.sum(r, n);
             sum[r][n].store_aligned(sums + (row + r) * sum_stride + channel + n * lanes);
         }
     }
@@ -349,7 +359,7 @@ inline void value_sums_exact(const chunk_view& view, const softmax_rows& w, floa
     const auto some = [&](auto size, std::size_t row) {
         exact_sums<Format, size()>(view, affine, w, row, sums, stride);
     };
-    if constexpr (exact_registers<Format> == 1)
+    if constexpr (traits_of(kv_format_of<Format>).code_bits != 0)
         for_few_row_tiles(w.rows, some);
     else
         for_row_tiles(w.rows, some);

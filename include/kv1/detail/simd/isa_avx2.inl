@@ -88,6 +88,16 @@ KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
 }
 // Transposes a square of lanes x lanes numbers.
 KV1_LAZY KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }
+// A pair of neighbouring numbers in all lanes in turns, and the sums of neighbouring lanes: of a, then of b.
+KV1_LAZY KV1_INLINE f32 broadcast_pair(const float* p) {
+    std::int64_t both;
+    std::memcpy(&both, p, sizeof both);
+    return f32(_mm256_castsi256_ps(_mm256_set1_epi64x(both)));
+}
+KV1_LAZY KV1_INLINE f32 add_neighbours(f32 a, f32 b) {
+    const __m256d sums = _mm256_castps_pd(_mm256_hadd_ps(__m256(a), __m256(b))); // by halves of both
+    return f32(_mm256_castpd_ps(_mm256_permute4x64_pd(sums, 0xd8)));
+}
 // Lanes in the opposite order.
 KV1_LAZY KV1_INLINE f32 reversed(f32 x) {
     return f32(_mm256_permutevar8x32_ps(__m256(x), _mm256_setr_epi32(7, 6, 5, 4, 3, 2, 1, 0)));

@@ -110,6 +110,18 @@ KV1_LAZY KV1_INLINE u32 last_in_turns(u32 a, u32 b) {
 KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
     return u32(_mm512_shuffle_epi8(_mm512_set1_epi32(packed_codebook), __m512i(codes)));
 }
+// A pair of neighbouring numbers in all lanes in turns, and the sums of neighbouring lanes: of a, then of b.
+KV1_LAZY KV1_INLINE f32 broadcast_pair(const float* p) {
+    std::int64_t both;
+    std::memcpy(&both, p, sizeof both);
+    return f32(_mm512_castsi512_ps(_mm512_set1_epi64(both)));
+}
+KV1_LAZY KV1_INLINE f32 add_neighbours(f32 a, f32 b) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    return f32(_mm512_permutex2var_ps(__m512(a), even, __m512(b))) +
+           f32(_mm512_permutex2var_ps(__m512(a), odd, __m512(b)));
+}
 // Lanes in the opposite order.
 KV1_LAZY KV1_INLINE f32 reversed(f32 x) {
     const __m512i order = _mm512_setr_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);

@@ -140,6 +140,21 @@ KV1_LAZY KV1_INLINE u32 first_in_turns(u32 a, u32 b) { return in_turns<0>(a, b);
 KV1_LAZY KV1_INLINE u32 last_in_turns(u32 a, u32 b) { return in_turns<2>(a, b); }
 // Transposes a square of lanes x lanes numbers.
 KV1_LAZY KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }
+// A pair of neighbouring numbers in all lanes in turns, and the sums of neighbouring lanes: of a, then of b.
+KV1_LAZY KV1_INLINE f32 broadcast_pair(const float* p) {
+    alignas(64) float all[lanes];
+    for (std::size_t i = 0; i < lanes; ++i)
+        all[i] = p[i % 2];
+    return f32::load_aligned(all);
+}
+KV1_LAZY KV1_INLINE f32 add_neighbours(f32 a, f32 b) {
+    alignas(64) float all[2 * lanes], sums[lanes];
+    a.store_aligned(all);
+    b.store_aligned(all + lanes);
+    for (std::size_t i = 0; i < lanes; ++i)
+        sums[i] = all[2 * i] + all[2 * i + 1];
+    return f32::load_aligned(sums);
+}
 // Lanes in the opposite order.
 KV1_LAZY KV1_INLINE f32 reversed(f32 x) {
     alignas(64) float all[lanes], turned[lanes];

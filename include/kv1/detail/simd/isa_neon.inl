@@ -140,6 +140,14 @@ KV1_LAZY KV1_INLINE u32 first_in_turns(u32 a, u32 b) { return u32(vzip1q_u32(uin
 KV1_LAZY KV1_INLINE u32 last_in_turns(u32 a, u32 b) { return u32(vzip2q_u32(uint32x4_t(a), uint32x4_t(b))); }
 // Transposes a square of lanes x lanes numbers.
 KV1_LAZY KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }
+// A pair of neighbouring numbers in all lanes in turns, and the sums of neighbouring lanes: of a, then of b.
+KV1_LAZY KV1_INLINE f32 broadcast_pair(const float* p) {
+    const float32x2_t both = vld1_f32(p);
+    return f32(vcombine_f32(both, both));
+}
+KV1_LAZY KV1_INLINE f32 add_neighbours(f32 a, f32 b) {
+    return f32(vpaddq_f32(float32x4_t(a), float32x4_t(b)));
+}
 // Lanes in the opposite order.
 KV1_LAZY KV1_INLINE f32 reversed(f32 x) {
     const float32x4_t halves = vrev64q_f32(float32x4_t(x));

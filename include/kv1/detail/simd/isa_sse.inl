@@ -180,6 +180,16 @@ KV1_LAZY KV1_INLINE u32 last_in_turns(u32 a, u32 b) {
 }
 // Transposes a square of lanes x lanes numbers.
 KV1_LAZY KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }
+// A pair of neighbouring numbers in all lanes in turns, and the sums of neighbouring lanes: of a, then of b.
+KV1_LAZY KV1_INLINE f32 broadcast_pair(const float* p) {
+    std::int64_t both;
+    std::memcpy(&both, p, sizeof both);
+    return f32(_mm_castsi128_ps(_mm_set1_epi64x(both)));
+}
+KV1_LAZY KV1_INLINE f32 add_neighbours(f32 a, f32 b) {
+    return f32(_mm_add_ps(_mm_shuffle_ps(__m128(a), __m128(b), _MM_SHUFFLE(2, 0, 2, 0)),
+                          _mm_shuffle_ps(__m128(a), __m128(b), _MM_SHUFFLE(3, 1, 3, 1))));
+}
 // Lanes in the opposite order.
 KV1_LAZY KV1_INLINE f32 reversed(f32 x) {
     return f32(_mm_shuffle_ps(__m128(x), __m128(x), _MM_SHUFFLE(0, 1, 2, 3)));
