@@ -297,6 +297,19 @@ KV1_LAZY KV1_INLINE slot_rules::span positions_of(const slot_rules& rules, std::
     return {xs::reduce_min(low), xs::reduce_max(high)};
 }
 
+// Sets the scores of a tile but those of tokens first ... last - 1 to lowest_score.
+KV1_LAZY KV1_INLINE void hide_tokens(float* tile, std::size_t first, std::size_t last) {
+    alignas(64) static constexpr float places[tile_tokens] = {0, 1, 2,  3,  4,  5,  6,  7,
+                                                              8, 9, 10, 11, 12, 13, 14, 15};
+    const f32 from(static_cast<float>(first < tile_tokens ? first : tile_tokens)),
+        to(static_cast<float>(last < tile_tokens ? last : tile_tokens));
+    for (std::size_t i = 0; i < tile_tokens; i += lanes) {
+        const f32 place = f32::load_aligned(places + i);
+        xs::select((place >= from) & (place < to), f32::load_aligned(tile + i), f32(lowest_score))
+            .store_aligned(tile + i);
+    }
+}
+
 // Applies soft cap and position bias to a row's scores, and sets scores of tokens that the row does not see to
 // lowest_score.
 KV1_LAZY inline void adjust_scores(const attention_job& job, std::size_t row, const row_view& seen,
@@ -327,20 +340,35 @@ KV1_LAZY inline void adjust_scores(const attention_job& job, std::size_t row, co
     if (job.slots != nullptr)
         apply_slot_rules(*job.slots, token, job.first_head + head, seen.first, seen.last, chunk.token,
                          chunk.count, scores);
+    // Where tokens follow one another, the tiles that a row sees whole do so, too.
+    std::size_t inner_from = chunk.count, inner_to = chunk.count;
+    const std::size_t start = chunk.token[0];
+    if (job.mask == nullptr && chunk.token[chunk.count - 1] == start + (chunk.count - 1) * tile_tokens) {
+        inner_from = seen.first > start ? (seen.first - start + tile_tokens - 1) / tile_tokens : 0;
+        inner_to = seen.last > start ? (seen.last - start) / tile_tokens : 0;
+    }
     for (std::size_t k = 0; k < chunk.count; ++k) {
+        if (k == inner_from && inner_to > k)
+            k = inner_to;
+        if (k >= chunk.count)
+            break;
         const std::size_t first = chunk.token[k];
         float* tile = scores + k * tile_tokens;
         const bool inside = first != no_token && first >= seen.first && first + tile_tokens <= seen.last;
         const bool masked = job.mask != nullptr && first + tile_tokens > job.mask_first;
         if (inside && !masked)
             continue;
-        const std::uint8_t* mask = job.mask == nullptr ? nullptr : job.mask + token * job.mask_stride;
+        if (!masked || first == no_token) {
+            hide_tokens(tile, first == no_token || seen.first < first ? 0 : seen.first - first,
+                        first == no_token || seen.last < first ? 0 : seen.last - first);
+            continue;
+        }
+        const std::uint8_t* mask = job.mask + token * job.mask_stride;
         if (inside && first >= job.mask_first && all_set(mask + (first - job.mask_first)))
             continue;
         for (std::size_t i = 0; i < tile_tokens; ++i) {
             const std::size_t t = first + i;
-            if (first == no_token || t < seen.first || t >= seen.last ||
-                (mask != nullptr && t >= job.mask_first && mask[t - job.mask_first] == 0))
+            if (t < seen.first || t >= seen.last || (t >= job.mask_first && mask[t - job.mask_first] == 0))
                 tile[i] = lowest_score;
         }
     }
