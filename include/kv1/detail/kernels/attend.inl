@@ -199,8 +199,7 @@ inline void attend_rows(const attention_job& job) noexcept {
             take_sample(job, q, chunk, seen, shifts, scores, tops, last - first, sample);
             for (std::size_t r = 0; r < job.rows; ++r)
                 if (sample.keeps[r])
-                    keep_tops(chunk, scores + r * score_stride, tops[r], job.scratch->kept[r],
-                              sample.count[r]);
+                    keep_of_row(job, chunk, scores, r, tops[r], sample);
         }
         if (per_channel)
             prefetch_channels(keys, after);

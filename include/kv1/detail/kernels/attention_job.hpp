@@ -25,7 +25,6 @@ struct kept_tile {
     alignas(64) float scores[tile_tokens];
     tile_ref tile;
     std::size_t token; // its first one
-    float top;         // the largest of the scores
 };
 inline constexpr std::size_t most_kept = 8; // of a query row
 
@@ -47,6 +46,8 @@ struct attention_scratch {
     alignas(64) float still_waves[scratch_floats], waves[scratch_floats];
     alignas(64) std::byte transposed[transposed_room]; // a chunk's values, where they lie in keys
     kept_tile kept[max_rows][most_kept];
+    alignas(64) float kept_tops[max_rows]
+                               [tile_tokens]; // the largest scores of these; lowest_score where there is none
 };
 
 // Query rows prepared for one KV head: multiplied by the softmax scale, and padded with zeros to a multiple

@@ -73,39 +73,51 @@ KV1_LAZY KV1_INLINE void adjust_tile(const attention_job& job, std::size_t row, 
 }
 
 // Keeps a tile with its scores, in place of the one with the smallest top where there is no room.
-KV1_LAZY inline void keep_tile(kept_tile* kept, std::size_t& count, tile_ref tile, std::size_t token,
-                               float top, const float* scores) noexcept {
+KV1_LAZY inline void keep_tile(kept_tile* kept, float* tops, std::size_t& count, tile_ref tile,
+                               std::size_t token, float top, const float* scores) noexcept {
     std::size_t at = 0;
     if (count < most_kept) {
         at = count++;
     } else {
         for (std::size_t i = 1; i < most_kept; ++i)
-            at = kept[i].top < kept[at].top ? i : at;
-        if (!(top > kept[at].top))
+            at = tops[i] < tops[at] ? i : at;
+        if (!(top > tops[at]))
             return;
     }
+    tops[at] = top;
     kept[at].tile = tile;
     kept[at].token = token;
-    kept[at].top = top;
     std::memcpy(kept[at].scores, scores, sizeof kept[at].scores);
 }
 
-// Keeps the tiles of a chunk with a score near the row's largest. top: the largest in the chunk.
-KV1_LAZY KV1_NOINLINE inline void keep_tops(const chunk_tiles& chunk, const float* scores, float top,
-                                            kept_tile* kept, std::size_t& count) noexcept {
-    if (top == lowest_score)
-        return;
-    float largest_top = top;
-    for (std::size_t i = 0; i < count; ++i)
-        largest_top = kept[i].top > largest_top ? kept[i].top : largest_top;
-    const f32 least(largest_top - near_top);
-    for (std::size_t k = 0; k < chunk.count; ++k) {
-        f32 largest = f32::load_aligned(scores + k * tile_tokens);
-        for (std::size_t i = lanes; i < tile_tokens; i += lanes)
-            largest = xs::max(largest, f32::load_aligned(scores + k * tile_tokens + i));
-        if (xs::any(largest >= least))
-            keep_tile(kept, count, chunk.tiles[k], chunk.token[k], xs::reduce_max(largest),
-                      scores + k * tile_tokens);
+// Keeps the tiles of a chunk with scores of `least` or more.
+KV1_LAZY KV1_NOINLINE inline void keep_tops(const chunk_tiles& chunk, const float* scores, float least,
+                                            kept_tile* kept, float* tops, std::size_t& count) noexcept {
+    constexpr std::size_t at_once = 4; // tiles, of which few have such scores
+    const f32 limit(least);
+    for (std::size_t first = 0; first < chunk.count; first += at_once) {
+        std::size_t last = chunk.count;
+        if (first + at_once <= chunk.count) {
+            last = first + at_once;
+            f32 largest[tile_tokens / lanes];
+            KV1_UNROLL for (std::size_t i = 0; i < tile_tokens / lanes; ++i) {
+                const float* at = scores + first * tile_tokens + i * lanes;
+                largest[i] = xs::max(xs::max(f32::load_aligned(at), f32::load_aligned(at + tile_tokens)),
+                                     xs::max(f32::load_aligned(at + 2 * tile_tokens),
+                                             f32::load_aligned(at + 3 * tile_tokens)));
+                largest[0] = i == 0 ? largest[0] : xs::max(largest[0], largest[i]);
+            }
+            if (!xs::any(largest[0] >= limit))
+                continue;
+        }
+        for (std::size_t k = first; k < last; ++k) {
+            const float* const tile = scores + k * tile_tokens;
+            f32 largest = f32::load_aligned(tile);
+            for (std::size_t i = lanes; i < tile_tokens; i += lanes)
+                largest = xs::max(largest, f32::load_aligned(tile + i));
+            if (xs::any(largest >= limit))
+                keep_tile(kept, tops, count, chunk.tiles[k], chunk.token[k], xs::reduce_max(largest), tile);
+        }
     }
 }
 
@@ -187,6 +199,21 @@ KV1_LAZY KV1_NOINLINE inline void take_sample(const attention_job& job, const qu
         out.keeps[r] = !(doubts[r] <= one_tile_error * one_tile_error);
 }
 
+// Keeps the tiles of a chunk with a score near the row's largest. top: the largest in the chunk.
+KV1_LAZY KV1_INLINE void keep_of_row(const attention_job& job, const chunk_tiles& chunk, const float* scores,
+                                     std::size_t r, float top, sum_sample& out) {
+    if (top == lowest_score)
+        return;
+    auto& tops = job.scratch->kept_tops[r];
+    if (out.count[r] == 0)
+        for (float& each : tops)
+            each = lowest_score;
+    const float largest = maximum_of(tops, tile_tokens, top);
+    if (top >= largest - near_top)
+        keep_tops(chunk, scores + r * score_stride, largest - near_top, job.scratch->kept[r], tops,
+                  out.count[r]);
+}
+
 // Of a later chunk: keeps tops of the rows that do so, and of those whose largest score has about an eighth of the
 // weight or more.
 KV1_LAZY KV1_INLINE void watch_tops(const attention_job& job, const chunk_tiles& chunk, const float* scores,
@@ -196,7 +223,7 @@ KV1_LAZY KV1_INLINE void watch_tops(const attention_job& job, const chunk_tiles&
     if (!out.keeps[r])
         out.keeps[r] = top * log2_e - maximum > static_cast<float>(exponent - 2);
     if (out.keeps[r])
-        keep_tops(chunk, scores + r * score_stride, top, job.scratch->kept[r], out.count[r]);
+        keep_of_row(job, chunk, scores, r, top, out);
 }
 
 // Sums over the tiles of a row that are scored exactly. share: min(weight, share_limit * average).
@@ -225,8 +252,11 @@ KV1_LAZY KV1_INLINE void add_tile(const float* scores, const float* exact, f32 l
 KV1_LAZY KV1_NOINLINE inline float factor_of(const attention_job& job, const query_rows& q, std::size_t r,
                                              const row_view& seen, float shift, const sum_sample& sample,
                                              float maximum, float denominator) noexcept {
-    kept_tile* const kept = job.scratch->kept[r];
+    const kept_tile* const kept = job.scratch->kept[r];
+    float* const tops = job.scratch->kept_tops[r];
     const std::size_t count = sample.count[r];
+    if (count == 0)
+        tops[0] = lowest_score;
     float* const scores = job.scratch->scores;
     query_rows one = q; // this row alone
     one.rows = 1;
@@ -238,13 +268,8 @@ KV1_LAZY KV1_NOINLINE inline float factor_of(const attention_job& job, const que
         one.values = query;
     }
     const f32 less = softmax_shift(maximum), whole(denominator), inverse = f32(1.0f) / whole;
-    alignas(64) float tops[tile_tokens];
-    for (float& top : tops)
-        top = lowest_score;
-    for (std::size_t i = 0; i < count; ++i)
-        tops[i] = kept[i].top;
     f32 heavy(0.0f); // weights, one of each tile
-    for (std::size_t i = 0; i < most_kept; i += lanes)
+    for (std::size_t i = 0; i < count; i += lanes)
         heavy = heavy + exp2_nonpositive(xs::fma(f32::load_aligned(tops + i), f32(log2_e), less));
     const float largest = xs::reduce_add(heavy);
     const std::size_t first = seen.first > job.first_token ? seen.first : job.first_token;
@@ -255,8 +280,8 @@ KV1_LAZY KV1_NOINLINE inline float factor_of(const attention_job& job, const que
     add_tile(sample.scores + r * tile_tokens, sample.exact + r * tile_tokens, less, most, sums);
     for (std::size_t left = count;; --left) {
         std::size_t next = 0;
-        for (std::size_t i = 1; i < left; ++i)
-            next = kept[i].top > kept[next].top ? i : next;
+        for (std::size_t i = 1; i < count; ++i)
+            next = tops[i] > tops[next] ? i : next;
         if (left == 0 || left < count) { // one is always scored
             f32 mean, variance, own;
             mean_of_errors(f32(xs::reduce_add(sums.shares)), f32(xs::reduce_add(sums.squared_shares)),
@@ -264,7 +289,7 @@ KV1_LAZY KV1_NOINLINE inline float factor_of(const attention_job& job, const que
                            variance, own);
             const f32 outside = xs::max(whole - f32(xs::reduce_add(sums.inside)), none);
             const f32 moved = outside * outside * own;
-            const f32 weight = exp2_nonpositive(xs::fma(f32(kept[next].top), f32(log2_e), less));
+            const f32 weight = exp2_nonpositive(xs::fma(f32(tops[next]), f32(log2_e), less));
             const f32 error = weight * weight * variance, scale = inverse * inverse;
             if (left == 0 || (xs::all(moved * scale < f32(wanted_error * wanted_error)) &&
                               xs::all(error * scale < f32(heavy_error * heavy_error)))) {
@@ -274,8 +299,8 @@ KV1_LAZY KV1_NOINLINE inline float factor_of(const attention_job& job, const que
                 return factor > 0.0f && factor < std::numeric_limits<float>::infinity() ? factor : 1.0f;
             }
         }
-        const kept_tile tile = kept[next];
-        kept[next] = kept[left - 1];
+        tops[next] = lowest_score;
+        const kept_tile& tile = kept[next];
         if (tile.tile.page == sample.tile.page && tile.tile.token == sample.tile.token)
             continue;
         exact_tile(job, one, r, tile.tile, tile.token, scores);

@@ -287,6 +287,11 @@ struct half_sums {
     KV1_INLINE f32 sum(std::size_t r, std::size_t n) const { return add_neighbours(low[r][n], high[r][n]); }
 };
 
+// Sums of codes' products that do not wait for each other: a fused multiply-add takes four cycles or five, and R rows
+// give R of them.
+template <std::size_t R>
+inline constexpr std::size_t sums_in_turns = R == 1 ? 4 : 2;
+
 template <class Format, std::size_t R, std::size_t N>
 KV1_INLINE void exact_score_step(const chunk_view& view, const chunk_metadata<Format>& metadata,
                                  const query_rows& q, std::size_t row, std::size_t at, float* scores,
@@ -326,7 +331,14 @@ KV1_INLINE void exact_score_step(const chunk_view& view, const chunk_metadata<Fo
         KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
             KV1_UNROLL for (std::size_t n = 0; n < N; ++n) { sum[r][n] = sums.sum(r, n); }
         }
-    } else
+    } else {
+        constexpr std::size_t turns = reader::fields % sums_in_turns<R> == 0 ? sums_in_turns<R> : 1;
+        f32 parts[turns][R][N];
+        KV1_UNROLL for (std::size_t t = 0; t < turns; ++t) {
+            KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
+                KV1_UNROLL for (std::size_t n = 0; n < N; ++n) { parts[t][r][n] = f32(0.0f); }
+            }
+        }
         for (std::size_t run = 0; run < runs; ++run, query += reader::fields) {
             reader lane[N];
             KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
@@ -342,11 +354,18 @@ KV1_INLINE void exact_score_step(const chunk_view& view, const chunk_metadata<Fo
                 KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
                     const f32 factor(query[r * q.stride + i]);
                     KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
-                        sum[r][n] = xs::fma(key[n], factor, sum[r][n]);
+                        f32& part = parts[i % turns][r][n];
+                        part = xs::fma(key[n], factor, part);
                     }
                 }
             }
         }
+        KV1_UNROLL for (std::size_t t = 0; t < turns; ++t) {
+            KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
+                KV1_UNROLL for (std::size_t n = 0; n < N; ++n) { sum[r][n] = sum[r][n] + parts[t][r][n]; }
+            }
+        }
+    }
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
             sum[r][n].store_aligned(scores + (row + r) * score_stride + (at + n) * lanes);
