@@ -4,6 +4,7 @@
 // holds.
 #pragma once
 
+#include "layers.hpp"
 #include "slot_problem.hpp"
 
 #include <kv1/kv_cache.hpp>
@@ -22,32 +23,18 @@ namespace kv1_test::slots {
 inline constexpr std::size_t page = 32, kv_heads = 2, heads = 6;
 
 inline std::vector<kv1::layer_description> layers() {
-    kv1::layer_description plain{kv_heads, 64, 32};
-    plain.key_format = kv1::kv_format::fp16;
-    plain.value_format = kv1::kv_format::fp32;
-    const kv1::layer_description two_bits{kv_heads, 64, 96};
-    kv1::layer_description groups{kv_heads, 96, 64};
-    groups.key_format = kv1::kv_format::affine4;
-    groups.key_group = 32;
-    groups.value_format = kv1::kv_format::affine8;
-    kv1::layer_description encoded{kv_heads, 64, 64};
-    encoded.key_format = kv1::kv_format::compact3;
-    encoded.key_encoding.levels = kv1::level_choice::least_squares;
-    encoded.key_encoding.hadamard = 64;
-    encoded.key_encoding.means.assign(kv_heads * 64, 0.25f);
-    encoded.value_format = kv1::kv_format::codebook2;
-    kv1::layer_description bits{kv_heads, 40, 72};
-    bits.key_format = kv1::kv_format::scaled_binary;
-    bits.value_format = kv1::kv_format::affine3;
+    std::vector<kv1::layer_description> all = kv1_test::layers_of_each_kind(kv_heads);
     kv1::layer_description latent = kv1::latent_layer(96, 64, kv1::kv_format::affine4);
     latent.kv_heads = kv_heads;
-    kv1::layer_description turning = encoded; // pairs in the middle turn, some of them with a mean
+    kv1::layer_description turning = all[3]; // encoded; pairs in the middle turn, some of them with a mean
     turning.key_encoding.means.clear();
     for (std::size_t c = 0; c < kv_heads * 64; ++c)
         turning.key_encoding.means.push_back(c % 5 == 0 ? 0.0f : 0.125f * static_cast<float>(c % 17));
     turning.rotary.frequencies = kv1::rotary_frequencies(10000.0, 48);
     turning.rotary.first_channel = 8;
-    return {plain, two_bits, groups, encoded, bits, latent, turning};
+    all.push_back(latent);
+    all.push_back(turning);
+    return all;
 }
 
 inline kv1::slot_store_description one_layer(const kv1::layer_description& l, std::size_t slots) {
