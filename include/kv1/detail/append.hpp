@@ -68,23 +68,23 @@ struct append_job {
 // channel. Lanes of 4 bytes are copied whole: a key's channels lie side by side in them.
 template <class T>
 void store_plain(const section_layout& s, std::byte* page, std::size_t token, const T* x) noexcept {
-    constexpr std::size_t per_lane = 4 / sizeof(T), line_bytes = line_lanes * 4;
+    constexpr std::size_t per_lane = 4 / sizeof(T);
+    T* const first = plain_element<T>(s, page, token, 0);
+    std::size_t c = 0;
     if (s.keys) { // one lane of each line, for a lane's worth of channels
-        std::byte* lane = reinterpret_cast<std::byte*>(plain_element<T>(s, page, token, 0));
-        std::size_t c = 0;
-        for (; c + per_lane <= s.channels; c += per_lane, lane += line_bytes)
-            std::memcpy(lane, x + c, 4);
-        std::memcpy(lane, x + c, (s.channels - c) * sizeof(T));
+        std::byte* const lane = reinterpret_cast<std::byte*>(first);
+        for (; c + per_lane <= s.channels; c += per_lane)
+            std::memcpy(lane + c / per_lane * line_bytes, x + c, 4);
+        if (c < s.channels)
+            std::memcpy(lane + c / per_lane * line_bytes, x + c, (s.channels - c) * sizeof(T));
         return;
     }
     const std::size_t step = s.unit_lines() * line_lanes * per_lane; // from 16 channels to the next 16
-    T* line = plain_element<T>(s, page, token, 0);
-    std::size_t c = 0;
-    for (; c + line_lanes <= s.channels; c += line_lanes, line += step)
+    for (; c + line_lanes <= s.channels; c += line_lanes)
         for (std::size_t k = 0; k < line_lanes; ++k)
-            line[k * per_lane] = x[c + k];
+            first[c / line_lanes * step + k * per_lane] = x[c + k];
     for (std::size_t k = 0; c + k < s.channels; ++k)
-        line[k * per_lane] = x[c + k];
+        first[c / line_lanes * step + k * per_lane] = x[c + k];
 }
 
 // Writes one vector of a plain format into its lanes. `buffer` has room for its fp16 numbers. Errors:

@@ -16,8 +16,10 @@
 // multiplications, 4 others) and 13 operations around it, 17 where codes are few (few_codes).
 
 // 2^t for t <= 60, within 3 units of 2^-24 of the result, and zero for t < -63.5: beside the largest weight, which is 1,
-// a million weights of 2^-63.5 are less than what fp32 rounds away. t = n + f with |f| <= 1/2. A polynomial for 2^f errs
-// by 1.54 units at most (minimax of degree 5 with constant term 1), and its rounding adds 1.2.
+// a million weights of 2^-63.5 are less than what fp32 rounds away. Far smaller ones must not be: a processor may take a
+// hundred cycles for a product that ends below 2^-126. t = n + f with |f| <= 1/2. A polynomial for 2^f errs by 1.54 units
+// at most (minimax of degree 5 with constant term 1), and its rounding adds 1.2. A target multiplies by 2^n in its own
+// way, for which t is kept in a range and the polynomial comes times a power of 2.
 KV1_LAZY KV1_INLINE f32 exp2_nonpositive(f32 t) {
     const f32 bounded = exponent_in_range(t);
     const f32 n = nearest(bounded);

@@ -130,10 +130,8 @@ KV1_LAZY KV1_INLINE f32 reversed(f32 x) {
 // Rounds to the nearest integer, ties to even.
 KV1_LAZY KV1_INLINE f32 nearest(f32 x) { return xs::nearbyint(x); }
 KV1_LAZY KV1_INLINE i32 round_to_int(f32 x) { return i32(_mm512_cvtps_epi32(__m512(x))); }
-// exp2_nonpositive() comes in three steps that suit a target. An exponent t is kept in a range, x comes times
-// exp2_factor, and x / exp2_factor * 2^n follows for integral n: zero for n <= -64. Far smaller numbers would do, but
-// products with them end below 2^-126, where a processor may take a hundred cycles for each, as vscalefps does for what
-// it rounds to zero. Its lanes that are masked take none.
+// Steps of exp2_nonpositive(). x * 2^n for integral n, and zero for n <= -64. Lanes that are masked take no time, where
+// vscalefps takes a hundred cycles to round to zero.
 inline constexpr float exp2_factor = 1.0f;
 KV1_LAZY KV1_INLINE f32 exponent_in_range(f32 t) { return t; }
 KV1_LAZY KV1_INLINE f32 times_power_of_2(f32 x, f32 n) {

@@ -196,10 +196,8 @@ KV1_LAZY KV1_INLINE f32 reversed(f32 x) {
 }
 // Rounds to the nearest integer, ties to even.
 KV1_LAZY KV1_INLINE i32 round_to_int(f32 x) { return i32(_mm_cvtps_epi32(__m128(x))); }
-// exp2_nonpositive() comes in three steps that suit a target. An exponent t is kept in a range, x comes times
-// exp2_factor, and x / exp2_factor * 2^n follows for integral n: zero for n <= -64. Far smaller numbers would do, but
-// products with them end below 2^-126, where a processor may take a hundred cycles for each. Here x lends 63 to a
-// number's exponent, so that n = -64 has the bits of zero.
+// Steps of exp2_nonpositive(). x / exp2_factor * 2^n for integral n, and zero for n = -64, whose bits are zero's: x
+// lends 63 to the exponent.
 inline constexpr float exp2_factor = 0x1p63f;
 KV1_LAZY KV1_INLINE f32 exponent_in_range(f32 t) { return xs::max(t, f32(-64.0f)); }
 KV1_LAZY KV1_INLINE f32 times_power_of_2(f32 x, f32 n) {
