@@ -44,27 +44,20 @@ struct recorder {
         if (ask || !wanted)
             return wanted;
         auto& own = *static_cast<recorder*>(user);
-        const auto floats = [](const ggml_tensor* x) {
-            const auto* const data = static_cast<const float*>(x->data);
-            return std::vector<float>(data, data + ggml_nelements(x));
-        };
         if (projects) {
             layer& l = own.layers[std::stoul(
                 std::string(t->src[0]->name).substr(4))]; // of "blk.2.attn_output.weight"
             l.outputs = static_cast<std::size_t>(t->src[0]->ne[1]);
-            l.projection = floats(t->src[0]);
+            l.projection = client::floats_of(t->src[0]);
             return true;
         }
-        const ggml_tensor* root = t->op == GGML_OP_SET_ROWS ? t : t->src[1];
-        while (root->view_src != nullptr)
-            root = root->view_src;
-        const std::string name(root->name); // cache_k_l2
+        const std::string name = client::viewed_name(t->op == GGML_OP_SET_ROWS ? t : t->src[1]); // cache_k_l2
         layer& l = own.layers[std::stoul(name.substr(9))];
         if (t->op == GGML_OP_SET_ROWS) {
             if (name.starts_with("cache_k_"))
-                l.calls.emplace_back().keys = floats(t->src[0]);
+                l.calls.emplace_back().keys = client::floats_of(t->src[0]);
             else
-                l.calls.back().values = floats(t->src[0]);
+                l.calls.back().values = client::floats_of(t->src[0]);
             return true;
         }
         const ggml_tensor* const q = t->src[0];

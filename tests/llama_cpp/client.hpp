@@ -159,6 +159,18 @@ private:
     std::size_t count_ = 0;
 };
 
+/// Of a tensor of fp32 numbers that lie in a row: these numbers.
+inline std::vector<float> floats_of(const ggml_tensor* t) {
+    const auto* const data = static_cast<const float*>(t->data);
+    return {data, data + ggml_nelements(t)};
+}
+/// The name of the cache's tensor that a tensor is a view of, such as "cache_k_l2".
+inline std::string viewed_name(const ggml_tensor* t) {
+    while (t->view_src != nullptr)
+        t = t->view_src;
+    return t->name;
+}
+
 /// Tokens of the models that tiny_models.py writes.
 constexpr std::size_t tiny_vocabulary = 256;
 

@@ -38,22 +38,14 @@ struct recorder {
         if (ask || !wanted)
             return wanted;
         auto& own = *static_cast<recorder*>(user);
-        const auto floats = [](const ggml_tensor* x) {
-            const auto* const data = static_cast<const float*>(x->data);
-            return std::vector<float>(data, data + ggml_nelements(x));
-        };
-        const auto layer_of = [](const ggml_tensor* x) {
-            while (x->view_src != nullptr)
-                x = x->view_src;
-            return std::string(x->name);
-        };
         if (t->op == GGML_OP_SET_ROWS) {
-            const std::string name = layer_of(t);
+            const std::string name = client::viewed_name(t);
             const bool key = name.starts_with("cache_k_");
-            (key ? own.layers[name.substr(8)].keys : own.layers[name.substr(8)].values) = floats(t->src[0]);
+            (key ? own.layers[name.substr(8)].keys : own.layers[name.substr(8)].values) =
+                client::floats_of(t->src[0]);
             return true;
         }
-        step& s = own.layers[layer_of(t->src[1]).substr(8)];
+        step& s = own.layers[client::viewed_name(t->src[1]).substr(8)];
         s.dim = static_cast<std::size_t>(t->src[0]->ne[0]);
         s.heads = static_cast<std::size_t>(t->src[0]->ne[2]);
         s.kv_heads = static_cast<std::size_t>(t->src[1]->ne[2]);
@@ -62,7 +54,7 @@ struct recorder {
             std::memcpy(s.queries.data() + h * s.dim,
                         static_cast<const char*>(t->src[0]->data) + h * t->src[0]->nb[2],
                         s.dim * sizeof(float));
-        s.outputs = floats(t);
+        s.outputs = client::floats_of(t);
         return true;
     }
 };
