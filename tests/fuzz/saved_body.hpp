@@ -83,6 +83,11 @@ private:
         }
         if ((choice & 2) != 0)
             d.fp16_sinks = 20;
+        if ((choice & 32) != 0) {
+            d.layers[0].rotary = {kv1::rotary_frequencies(10000.0, 6), kv1::rotary_pairs::interleaved, 2};
+            d.layers[0].key_encoding.means.assign(8, 1.5f);
+            d.first_position = (std::uint64_t{1} << 48) - 1;
+        }
         d.page_tokens = page;
         d.capacity_tokens = 20 * page;
         return d;

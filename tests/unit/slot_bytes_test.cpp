@@ -214,8 +214,10 @@ TEST_CASE("whatever a slot's raw bytes are, they are refused or come out again",
         std::vector<std::uint8_t> input(g.between(2, 60));
         for (std::uint8_t& b : input)
             b = static_cast<std::uint8_t>(g.bits() & (trial % 2 == 0 ? 0x3fu : 0xffu));
+        input[0] = static_cast<std::uint8_t>(g.bits());
         kv1_test::slots_body::run(input, tallies);
     }
     REQUIRE(tallies.refused > 20);
     REQUIRE(tallies.taken > 100);
+    REQUIRE(tallies.positions > 20);
 }
