@@ -40,8 +40,10 @@
 // positions that RoPE has turned them by. The store keeps a position beside each key, an int32 that is exported, copied
 // and moved with it, so attention asks for none: a mask's positions may be others. A shifted key is written with its new
 // position. The mean's share of a score costs little where slots that follow each other hold positions that do, as a
-// prompt's tokens have them. Where each slot of a tile of 16 stands elsewhere it costs more than all else: about 0.2 us a
-// slot and KV head.
+// prompt's tokens have them. Where slots of a tile of 16 stand elsewhere, shares are found by position and handed out by
+// slot: an additive mask of 4 bytes for each query, query head and slot, and a call takes two to three times as long. Under
+// a soft cap, with ALiBi, and where that mask had more than 64 MiB, shares are found slot by slot: about 0.2 us a slot and
+// KV head.
 //
 // Keys per channel (quantization_axis::per_channel) are refused. They share a scale a channel over the tokens of a page,
 // which is chosen when the page is full. A slot that is written again would need the page's other keys as they came, and

@@ -346,11 +346,16 @@ void life_of_a_cache() {
 
 } // namespace
 
-// A slot store, with codes that fit no vector by themselves (so that pages are kept), copies, a list, and masks.
+// A slot store, with codes that fit no vector by themselves (so that pages are kept), copies, a list, masks, and means that
+// turn where slots have positions in no order.
 void life_of_a_slot_store() {
     const auto description = [] {
         kv1::slot_store_description d;
-        d.layers = {everything().layers[1], {1, 16, 16}};
+        kv1::layer_description turning{1, 16, 16, kv1::kv_format::compact2};
+        turning.key_encoding.levels = kv1::level_choice::least_squares;
+        turning.key_encoding.means.assign(16, 0.5f);
+        turning.rotary.frequencies = {1.0f, 0.5f};
+        d.layers = {everything().layers[1], turning};
         d.slots = 64;
         d.page_tokens = 16;
         d.fp16_slots = 48;
@@ -407,6 +412,17 @@ void life_of_a_slot_store() {
                     .code();
             });
     }
+    std::vector<std::int32_t> positions(20);
+    for (std::size_t i = 0; i < positions.size(); ++i)
+        positions[i] = static_cast<std::int32_t>(i * 7 % 20);
+    expect(store.try_write(1, slots, positions, x, x).code() == kv1::errc::ok,
+           "write slots of turning means");
+    static_cast<void>(store.try_release_fp16(slots));
+    fails_cleanly(
+        "attend where means turn", [] { return 0; },
+        [&](int) {
+            return store.try_attend(1, {streams, 1}, {q.data(), 1, 1, 16}, {out.data(), 1, 1, 16}).code();
+        });
     const kv1::slot_sequence sequence{kv1::slot_view::list(slots)};
     fails_cleanly(
         "settle", [&] { return store.fp16_slots_in_use(0); },

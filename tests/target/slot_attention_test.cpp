@@ -335,6 +335,71 @@ TEST_CASE("sequences that lie between each other get the means of their own posi
     }
 }
 
+TEST_CASE("slots in any order get the means of their own positions", "[slots]") {
+    generator g(4205);
+    constexpr std::size_t page = 64;
+    for (int round = 0; round < 12; ++round) {
+        // more pairs than a register has lanes, slow ones and not; in some rounds none is slow
+        kv1::layer_description l{2, 96, 32, kv1::kv_format::compact2};
+        l.key_encoding.levels = kv1::level_choice::least_squares;
+        l.key_encoding.means = kv1_test::normal_values(g, l.kv_heads * l.key_dim);
+        l.rotary.frequencies =
+            kv1::rotary_frequencies(round % 3 == 0 ? 10.0 : 1.0e6, 2 * g.between(1, l.key_dim / 2));
+        if (round % 4 == 0) // a KV head without a mean
+            std::fill_n(l.key_encoding.means.begin(), l.key_dim, 0.0f);
+        kv1::slot_store_description d;
+        d.layers = {l};
+        d.page_tokens = page;
+        d.slots = page * g.between(1, 16);
+        d.fp16_slots = g.chance(0.3) ? page : 0;
+        kv1::slot_store store(d);
+        const std::size_t n = store.slots();
+        const std::vector<std::uint32_t> slots = kv1_test::shuffled(g, numbers_from(0, n));
+        std::vector<std::int32_t> positions(n);
+        auto at = static_cast<std::int32_t>(g.chance(0.3) ? 0x7fff0000 - n : g.below(100000));
+        for (std::int32_t& p : positions)
+            p = at += g.chance(0.005) ? 1000 : 1; // runs that are not there between others
+        const kv1_test::slot_vectors x(g, l, n);
+        for (std::size_t first = 0; first < n; first += page) {
+            store.flush();
+            store.write(0, std::span(slots).subspan(first, page), std::span(positions).subspan(first, page),
+                        x.key_view(first, page), x.value_view(first, page));
+        }
+
+        const std::size_t m = g.between(1, 6), heads = l.kv_heads * g.between(1, 3);
+        std::vector<float> added;
+        for (std::size_t i = 0; i < m * heads * n; ++i)
+            added.push_back(g.chance(0.7) ? g.normal() : -std::numeric_limits<float>::infinity());
+        const std::vector<float> q = kv1_test::normal_values(g, m * heads * l.key_dim),
+                                 logits = kv1_test::normal_values(g, heads);
+        std::vector<float> out(m * heads * l.value_dim), lse(m * heads);
+        const std::vector<std::uint32_t> blocks = kv1_test::shuffled(g, numbers_from(0, n / page));
+        for (const slot_view& view :
+             {slot_view::range(g.below(n / 2), n / 2), slot_view::table(blocks, n - g.below(page)),
+              slot_view::list(std::span(slots).first(n - g.below(n / 2)))})
+            for (const bool by_mask : {false, true}) {
+                const auto stride = static_cast<std::ptrdiff_t>(n);
+                const slot_stream stream{
+                    m, view,
+                    by_mask ? slot_mask::additive(added.data(), static_cast<std::ptrdiff_t>(heads) * stride,
+                                                  stride)
+                            : slot_mask::causal()};
+                CAPTURE(round, n, m, heads, static_cast<int>(view.kind()), by_mask);
+                kv1::slot_attention_options o;
+                o.mode = kv1::precision::exact;
+                o.log_sum_exp = lse;
+                o.sink_logits = logits;
+                o.soft_cap = round % 5 == 4 ? 20.0f : 0.0f;
+                kv1_test::for_each_target([&](kv1::target) {
+                    store.attend(0, {&stream, 1}, {q.data(), m, heads, l.key_dim},
+                                 {out.data(), m, heads, l.value_dim}, o);
+                    kv1_test::slot_oracle(store, 0).check(stream, o, kv1_test::added_by(stream, o, added), q,
+                                                          heads, out, 0);
+                });
+            }
+    }
+}
+
 TEST_CASE("an additive mask of zeros and -infinity gives what a mask of bytes gives, on the fast path",
           "[slots]") {
     // The same scores, hidden in the same places: the same bits.

@@ -9,7 +9,8 @@
 //   copies   a block table of the pages that hold the stream's copies, with positions. A mask of bytes and an additive
 //            mask are gathered for them
 //
-// If a stream has both, each gives its outputs and log-sum-exp, and a last phase joins them.
+// If a stream has both, each gives its outputs and log-sum-exp, and a last phase joins them. Where means turn and positions
+// of the body's slots do not follow each other, a first phase finds what means add to scores (slot_waves.hpp).
 #pragma once
 
 #include <kv1/attention.hpp>
@@ -19,6 +20,7 @@
 #include <kv1/detail/schedule.hpp>
 #include <kv1/detail/slot_layer.hpp>
 #include <kv1/detail/slot_places.hpp>
+#include <kv1/detail/slot_waves.hpp>
 #include <kv1/detail/visible_columns.hpp>
 #include <kv1/detail/visible_parts.hpp>
 #include <kv1/slot_views.hpp>
@@ -37,6 +39,7 @@
 #include <numeric>
 #include <optional>
 #include <span>
+#include <utility>
 
 namespace kv1::inline KV1_ABI::detail {
 
@@ -80,6 +83,8 @@ public:
         if (!place_body(*body))
             return no_memory();
         const bool has_body = !some_copied || copied_.size() != columns();
+        if (has_body && !place_waves(*body))
+            return no_memory();
         if (some_copied) {
             slot_part* const copies = &parts_[1];
             copies->job = store.job(layer.copies, nullptr, queries.heads(), kernels_options);
@@ -114,6 +119,11 @@ public:
     [[nodiscard]] std::span<slot_part> parts() noexcept { return parts_; }
     [[nodiscard]] bool joins() const noexcept { return parts_[0].tasks && parts_[1].tasks; }
     [[nodiscard]] std::size_t queries() const noexcept { return queries_->tokens(); }
+
+    // What means that turn add to scores, before all else.
+    [[nodiscard]] std::size_t wave_tasks() const noexcept { return waves_.tasks(layer_->body.kv_heads); }
+    void make_waves(std::size_t task) noexcept { waves_.run(task, *queries_); }
+    [[nodiscard]] bool starved() const noexcept { return waves_.starved(); }
 
     // Joins both parts of one query.
     void join(std::size_t query) noexcept {
@@ -331,6 +341,46 @@ private:
         return true;
     }
 
+    // An additive mask of the mean's shares in scores, if slots stand in no order. Soft caps come between these and a mask,
+    // and slopes multiply a mask: kernels find the shares then, and where the mask would be large.
+    [[nodiscard]] bool place_waves(slot_part& part) noexcept {
+        constexpr std::size_t most = std::size_t{1} << 24;
+        attention_job& job = part.job;
+        slot_rules& rules = part.rules;
+        const std::size_t places = places_.end(), heads = queries_->heads();
+        if (!layer_->has_positions || options_->soft_cap > 0.0f || !options_->alibi_slopes.empty() ||
+            places == 0 || queries() * heads > most / places)
+            return true;
+        if (!waves_.sort(job, queries()))
+            return false;
+        if (!waves_.used())
+            return true;
+        const std::size_t numbers = queries() * heads * places;
+        buffer<float> added;
+        if (!added.reserve(numbers))
+            return false;
+        added.set_size(numbers);
+        if (rules.bias == nullptr)
+            std::fill_n(added.data(), numbers, 0.0f);
+        for (std::size_t q = 0; rules.bias != nullptr && q < queries(); ++q)
+            for (std::size_t h = 0; h < heads; ++h) {
+                float* const own = added.data() + (q * heads + h) * places;
+                std::fill_n(own, rules.bias_first, 0.0f);
+                job.target->load_floats(rules.bias_type, rules.bias_row(q, h), places - rules.bias_first,
+                                        own + rules.bias_first);
+            }
+        part.added = std::move(added);
+        rules.bias = part.added.data();
+        rules.bias_type = scalar_type::fp32;
+        rules.bias_first = 0;
+        rules.bias_query_stride = static_cast<std::ptrdiff_t>(heads * places);
+        rules.bias_head_stride = static_cast<std::ptrdiff_t>(places);
+        waves_.add_to(part.added.data(), places);
+        job.slots = &rules;
+        job.key_turning = nullptr;
+        return true;
+    }
+
     [[nodiscard]] bool place_copies(slot_part& part) noexcept {
         buffer<std::uint32_t> index; // [pages of copies]: in the table
         if (!index.resize(layer_->copies_begun.size(), slot_places::none))
@@ -421,6 +471,7 @@ private:
     bool scattered_ = false;           // there are others
     buffer<std::int32_t> query_positions_;
     slot_part parts_[2]; // body, copies
+    slot_waves waves_;   // of the body
 };
 
 class slot_attention final : public planned_work {
@@ -458,9 +509,14 @@ public:
             if (stream.joins() && !joined_.try_push_back({&stream, counts_[joining]}))
                 return {errc::out_of_memory, "an allocation failed"};
             counts_[joining] += stream.joins() ? m : 0;
+            if (stream.wave_tasks() != 0 && !waving_.try_push_back({&stream, counts_[waving]}))
+                return {errc::out_of_memory, "an allocation failed"};
+            counts_[waving] += stream.wave_tasks();
             ++used_;
             first += m;
         }
+        if (counts_[waving] != 0)
+            kinds_[used_phases_++] = waving;
         for (std::size_t kind = 0; kind <= joining; ++kind)
             if (counts_[kind] != 0)
                 kinds_[used_phases_++] = kind;
@@ -475,12 +531,18 @@ public:
         if (const std::size_t kind = kinds_[phase]; kind < attention_tasks::phases) {
             const entry<attention_tasks>& e = find(all_[kind], task);
             e.of->run(kind, task - e.first);
+        } else if (kind == waving) {
+            const entry<stream_attention>& e = find(waving_, task);
+            e.of->make_waves(task - e.first);
         } else {
             const entry<stream_attention>& e = find(joined_, task);
             e.of->join(task - e.first);
         }
     }
     status finish() noexcept override {
+        for (const entry<stream_attention>& e : waving_)
+            if (e.of->starved())
+                return {errc::out_of_memory, "an allocation failed"};
         for (const entry<attention_tasks>& e : all_[1])
             if (const status s = e.of->finish(); !s)
                 return s;
@@ -522,12 +584,13 @@ private:
     std::unique_ptr<stream_attention[]> streams_;
     std::unique_ptr<slot_attention_options[]> own_options_;
     std::size_t used_ = 0;
-    // Kinds of work are the phases of attention_tasks, and then joining. Those that have tasks are phases.
-    static constexpr std::size_t joining = attention_tasks::phases;
+    // Kinds of work are the phases of attention_tasks, joining after these, and waves before. Those that have tasks are
+    // phases.
+    static constexpr std::size_t joining = attention_tasks::phases, waving = joining + 1;
     buffer<entry<attention_tasks>> all_[attention_tasks::phases]; // by kind
-    buffer<entry<stream_attention>> joined_;
-    std::size_t counts_[joining + 1] = {}; // tasks of each kind
-    std::size_t kinds_[joining + 1] = {};  // of each phase
+    buffer<entry<stream_attention>> joined_, waving_;
+    std::size_t counts_[waving + 1] = {}; // tasks of each kind
+    std::size_t kinds_[waving + 1] = {};  // of each phase
     std::size_t used_phases_ = 0;
 };
 
