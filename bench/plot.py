@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 """Plots what long_context printed: memory and attention time per token against context length; or what kv1-lm sweep
-wrote with --csv: what a policy costs against what it takes; or kv1-train's logs: their curves.
+wrote with --csv: what a policy costs against what it takes; or kv1-train's logs: their curves; or what long-context of
+examples/llama_cpp/graph printed: memory and time of a whole model against context length.
 
 usage: plot.py RESULT.json OUTPUT_FOLDER        writes context_memory.svg and context_time.svg
-       plot.py RESULT.csv OUTPUT_FOLDER         writes policies.svg, or training.svg of a log
+       plot.py RESULT.csv OUTPUT_FOLDER         writes policies.svg; training.svg of a log; or long_context.svg
        plot.py LOG.csv LOG.csv .. OUTPUT_FOLDER writes training.svg of several logs, named as their files
 """
 import csv
@@ -133,6 +134,31 @@ def draw_runs(runs, path):
     figure.savefig(path, metadata={"Date": None})
 
 
+def draw_long_context(rows, path):
+    """Left: GiB of model and cache, and what the machine has. Right: seconds of a decoded token, where it was run."""
+    figure, (memory, time) = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
+    colours = ("#0b6e4f", "#57a773", "#c17c18", "#8d5a97", "#6c757d")
+    model = float(next(r["GiB of process"] for r in rows if r["depth"] == "0"))
+    for name, colour in zip(dict.fromkeys(r["cache"] for r in rows if r["depth"] != "0"), colours):
+        own = [r for r in rows if r["cache"] == name and r["depth"] != "0"]
+        for axes, field, more in ((memory, "GiB of cache", model), (time, "seconds per token", 0)):
+            points = [(float(r["depth"]) / 1024, float(r[field]) + more) for r in own if r[field]]
+            label = name.replace("ggml:", "ggml ") if "ggml" in name else f"kv1 {name}"
+            axes.plot(*zip(*points), marker="o", markersize=4, label=label, color=colour)
+    memory.axhline(24, color="#b00020", linewidth=1, linestyle="--")
+    memory.annotate("24 GiB", (8, 24), xytext=(0, 3), textcoords="offset points", color="#b00020", fontsize=8)
+    memory.set_ylabel("model and cache, GiB")
+    memory.set_ylim(0, 42)
+    time.set_ylabel("seconds per decoded token")
+    time.set_yscale("log")
+    for axes in (memory, time):
+        axes.set_xlabel("cached tokens (thousands of 1,024)")
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.3, which="both")
+    memory.legend(fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+
+
 def read_rows(path):
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -150,6 +176,8 @@ def main():
             draw_runs({pathlib.Path(log).stem: read_rows(log) for log in sys.argv[1:-1]}, folder / "training.svg")
         elif rows and "learning_rate" in rows[0]:
             draw_training(rows, folder / "training.svg")
+        elif rows and "GiB of cache" in rows[0]:
+            draw_long_context(rows, folder / "long_context.svg")
         else:
             draw_policies(rows, folder / "policies.svg")
         return
