@@ -45,6 +45,10 @@ tokens text(std::size_t n, std::uint32_t seed = 1) {
     return t;
 }
 
+void add(std::vector<float>& all, const std::vector<float>& more) {
+    all.insert(all.end(), more.begin(), more.end());
+}
+
 // Between two ways to add up the same products: fp16 keys, values and queries round by 2^-11 of their size, and models of
 // few layers with weights in fp32 make little of it.
 constexpr double same = 1e-4;
@@ -130,6 +134,56 @@ TEST_CASE("sequences side by side, one of them copied", "[llama_cpp]") {
             return all;
         });
     }
+}
+
+TEST_CASE("sinks and window are a sequence's own, whatever cells it has", "[llama_cpp]") {
+    ::setenv("KV1_PRECISION", "exact", 1);
+    const tokens first = text(40, 3), second = text(58, 4), third = text(45, 6);
+    int telling = 0; // models whose predictions such tokens matter to
+    for (const std::string& file : models()) {
+        INFO(file);
+        const auto alone = [&](const char* policy, const tokens& t) {
+            session s(file, policy);
+            std::vector<float> all;
+            for (std::size_t i = 0; i < t.size(); ++i)
+                add(all, s.decode(std::span(t).subspan(i, 1), static_cast<llama_pos>(i)));
+            return all;
+        };
+        const char* const policy = "2,2@3:6";
+        const std::vector<float> of_second = alone(policy, second), of_third = alone(policy, third);
+        // What it would be if no token were a sink or in the window. Sums in another order make next to nothing.
+        const double without = divergence(of_third, alone("2,2@0:1", third), client::tiny_vocabulary);
+        const double bound = std::max(without, 1e-9) / 100;
+        telling += without > same ? 1 : 0;
+        for (const bool unified : {true, false}) {
+            session s(file, policy, {.sequences = 3, .unified = unified});
+            const auto one = [&](const tokens& t, std::size_t i, llama_seq_id sequence) {
+                return s.decode(std::span(t).subspan(i, 1), static_cast<llama_pos>(i), sequence);
+            };
+            std::vector<float> got, again;
+            for (std::size_t i = 0; i < first.size(); ++i) { // cells of two sequences, in turns
+                (void)one(first, i, 0);
+                add(got, one(second, i, 1));
+            }
+            llama_memory_seq_rm(s.memory(), 0, -1, -1);
+            for (std::size_t i = 0; i < third.size(); ++i) { // goes to cells that were left, and to others
+                add(again, one(third, i, 0));
+                if (i % 4 == 3 && got.size() < 50 * s.vocabulary())
+                    add(got, one(second, got.size() / s.vocabulary(), 1));
+            }
+            llama_memory_seq_cp(s.memory(), 1, 2, -1, -1);
+            while (got.size() < second.size() * s.vocabulary())
+                add(got, one(second, got.size() / s.vocabulary(), 2));
+            INFO("unified " << unified);
+            const double d = divergence(of_second, got, s.vocabulary()),
+                         e = divergence(of_third, again, s.vocabulary());
+            INFO("KL divergences " << d << " and " << e);
+            CHECK(d < bound);
+            CHECK(e < bound);
+        }
+    }
+    CHECK(telling > 3);
+    ::unsetenv("KV1_PRECISION");
 }
 
 TEST_CASE("a context is shifted", "[llama_cpp]") {
