@@ -36,6 +36,8 @@ def main():
     writer.add_value_length(DIM)
     writer.add_rope_freq_base(1000000.0)
     writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_vocab_size(WORDS)
     q4, f32 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.F32
     tensors = [("token_embd", (WORDS, HIDDEN)), ("output", (WORDS, HIDDEN)), ("output_norm", (HIDDEN,))]
     for i in range(options.layers):
