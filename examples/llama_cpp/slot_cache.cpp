@@ -299,7 +299,8 @@ void slot_cache::end_step() {
 }
 
 // fp16 copies of cells that llama.cpp has dropped stay until their cells are used again. If room is short, those that
-// no batch has seen for longest go.
+// no batch has seen for longest go: a few more than have to, so that rows of a state that come one by one do not ask for
+// the next one each.
 void slot_cache::make_room(std::size_t layer, std::span<const std::uint32_t> slots) {
     const std::size_t room = store_->description().fp16_slots;
     if (store_->fp16_slots_in_use(layer) + slots.size() <= room)
@@ -310,8 +311,8 @@ void slot_cache::make_room(std::size_t layer, std::span<const std::uint32_t> slo
             copies.push_back(slot);
     std::sort(copies.begin(), copies.end(),
               [&](std::uint32_t a, std::uint32_t b) { return book_->last_use(a) < book_->last_use(b); });
-    const std::size_t wanted = store_->fp16_slots_in_use(layer) + slots.size() - std::min(room, slots.size());
-    copies.resize(std::min(copies.size(), wanted));
+    const std::size_t missing = store_->fp16_slots_in_use(layer) + slots.size() - room;
+    copies.resize(std::min(copies.size(), std::max(missing, room / 16)));
     if (const kv1::status s = store_->try_release_fp16(copies); !s)
         failed("making room for fp16 tokens", s);
 }

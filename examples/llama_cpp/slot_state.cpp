@@ -176,6 +176,9 @@ void slot_cache::load(const ggml_tensor* tensor, const std::byte* in, std::size_
         return;
     }
     end_step();
+    // Of the first layer: fp16 copies of states that were restored before may go where room is short.
+    if (p->layer == 0 && p->side == kv1::kv_side::key)
+        book_->begin_restoring();
     for (std::size_t i = 0; i < bytes / row; ++i)
         load_row(*p, static_cast<std::uint32_t>(at / row + i), row, root->type, in + i * row);
 }

@@ -48,6 +48,8 @@ public:
         for (const std::uint32_t slot : slots)
             place(slot, unknown);
     }
+    // Rows of a saved state follow.
+    void begin_restoring() noexcept { ++step_; }
     void place(std::uint32_t slot, std::int32_t position) noexcept {
         cells_[slot] = {position, ++order_, step_};
     }

@@ -241,6 +241,36 @@ TEST_CASE("a state is saved and restored", "[llama_cpp]") {
     ::unsetenv("KV1_PRECISION");
 }
 
+TEST_CASE("states are restored one after the other, more than there is room for in fp16", "[llama_cpp]") {
+    ::setenv("KV1_PRECISION", "exact", 1);
+    const std::string file = models()[6];
+    INFO(file);
+    constexpr llama_seq_id sequences = 200;
+    constexpr std::size_t length = 64; // in fp16, all of it
+    session s(file, "2,2@4:61", {.cells = sequences * (length + 2), .sequences = sequences});
+    (void)s.decode(text(length), 0);
+    const std::vector<std::uint8_t> state = s.save();
+    const tokens next = text(1, 2);
+    const std::vector<float> expected = s.decode(next, length);
+    for (llama_seq_id i = 1; i < sequences; ++i)
+        REQUIRE(s.restore(state, i));
+    // The same bytes but for the number of the sequence, which each of the cells in front has.
+    const auto is_there = [&](llama_seq_id sequence) {
+        const std::vector<std::uint8_t> own = s.save(sequence);
+        constexpr std::ptrdiff_t cells = 1024;
+        return own.size() == state.size() &&
+               std::equal(own.begin() + cells, own.end(), state.begin() + cells);
+    };
+    CHECK(is_there(sequences - 1));
+    CHECK(is_there(sequences / 2));
+    CHECK(!is_there(1));
+    CHECK(divergence(expected, s.decode(next, length, sequences - 1), s.vocabulary()) < same);
+    // Those that were restored first are seen as their codes, as they would be in the end.
+    const std::vector<float> coded = s.decode(next, length, 1);
+    CHECK(divergence(expected, coded, s.vocabulary()) < 0.1);
+    ::unsetenv("KV1_PRECISION");
+}
+
 TEST_CASE("what can not work is refused", "[llama_cpp]") {
     const std::string file = models()[6];
     INFO(file);
