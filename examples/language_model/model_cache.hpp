@@ -9,7 +9,7 @@
 //   kv1_calibration.bin      with +ew, +basis: error weights, bases; with +mean where there is no
 //                            kv1_means.safetensors: means (kv1/calibration_file.hpp), named after model.safetensors
 //
-// kv1-train writes all but the calibration, which `kv1-lm calibrate` adds. Means that a model was trained with come
+// `kv1-lm calibrate` makes the calibration; a model that kv1-train trains under error weights keeps it. Means that a model was trained with come
 // before those of a calibration.
 #pragma once
 

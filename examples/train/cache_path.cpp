@@ -58,11 +58,12 @@ Tensor turn(const Tensor& x, const rotary_table& table, bool inverse) {
 struct cache_path {
     rotary_table table;
     trained_side side;
-    Tensor means;
+    Tensor means, error_factors;
     std::int64_t sinks = 0;
     bool turns_means = false;
     [[nodiscard]] bool turns() const { return table.cosines.numel() != 0; }
     [[nodiscard]] bool centres() const { return side.policy.means && means.numel() != 0; }
+    [[nodiscard]] bool weighs_errors() const { return side.policy.error_weights; }
 };
 
 // The means of all heads at a position, [positions][heads][channels].
@@ -86,6 +87,7 @@ Tensor quantize_on_cpu(const Tensor& x, const cache_path& path) {
                sinks = static_cast<std::size_t>(path.sinks);
     const float* from = in.data_ptr<float>();
     float* to = out.data_ptr<float>();
+    const Tensor factors = path.weighs_errors() ? path.error_factors.contiguous() : Tensor();
     Tensor means; // [positions or 1][heads][channels]
     if (path.centres())
         means = path.turns_means ? turned_means(path, in.size(-3)).contiguous() : path.means.contiguous();
@@ -102,6 +104,9 @@ Tensor quantize_on_cpu(const Tensor& x, const cache_path& path) {
                 mine.centre = {means.data_ptr<float>() +
                                    row % (path.turns_means ? positions * heads : heads) * channels,
                                channels};
+            if (factors.defined())
+                mine.error_factors = {factors.data_ptr<float>() + row % heads * channels * channels,
+                                      channels * channels};
             kv1::fake_quantize(path.side.policy.format, channels, x_row, {to + row * channels, channels},
                                mine);
         }
@@ -169,6 +174,8 @@ tensor_list run_on_cuda(const Tensor& x, const cache_path& path, bool also_plain
             job.mean_sines = path.table.mean_sines.data_ptr<float>();
         }
     }
+    if (path.weighs_errors())
+        job.error_factors = path.error_factors.data_ptr<float>();
     job.sinks = path.sinks;
     set_format(job, path.side);
     const c10::cuda::CUDAGuard on_its_device(in.device());
@@ -226,7 +233,8 @@ enum path_flag : std::int64_t {
     half_split = 8,
     turns_means = 16,
     also_plain = 32,
-    first_level_choice = 64
+    error_weights = 64,
+    first_level_choice = 128
 };
 
 kv1::rotary_pairs pairs_of(std::int64_t flags) {
@@ -236,19 +244,21 @@ kv1::rotary_pairs pairs_of(std::int64_t flags) {
 struct cache_path_function : torch::autograd::Function<cache_path_function> {
     static tensor_list forward(AutogradContext* context, const Tensor& x, const Tensor& cosines,
                                const Tensor& sines, const Tensor& mean_cosines, const Tensor& mean_sines,
-                               const Tensor& centre, std::int64_t format, std::int64_t flags,
-                               std::int64_t sinks) {
+                               const Tensor& centre, const Tensor& error_factors, std::int64_t format,
+                               std::int64_t flags, std::int64_t sinks) {
         context->saved_data["cosines"] = cosines;
         context->saved_data["sines"] = sines;
         context->saved_data["flags"] = flags;
         const kv1::vector_policy policy{.format = static_cast<kv1::kv_format>(format),
                                         .levels = static_cast<kv1::level_choice>(flags / first_level_choice),
                                         .hadamard = (flags & hadamard) != 0,
-                                        .means = (flags & means) != 0};
+                                        .means = (flags & means) != 0,
+                                        .error_weights = (flags & error_weights) != 0};
         return forward_pass(x,
                             {{cosines, sines, mean_cosines, mean_sines, pairs_of(flags)},
                              {policy, (flags & round_metadata) != 0},
                              centre,
+                             error_factors,
                              sinks,
                              (flags & turns_means) != 0},
                             (flags & also_plain) != 0);
@@ -267,6 +277,7 @@ struct cache_path_function : torch::autograd::Function<cache_path_function> {
                 Tensor(),
                 Tensor(),
                 Tensor(),
+                Tensor(),
                 Tensor()};
     }
 };
@@ -276,6 +287,7 @@ tensor_list apply(const Tensor& x, const cache_path& path, bool both = false) {
     std::int64_t flags = static_cast<std::int64_t>(p.levels) * first_level_choice;
     for (const auto& [is_set, flag] : {std::pair{p.hadamard, hadamard},
                                        {p.means, means},
+                                       {p.error_weights, error_weights},
                                        {path.side.round_metadata, round_metadata},
                                        {path.table.pairs == kv1::rotary_pairs::half_split, half_split},
                                        {path.turns_means, turns_means},
@@ -283,10 +295,19 @@ tensor_list apply(const Tensor& x, const cache_path& path, bool both = false) {
         flags |= is_set ? std::int64_t{flag} : 0;
     const rotary_table& t = path.table;
     return cache_path_function::apply(x, t.cosines, t.sines, t.mean_cosines, t.mean_sines, path.means,
-                                      static_cast<std::int64_t>(p.format), flags, path.sinks);
+                                      path.error_factors, static_cast<std::int64_t>(p.format), flags,
+                                      path.sinks);
 }
 
 Tensor nothing() { return torch::empty({0}); }
+
+cache_path path_of(const rotary_table& table, const trained_side& side, const side_constants& c,
+                   std::int64_t sinks) {
+    if (side.policy.error_weights && !c.error_factors.defined())
+        throw std::invalid_argument("a policy with error weights needs their factors");
+    const auto given = [](const Tensor& t) { return t.defined() ? t : nothing(); };
+    return {table, side, given(c.means), given(c.error_factors), sinks, c.turn};
+}
 
 } // namespace
 
@@ -313,24 +334,24 @@ rotary_table rotary_table::make(std::int64_t positions, std::int64_t head_dim, f
 }
 
 torch::Tensor rotate(const torch::Tensor& x, const rotary_table& table) {
-    return apply(x, {table, {}, nothing()})[0];
+    return apply(x, path_of(table, {}, {}, 0))[0];
 }
 
-torch::Tensor through_cache(const torch::Tensor& x, const trained_side& side, const torch::Tensor& means,
+torch::Tensor through_cache(const torch::Tensor& x, const trained_side& side, const side_constants& constants,
                             std::int64_t sinks) {
     if (is_plain(side.policy.format))
         return x;
     const Tensor none = nothing();
-    return apply(x, {{none, none, none, none, {}}, side, means, sinks})[0];
+    return apply(x, path_of({none, none, none, none, {}}, side, constants, sinks))[0];
 }
 
 keys_seen rotate_through_cache(const torch::Tensor& x, const rotary_table& table, const trained_side& side,
-                               const centring& centre, std::int64_t sinks, bool also_plain) {
+                               const side_constants& constants, std::int64_t sinks, bool also_plain) {
     if (is_plain(side.policy.format)) {
         const Tensor turned = rotate(x, table);
         return {turned, also_plain ? turned : Tensor()};
     }
-    const tensor_list seen = apply(x, {table, side, centre.means, sinks, centre.turn}, also_plain);
+    const tensor_list seen = apply(x, path_of(table, side, constants, sinks), also_plain);
     return {seen[0], also_plain ? seen[1] : Tensor()};
 }
 

@@ -22,10 +22,12 @@ struct rotary_table {
                                            kv1::rotary_pairs pairs, torch::Device device);
 };
 
-/// What a policy with `means` takes off vectors; constants to the gradient.
-struct centring {
-    torch::Tensor means; ///< [heads][head_dim], fp32
+/// What a side's policy takes from elsewhere, fp32; constants to the gradient.
+struct side_constants {
+    torch::Tensor means; ///< [heads][head_dim]; taken off where the policy has means
     bool turn = false;   ///< means of keys before rotation, which turn with their positions
+    /// [heads][head_dim][head_dim], as kv1::try_factor_error_weights() makes them, where the policy has error weights.
+    torch::Tensor error_factors = {};
 };
 
 /// Keys as attention sees them.
@@ -41,12 +43,12 @@ struct keys_seen {
 /// fp32. The first `sinks` positions stay as they are. The gradient is straight-through. On the CPU it throws
 /// kv1::error for values that no cache can hold; on CUDA NaN stays NaN.
 [[nodiscard]] torch::Tensor through_cache(const torch::Tensor& x, const trained_side& side,
-                                          const torch::Tensor& means, std::int64_t sinks = 0);
+                                          const side_constants& constants, std::int64_t sinks = 0);
 
 /// rotate(), then through_cache(), without rounding to x's type in between; and with `also_plain` rotate() alone,
 /// from the same pass over x.
 [[nodiscard]] keys_seen rotate_through_cache(const torch::Tensor& x, const rotary_table& table,
-                                             const trained_side& side, const centring& centre,
+                                             const trained_side& side, const side_constants& constants,
                                              std::int64_t sinks = 0, bool also_plain = false);
 
 } // namespace kv1_train

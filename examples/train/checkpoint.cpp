@@ -115,9 +115,12 @@ void write_model(const durable_folder& folder, const language_model& model,
     std::vector<std::pair<std::string, torch::Tensor>> halves;
     for (const parameter& p : model.base().parts)
         halves.emplace_back(p.name, p.value.detach().to(torch::kFloat16));
-    folder.write("model.safetensors", to_safetensors(halves, {{"format", "pt"}}));
+    const auto weights = to_safetensors(halves, {{"format", "pt"}});
+    folder.write("model.safetensors", weights);
     if (kv.cache.needs_means())
         write_means(folder, model);
+    if (kv.cache.needs_error_weights())
+        folder.write(kv1_lm::calibration_file, calibration_of(model.error_weights().value(), weights, kv));
 }
 
 std::filesystem::path save_checkpoint(const std::filesystem::path& root, std::int64_t step,
@@ -134,6 +137,8 @@ std::filesystem::path save_checkpoint(const std::filesystem::path& root, std::in
         folder.write("kv1.json", std::as_bytes(std::span(text)));
         if (source.kv.cache.needs_means())
             write_means(folder, model);
+        if (source.kv.cache.needs_error_weights())
+            folder.write(kv1_lm::calibration_file, model.error_weights().value().file);
     } else {
         write_model(folder, model, source.model_folder, source.kv);
     }

@@ -6,6 +6,7 @@
 //   step-00001000/  config.json  model.safetensors  tokenizer.json ..  trainer_state.safetensors
 //                   kv1_means.safetensors, where keys and values are centred: layers.N.key_means,
 //                   .value_means, fp32 [kv_heads][head_dim]
+//                   kv1_calibration.bin, where the policy has error weights
 //
 // A run that trains an adapter saves a PEFT folder (lora.hpp) in the place of the model; its weights are no part of the
 // state then.
@@ -36,8 +37,8 @@ struct checkpoint_source {
 
 class durable_folder;
 
-/// Writes a model folder: weights in fp16, means where the policy has any, config.json and the tokenizer of
-/// `model_folder`, and in config.json the policy. Throws input_error.
+/// Writes a model folder: weights in fp16, means and error weights where the policy has any, config.json and the
+/// tokenizer of `model_folder`, and in config.json the policy. Throws input_error.
 void write_model(const durable_folder& folder, const language_model& model,
                  const std::filesystem::path& model_folder, const training_policy& kv);
 

@@ -131,6 +131,51 @@ __device__ float code_of(float x, float inverse, float base, float max_code) {
     return rintf(fminf(fmaxf((x - base) * inverse, 0.0f), max_code));
 }
 
+// Codes of K candidates under error weights, as kv1/detail/encode_reference.hpp defines them: values into y, costs into
+// `costs`. Channel `turn` + 32 j is quantized in lane `turn`, which hands its error to the others.
+template <int N, int K>
+__device__ void weighted_codes(const vector<N>& x, const levels (&candidates)[K], float max_code,
+                               const float* factors, int lane, vector<N> (&y)[K], float (&costs)[K]) {
+    vector<N> wanted[K];
+    float inverse[K];
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+        wanted[k] = x;
+        inverse[k] = 1.0f / candidates[k].scale;
+        costs[k] = 0.0f;
+    }
+#pragma unroll
+    for (int j = N - 1; j >= 0; --j)
+        for (int turn = 31; turn >= 0; --turn) {
+            // R of the channels before this one, and in its own place D
+            float row[N];
+#pragma unroll
+            for (int i = 0; i <= j; ++i)
+                row[i] = __ldg(factors + (turn + 32 * j) * (32 * N) + lane + 32 * i);
+#pragma unroll
+            for (int k = 0; k < K; ++k) {
+                const float at = wanted[k].v[j];
+                const float value =
+                    code_of(at, inverse[k], candidates[k].base, max_code) * candidates[k].scale +
+                    candidates[k].base;
+                const float rest = at - value;
+                if (lane == turn) {
+                    y[k].v[j] = value;
+                    costs[k] += row[j] * rest * rest;
+                }
+                const float error = __shfl_sync(all_lanes, x.v[j] - value, turn);
+#pragma unroll
+                for (int i = 0; i < j; ++i)
+                    wanted[k].v[i] += row[i] * error;
+                if (lane < turn) // the others have had their turn
+                    wanted[k].v[j] += row[j] * error;
+            }
+        }
+#pragma unroll
+    for (int k = 0; k < K; ++k)
+        costs[k] = warp_sum(costs[k]);
+}
+
 // The nearest levels into y; their squared error.
 template <int N>
 __device__ float nearest(const vector<N>& x, levels l, float max_code, vector<N>& y) {
@@ -183,9 +228,53 @@ __device__ levels refine(const vector<N>& x, float lo, float hi, const cache_pat
     return keep(kept.scale, (sum_x - kept.scale * sum_c) / n + middle, job);
 }
 
-// As kv1's quantizers of the two kinds, with their encoders.
+// The cheapest so far: its cost, levels and values.
 template <int N>
-__device__ void evenly_spaced(vector<N>& x, const cache_path_job& job) {
+struct cheapest {
+    float cost;
+    levels chosen;
+    vector<N> values;
+
+    template <int K>
+    __device__ void take(const vector<N>& x, const levels (&candidates)[K], const float* factors, int lane,
+                         const cache_path_job& job) {
+        vector<N> y[K];
+        float costs[K];
+        weighted_codes(x, candidates, static_cast<float>(job.max_code), factors, lane, y, costs);
+#pragma unroll
+        for (int k = 0; k < K; ++k)
+            if (costs[k] < cost) {
+                cost = costs[k];
+                chosen = candidates[k];
+                values = y[k];
+            }
+    }
+};
+
+// Values under error weights (kv1/detail/encode_reference.hpp). Candidates are `start`, four scales about its middle, and
+// four moves of the cheapest of these.
+template <int N>
+__device__ void weigh_errors(vector<N>& x, levels start, const float* factors, int lane,
+                             const cache_path_job& job) {
+    const auto max_code = static_cast<float>(job.max_code);
+    const float middle = start.base + start.scale * (0.5f * max_code);
+    const auto wider = [&](float by) {
+        const float scale = keep(start.scale * by, 0.0f, job).scale;
+        return keep(scale, middle - scale * (0.5f * max_code), job);
+    };
+    cheapest<N> best{INFINITY, start, x};
+    const levels scales[] = {start, wider(0.92f), wider(1.08f), wider(1.16f), wider(1.24f)};
+    best.take(x, scales, factors, lane, job);
+    const levels from = best.chosen;
+    const auto moved = [&](float by) { return keep(from.scale, from.base + from.scale * by, job); };
+    const levels moves[] = {moved(-0.3f), moved(-0.15f), moved(0.15f), moved(0.3f)};
+    best.take(x, moves, factors, lane, job);
+    x = best.values;
+}
+
+// As kv1's quantizers of the two kinds, with their encoders. factors: of the head's error weights, or null.
+template <int N>
+__device__ void evenly_spaced(vector<N>& x, const float* factors, int lane, const cache_path_job& job) {
     const auto max_code = static_cast<float>(job.max_code);
     float lo = x.v[0], hi = x.v[0];
 #pragma unroll
@@ -205,7 +294,10 @@ __device__ void evenly_spaced(vector<N>& x, const cache_path_job& job) {
         const levels refined = refine(x, lo, hi, job);
         vector<N> refitted;
         const float error = nearest(x, refined, max_code, refitted);
-        x = error < range_error ? refitted : fitted;
+        if (factors != nullptr)
+            weigh_errors(x, error < range_error ? refined : range, factors, lane, job);
+        else
+            x = error < range_error ? refitted : fitted;
     } else if (about_zero) {
         vector<N> fitted;
         nearest(x, range, max_code, fitted);
@@ -294,7 +386,11 @@ __global__ void cache_path_kernel(cache_path_job job) {
         if (job.hadamard)
             rotate_hadamard(x, lane);
         if (job.format == scheme::affine || job.format == scheme::compact) {
-            evenly_spaced(x, job);
+            evenly_spaced(x,
+                          job.error_factors == nullptr
+                              ? nullptr
+                              : job.error_factors + row % job.heads * (32 * N) * (32 * N),
+                          lane, job);
         } else if (job.format == scheme::scaled_binary) {
             scaled_binary(x, job);
         } else {

@@ -16,8 +16,9 @@ struct cache_path_job {
     void* y = nullptr;           // alike; may be x
     void* plain = nullptr;       // alike, or null: gets x, turned
     const float* cosines = nullptr;
-    const float* sines = nullptr; // [positions][channels / 2]; null: no rotation
-    const float* means = nullptr; // [heads][channels], or null
+    const float* sines = nullptr;         // [positions][channels / 2]; null: no rotation
+    const float* means = nullptr;         // [heads][channels], or null
+    const float* error_factors = nullptr; // [heads][channels][channels], or null
     const float* mean_cosines = nullptr;
     const float* mean_sines = nullptr; // [positions][channels / 2]: means turn; null: they do not
     std::int64_t rows = 0;             // batch * positions * heads

@@ -15,6 +15,7 @@
 #include <memory>
 #include <ostream>
 #include <string>
+#include <vector>
 
 namespace kv1_train {
 
@@ -26,6 +27,13 @@ void evaluate(const evaluate_options& options, std::ostream& out) {
     if (!options.adapter.empty())
         read_adapter(options.adapter, *model, type);
     check_layers(options.kv, model->config().layers, "--kv");
+    if (options.kv.cache.needs_error_weights()) {
+        std::vector<std::filesystem::path> folders{options.model};
+        if (!options.adapter.empty())
+            folders.insert(folders.begin(), options.adapter);
+        model->set_error_weights(
+            read_error_weights(folders, options.model, model->config(), options.kv, device));
+    }
     std::unique_ptr<language_model> other;
     if (!options.original.empty()) {
         other = read_model(options.original, device, true);

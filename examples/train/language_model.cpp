@@ -254,9 +254,11 @@ Tensor language_model::run(const Tensor& tokens, const training_policy& kv, torc
         // what attention sees of a key or value is what the cache gives back of it
         const Tensor new_k = normalized(heads(apply(h, l.key, l.key_bias)), l.key_norm);
         const Tensor new_v = heads(apply(h, l.value, l.value_bias));
-        const keys_seen k =
-            rotate_through_cache(new_k, rotary_, kv.key(i), {means[0], means_turn_}, sinks, window > 0);
-        const Tensor v = through_cache(new_v, kv.value(i), means[1], sinks);
+        const auto factors = error_weights_ && kv.cache.needs_error_weights() ? error_weights_->factors[i]
+                                                                              : std::array<Tensor, 2>();
+        const keys_seen k = rotate_through_cache(new_k, rotary_, kv.key(i),
+                                                 {means[0], means_turn_, factors[0]}, sinks, window > 0);
+        const Tensor v = through_cache(new_v, kv.value(i), {means[1], false, factors[1]}, sinks);
         if (seen != nullptr && sinks < length) {
             const torch::NoGradGuard no_gradient;
             observed.push_back(torch::stack({mean_of(new_k), mean_of(new_v)}));

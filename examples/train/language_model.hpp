@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cache_path.hpp"
+#include "error_weights.hpp"
 #include "lora.hpp"
 #include "model_config.hpp"
 #include "training_policy.hpp"
@@ -69,7 +70,8 @@ public:
     [[nodiscard]] const std::optional<lora_options>& adapter() const noexcept { return adapter_; }
 
     /// Logits [batch * length][words] of tokens [batch][length], int64, in `type`, which matrix products and
-    /// attention are computed in; the residual stream and norms are fp32.
+    /// attention are computed in; the residual stream and norms are fp32. Precondition: a policy with +ew is the one
+    /// that error_weights() are for.
     /// `seen`, where given, gets the means of what the policy quantizes.
     [[nodiscard]] torch::Tensor logits(const torch::Tensor& tokens, const training_policy& kv,
                                        torch::ScalarType type, observed_means* seen = nullptr) const;
@@ -83,6 +85,12 @@ public:
     /// Whether means of keys are those before rotation, and turn with the position. They do, but for models of old.
     [[nodiscard]] bool means_turn() const noexcept { return means_turn_; }
     void set_means_turn(bool turn) noexcept { means_turn_ = turn; }
+
+    /// What a policy with +ew chooses codes by; none at first.
+    [[nodiscard]] const std::optional<calibrated_weights>& error_weights() const noexcept {
+        return error_weights_;
+    }
+    void set_error_weights(calibrated_weights found) noexcept { error_weights_ = std::move(found); }
 
     [[nodiscard]] const kv1_lm::model_config& config() const noexcept { return config_; }
     [[nodiscard]] torch::Device device() const { return base_.values.device(); }
@@ -112,6 +120,7 @@ private:
     std::optional<lora_options> adapter_;
     torch::Tensor means_;
     bool means_turn_ = true;
+    std::optional<calibrated_weights> error_weights_;
     weights named_; // the head is the embeddings where the two are tied
     std::vector<std::pair<std::string, projection*>> projections_;
     std::vector<std::pair<std::string, channel_weights*>> channels_;

@@ -148,8 +148,14 @@ void merge(const merge_options& options, std::ostream& out) {
     const auto model = read_model(options.model, torch::kCPU, true);
     read_adapter(options.adapter, *model);
     model->merge();
+    const training_policy kv = read_adapter_policy(options.adapter);
+    if (kv.cache.needs_error_weights()) {
+        const std::filesystem::path folders[] = {options.adapter, options.model};
+        model->set_error_weights(
+            read_error_weights(folders, options.model, model->config(), kv, torch::kCPU));
+    }
     durable_folder folder(options.out);
-    write_model(folder, *model, options.model, read_adapter_policy(options.adapter));
+    write_model(folder, *model, options.model, kv);
     folder.commit();
     out << options.out.string() << ": " << model->base().values.numel() << " weights in fp16\n";
 }

@@ -38,7 +38,8 @@ using clock = std::chrono::steady_clock;
 std::int64_t longest(const train_options& o) { return std::ranges::max(o.lengths); }
 
 // The options that decide a run's result. Ranks, micro-batches, device and saving do not.
-nlohmann::json fingerprint(const train_options& o, const std::optional<lora_options>& adapter) {
+nlohmann::json fingerprint(const train_options& o, const std::optional<lora_options>& adapter,
+                           const calibrated_weights* weights) {
     nlohmann::json all = {
         {"model", o.model.filename().string()},
         {"init", o.init},
@@ -63,6 +64,12 @@ nlohmann::json fingerprint(const train_options& o, const std::optional<lora_opti
         all["init_adapter"] = o.init_adapter.filename().string();
     if (o.kv.cache.needs_means())
         all["key_means"] = "before rotary embedding";
+    if (weights != nullptr) { // a checksum of all of them
+        std::ostringstream hex;
+        for (const std::uint8_t byte : kv1::fingerprint_of(weights->file).bytes)
+            hex << std::hex << std::setw(2) << std::setfill('0') << static_cast<int>(byte);
+        all["error_weights"] = hex.str();
+    }
     return all;
 }
 
@@ -76,6 +83,12 @@ std::unique_ptr<language_model> prepare(const train_options& o, torch::Device de
         model->adapt(o.lora, o.seed, type);
     else if (!o.init)
         model->initialize(o.seed);
+    if (o.kv.cache.needs_error_weights()) {
+        std::vector<std::filesystem::path> folders{o.model};
+        if (!o.init_adapter.empty())
+            folders.insert(folders.begin(), o.init_adapter);
+        model->set_error_weights(read_error_weights(folders, o.model, model->config(), o.kv, device));
+    }
     return model;
 }
 
@@ -97,7 +110,8 @@ public:
     }
 
     void run() {
-        const nlohmann::json options = fingerprint(o_, model_->adapter());
+        const auto& weights = model_->error_weights();
+        const nlohmann::json options = fingerprint(o_, model_->adapter(), weights ? &*weights : nullptr);
         std::int64_t step = 0;
         const auto last = last_checkpoint(o_.out);
         if (o_.resume && last)

@@ -44,7 +44,8 @@ void add_cache(CLI::App& command, cache_texts& t) {
             "--kv", t.policy,
             "The cache: a format (" + kv1_lm::kv_format_names() +
                 ") with +ls or +cs (fitted levels), +had (rotated), +mean (centred; the means follow the "
-                "model), for both or K,V such as c3+ls+had,c2+ls+had; /LAYER:K,V for a layer that differs; "
+                "model), +ew (error weights, from the folder's kv1_calibration.bin), for both or K,V such as "
+                "c3+ls+had,c2+ls+had; /LAYER:K,V for a layer that differs; "
                 "@SINKS:WINDOW for fp16 tokens")
         ->capture_default_str();
     command.add_flag("--round-metadata", t.round_metadata, "Scale and minimum through fp16");

@@ -15,9 +15,8 @@ namespace {
 const char* untrained(const kv1::layer_policy& layer) {
     for (const kv1::vector_policy* side : {&layer.key, &layer.value}) {
         const kv1::format_info info = kv1::info_of(side->format);
-        if (side->basis || side->error_weights || side->group != 0 ||
-            side->axis != kv1::quantization_axis::per_token)
-            return "training has no +basis, +ew, +channel and +g";
+        if (side->basis || side->group != 0 || side->axis != kv1::quantization_axis::per_token)
+            return "training has no +basis, +channel and +g";
         if (info.code_bits == 0 && *side != kv1::vector_policy{.format = side->format})
             return "16 and 32 take no options";
         if (side->levels != kv1::level_choice::min_max && !info.fits_levels)

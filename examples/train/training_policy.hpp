@@ -38,7 +38,7 @@ inline const training_policy plain_kv{};
 }
 
 /// A policy as `--kv` takes it (kv1/cache_policy.hpp). Throws input_error, which names `option`, for what is
-/// none, and for what training does not know: bases, error weights, groups of channels, keys per channel, pages.
+/// none, and for what training does not know: bases, groups of channels, keys per channel, pages.
 [[nodiscard]] training_policy parse_policy(std::string_view text, std::string_view option);
 
 /// Throws input_error for a layer that a model of so many does not have.

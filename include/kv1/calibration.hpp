@@ -97,8 +97,12 @@ public:
     [[nodiscard]] const cache_policy& policy() const noexcept { return policy_; }
     void set_policy(cache_policy policy) noexcept { policy_ = std::move(policy); }
     /// @}
-    /// Whose keys and values were calibrated; empty if that was not said.
+    /// Whose keys and values were calibrated; empty if that was not said. Another model may use the same parts: one that
+    /// was trained from it, or whose weights are rounded otherwise.
+    /// @{
     [[nodiscard]] const model_fingerprint& model() const noexcept { return model_; }
+    void set_model(const model_fingerprint& model) noexcept { model_ = model; }
+    /// @}
     /// The number of layers.
     [[nodiscard]] std::size_t layers() const noexcept { return size_; }
 

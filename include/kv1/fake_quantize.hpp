@@ -11,20 +11,23 @@
 //                       pass without rounding: lo + (x - lo) / s * s = x for any lo and s.
 //     fixed_codes       the derivative of the forward pass for fixed codes: dx reaches x through minimum, scale
 //                       and mean magnitude. It is defined where no code, minimum or maximum is about to change.
-//                       Rounding to fp16 counts as the identity. It is not defined for clip_search.
+//                       Rounding to fp16 counts as the identity. It is not defined for clip_search, nor under
+//                       error weights.
 //
 // With round_metadata the forward pass gives what a cache with that format and encoding gives back, bit for
-// bit (encoding.hpp; error weights are not supported). Without it scale and minimum stay in
-// fp32, as the KV1 reference trains, and a compact format's offset is any number between its ends.
+// bit (encoding.hpp). Without it scale and minimum stay in fp32, as the KV1 reference trains, and a compact
+// format's offset is any number between its ends.
 //
 // Values that lie in keys (multi-head latent attention) are no vectors of their own: quantize the keys, and
 // take the first channels of the result.
 //
 // The functions work on arrays of vectors, `channels` values each: x[v * channels + c] is channel c of vector
-// v. They take O(values) (with Hadamard: times log channels), allocate nothing, and are thread-safe. An error
-// names the vector as where().token; vectors before it are written.
+// v. They take O(values) (with Hadamard: times log channels; under error weights: times channels), allocate
+// nothing, and are thread-safe. An error names the vector as where().token; vectors before it are written.
 #pragma once
 
+#include <kv1/detail/encode_reference.hpp>
+#include <kv1/detail/prepared_encoding.hpp>
 #include <kv1/detail/turning_means.hpp>
 #include <kv1/format.hpp>
 #include <kv1/hadamard.hpp>
@@ -40,6 +43,7 @@
 #include <cstdint>
 #include <span>
 #include <tuple>
+#include <vector>
 
 namespace kv1::inline KV1_ABI {
 
@@ -61,7 +65,39 @@ struct fake_quantize_options {
     /// An orthogonal matrix, [channels][channels], as a KV head of vector_encoding::basis has it: a vector less
     /// its mean becomes its products with the rows, before the Hadamard matrix. Empty: none. Not checked.
     std::span<const float> basis{};
+    /// What errors cost, [channels][channels], as try_factor_error_weights() makes it of a KV head of
+    /// vector_encoding::error_weights. Codes are chosen one channel after the other, and each makes up for the errors
+    /// before it. Empty: all errors cost the same. For least squares and a clip search, with the straight-through
+    /// gradient. Not checked but for its size.
+    std::span<const float> error_factors{};
 };
+
+/// Makes the error weights of a KV head ready for fake_quantize_options::error_factors: of vectors that go through
+/// the `basis` and `hadamard` of these options. weights and factors: [channels][channels]; they do not overlap.
+/// O(channels^3), once for a head. Errors: out_of_range unless channels is 1 to 4096; shape_mismatch; non_finite;
+/// invalid_argument if the weights are not positive semidefinite, or the basis is not orthogonal; out_of_memory. If it
+/// fails, `factors` holds anything.
+inline status try_factor_error_weights(std::size_t channels, std::span<const float> weights,
+                                       std::span<float> factors,
+                                       const fake_quantize_options& options = {}) noexcept {
+    if (channels == 0 || channels > max_vector_length)
+        return {errc::out_of_range, "a vector has 1 to 4096 channels"};
+    if (weights.size() != channels * channels || factors.size() != weights.size() ||
+        (!options.basis.empty() && options.basis.size() != weights.size()))
+        return {errc::shape_mismatch, "error weights, their factors and a basis are square matrices"};
+    for (const std::span<const float> matrix : {weights, options.basis})
+        if (detail::first_non_finite(matrix) != matrix.size())
+            return {errc::non_finite, "error weights and bases are finite"};
+    detail::basis_matrices basis;
+    if (!options.basis.empty()) {
+        if (!detail::is_orthogonal(options.basis, channels))
+            return {errc::invalid_argument, "a basis is an orthogonal matrix, to 0.002 in each number"};
+        if (!basis.assign(options.basis, channels))
+            return {errc::out_of_memory, "an allocation failed"};
+    }
+    return detail::factor_weights(weights, channels, options.hadamard ? rotation_width(channels) : 0,
+                                  factors.data(), basis.of(0));
+}
 
 /// The mean of a head's keys at a position, bit for bit as a cache takes it off keys that turn
 /// (layer_description::rotary): the `centre` of those keys. mean: before rotary embedding, [channels]; `turned`, as
@@ -163,19 +199,14 @@ struct code_rule<unrounded<Q>> : code_rule<Q> {
     using code_rule<Q>::code_rule;
 };
 
-// Levels and their nearest codes, as kernels choose them for least squares and for compact formats.
+// Levels and codes, as kernels choose them for least squares and for compact formats. refit_levels: null with error
+// factors, whose levels are not those of a refit.
 template <class Q>
 stored_levels choose_levels(std::span<const float> x, const fake_quantize_options& o, std::uint8_t* codes,
                             std::uint8_t* refit_levels) noexcept {
-    if (o.levels == level_choice::least_squares)
+    if (o.levels == level_choice::least_squares && o.error_factors.empty())
         return fit_levels<Q>(x, codes, refit_levels);
-    if (o.levels == level_choice::clip_search)
-        return search_levels<Q>(x, codes);
-    const auto [lo, hi] = plain_range(x);
-    const stored_levels levels = range_levels<Q>(lo, hi);
-    if (levels.fits)
-        nearest_codes<Q>(x, levels, codes);
-    return levels;
+    return encode_group<Q>(o.levels, x, o.error_factors.empty() ? nullptr : o.error_factors.data(), codes);
 }
 
 // Its own inverse and, symmetric, its own gradient.
@@ -323,8 +354,17 @@ inline status check_rows(std::size_t channels, std::size_t x, std::size_t out,
         return {errc::shape_mismatch, "values in and out are the same number of whole vectors"};
     if (!o.centre.empty() && o.centre.size() != channels)
         return {errc::shape_mismatch, "the centre has one value per channel"};
-    if (!o.basis.empty() && o.basis.size() != channels * channels)
-        return {errc::shape_mismatch, "a basis is a square matrix"};
+    for (const std::span<const float> matrix : {o.basis, o.error_factors})
+        if (!matrix.empty() && matrix.size() != channels * channels)
+            return {errc::shape_mismatch, "a basis, and factors of error weights, are a square matrix"};
+    return {};
+}
+
+// Whether Q knows the error weights that are asked for.
+template <quantizer Q>
+status check_error_weights(const fake_quantize_options& o) noexcept {
+    if (!o.error_factors.empty() && (!scaled_levels<Q> || o.levels == level_choice::min_max))
+        return {errc::invalid_argument, "error weights need least squares or a clip search"};
     return {};
 }
 
@@ -345,11 +385,13 @@ status check_values(std::span<const float> x, const fake_quantize_options& o) no
 /// Forward pass: y gets what a cache gives back of the vectors x. x and y have the same size, a multiple of
 /// channels; y may be x. Errors: out_of_range unless channels is 1 to 4096; shape_mismatch; non_finite;
 /// not_representable if metadata, or a value of a fitted or compact format, do not fit fp16, whether metadata
-/// are rounded or not.
+/// are rounded or not; invalid_argument for error factors without a choice of levels.
 template <quantizer Q>
 status try_fake_quantize(std::size_t channels, std::span<const float> x, std::span<float> y,
                          const fake_quantize_options& options = {}) noexcept {
     if (const status s = detail::check_rows(channels, x.size(), y.size(), options); !s)
+        return s;
+    if (const status s = detail::check_error_weights<Q>(options); !s)
         return s;
     std::array<float, max_vector_length> values;
     std::array<std::uint8_t, max_vector_length> code_values;
@@ -382,9 +424,10 @@ status try_fake_quantize_gradient(std::size_t channels, std::span<const float> x
         return s;
     if (dy.size() != dx.size())
         return {errc::shape_mismatch, "the two gradients have the same size"};
-    if (options.levels == level_choice::clip_search &&
+    if ((options.levels == level_choice::clip_search || !options.error_factors.empty()) &&
         options.gradient == fake_quantize_options::gradient_rule::fixed_codes)
-        return {errc::invalid_argument, "a clip search has the straight-through gradient alone"};
+        return {errc::invalid_argument,
+                "a clip search and error weights have the straight-through gradient alone"};
     if (options.gradient == fake_quantize_options::gradient_rule::straight_through) {
         if (dx.data() != dy.data())
             std::copy(dy.begin(), dy.end(), dx.begin());
@@ -467,9 +510,19 @@ inline status try_fake_quantize_gradient(kv_format format, std::size_t channels,
 /// @}
 
 #if KV1_EXCEPTIONS
+/// The factors of a KV head's error weights, [channels][channels], for fake_quantize_options::error_factors. Throws
+/// kv1::error, for the reasons that try_factor_error_weights() gives.
+[[nodiscard]] inline std::vector<float> factor_error_weights(std::size_t channels,
+                                                             std::span<const float> weights,
+                                                             const fake_quantize_options& options = {}) {
+    std::vector<float> factors(weights.size());
+    detail::throw_if_error(try_factor_error_weights(channels, weights, factors, options));
+    return factors;
+}
+
 /// Forward pass: y gets what a cache gives back of the vectors x, `channels` values each. x and y have the
 /// same size; y may be x. Throws kv1::error: out_of_range unless channels is 1 to 4096; shape_mismatch;
-/// non_finite; not_representable.
+/// non_finite; not_representable; invalid_argument.
 /// @{
 template <quantizer Q>
 void fake_quantize(std::size_t channels, std::span<const float> x, std::span<float> y,

@@ -2,6 +2,7 @@
 //
 // Adapters: gradients, PEFT's form, training and resuming; and the Llama family that they are for.
 #include "batch_reader.hpp"
+#include "calibrate.hpp"
 #include "checkpoint.hpp"
 #include "error.hpp"
 #include "file.hpp"
@@ -9,6 +10,7 @@
 #include "language_model.hpp"
 #include "llama_family.hpp"
 #include "lora.hpp"
+#include "model_cache.hpp"
 #include "sampler_order.hpp"
 #include "token_file.hpp"
 #include "training_fixture.hpp"
@@ -20,6 +22,7 @@
 #include <cmath>
 #include <cstdint>
 #include <filesystem>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -218,6 +221,68 @@ TEST_CASE("A run goes on with the adapter of another, its rank and its means", "
     const auto both = kv1_test::run_kv1_train(adapting(f, "both", {"--init-adapter", adapter.string()}));
     REQUIRE(both.code == 2);
     REQUIRE(both.err.find("--lora-rank excludes --init-adapter") != std::string::npos);
+}
+
+TEST_CASE("An adapter is trained under error weights, which go with it", "[train]") {
+    const kv1_test::training_fixture f;
+    train_base(f);
+    const std::filesystem::path base = f.path() / "base/step-00000020";
+    const auto under = [&](const std::string& out, const std::vector<std::string>& more = {}) {
+        return kv1_test::run_kv1_train(with(adapting(f, out, more), {{"--kv", "c2+ls+had+mean+ew@2:8"}}));
+    };
+    const auto missing = under("none");
+    REQUIRE(missing.code == 2);
+    REQUIRE(missing.err.find("kv1_calibration.bin: a policy with +ew needs it") != std::string::npos);
+
+    std::ostringstream said;
+    kv1_lm::calibrate_folder({.model = base,
+                              .text = f.path() / "text.txt",
+                              .policy = kv1::parse_policy("c2+ls+had+mean+ew@2:8"),
+                              .tokens = 256,
+                              .chunk_tokens = {64}},
+                             said);
+    const auto whole = under("whole");
+    INFO(whole.err);
+    REQUIRE(whole.code == 0);
+    const std::filesystem::path adapter = f.path() / "whole/step-00000006";
+    REQUIRE(same_file(adapter / kv1_lm::calibration_file, base / kv1_lm::calibration_file));
+    // the same steps without them end elsewhere
+    REQUIRE(kv1_test::run_kv1_train(adapting(f, "plain")).code == 0);
+    REQUIRE_FALSE(same_file(adapter / "adapter_model.safetensors",
+                            f.path() / "plain/step-00000006/adapter_model.safetensors"));
+
+    std::filesystem::create_directory(f.path() / "resumed");
+    std::filesystem::copy(f.path() / "whole/step-00000003", f.path() / "resumed/step-00000003");
+    REQUIRE(under("resumed", {"--resume"}).code == 0);
+    REQUIRE(same_file(adapter / "trainer_state.safetensors",
+                      f.path() / "resumed/step-00000006/trainer_state.safetensors"));
+
+    // The merged model's folder names the same cache for itself, and a cache takes the same parts from it.
+    const auto merged = kv1_test::run_kv1_train(
+        {"merge", "--model", base.string(), "--adapter", adapter.string(), "--out", f.file("merged")});
+    INFO(merged.err);
+    REQUIRE(merged.code == 0);
+    const auto config = kv1_lm::model_config::read(f.path() / "merged/config.json");
+    const auto cache = [&](const std::filesystem::path& folder) {
+        return kv1_lm::choose_cache(folder, config, std::nullopt);
+    };
+    REQUIRE(to_string(cache(f.path() / "merged").policy) == "c2+ls+had+mean+ew,c2+ls+had+mean+ew@2:8");
+    REQUIRE(cache(f.path() / "merged").calibrated.key_weights == cache(base).calibrated.key_weights);
+    REQUIRE(cache(f.path() / "merged").calibrated.value_weights == cache(base).calibrated.value_weights);
+    const auto evaluated =
+        kv1_test::run_kv1_train({"evaluate", "--data", f.file("tokens"), "--model", f.file("merged"), "--kv",
+                                 "c2+ls+had+mean+ew@2:8", "--length", "64"});
+    INFO(evaluated.err);
+    REQUIRE(evaluated.code == 0);
+
+    // Other error weights make another run, and those of another model are refused.
+    kv1_lm::calibrate_folder({.model = base, .text = f.path() / "text.txt", .tokens = 64}, said);
+    const auto other = under("whole", {"--resume"});
+    REQUIRE(other.code == 2);
+    REQUIRE(other.err.find("another error_weights") != std::string::npos);
+    std::filesystem::copy_file(f.path() / "merged/kv1_calibration.bin", base / "kv1_calibration.bin",
+                               std::filesystem::copy_options::overwrite_existing);
+    REQUIRE(under("foreign").err.find("model") != std::string::npos);
 }
 
 TEST_CASE("Steps that take turns at lengths cut the same sequences", "[train]") {

@@ -38,6 +38,18 @@ bool near(const Tensor& a, const Tensor& b, double tolerance) {
     return (a - b).abs().max().item<double>() <= tolerance;
 }
 
+// Factors of error weights for rotated vectors: errors in a few directions cost most.
+Tensor error_factors(std::int64_t heads, std::int64_t channels) {
+    const Tensor few = torch::randn({heads, channels, channels / 4});
+    const Tensor weights = torch::matmul(few, few.transpose(1, 2)).contiguous();
+    Tensor factors = torch::empty_like(weights);
+    const auto n = static_cast<std::size_t>(channels);
+    for (std::int64_t h = 0; h < heads; ++h)
+        REQUIRE(kv1::try_factor_error_weights(n, {weights[h].data_ptr<float>(), n * n},
+                                              {factors[h].data_ptr<float>(), n * n}, {.hadamard = true}));
+    return factors;
+}
+
 } // namespace
 
 TEST_CASE("The model's logits are the reference's, whatever its keys and values go through", "[train]") {
@@ -82,10 +94,9 @@ TEST_CASE("A policy is trained for as far as it has a gradient", "[train]") {
     for (const auto& [text, why] :
          {std::pair{"c3,c2/0", "--kv 'c3,c2/0': invalid argument: a layer that differs is written "
                                "/LAYER:KEYS,VALUES (position 7)"},
-          {"c2+ls+ew", "--kv 'c2+ls+ew': training has no +basis, +ew, +channel and +g"},
-          {"c2+ls+basis,c2", "--kv 'c2+ls+basis,c2': training has no +basis, +ew, +channel and +g"},
-          {"2/1:2+channel,2", "--kv '2/1:2+channel,2': training has no +basis, +ew, +channel and +g"},
-          {"2,2+g32", "--kv '2,2+g32': training has no +basis, +ew, +channel and +g"},
+          {"c2+ls+basis,c2", "--kv 'c2+ls+basis,c2': training has no +basis, +channel and +g"},
+          {"2/1:2+channel,2", "--kv '2/1:2+channel,2': training has no +basis, +channel and +g"},
+          {"2,2+g32", "--kv '2,2+g32': training has no +basis, +channel and +g"},
           {"16+had", "--kv '16+had': 16 and 32 take no options"},
           {"2,1.5+ls", "--kv '2,1.5+ls': 1 and 1.5 take no +ls and +cs"},
           {"2#128", "--kv '2#128': training has no pages (#)"}})
@@ -121,24 +132,28 @@ TEST_CASE("Rotation's gradient is its own inverse, and quantization lets it thro
     REQUIRE(near((turned * dy).sum(-1), (x * x.grad()).sum(-1), 1e-5));
 
     const Tensor y = x.detach().clone().requires_grad_(true);
-    kv1_train::through_cache(y, {{.hadamard = true}}, torch::empty({0})).backward(dy);
+    kv1_train::through_cache(y, {{.hadamard = true}}, {}).backward(dy);
     REQUIRE(torch::equal(y.grad(), dy));
 }
 
 TEST_CASE("Tensors go through the cache as kv1's fake quantization says, head by head", "[train]") {
     torch::manual_seed(4);
     const Tensor x = torch::randn({2, 5, 3, 32}), centre = torch::randn({3, 32});
-    for (const char* text : {"3+ls+had+mean", "c2+ls+had+mean", "2+cs+had+mean", "c3+had+mean"}) {
+    const Tensor factors = error_factors(3, 32);
+    for (const char* text :
+         {"3+ls+had+mean", "c2+ls+had+mean", "2+cs+had+mean", "c3+had+mean", "c3+ls+had+mean+ew"}) {
         const kv1_train::trained_side side{kv1::parse_policy(text).common.key, true};
-        const Tensor y = kv1_train::through_cache(x, side, centre);
+        const Tensor y = kv1_train::through_cache(x, side, {centre, false, factors});
         for (std::int64_t row = 0; row < 30; ++row) {
             const auto values = [](const Tensor& t, std::int64_t i) {
                 return std::span<const float>(t.data_ptr<float>() + 32 * i, 32);
             };
             std::vector<float> expected(32);
-            kv1::fake_quantize(
-                side.policy.format, 32, values(x, row), expected,
-                {.levels = side.policy.levels, .hadamard = true, .centre = values(centre, row % 3)});
+            kv1::fake_quantize_options o{
+                .levels = side.policy.levels, .hadamard = true, .centre = values(centre, row % 3)};
+            if (side.policy.error_weights)
+                o.error_factors = {factors.data_ptr<float>() + row % 3 * 32 * 32, 32 * 32};
+            kv1::fake_quantize(side.policy.format, 32, values(x, row), expected, o);
             REQUIRE(kv1_test::same_bits(values(y, row), expected));
         }
     }
@@ -194,15 +209,17 @@ TEST_CASE("Tensors go through the cache on a GPU as on a processor", "[train]") 
     torch::manual_seed(9);
     for (const auto pairs : {kv1::rotary_pairs::interleaved, kv1::rotary_pairs::half_split})
         for (const std::int64_t dim : {32, 64, 96, 128})
-            for (const char* text : {"c2+ls+had+mean", "3+ls+mean", "c3+had"}) {
+            for (const char* text :
+                 {"c2+ls+had+mean", "3+ls+mean", "c3+had", "c2+ls+had+mean+ew", "3+ls+had+ew"}) {
                 INFO(text << ", " << dim << " channels");
                 const kv1_train::trained_side side{kv1::parse_policy(text).common.key, true};
                 const Tensor means = torch::randn({3, dim}) * 3, x = torch::randn({2, 50, 3, dim}) + means;
+                const Tensor factors = error_factors(3, dim);
                 const auto seen = [&](torch::Device device) {
                     const Tensor in = x.to(device).detach().requires_grad_(true);
                     const auto both = kv1_train::rotate_through_cache(
                         in, kv1_train::rotary_table::make(50, dim, 1e5f, pairs, device), side,
-                        {means.to(device), true}, 4, true);
+                        {means.to(device), true, factors.to(device)}, 4, true);
                     (both.cached * 2 + both.plain * both.plain.detach()).sum().backward();
                     return std::vector<Tensor>{both.cached.cpu(), both.plain.cpu(), in.grad().cpu()};
                 };

@@ -114,6 +114,26 @@ std::vector<float> reflection(kv1_test::generator& g, std::size_t n) {
     return matrix;
 }
 
+// Products of a quarter as many directions as channels: errors in most directions cost nothing.
+std::vector<float> error_weights(kv1_test::generator& g, std::size_t n) {
+    std::vector<float> w(n * n);
+    for (std::size_t k = 0; k < (n + 3) / 4; ++k) {
+        const std::vector<float> v = kv1_test::normal_values(g, n);
+        for (std::size_t i = 0; i < n * n; ++i)
+            w[i] += v[i / n] * v[i % n];
+    }
+    return w;
+}
+
+// e^T W e of the error e.
+double cost_of(std::span<const float> weights, std::span<const float> x, std::span<const float> y) {
+    double cost = 0.0;
+    const auto error = [&](std::size_t i) { return static_cast<double>(x[i]) - static_cast<double>(y[i]); };
+    for (std::size_t i = 0; i < weights.size(); ++i)
+        cost += static_cast<double>(weights[i]) * error(i / x.size()) * error(i % x.size());
+    return cost;
+}
+
 // What a cache of one head gives back of a vector that it stores as the first key.
 std::vector<float> through_a_cache(kv_format f, std::span<const float> x,
                                    const kv1::vector_encoding& encoding,
@@ -217,6 +237,89 @@ TEST_CASE("With rounded metadata training sees what a cache gives back, whatever
                                      "in a basis");
                         }
     KV1_REQUIRE_CLEAN(t);
+}
+
+TEST_CASE("Training under error weights sees what a cache gives back, bit for bit", "[fake_quantize]") {
+    kv1_test::generator g(21);
+    tally t;
+    for (const kv_format f : kv1_test::fitted_formats())
+        for (const kv1::level_choice levels :
+             {kv1::level_choice::least_squares, kv1::level_choice::clip_search})
+            for (const bool hadamard : {false, true})
+                for (const bool turned : {false, true})
+                    for (const std::size_t n : {1u, 8u, 24u, 64u, 128u}) {
+                        const std::vector<float> means = kv1_test::normal_values(g, n),
+                                                 basis = reflection(g, n), weights = error_weights(g, n);
+                        options o{.levels = levels, .hadamard = hadamard, .centre = means};
+                        kv1::vector_encoding e{.levels = levels,
+                                               .hadamard = hadamard ? kv1::rotation_width(n) : 0,
+                                               .means = means,
+                                               .error_weights = weights};
+                        if (turned)
+                            o.basis = e.basis = basis;
+                        const std::vector<float> factors = kv1::factor_error_weights(n, weights, o);
+                        o.error_factors = factors;
+                        for (std::size_t kind = 0; kind < 6; ++kind) {
+                            const std::vector<float> x = awkward_vector(g, n, kind);
+                            t.expect(kv1_test::same_bits(quantized(f, x, o), through_a_cache(f, x, e)),
+                                     to_string(f), static_cast<int>(levels), hadamard, turned, n, kind);
+                        }
+                    }
+    KV1_REQUIRE_CLEAN(t);
+}
+
+TEST_CASE("Under error weights errors cost less, with metadata rounded or not", "[fake_quantize]") {
+    kv1_test::generator g(22);
+    constexpr std::size_t n = 64;
+    const std::vector<float> weights = error_weights(g, n);
+    for (const bool rounded : {true, false}) {
+        options o{.levels = kv1::level_choice::least_squares, .round_metadata = rounded, .hadamard = true};
+        const std::vector<float> factors = kv1::factor_error_weights(n, weights, o);
+        double plain = 0.0, weighed = 0.0;
+        for (int i = 0; i < 40; ++i) {
+            const std::vector<float> x = kv1_test::normal_values(g, n);
+            o.error_factors = {};
+            plain += cost_of(weights, x, quantized(kv_format::affine2, x, o));
+            o.error_factors = factors;
+            weighed += cost_of(weights, x, quantized(kv_format::affine2, x, o));
+        }
+        CAPTURE(rounded, plain, weighed);
+        REQUIRE(weighed < 0.8 * plain);
+    }
+}
+
+TEST_CASE("Error weights that no vector can have are refused", "[fake_quantize]") {
+    const std::vector<float> x(8, 1.0f);
+    std::vector<float> weights(64, 0.0f), factors(64), y(8), dx(8);
+    for (std::size_t i = 0; i < 8; ++i)
+        weights[9 * i] = 1.0f;
+    const auto factor = [&](const options& o = {}) {
+        return kv1::try_factor_error_weights(8, weights, factors, o).code();
+    };
+    REQUIRE(factor() == errc::ok);
+    REQUIRE(kv1::try_factor_error_weights(0, {}, {}).code() == errc::out_of_range);
+    REQUIRE(kv1::try_factor_error_weights(8, std::span(weights).first(63), factors).code() ==
+            errc::shape_mismatch);
+    REQUIRE(factor({.basis = std::span(weights).first(8)}) == errc::shape_mismatch);
+    const std::vector<float> twice(64, 2.0f);
+    REQUIRE(factor({.basis = twice}) == errc::invalid_argument);
+    weights[3] = std::numeric_limits<float>::infinity();
+    REQUIRE(factor() == errc::non_finite);
+    weights[3] = 0.0f;
+    weights[9] = -1.0f;
+    REQUIRE(factor() == errc::invalid_argument);
+
+    options o{.error_factors = factors};
+    REQUIRE(kv1::try_fake_quantize(kv_format::affine2, 8, x, y, o).code() == errc::invalid_argument);
+    o.levels = kv1::level_choice::least_squares;
+    REQUIRE(kv1::try_fake_quantize(kv_format::affine2, 8, x, y, o));
+    REQUIRE(kv1::try_fake_quantize(kv_format::binary, 8, x, y, o).code() == errc::invalid_argument);
+    REQUIRE(kv1::try_fake_quantize_gradient(kv_format::affine2, 8, x, y, dx, o));
+    o.gradient = options::gradient_rule::fixed_codes;
+    REQUIRE(kv1::try_fake_quantize_gradient(kv_format::affine2, 8, x, y, dx, o).code() ==
+            errc::invalid_argument);
+    o.error_factors = std::span(factors).first(8);
+    REQUIRE(kv1::try_fake_quantize(kv_format::affine2, 8, x, y, o).code() == errc::shape_mismatch);
 }
 
 TEST_CASE("A mean that turns is the cache's at every position, bit for bit", "[fake_quantize]") {

@@ -76,7 +76,8 @@ stored_levels weighted_levels(std::span<const float> x, const stored_levels& sta
             from = best;
         const bool moves = k >= first_move;
         const float wider = moves ? from.scale : product_of(from.scale, weighted_scales[k - 1]);
-        const std::uint16_t scale = format::round_scale(wider);
+        const auto scale =
+            format::round_scale(wider); // an fp16 number's bits, or as it is (fake_quantize.hpp)
         const float base =
             moves ? from.base + product_of(product_of(from.scale, step), weighted_moves[k - first_move])
                   : middle - product_of(format::scale_of(scale), half_range);
