@@ -65,6 +65,15 @@ TEST_CASE("a calibration file gives back the cache that was described, bit for b
         other.set_policy(kv1::parse_policy("c2+ls+mean"));
         CHECK(try_describe_cache(other, shape).code() == errc::shape_mismatch); // no means of values
     }
+    SECTION("and is given to a model that was trained from the one that it is of") {
+        kv1::calibration given = kv1::load_calibration(file, model);
+        const kv1::model_fingerprint trained = kv1::fingerprint_of("the model, trained");
+        given.set_model(trained);
+        kv1::save_calibration(given, file);
+        CHECK(kv1::try_load_calibration(file, model).reason().code() == errc::different_model);
+        CHECK(same_layers(describe_cache(kv1::load_calibration(file, trained), shape),
+                          describe_cache(found, shape)));
+    }
 }
 
 TEST_CASE("a calibration of another model, or of another shape, is refused with what differs",
