@@ -5,7 +5,7 @@
 import concurrent.futures
 import ctypes
 import os
-from ctypes import POINTER, byref, c_char_p, c_float, c_int32, c_int64, c_size_t, c_ssize_t, c_uint32, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_ssize_t, c_uint32, c_void_p
 
 import numpy
 
@@ -49,6 +49,10 @@ class CacheOptions(ctypes.Structure):
 class CalibratorOptions(ctypes.Structure):
     _fields_ = [("struct_size", c_size_t), ("policy", c_char_p), ("model", c_void_p), ("query_stride", c_size_t),
                 ("scale", c_float)]
+
+
+class LayerOption(ctypes.Structure):
+    _fields_ = [("layer", c_size_t), ("policy", c_char_p), ("cost", c_double)]
 
 
 class Mask(ctypes.Structure):
@@ -99,6 +103,8 @@ class Library:
                 "kv1_calibration_save_file": [c_void_p, c_char_p, error],
                 "kv1_calibration_load_file": [c_char_p, c_void_p, out, error],
                 "kv1_calibration_set_policy": [c_void_p, c_char_p, error],
+                "kv1_choose_layers": [POINTER(CacheOptions), POINTER(LayerOption), c_size_t, c_double, c_char_p, c_size_t,
+                                      POINTER(c_size_t), error],
                 "kv1_cache_create_calibrated": [c_void_p, POINTER(CacheOptions), out, error],
                 "kv1_cache_create_with_policy": [c_char_p, POINTER(CacheOptions), out, error],
                 "kv1_sequence_create": [c_void_p, POINTER(Sequence), error],
@@ -117,6 +123,14 @@ class Library:
             text = ctypes.create_string_buffer(300)
             self.functions.kv1_describe(byref(error), text, len(text))
             raise SystemExit(f"{name}: {text.value.decode()}")
+
+    def choose_layers(self, shape, options, budget):
+        """The policy of least cost within `budget` bytes a token; options are tuples of layer, policy and cost."""
+        array = (LayerOption * len(options))(*((layer, policy.encode(), cost) for layer, policy, cost in options))
+        text, length = ctypes.create_string_buffer(1 << 16), c_size_t()
+        self.call("kv1_choose_layers", byref(shape.options), array, len(options), budget, text, len(text), byref(length))
+        assert length.value < len(text)
+        return text.value.decode()
 
 
 class Shape:

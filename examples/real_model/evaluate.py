@@ -5,6 +5,8 @@
 #   calibrate   lets the model read texts, and writes the calibration file
 #   kld         lets it read another text twice, with a plain fp32 cache and with kv1's, and prints the mean KL
 #               divergence of the second prediction from the first, in nats a token, and the perplexity
+#   choose      measures what each layer costs under each of some policies, all others plain, and prints how each layer
+#               should be kept so that a vector takes so many bytes on average
 import argparse
 import random
 import time
@@ -71,6 +73,31 @@ def kld(options, model, library):
         print(f"| {policy or 'fp32'} | {divergence / count:.4f} | {numpy.exp(loss / predicted):.2f} |", flush=True)
 
 
+def choose(options, model, library):
+    texts = chunks(model, options.text, options.tokens, options.chunks, False)
+    plain = [model.forward(t, llama.plain_attention) for t in texts]
+    found = []
+    for layer in range(model.layers):
+        for policy in options.policies:
+            kept_so, at, fp16 = policy.partition("@")
+            divergence = 0.0
+            for text, reference in zip(texts, plain):
+                kept = cache.Cache(library, model, options.calibration, f"32/{layer}:{kept_so}{at}{fp16}", len(text))
+
+                def attend(i, q, k, v):
+                    return (kept.attend if i == layer else llama.plain_attention)(i, q, k, v)
+
+                hidden = model.forward(text, attend)
+                for i in range(0, len(hidden), 256):
+                    p = model.log_probabilities(reference[i:i + 256])
+                    q = model.log_probabilities(hidden[i:i + 256])
+                    divergence += float((numpy.exp(p) * (p - q)).sum(dtype=numpy.float64))
+            found.append((layer, policy, divergence / (len(texts) * options.tokens)))
+            print(f"layer {layer}, {policy}: {found[-1][2]:.3g}", flush=True)
+    vectors = 2 * model.kv_heads * model.layers
+    print(library.choose_layers(cache.Shape(model, options.tokens), found, options.bytes * vectors))
+
+
 def main():
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--library", required=True, help="kv1's C library, built with -DBUILD_SHARED_LIBS=ON")
@@ -91,11 +118,16 @@ def main():
     second.add_argument("--chunks", type=int, default=8)
     second.add_argument("--last", type=int, help="positions of a chunk that count; all unless it is given")
     second.add_argument("--exact", action="store_true", help="attention in fp32 on decoded values")
+    third = commands.add_parser("choose", parents=[common])
+    third.add_argument("--policies", nargs="+", required=True, help="ways to keep a layer, with the same fp16 tokens")
+    third.add_argument("--bytes", type=float, required=True, help="of a vector, on average")
+    third.add_argument("--tokens", type=int, default=1024)
+    third.add_argument("--chunks", type=int, default=2)
     options = parser.parse_args()
     if options.command == "calibrate" and options.calibration is None:
         parser.error("calibrate needs --calibration, the file to write")
     model, library = llama.Model(options.model), cache.Library(options.library)
-    (calibrate if options.command == "calibrate" else kld)(options, model, library)
+    {"calibrate": calibrate, "kld": kld, "choose": choose}[options.command](options, model, library)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@
 //            window. They have most of the probability. On a model of 135M parameters leaving them out took a
 //            quarter off the KL divergence (examples/evaluation/README.md).
 //
+// Bits of layers. layer_choice.hpp chooses a policy for each layer by costs that were measured with the parts found here.
+//
 // The text. A few thousand tokens of any text that the model was made for, and not the one that quality is
 // measured on. Calibrate on contexts as long as those to be served: the slow pairs of RoPE turn by less than a
 // circle in 1,024 tokens, and error weights from there do harm at 8,192. Half of the tokens in chunks of 1,024

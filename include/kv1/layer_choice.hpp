@@ -9,6 +9,7 @@
 //       for (const char* text : {"c2+ls+had+mean+ew", "c3+ls+had+mean+ew", "c4+ls+had+mean+ew"})
 //           options.push_back({layer, kv1::parse_policy(text).common, cost of that layer kept so, the others plain});
 //   kv1::cache_policy policy = kv1::choose_layers(shape, options, 11.5 * vectors_a_token);
+//   calibration.set_policy(policy); // with its fp16 tokens; calibration.hpp took the parts that options name
 //
 // Costs are the caller's, in a unit that adds up over layers. The best is the KL divergence of the model's predictions
 // with one layer kept so and the others plain, on a few thousand tokens: errors of layers hardly correlate, so such
@@ -43,9 +44,9 @@ struct layer_option {
 /// with the fewest bytes for each layer. Then it takes the step that saves most cost for a byte, again and again, as
 /// long as one fits. A step goes to any wider option of a layer, so none hides behind another. The sum of costs is
 /// at most one such step above the least there is. The common policy is that of most layers; fp16 tokens and pages
-/// are left at their defaults. O(layers options). Errors: invalid_argument for a
-/// layer without options, and where even the fewest bytes do not fit; out_of_range for a layer that the shape does
-/// not have; non_finite for a cost or a budget; out_of_memory.
+/// are left at their defaults. O(layers options). Errors: invalid_argument for a layer without options, for one without
+/// heads or channels, and where even the fewest bytes do not fit; out_of_range for a layer that the shape does not have;
+/// non_finite for a cost or a budget; out_of_memory.
 [[nodiscard]] result<cache_policy> try_choose_layers(const cache_description& shape,
                                                      std::span<const layer_option> options,
                                                      double budget) noexcept;
@@ -95,7 +96,10 @@ inline result<cache_policy> try_choose_layers(const cache_description& shape,
             return status(errc::out_of_range, "an option is for a layer that the shape does not have", where);
         if (!std::isfinite(options[i].cost))
             return status(errc::non_finite, "a cost is a number", where);
-        bytes[i] = bytes_per_token(shape.layers[options[i].layer], options[i].policy, shape.page_tokens);
+        const layer_description& l = shape.layers[options[i].layer];
+        if (l.kv_heads == 0 || l.key_dim == 0 || l.value_dim == 0)
+            return status(errc::invalid_argument, "a layer has KV heads and channels", where);
+        bytes[i] = bytes_per_token(l, options[i].policy, shape.page_tokens);
         std::size_t& own = chosen[options[i].layer];
         if (own == none || fewer(i, own))
             own = i;

@@ -153,6 +153,47 @@ static void refusals(const kv1_calibration* calibration, const kv1_rotary* slowe
     kv1_calibration_destroy(NULL);
 }
 
+/* The second layer gains more by wider codes. */
+static void choice(const kv1_cache_options* shape) {
+    kv1_layer_option ways[4] = {
+        {0, "c2+ls@4:8", 0.3}, {0, "c4+ls@4:8", 0.2}, {1, "c2+ls@4:8", 0.5}, {1, "c4+ls@4:8", 0.1}};
+    const double narrow = 2 * kv_heads * (dim / 4 + 2),
+                 wide = 2 * kv_heads * (dim / 2 + 2); /* bytes of a layer */
+    char text[64], little[5];
+    size_t length = 9;
+    CHECK(kv1_choose_layers(shape, ways, 4, narrow + wide, text, sizeof text, &length, &error) == KV1_OK);
+    CHECK(strcmp(text, "c2+ls,c2+ls/1:c4+ls,c4+ls@4:8") == 0 && length == strlen(text));
+    CHECK(kv1_choose_layers(shape, ways, 4, 2 * wide, little, sizeof little, &length, &error) == KV1_OK);
+    CHECK(strcmp(little, "c4+l") == 0 && length == strlen("c4+ls,c4+ls@4:8"));
+    CHECK(kv1_choose_layers(shape, ways, 4, 2 * narrow, NULL, 0, &length, &error) == KV1_OK);
+    CHECK(length == strlen("c2+ls,c2+ls@4:8"));
+    CHECK(kv1_choose_layers(shape, ways, 4, 2 * narrow - 1, text, sizeof text, &length, &error) ==
+          KV1_INVALID_ARGUMENT);
+    CHECK(length == 0 && strstr(error.rule, "budget") != NULL);
+    CHECK(kv1_choose_layers(shape, ways, 2, 2 * wide, text, sizeof text, &length, &error) ==
+          KV1_INVALID_ARGUMENT);
+    CHECK(error.layer == 1);
+    ways[3].policy = "c4+ls@4:16";
+    CHECK(kv1_choose_layers(shape, ways, 4, 2 * wide, text, sizeof text, &length, &error) ==
+          KV1_INVALID_ARGUMENT);
+    CHECK(error.layer == 1 && strstr(error.rule, "fp16") != NULL);
+    ways[3].policy = "c4+ls/0:c2+ls@4:8";
+    CHECK(kv1_choose_layers(shape, ways, 4, 2 * wide, text, sizeof text, &length, &error) ==
+          KV1_INVALID_ARGUMENT);
+    ways[3].policy = "c9";
+    CHECK(kv1_choose_layers(shape, ways, 4, 2 * wide, text, sizeof text, &length, &error) ==
+          KV1_INVALID_ARGUMENT);
+    ways[3].policy = NULL;
+    CHECK(kv1_choose_layers(shape, ways, 4, 2 * wide, text, sizeof text, &length, &error) ==
+          KV1_INVALID_ARGUMENT);
+    ways[3].layer = layers;
+    ways[3].policy = "c4+ls@4:8";
+    CHECK(kv1_choose_layers(shape, ways, 4, 2 * wide, text, sizeof text, &length, &error) ==
+          KV1_OUT_OF_RANGE);
+    CHECK(kv1_choose_layers(NULL, ways, 4, 2 * wide, text, sizeof text, &length, NULL) ==
+          KV1_INVALID_ARGUMENT);
+}
+
 int main(void) {
     kv1_layer layer = layer_of(kv_heads, dim, KV1_AFFINE2);
     const kv1_cache_options options = options_for(&layer, layers, 64, 16);
@@ -172,6 +213,7 @@ int main(void) {
     CHECK(kv1_fingerprint_of("a model", 7, NULL, &model) == KV1_OK);
     calibration = calibrated(&options, &model);
     kept(calibration, &options, &model);
+    choice(&options);
     frequencies[1] *= 0.5f;
     refusals(calibration, &rotary);
     kv1_calibration_destroy(calibration);

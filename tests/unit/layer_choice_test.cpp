@@ -120,6 +120,12 @@ TEST_CASE("what no choice can be made of is refused", "[layer_choice]") {
     CHECK(refused({{0, two, 1.0}, {1, two, 1.0}}, 80.0).code() == errc::ok);
     CHECK(refused({{0, two, 1.0}, {2, two, 1.0}}, 1e9).code() == errc::out_of_range);
     CHECK(refused({{0, two, 1.0}, {1, two, std::nan("")}}, 1e9).code() == errc::non_finite);
+    kv1::cache_description hollow = shape(2);
+    hollow.layers[1].kv_heads = 0;
+    const kv1::status none =
+        try_choose_layers(hollow, std::vector<layer_option>{{0, two, 1.0}, {1, two, 1.0}}, 1e9).reason();
+    CHECK(none.code() == errc::invalid_argument);
+    CHECK(none.where().layer == 1);
     CHECK(refused({{0, two, 1.0}, {1, two, 1.0}}, std::numeric_limits<double>::infinity()).code() ==
           errc::non_finite);
 }

@@ -97,6 +97,23 @@ KV1_C_API kv1_code kv1_cache_create_calibrated(const kv1_calibration* calibratio
                                                const kv1_cache_options* options, kv1_cache** cache,
                                                kv1_error* error);
 
+/** A way to keep a layer, and what it costs. */
+typedef struct kv1_layer_option {
+    size_t layer;       /**< from 0 */
+    const char* policy; /**< such as "c3+ls+had,c2+ls+had@4:32"; without layers of its own */
+    double cost; /**< in any unit that adds up over layers: kv1/layer_choice.hpp says what to measure */
+} kv1_layer_option;
+
+/** Chooses one of the options for each layer of `shape`, within `budget` bytes a token over all layers, at a low sum of
+ * costs. fp16 tokens and pages are those of the options, which have the same ones. Writes the policy's text as far as there
+ * is room, ends it with a zero, and gives its whole length in *length. `policy` may be null where `size` is 0. Errors:
+ * KV1_INVALID_ARGUMENT for a layer without options, for what is no policy of one layer, for fp16 tokens or pages that differ
+ * (with the option's layer), and where even the fewest bytes do not fit; KV1_OUT_OF_RANGE for a layer that the shape does
+ * not have, KV1_NON_FINITE, KV1_OUT_OF_MEMORY. *length is then 0. */
+KV1_C_API kv1_code kv1_choose_layers(const kv1_cache_options* shape, const kv1_layer_option* options,
+                                     size_t count, double budget, char* policy, size_t size, size_t* length,
+                                     kv1_error* error);
+
 /** Takes the means of channels, for kv1_encoding. */
 typedef struct kv1_mean_estimator kv1_mean_estimator;
 

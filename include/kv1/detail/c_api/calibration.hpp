@@ -10,6 +10,7 @@
 #include <kv1/calibration_file.hpp>
 #include <kv1/detail/arena.hpp>
 #include <kv1/encoding.hpp>
+#include <kv1/layer_choice.hpp>
 #include <kv1/row.hpp>
 
 #include <algorithm>
@@ -105,9 +106,71 @@ inline result<calibrator> c_make_calibrator(const kv1_cache_options& shape,
                                .scale = o.scale});
 }
 
+// The options' policies without their fp16 tokens and pages, and these, which they share.
+inline status c_take_layer_options(std::span<const kv1_layer_option> given, buffer<layer_option>& out,
+                                   cache_policy& shared) noexcept {
+    if (!out.reserve(given.size()))
+        return c_no_memory();
+    for (const kv1_layer_option& o : given) {
+        const error_location where{.layer = static_cast<std::int64_t>(o.layer)};
+        if (o.policy == nullptr)
+            return {errc::invalid_argument, "a pointer is null", where};
+        const result<cache_policy> policy = try_parse_policy(o.policy);
+        if (!policy)
+            return {policy.reason().code(), policy.reason().rule(), where};
+        if (!policy->layers.empty())
+            return {errc::invalid_argument, "an option is a policy without layers of its own", where};
+        if (out.empty()) {
+            shared.fp16_sinks = policy->fp16_sinks;
+            shared.fp16_window = policy->fp16_window;
+            shared.page_tokens = policy->page_tokens;
+        }
+        if (policy->fp16_sinks != shared.fp16_sinks || policy->fp16_window != shared.fp16_window ||
+            policy->page_tokens != shared.page_tokens)
+            return {errc::invalid_argument, "options have the same fp16 tokens and pages", where};
+        out.push_back({o.layer, policy->common, o.cost});
+    }
+    return {};
+}
+
+inline status c_choose_layers(const kv1_cache_options& shape, std::span<const kv1_layer_option> given,
+                              double budget, std::string& text) noexcept {
+    c_description d;
+    if (const status s = c_take_options(shape, d); !s)
+        return s;
+    buffer<layer_option> options;
+    cache_policy shared;
+    if (const status s = c_take_layer_options(given, options, shared); !s)
+        return s;
+    if (shared.page_tokens != 0)
+        d.description.page_tokens = shared.page_tokens;
+    result<cache_policy> chosen = try_choose_layers(d.description, options.view(), budget);
+    if (!chosen)
+        return chosen.reason();
+    chosen->fp16_sinks = shared.fp16_sinks;
+    chosen->fp16_window = shared.fp16_window;
+    chosen->page_tokens = shared.page_tokens;
+    return write_policy(*chosen, text);
+}
+
 } // namespace kv1::inline KV1_ABI::detail
 
 extern "C" {
+
+kv1_code kv1_choose_layers(const kv1_cache_options* shape, const kv1_layer_option* options, size_t count,
+                           double budget, char* policy, size_t size, size_t* length, kv1_error* error) {
+    using namespace kv1::detail;
+    if (c_any_null(shape, length) || (options == nullptr && count != 0) || (policy == nullptr && size != 0))
+        return c_refuse_null(error);
+    *length = 0;
+    std::string text;
+    if (const kv1::status s = c_choose_layers(*shape, {options, count}, budget, text); !s)
+        return c_report(s, error);
+    c_text out(policy, size);
+    out.add(text);
+    *length = out.length();
+    return c_report({}, error);
+}
 
 kv1_code kv1_calibrator_create(const kv1_cache_options* shape, const kv1_calibrator_options* options,
                                kv1_calibrator** calibrator, kv1_error* error) {
