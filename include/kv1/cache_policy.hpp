@@ -37,7 +37,7 @@
 //   safe           22, 42  0.041    0.063   0.015   c3+ls+had,c2+ls+had@4:32: any model, nothing calibrated
 //   balanced       22, 42  0.016    0.023   0.010   c3+ls+had+mean+ew,c2+ls+had+ew@4:32: the recommended one
 //   small          18, 34  0.042    0.062   0.017   c2+ls+had+mean+ew,c2+ls+had+ew@4:32: two bits for both
-//   near-lossless  34, 66  0.0024   0.0032  0.0032  c4+ls+had+mean+ew,c4+ls+had+ew@4:8
+//   near-lossless  34, 66  0.0024   0.0032  0.0018  c4+ls+had+mean+ew,c4+ls+had+ew@4:8
 //   reference      20, 36  3.42     3.37    0.156   2,2: minimum and maximum, bit for bit the KV1 reference's; for
 //                                                   models that were trained with it, as kv1-8m was
 //
