@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cli.hpp"
 
+#include "adapter.hpp"
 #include "calibrate.hpp"
 #include "error.hpp"
 #include "generate.hpp"
@@ -223,6 +224,13 @@ int run_or_throw(int argc, const char* const* argv, std::istream& in, std::ostre
     convert_command->add_option("--gguf", v.gguf, "GGUF file")->required();
     convert_command->add_option("--out", v.out, "Folder to make")->required();
 
+    merge_options m;
+    CLI::App* merge_command =
+        app.add_subcommand("merge", "Make a model folder of a model and a LoRA for it, with its cache");
+    merge_command->add_option("--model", m.model, "Model folder")->required();
+    merge_command->add_option("--adapter", m.adapter, "PEFT folder")->required();
+    merge_command->add_option("--out", m.out, "Folder to make")->required();
+
     CLI::App* info_command = app.add_subcommand("info", "Show a model's shape and what its cache costs");
     add_common(*info_command, info_model);
 
@@ -264,6 +272,8 @@ int run_or_throw(int argc, const char* const* argv, std::istream& in, std::ostre
         calibrate_folder(c, out);
     } else if (*convert_command) {
         convert(v, out);
+    } else if (*merge_command) {
+        merge(m, out);
     } else if (*info_command) {
         info(info_model, out);
     }

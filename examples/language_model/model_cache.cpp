@@ -81,6 +81,18 @@ bool means_turn(const safetensors& means) {
     return true;
 }
 
+nlohmann::json reference_bits(const cache_policy& policy) {
+    const auto plain = [](const kv1::vector_policy& side) {
+        return kv1::info_of(side.format).code_bits == 0;
+    };
+    const layer_policy& common = policy.common;
+    if (policy.layers.empty() && plain(common.key) && plain(common.value))
+        return 0;
+    const kv1::vector_policy key{.format = common.key.format}, value{.format = common.value.format};
+    const std::string text = key == value ? to_string(key) : to_string(layer_policy{key, value});
+    return text.find_first_of(",c") == std::string::npos ? nlohmann::json::parse(text) : nlohmann::json(text);
+}
+
 kv1::model_fingerprint fingerprint_of_model(const std::filesystem::path& folder) {
     const std::vector<std::byte> weights = read_binary_file(folder / "model.safetensors");
     return kv1::fingerprint_of(weights);

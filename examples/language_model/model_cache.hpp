@@ -9,7 +9,8 @@
 //   kv1_calibration.bin      with +ew, +basis: error weights, bases; with +mean where there is no
 //                            kv1_means.safetensors: means (kv1/calibration_file.hpp), named after model.safetensors
 //
-// `kv1-lm calibrate` makes the calibration; a model that kv1-train trains under error weights keeps it. Means that a model was trained with come
+// `kv1-lm calibrate` makes the calibration; a model that kv1-train trains under error weights keeps it, and so does one
+// that an adapter is merged into (adapter.hpp). Means that a model was trained with come
 // before those of a calibration.
 #pragma once
 
@@ -18,6 +19,8 @@
 #include "model_config.hpp"
 
 #include <kv1/model_fingerprint.hpp>
+
+#include <nlohmann/json_fwd.hpp>
 
 #include <filesystem>
 #include <optional>
@@ -36,6 +39,10 @@ inline constexpr const char* calibration_file = "kv1_calibration.bin";
 inline const std::pair<std::string, std::string> means_that_turn{"key_means", "before rotary embedding"};
 [[nodiscard]] bool means_turn(const safetensors& means);
 /// @}
+
+/// config.json's "kv_cache_bits", as the KV1 reference has it: a number where one width tells it all, 0 for plain keys
+/// and values, else a text.
+[[nodiscard]] nlohmann::json reference_bits(const cache_policy& policy);
 
 /// The fingerprint of the weights in a model's folder. Throws input_error.
 [[nodiscard]] kv1::model_fingerprint fingerprint_of_model(const std::filesystem::path& folder);

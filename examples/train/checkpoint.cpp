@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "checkpoint.hpp"
 
+#include "adapter.hpp"
 #include "durable.hpp"
 #include "error.hpp"
 #include "file.hpp"
@@ -56,16 +57,6 @@ json describe(const training_policy& p) {
     return {{"policy", to_string(p.cache)}, {"round_metadata", p.round_metadata}};
 }
 
-// The reference's key: a number where one width tells it all, 0 for an unquantized cache.
-json bits_of(const training_policy& p) {
-    const kv1::layer_policy& common = p.cache.common;
-    if (p.cache.layers.empty() && is_plain(common.key.format) && is_plain(common.value.format))
-        return 0;
-    const kv1::vector_policy key{.format = common.key.format}, value{.format = common.value.format};
-    const std::string text = key == value ? to_string(key) : to_string(kv1::layer_policy{key, value});
-    return text.find_first_of(",c") == std::string::npos ? json::parse(text) : json(text);
-}
-
 void write_means(const durable_folder& folder, const language_model& model) {
     std::vector<std::pair<std::string, torch::Tensor>> means;
     for (std::int64_t i = 0; i < model.means().size(0); ++i)
@@ -103,7 +94,7 @@ void write_model(const durable_folder& folder, const language_model& model,
                  const std::filesystem::path& model_folder, const training_policy& kv) {
     json config = kv1_lm::read_json_file(model_folder / "config.json").value;
     config["dtype"] = "float16";
-    config["kv_cache_bits"] = bits_of(kv);
+    config["kv_cache_bits"] = kv1_lm::reference_bits(kv.cache);
     config["kv1"] = describe(kv);
     const std::string text = config.dump(2) + "\n";
     folder.write("config.json", std::as_bytes(std::span(text)));
@@ -134,7 +125,7 @@ std::filesystem::path save_checkpoint(const std::filesystem::path& root, std::in
     if (model.adapter()) {
         write_adapter(folder, model, source.model_folder);
         const std::string text = describe(source.kv).dump(2) + "\n";
-        folder.write("kv1.json", std::as_bytes(std::span(text)));
+        folder.write(kv1_lm::adapter_cache_file, std::as_bytes(std::span(text)));
         if (source.kv.cache.needs_means())
             write_means(folder, model);
         if (source.kv.cache.needs_error_weights())

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "language_model.hpp"
 
+#include "adapter.hpp"
 #include "attention.hpp"
 #include "error.hpp"
 #include "safetensors.hpp"
@@ -73,8 +74,6 @@ flat_parameters lay_out(const std::vector<entry>& matrices, const std::vector<en
 // "model.layers.0.self_attn.q_proj" of "model.layers.0.self_attn.q_proj.weight"
 std::string module_of(const std::string& tensor) { return tensor.substr(0, tensor.rfind('.')); }
 std::string last_of(const std::string& module) { return module.substr(module.rfind('.') + 1); }
-
-constexpr std::string_view adapter_prefix = "base_model.model."; // PEFT's
 
 } // namespace
 
@@ -152,7 +151,7 @@ void language_model::adapt(const lora_options& options, std::uint64_t seed, torc
         const std::string module = module_of(name);
         if (std::ranges::find(options.targets, last_of(module)) == options.targets.end())
             continue;
-        const std::string at = std::string(adapter_prefix) + module;
+        const std::string at = std::string(kv1_lm::adapter_prefix) + module;
         matrices.push_back({at + ".lora_A.weight", {options.rank, p->weight.size(1)}, &p->down});
         matrices.push_back({at + ".lora_B.weight", {p->weight.size(0), options.rank}, &p->up});
     }
@@ -160,7 +159,8 @@ void language_model::adapt(const lora_options& options, std::uint64_t seed, torc
     if (options.norms)
         for (auto& [name, c] : channels_)
             if (!name.ends_with(".bias")) {
-                vectors.push_back({std::string(adapter_prefix) + name, c->weight.sizes().vec(), &c->trained});
+                vectors.push_back(
+                    {std::string(kv1_lm::adapter_prefix) + name, c->weight.sizes().vec(), &c->trained});
                 norms.push_back(c);
             }
     added_ = lay_out(matrices, vectors, device());

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "lora.hpp"
 
+#include "adapter.hpp"
 #include "checkpoint.hpp"
 #include "durable.hpp"
 #include "error.hpp"
@@ -28,8 +29,6 @@ using kv1_lm::input_error;
 using nlohmann::json;
 
 constexpr const char* config_file = "adapter_config.json";
-constexpr const char* weights_file = "adapter_model.safetensors";
-constexpr const char* cache_file = "kv1.json";
 
 void write_json(const durable_folder& folder, const char* name, const json& value) {
     const std::string text = value.dump(2) + "\n";
@@ -47,40 +46,9 @@ std::vector<std::string> trained_norms(const language_model& model) {
     return {names.begin(), names.end()};
 }
 
-void expect(const kv1_lm::json_view& config, std::string_view key, const json& only) {
-    if (const auto found = config.find(key); found && found->value() != only)
-        found->fail("only " + only.dump() + " is supported");
-}
-
 lora_options read_options(const std::filesystem::path& folder) {
-    const kv1_lm::json_document document = kv1_lm::read_json_file(folder / config_file);
-    const kv1_lm::json_view config = document.root();
-    if (const kv1_lm::json_view type = config.member("peft_type"); type.string() != "LORA")
-        type.fail("only \"LORA\" is supported");
-    for (const char* flag : {"use_dora", "use_rslora", "fan_in_fan_out", "lora_bias", "use_qalora"})
-        expect(config, flag, false);
-    for (const char* table : {"rank_pattern", "alpha_pattern"})
-        expect(config, table, json::object());
-    for (const char* list : {"layers_to_transform", "layers_pattern", "trainable_token_indices"})
-        if (const auto found = config.find(list);
-            found && !(found->value().is_array() && found->array().empty()))
-            found->fail("is not supported");
-    expect(config, "bias", "none");
-
-    lora_options o;
-    o.rank = static_cast<std::int64_t>(config.member("r").count(1, 1 << 16));
-    o.alpha = config.member("lora_alpha").number();
-    if (!(o.alpha > 0.0))
-        config.member("lora_alpha").fail("a positive number is needed");
-    const kv1_lm::json_view targets = config.member("target_modules");
-    o.targets.clear();
-    if (targets.value().is_string())
-        targets.fail("a list of names is needed, not an expression");
-    for (std::size_t i = 0; i < targets.array().size(); ++i)
-        o.targets.push_back(targets.element(i).string());
-    if (const auto whole = config.find("modules_to_save"))
-        o.norms = !whole->array().empty();
-    return o;
+    kv1_lm::adapter_config c = kv1_lm::read_adapter_config(folder);
+    return {static_cast<std::int64_t>(c.rank), c.alpha, std::move(c.targets), c.norms};
 }
 
 } // namespace
@@ -109,13 +77,13 @@ void write_adapter(const durable_folder& folder, const language_model& model,
     std::vector<std::pair<std::string, torch::Tensor>> halves;
     for (const parameter& p : model.trained().parts)
         halves.emplace_back(p.name, p.value.detach().to(torch::kFloat16));
-    folder.write(weights_file, to_safetensors(halves, {{"format", "pt"}}));
+    folder.write(kv1_lm::adapter_weights_file, to_safetensors(halves, {{"format", "pt"}}));
 }
 
 void read_adapter(const std::filesystem::path& folder, language_model& model, torch::ScalarType type) {
     const torch::NoGradGuard no_gradient;
     model.adapt(read_options(folder), 0, type);
-    const auto file = kv1_lm::safetensors::read(folder / weights_file);
+    const auto file = kv1_lm::safetensors::read(folder / kv1_lm::adapter_weights_file);
     for (const parameter& p : model.trained().parts) {
         const kv1_lm::tensor* found = file.find(p.name);
         if (found == nullptr)
@@ -134,30 +102,14 @@ void read_adapter(const std::filesystem::path& folder, language_model& model, to
 
 training_policy read_adapter_policy(const std::filesystem::path& folder) {
     std::error_code error;
-    if (!std::filesystem::exists(folder / cache_file, error))
+    if (!std::filesystem::exists(folder / kv1_lm::adapter_cache_file, error))
         return plain_kv;
-    const kv1_lm::json_document document = kv1_lm::read_json_file(folder / cache_file);
+    const kv1_lm::json_document document = kv1_lm::read_json_file(folder / kv1_lm::adapter_cache_file);
     const kv1_lm::json_view root = document.root();
     training_policy p = parse_policy(root.member("policy").string(), root.member("policy").place());
     if (const auto rounded = root.find("round_metadata"))
         p.round_metadata = rounded->boolean();
     return p;
-}
-
-void merge(const merge_options& options, std::ostream& out) {
-    const auto model = read_model(options.model, torch::kCPU, true);
-    read_adapter(options.adapter, *model);
-    model->merge();
-    const training_policy kv = read_adapter_policy(options.adapter);
-    if (kv.cache.needs_error_weights()) {
-        const std::filesystem::path folders[] = {options.adapter, options.model};
-        model->set_error_weights(
-            read_error_weights(folders, options.model, model->config(), kv, torch::kCPU));
-    }
-    durable_folder folder(options.out);
-    write_model(folder, *model, options.model, kv);
-    folder.commit();
-    out << options.out.string() << ": " << model->base().values.numel() << " weights in fp16\n";
 }
 
 } // namespace kv1_train

@@ -55,14 +55,4 @@ void read_adapter(const std::filesystem::path& folder, language_model& model,
 /// The cache that an adapter was trained for: plain keys and values where its folder names none.
 [[nodiscard]] training_policy read_adapter_policy(const std::filesystem::path& folder);
 
-struct merge_options {
-    std::filesystem::path model;   ///< folder of the base model
-    std::filesystem::path adapter; ///< PEFT folder
-    std::filesystem::path
-        out; ///< folder to make: fp16 weights, config.json with the adapter's cache, tokenizer
-};
-
-/// `kv1-train merge`: W + (alpha / r) B A, in fp32, saved in fp16. Throws input_error.
-void merge(const merge_options& options, std::ostream& out);
-
 } // namespace kv1_train

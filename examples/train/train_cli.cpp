@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "train_cli.hpp"
 
+#include "adapter.hpp"
 #include "error.hpp"
 #include "evaluate.hpp"
 #include "kv_option.hpp"
@@ -179,7 +180,7 @@ int run_or_throw(int argc, const char* const* argv, std::ostream& out, std::ostr
         ->capture_default_str();
     add_device(*evaluate_command, e.device, e.type);
 
-    merge_options m;
+    kv1_lm::merge_options m;
     CLI::App* merge_command =
         app.add_subcommand("merge", "Make a model folder of a model and an adapter for it");
     merge_command->add_option("--model", m.model, "Model folder")->required();
@@ -199,7 +200,7 @@ int run_or_throw(int argc, const char* const* argv, std::ostream& out, std::ostr
         e.kv = parse(evaluate_cache);
         evaluate(e, out);
     } else if (*merge_command) {
-        merge(m, out);
+        kv1_lm::merge(m, out);
     } else {
         t.kv = parse(train_cache);
         train(t, out, err);
