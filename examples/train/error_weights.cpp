@@ -35,11 +35,12 @@ std::filesystem::path calibration_in(std::span<const std::filesystem::path> fold
 torch::Tensor factor(const std::vector<float>& weights, const kv1_lm::model_config& config, bool hadamard,
                      torch::Device device) {
     const std::size_t dim = config.head_dim, square = dim * dim;
-    std::vector<float> factors(weights.size());
-    for (std::size_t at = 0; at < weights.size(); at += square)
-        kv1::detail::throw_if_error(kv1::try_factor_error_weights(dim, std::span(weights).subspan(at, square),
-                                                                  std::span(factors).subspan(at, square),
-                                                                  {.hadamard = hadamard}));
+    std::vector<float> factors;
+    for (std::size_t at = 0; at < weights.size(); at += square) {
+        const std::vector<float> head =
+            kv1::factor_error_weights(dim, std::span(weights).subspan(at, square), {.hadamard = hadamard});
+        factors.insert(factors.end(), head.begin(), head.end());
+    }
     const auto n = static_cast<std::int64_t>(dim);
     return torch::tensor(factors).view({-1, n, n}).to(device);
 }
@@ -82,10 +83,12 @@ std::vector<std::byte> calibration_of(const calibrated_weights& weights, std::sp
     found.set_model(kv1::fingerprint_of(model));
     found.set_policy(kv.cache);
     std::vector<std::byte> file;
-    kv1::detail::throw_if_error(kv1::try_save_calibration(found, [&file](std::span<const std::byte> bytes) {
+    const kv1::status saved = kv1::try_save_calibration(found, [&file](std::span<const std::byte> bytes) {
         file.insert(file.end(), bytes.begin(), bytes.end());
         return true;
-    }));
+    });
+    if (!saved)
+        throw input_error(kv1_lm::calibration_file, saved.message());
     return file;
 }
 

@@ -37,7 +37,7 @@ struct calibrated_weights {
                                                     const training_policy& kv, torch::Device device);
 
 /// The calibration's file for a model with these weights, which was trained from the one that it was made with: the
-/// same parts, for this policy. Throws kv1::error.
+/// same parts, for this policy. Throws kv1::error, input_error.
 [[nodiscard]] std::vector<std::byte> calibration_of(const calibrated_weights& weights,
                                                     std::span<const std::byte> model,
                                                     const training_policy& kv);
