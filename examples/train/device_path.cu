@@ -131,7 +131,7 @@ __device__ float code_of(float x, float inverse, float base, float max_code) {
     return rintf(fminf(fmaxf((x - base) * inverse, 0.0f), max_code));
 }
 
-// Codes of K candidates under error weights, as kv1/detail/encode_reference.hpp defines them: values into y, costs into
+// Codes of K candidates under error weights, as a cache chooses them (kv1/encoding.hpp): values into y, costs into
 // `costs`. Channel `turn` + 32 j is quantized in lane `turn`, which hands its error to the others.
 template <int N, int K>
 __device__ void weighted_codes(const vector<N>& x, const levels (&candidates)[K], float max_code,
@@ -251,7 +251,7 @@ struct cheapest {
     }
 };
 
-// Values under error weights (kv1/detail/encode_reference.hpp). Candidates are `start`, four scales about its middle, and
+// Values under error weights (kv1/encoding.hpp). Candidates are `start`, four scales about its middle, and
 // four moves of the cheapest of these.
 template <int N>
 __device__ void weigh_errors(vector<N>& x, levels start, const float* factors, int lane,
