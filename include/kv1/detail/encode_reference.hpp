@@ -61,7 +61,8 @@ float codes_with_feedback(std::span<const float> x, const stored_levels& levels,
     return cost;
 }
 
-// Chooses levels and codes of least cost among the candidates; `start` are the levels that fit x best.
+// Chooses levels and codes of least cost among the candidates; `start` are the levels that fit x best. The codes of the
+// cheapest are chosen a second time at the end: keeping them would take 4 KiB more of a small stack.
 template <class Q>
 stored_levels weighted_levels(std::span<const float> x, const stored_levels& start, const float* feedback,
                               std::uint8_t* codes) noexcept {
@@ -70,7 +71,7 @@ stored_levels weighted_levels(std::span<const float> x, const stored_levels& sta
     const float middle = start.base + product_of(start.scale, half_range);
     stored_levels best = start, from = start;
     float least = codes_with_feedback<Q>(x, start, feedback, codes);
-    std::uint8_t its_codes[max_vector_length];
+    bool are_best = true; // the codes
     for (int k = 1; k < weighted_candidates; ++k) {
         if (k == first_move)
             from = best;
@@ -84,13 +85,15 @@ stored_levels weighted_levels(std::span<const float> x, const stored_levels& sta
         const stored_levels candidate = format::store(scale, base);
         if (!candidate.fits)
             continue;
-        const float cost = codes_with_feedback<Q>(x, candidate, feedback, its_codes);
-        if (!(cost < least))
+        const float cost = codes_with_feedback<Q>(x, candidate, feedback, codes);
+        are_best = cost < least;
+        if (!are_best)
             continue;
         best = candidate;
         least = cost;
-        std::copy_n(its_codes, x.size(), codes);
     }
+    if (!are_best)
+        codes_with_feedback<Q>(x, best, feedback, codes);
     return best;
 }
 
