@@ -3,10 +3,12 @@
 // Decode attention: one query token over n cached tokens, softmax included, one thread.
 //
 //   attend/decode/<K>/<V>/<precision>/<target>/h<heads>/kv<kv_heads>/d<head_dim>/n<tokens>/<cold|warm>
-//       [/g<group>][/channel/p<page_tokens>][/v<value_dim>[/in_keys]][/lse][/fp16<sinks>+<window>]
+//       [/g<group>][/channel/p<page_tokens>][/v<value_dim>[/in_keys]][/q<size>[/lse]]
+//       [/fp16<sinks>+<window>/p<page_tokens>]
 //
 // warm: all calls read one layer. cold: calls rotate over so many layers that this cache, and one of the same
-// shape in fp16, exceed 256 MB. Bytes are the row-format bytes that are read. Counters:
+// shape in fp16, exceed 256 MB. q: 16 queries in turns, so many times larger than keys. Bytes are the row-format bytes
+// that are read. Counters:
 //
 //   ns_per_token_kvhead   time / (n * kv_heads), mean of the run
 //   ns_fastest            time / (n * kv_heads) of the fastest call; compare this one on a shared machine
@@ -18,6 +20,8 @@
 
 #include "limits.hpp"
 #include "support.hpp"
+
+#include <utility>
 
 namespace {
 
@@ -33,6 +37,7 @@ struct decode_case {
     std::size_t page_tokens = 64;
     std::size_t value_dim = 0; // 0: the head dim
     bool values_in_keys = false;
+    float query_size = 0.0f;  // 0: one query of unit size
     bool log_sum_exp = false; // asked for, as where parts are joined
     std::size_t fp16_sinks = 0, fp16_window = 0;
 
@@ -64,17 +69,22 @@ void decode(benchmark::State& state, const decode_case& c, kv1::precision mode) 
     const kv1::sequence_id sequence = bench::fill(cache, c.tokens);
     kv1::set_target(measured);
 
-    const std::vector<float> q = bench::normal_values(c.shape.heads * c.shape.head_dim, 3);
+    const std::size_t queries = c.query_size == 0.0f ? 1 : 16,
+                      query_floats = c.shape.heads * c.shape.head_dim;
+    std::vector<float> q = bench::normal_values(queries * query_floats, 3);
+    for (float& x : q)
+        x *= c.query_size == 0.0f ? 1.0f : c.query_size;
     std::vector<float> out(c.shape.heads * c.outputs()), lse(c.log_sum_exp ? c.shape.heads : 0);
-    std::size_t layer = 0;
+    std::size_t layer = 0, query = 0;
     double fastest = 1e9, product = 1e9, byte = bench::seconds_per_byte();
     for (auto _ : state) {
         const double start = bench::seconds();
-        cache.attend(sequence, layer, {q.data(), 1, c.shape.heads, c.shape.head_dim},
+        cache.attend(sequence, layer, {q.data() + query * query_floats, 1, c.shape.heads, c.shape.head_dim},
                      {out.data(), 1, c.shape.heads, c.outputs()}, {.mode = mode, .log_sum_exp = lse});
         benchmark::DoNotOptimize(out.data());
         fastest = std::min(fastest, bench::seconds() - start);
         layer = layer + 1 == layers ? 0 : layer + 1;
+        query = query + 1 == queries ? 0 : query + 1;
     }
     for (int i = 0; i < 40; ++i)
         product = std::min(product, bench::seconds_per_product(measured));
@@ -105,10 +115,12 @@ void register_decode(const decode_case& c, kv1::precision mode, kv1::target t) {
         (c.group == 0 ? "" : "/g" + std::to_string(c.group)) +
         (c.per_channel ? "/channel/p" + std::to_string(c.page_tokens) : "") +
         (c.value_dim == 0 ? "" : "/v" + std::to_string(c.value_dim)) + (c.values_in_keys ? "/in_keys" : "") +
+        (c.query_size == 0.0f ? "" : "/q" + std::to_string(static_cast<int>(c.query_size))) +
         (c.log_sum_exp ? "/lse" : "") +
         (c.fp16_sinks + c.fp16_window == 0
              ? ""
-             : "/fp16" + std::to_string(c.fp16_sinks) + "+" + std::to_string(c.fp16_window));
+             : "/fp16" + std::to_string(c.fp16_sinks) + "+" + std::to_string(c.fp16_window) + "/p" +
+                   std::to_string(c.page_tokens));
     bench::register_on(t, name, [c, mode](benchmark::State& state) { decode(state, c, mode); });
 }
 
@@ -127,22 +139,18 @@ int main(int argc, char** argv) {
         }
         register_decode({two, two, large, 131072, true}, kv1::precision::fast, t);
         // one range of tokens: its log-sum-exp costs something of its own
-        for (const bool asked : {false, true}) {
-            register_decode({.key = two,
-                             .value = two,
-                             .shape = large,
-                             .tokens = 2048,
-                             .cold = false,
-                             .log_sum_exp = asked},
-                            kv1::precision::fast, t);
-            register_decode({.key = two,
-                             .value = two,
-                             .shape = tiny,
-                             .tokens = 1000,
-                             .cold = false,
-                             .log_sum_exp = asked},
-                            kv1::precision::fast, t);
-        }
+        for (const auto& [shape, tokens] :
+             {std::pair{large, std::size_t{2048}}, std::pair{tiny, std::size_t{1024}}})
+            for (const float size : {1.0f, 3.0f})
+                for (const bool asked : {false, true})
+                    register_decode({.key = two,
+                                     .value = two,
+                                     .shape = shape,
+                                     .tokens = tokens,
+                                     .cold = false,
+                                     .query_size = size,
+                                     .log_sum_exp = asked},
+                                    kv1::precision::fast, t);
         for (const std::size_t group :
              {std::size_t{1}, std::size_t{2}, std::size_t{7}, std::size_t{8}, std::size_t{16}})
             register_decode({two, two, {8 * group, 8, 128}, 4096, false}, kv1::precision::fast, t);
@@ -162,15 +170,18 @@ int main(int argc, char** argv) {
         register_decode({kv_format::affine4, two, large, 4096, false}, kv1::precision::fast, t);
         // the recommended cache, c3,c2@4:32, and what its parts cost
         for (const bool cold : {false, true})
-            for (const std::size_t window : {std::size_t{0}, std::size_t{32}})
-                register_decode({.key = kv_format::compact3,
-                                 .value = kv_format::compact2,
-                                 .shape = large,
-                                 .tokens = cold ? std::size_t{32768} : std::size_t{4096},
-                                 .cold = cold,
-                                 .fp16_sinks = window == 0 ? std::size_t{0} : std::size_t{4},
-                                 .fp16_window = window},
-                                kv1::precision::fast, t);
+            for (const std::size_t page : {std::size_t{64}, std::size_t{16}})
+                for (const std::size_t window : {std::size_t{0}, std::size_t{32}})
+                    if (window != 0 || page == 64)
+                        register_decode({.key = kv_format::compact3,
+                                         .value = kv_format::compact2,
+                                         .shape = large,
+                                         .tokens = cold ? std::size_t{32768} : std::size_t{4096},
+                                         .cold = cold,
+                                         .page_tokens = page,
+                                         .fp16_sinks = window == 0 ? std::size_t{0} : std::size_t{4},
+                                         .fp16_window = window},
+                                        kv1::precision::fast, t);
         // DeepSeek's latent attention: stored once, and with its values apart
         for (const kv_format f : {two, kv_format::affine4, kv_format::affine8, kv_format::fp16})
             for (const bool in_keys : {true, false})

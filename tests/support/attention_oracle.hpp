@@ -524,8 +524,11 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
                 length += std::fabs(keys.values[t * d + c]);
             query_error[k] +=
                 paired ? keys.slope[at] * part.pairs.half_steps : part.step * (0.5 + 127 * gamma(4)) * length;
+            // the scores by which sums are corrected may meet the query in steps of a 254th, as two sums
+            rounding[k] += part.step * (0.5 / 254.0 + 127 * gamma(4)) * length;
         }
         query_error[k] += path_rounding[k];
+        rounding[k] += 2.0 * path_rounding[k];
     }
     std::vector<double>& truth_rounding = fast_keys ? query_error : rounding;
     std::vector<double> exact_scores = scores;

@@ -15,10 +15,10 @@
 namespace kv1_test::oracle {
 
 // What the log-sum-exp of a range's tokens is corrected by (detail/kernels/correct.inl). Kernels estimate how far it is
-// off from the errors (exact score - score) of some tiles. However they choose and weigh these, the estimate lies
-// between the smallest and the largest error, or 0 if all are on one side of it, since a mean is shrunk towards 0. So
-// does what it really is off by. value: that; bound: how far the estimate may be from it; rounding: how far it may be
-// outside for that it is computed in fp32.
+// off from the errors (exact score - score) of some tiles; exact_rounding: how far off these exact scores may be. However
+// they choose and weigh tiles, the estimate lies between the smallest and the largest error, or 0 if all are on one side
+// of it, since a mean is shrunk towards 0. So does what it really is off by. value: that; bound: how far the estimate may
+// be from it; rounding: how far it may be outside for that it is computed in fp32.
 struct range_correction {
     double value = 0.0, bound = 0.0, rounding = 0.0;
 };

@@ -162,7 +162,8 @@ inline void attend_rows(const attention_job& job) noexcept {
         else if (groups == 1)
             job.key_kernels->key_scores[mode](key_view, q, scores, tops);
         else
-            add_group_scores(*job.key_kernels, mode, key_view, q, scores, job.scratch->group_scores, tops);
+            add_group_scores(job.key_kernels->key_scores[mode], key_view, q, scores,
+                             job.scratch->group_scores, tops);
         if (job.key_turning != nullptr)
             add_mean_scores(job, chunk.tiles, chunk.token, chunk.count, 0, job.rows, scores,
                             [&](std::size_t token) { return tokens_seen_by(job, 0, job.rows, token); });
@@ -189,18 +190,14 @@ inline void attend_rows(const attention_job& job) noexcept {
                 tops[r] = maximum_of(row, slots, lowest_score);
             const float largest = tops[r];
             if (corrected && sample.tile.page != nullptr)
-                watch_tops(job, chunk, scores, r, largest, maxima[r], denominators[r], sample);
+                keep_of_row(job, chunk, scores, r, largest, maxima[r] + about_log2(denominators[r]), sample);
             float m = largest == lowest_score ? lowest_score : largest * log2_e;
             m = m > maxima[r] || m != m ? m : maxima[r];
             rescale[r] = m == maxima[r] && m != lowest_score ? 1.0f : softmax_rescale(maxima[r], m);
             maxima[r] = m;
         }
-        if (corrected && sample.tile.page == nullptr) {
-            take_sample(job, q, chunk, seen, shifts, scores, tops, last - first, sample);
-            for (std::size_t r = 0; r < job.rows; ++r)
-                if (sample.keeps[r])
-                    keep_of_row(job, chunk, scores, r, tops[r], sample);
-        }
+        if (corrected && sample.tile.page == nullptr)
+            take_sample(job, q, chunk, seen, shifts, scores, tops, last - first, whole, sample);
         if (per_channel)
             prefetch_channels(keys, after);
         if (in_keys)
@@ -221,7 +218,7 @@ inline void attend_rows(const attention_job& job) noexcept {
     }
 
     for (std::size_t r = 0; r < job.rows; ++r)
-        if (sample.keeps[r])
+        if (sample.count[r] != 0)
             sample.factors[r] = factor_of(job, q, r, seen[r], shifts[r], sample, maxima[r], denominators[r]);
     for (std::size_t r = 0; r < job.rows; ++r) {
         const std::size_t token = (job.first_row + r) / job.head_group,

@@ -20,7 +20,7 @@
 
 namespace kv1::inline KV1_ABI::detail {
 
-// A tile with large scores of a query row, kept to be scored once more, exactly (kernels/correct.inl).
+// A tile with large scores of a query row, kept to be scored once more (kernels/correct.inl).
 struct kept_tile {
     alignas(64) float scores[tile_tokens];
     tile_ref tile;
@@ -44,7 +44,9 @@ struct attention_scratch {
     alignas(64) float slopes[max_vector_length], bases[max_vector_length];
     // of means that turn: the waves that a row's query makes of them at position 0, and at a run of tokens
     alignas(64) float still_waves[scratch_floats], waves[scratch_floats];
-    alignas(64) std::byte transposed[transposed_room]; // a chunk's values, where they lie in keys
+    alignas(64) std::byte transposed[transposed_room];         // a chunk's values, where they lie in keys
+    alignas(64) std::int8_t fine_codes[2 * max_vector_length]; // of one row (kernels/correct.inl)
+    alignas(64) std::int8_t fine_room[2 * max_vector_length];
     kept_tile kept[max_rows][most_kept];
     alignas(64) float kept_tops[max_rows]
                                [tile_tokens]; // the largest scores of these; lowest_score where there is none

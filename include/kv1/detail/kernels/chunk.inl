@@ -43,6 +43,24 @@ KV1_LAZY KV1_INLINE void scatter_query_by_4(const std::int8_t* plain, std::size_
     }
 }
 
+KV1_LAZY KV1_INLINE void scatter_codes(const std::int8_t* plain, std::size_t padded, const format_traits& t,
+                                       std::int8_t* codes, std::size_t r, std::size_t rows) {
+    switch (t.field_bits(0)) {
+    case 1:
+        scatter_query<8>(plain, padded, codes + r * 32, rows);
+        break;
+    case 2:
+        scatter_query_by_4(plain, padded, codes + r * 16, rows);
+        break;
+    case 4:
+        scatter_query<2>(plain, padded, codes + r * 8, rows);
+        break;
+    case 8:
+        scatter_query<1>(plain, padded, codes + r * 4, rows);
+        break;
+    }
+}
+
 // Rounds a query row to 8 bits for the fast path. Channels are reordered so that four consecutive bytes are multiplied
 // by the four bytes of a lane of the first bit slice. codes: those of the row tile; the row is row r of `rows` rows in
 // it.
@@ -63,20 +81,41 @@ KV1_LAZY inline void round_query(const float* query, std::size_t padded, const f
         store_u8(xs::bitwise_cast<std::uint32_t>(code), reinterpret_cast<std::uint8_t*>(plain) + i);
     }
     sum = xs::reduce_add(total);
-    switch (t.field_bits(0)) {
-    case 1:
-        scatter_query<8>(plain, padded, codes + r * 32, rows);
-        break;
-    case 2:
-        scatter_query_by_4(plain, padded, codes + r * 16, rows);
-        break;
-    case 4:
-        scatter_query<2>(plain, padded, codes + r * 8, rows);
-        break;
-    case 8:
-        scatter_query<1>(plain, padded, codes + r * 4, rows);
-        break;
+    scatter_codes(plain, padded, t, codes, r, rows);
+}
+
+// Rounds a query row to 15 bits, as the two rows of a row tile: coarse codes, and finer ones of what these leave. Scores
+// of both add up. room: 2 * max_vector_length, aligned; too large for a small stack.
+KV1_LAZY inline void round_finely(const float* query, std::size_t padded, const format_traits& t,
+                                  std::int8_t* codes, std::int8_t* room, float* scales, float* offsets,
+                                  float* sums) noexcept {
+    constexpr float parts = 254.0f; // of a coarse step
+    f32 largest(0.0f);
+    for (std::size_t i = 0; i < padded; i += lanes)
+        largest = xs::max(largest, xs::abs(f32::load_aligned(query + i)));
+    const float top = xs::reduce_max(largest);
+    const f32 inverse(top > 0.0f ? 127.0f / top : 0.0f);
+    std::int8_t *const coarse = room, *const fine = room + max_vector_length;
+    f32 coarse_sum(0.0f), fine_sum(0.0f);
+    for (std::size_t i = 0; i < padded; i += lanes) {
+        const f32 quotient = f32::load_aligned(query + i) * inverse;
+        const i32 code = rounded_codes(quotient);
+        const f32 whole = xs::to_float(code);
+        const i32 rest = rounded_codes((quotient - whole) * f32(parts));
+        coarse_sum = coarse_sum + whole;
+        fine_sum = fine_sum + xs::to_float(rest);
+        store_u8(xs::bitwise_cast<std::uint32_t>(code), reinterpret_cast<std::uint8_t*>(coarse) + i);
+        store_u8(xs::bitwise_cast<std::uint32_t>(rest), reinterpret_cast<std::uint8_t*>(fine) + i);
     }
+    const float half_level = 0.5f * static_cast<float>(t.top_level());
+    scales[0] = top / 127.0f;
+    scales[1] = scales[0] / parts;
+    sums[0] = scales[0] * xs::reduce_add(coarse_sum);
+    sums[1] = scales[1] * xs::reduce_add(fine_sum);
+    offsets[0] = -half_level * sums[0];
+    offsets[1] = -half_level * sums[1];
+    scatter_codes(coarse, padded, t, codes, 0, 2);
+    scatter_codes(fine, padded, t, codes, 1, 2);
 }
 
 // The tiles of tokens first ... last - 1, and tiles that complete their granules. token[k] is the first token of tile
@@ -376,20 +415,20 @@ KV1_LAZY inline void adjust_scores(const attention_job& job, std::size_t row, co
 
 // Scores of keys with groups of channels: the sum of the scores of all groups. q: queries of the first group, those of
 // the others behind it, [group][row]. own: room for the scores of one group.
-template <class Kernels>
-KV1_NOINLINE void add_group_scores(const Kernels& kernels, std::size_t mode, const chunk_view& view,
-                                   const query_rows& q, float* scores, float* own, float* tops) noexcept {
+template <class Kernel>
+KV1_NOINLINE void add_group_scores(Kernel* key_scores, const chunk_view& view, const query_rows& q,
+                                   float* scores, float* own, float* tops) noexcept {
     const std::size_t groups = view.layout->groups(), slots = view.count * tile_tokens;
     for (std::size_t g = 0; g < groups; ++g) {
         const section_layout keys = view.layout->group(g);
         const group_share next = fetched_with(view, g, groups);
         const std::size_t row = g * q.rows, at = row * q.stride;
-        kernels.key_scores[mode]({&keys, view.tiles, view.count, &next.section, view.next_tiles,
-                                  view.next_count, view.next_share, next.lines},
-                                 {q.rows, q.stride, q.values + at, q.sums + row, q.codes + at,
-                                  q.tables == nullptr ? nullptr : q.tables + pair_table_bytes * at,
-                                  q.code_scales + row, q.code_offsets + row},
-                                 g == 0 ? scores : own, tops);
+        key_scores({&keys, view.tiles, view.count, &next.section, view.next_tiles, view.next_count,
+                    view.next_share, next.lines},
+                   {q.rows, q.stride, q.values + at, q.sums + row, q.codes + at,
+                    q.tables == nullptr ? nullptr : q.tables + pair_table_bytes * at, q.code_scales + row,
+                    q.code_offsets + row},
+                   g == 0 ? scores : own, tops);
         for (std::size_t r = 0; g != 0 && r < q.rows; ++r)
             for (std::size_t i = 0; i < slots; i += lanes) {
                 float* sum = scores + r * score_stride + i;

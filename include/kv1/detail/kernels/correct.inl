@@ -4,29 +4,34 @@
 //
 // Rounding errors of a query shift all scores alike where keys share an offset, or where the tokens with weight have
 // something in common. Outputs alone do not see that. The log-sum-exp does, and with it whatever is joined to these
-// keys. So some tiles are scored once more, exactly. Their errors are exact score - score.
+// keys. So some tiles are scored once more, exactly or with 15 bits of the query. Their errors are what these scores
+// are larger by.
 //
-// All rows score one tile of the first chunk. If the errors of a row differ little in it, their mean m is taken for that
-// of all tokens, and the sum of weights is corrected by exp(m).
+// All rows score one tile of the first chunk. The mean m of its errors is taken for that of all tokens, and the sum of
+// weights is corrected by exp(m).
 //
-// Other rows score tiles with large scores as well, until the mean is known well enough. There a token counts by its
-// weight, but no more than twice what tokens have on average: a token with much weight says little of the rest. The sum
-// is corrected by
+// How errors deviate from their mean says, too, what share of the weight a token must have for its own error to matter.
+// Tiles with such tokens are kept, and scored in the end. There a token counts for the mean by its weight, but no more
+// than twice what tokens have on average: a token with much weight says little of the rest. The sum is corrected by
 //
-//   (sum of the weights in these tiles, by exact scores + (sum of all other weights) * exp(m)) / (sum of weights)
+//   (sum of the weights in these tiles, by their better scores + (sum of all other weights) * exp(m)) / (sum of weights)
 //
-// A mean counts as far as it stands out from its own error. Errors may differ the less, the more scores do: weights
-// prefer large scores, which then decide what the mean is of.
+// A mean counts as far as it stands out from its own error.
+//
+// Example: unit queries and keys of 128 channels have errors that deviate by 0.006 nats. Then tokens with half of the
+// weight matter, and there are none. Queries three times larger have errors three times larger: a sixth of the weight
+// matters, and some rows have a token or two with so much.
 
 inline constexpr float fewest_sampled = 8.0f; // tokens that a row must see of the first tile
-// For one tile to do: the deviation of errors, times the share of the weight that the largest may have + 1/10 + a quarter
-// of the deviation of scores, in nats.
-inline constexpr float one_tile_error = 0.0045f;
-inline constexpr float share_limit = 2.0f; // of the average weight
-// The mean must be known within wanted_error, in nats of the log-sum-exp, and the largest weight of the next tile must
-// not move that by more than heavy_error.
-inline constexpr float wanted_error = 0.0045f, heavy_error = 0.002f;
-inline constexpr float near_top = 2.5f; // nats; tiles with lower scores are not kept
+// An error that is as large as errors deviate moves the sum by it times the share of the token's weight. That must not
+// be more than this, in nats of the log-sum-exp.
+inline constexpr float share_error = 0.003f;
+inline constexpr float smallest_share = 0.05f; // shares below are not looked for
+inline constexpr float share_limit = 2.0f;     // of the average weight
+// The mean must be known within wanted_error, in nats of the log-sum-exp. Where the first tile alone does not give that,
+// another one is kept, whatever its share; where it gives less than few_tiles_error, as many as there is room for.
+inline constexpr float wanted_error = 0.0045f, few_tiles_error = 0.006f;
+inline constexpr std::size_t batch_tiles = 4; // scored at once
 
 // What rows keep until all chunks are known.
 struct sum_sample {
@@ -35,41 +40,68 @@ struct sum_sample {
     alignas(64) float scores[max_rows * tile_tokens],
         exact[max_rows * tile_tokens];   // of all rows in that tile
     alignas(64) float factors[max_rows]; // of the sums of weights
-    bool keeps[max_rows] = {};           // whether a row keeps tiles of its own, in attention_scratch::kept
-    std::size_t count[max_rows] = {};    // of these
+    // Tiles with a token that has a share of 2^limit of the weight or more are kept, in attention_scratch::kept.
+    alignas(64) float limits[max_rows];
+    alignas(64) float own_errors[max_rows]; // of the means, squared
+    std::size_t count[max_rows] = {};       // of these
 };
 
-// Exact scores of one tile, [row][score_stride]: of all rows of q, which are the job's from first_row on.
-KV1_LAZY KV1_NOINLINE inline void exact_tile(const attention_job& job, const query_rows& q,
-                                             std::size_t first_row, tile_ref tile, std::size_t token,
-                                             float* scores) noexcept {
+// Adds to a sample's scores what means that turn give: of tiles that need not follow one another.
+KV1_LAZY inline void add_means(const attention_job& job, const chunk_tiles& chunk, std::size_t first_row,
+                               std::size_t rows, float* scores) noexcept {
+    for (std::size_t k = 0; job.key_turning != nullptr && k < chunk.count; ++k)
+        add_mean_scores(job, chunk.tiles + k, chunk.token + k, 1, first_row, rows, scores + k * tile_tokens,
+                        [&](std::size_t place) { return tokens_seen_by(job, first_row, rows, place); });
+}
+
+// Exact scores of tiles, [row][score_stride], of all rows of q, which are the job's from first_row on.
+KV1_LAZY KV1_NOINLINE inline void score_exactly(const attention_job& job, const query_rows& q,
+                                                std::size_t first_row, const chunk_tiles& tile,
+                                                float* scores) noexcept {
     constexpr auto exact = static_cast<std::size_t>(precision::exact);
     const section_layout& keys = job.layout->keys();
-    chunk_tiles chunk;
-    chunk.tiles[0] = tile;
-    chunk.token[0] = token;
-    chunk.count = 1;
-    const chunk_view view{&keys, chunk.tiles, 1, &keys, chunk.tiles, 0, 0, 0};
+    const chunk_view view{&keys, tile.tiles, tile.count, &keys, tile.tiles, 0, 0, 0};
     float tops[max_rows];
     if (keys.axis == quantization_axis::per_channel)
         add_page_scores(
-            job, chunk, view, q, [](const float*, std::size_t) {}, exact, scores, tops);
+            job, tile, view, q, [](const float*, std::size_t) {}, exact, scores, tops);
     else if (keys.groups() == 1)
         job.key_kernels->key_scores[exact](view, q, scores, tops);
     else
-        add_group_scores(*job.key_kernels, exact, view, q, scores, job.scratch->group_scores, tops);
-    if (job.key_turning != nullptr)
-        add_mean_scores(job, chunk.tiles, chunk.token, 1, first_row, q.rows, scores,
-                        [&](std::size_t place) { return tokens_seen_by(job, first_row, q.rows, place); });
+        add_group_scores(job.key_kernels->key_scores[exact], view, q, scores, job.scratch->group_scores,
+                         tops);
+    add_means(job, tile, first_row, q.rows, scores);
 }
 
-// Applies to one tile's scores what adjust_scores() does to a chunk's.
-KV1_LAZY KV1_INLINE void adjust_tile(const attention_job& job, std::size_t row, const row_view& seen,
-                                     float shift, std::size_t token, float* scores) {
-    chunk_tiles chunk;
-    chunk.token[0] = token;
-    chunk.count = 1;
-    adjust_scores(job, row, seen, chunk, shift, scores);
+// Scores of a few tiles for row r alone. For one row the integer kernels take a fourth of the time that exact scores do.
+// They meet the query with 15 bits, so an error (exact score - score) is known within 1/254 of what it may be.
+KV1_LAZY KV1_NOINLINE inline void score_finely(const attention_job& job, const query_rows& q, std::size_t r,
+                                               const chunk_tiles& chunk, float* scores) noexcept {
+    const section_layout& keys = job.layout->keys();
+    const std::size_t groups = keys.groups();
+    if (keys.axis == quantization_axis::per_channel) {
+        query_rows one = q;
+        one.rows = 1;
+        one.values = q.values + r * q.stride;
+        score_exactly(job, one, r, chunk, scores);
+        return;
+    }
+    const chunk_view view{&keys, chunk.tiles, chunk.count, &keys, chunk.tiles, 0, 0, 0};
+    float sums[2 * max_groups], scales[2 * max_groups], offsets[2 * max_groups], tops[2]; // [group][2]
+    std::int8_t* const codes = job.scratch->fine_codes;
+    for (std::size_t g = 0; g < groups; ++g)
+        round_finely(q.values + (g * q.rows + r) * q.stride, q.stride, keys.traits(),
+                     codes + 2 * g * q.stride, job.scratch->fine_room, scales + 2 * g, offsets + 2 * g,
+                     sums + 2 * g);
+    const query_rows both{2, q.stride, nullptr, sums, codes, nullptr, scales, offsets};
+    if (groups == 1)
+        job.key_kernels->code_scores(view, both, scores, tops);
+    else
+        add_group_scores(job.key_kernels->code_scores, view, both, scores, job.scratch->group_scores, tops);
+    for (std::size_t i = 0; i < chunk.count * tile_tokens; i += lanes)
+        (f32::load_aligned(scores + i) + f32::load_aligned(scores + score_stride + i))
+            .store_aligned(scores + i);
+    add_means(job, chunk, r, 1, scores);
 }
 
 // Keeps a tile with its scores, in place of the one with the smallest top where there is no room.
@@ -87,38 +119,72 @@ KV1_LAZY inline void keep_tile(kept_tile* kept, float* tops, std::size_t& count,
     tops[at] = top;
     kept[at].tile = tile;
     kept[at].token = token;
-    std::memcpy(kept[at].scores, scores, sizeof kept[at].scores);
+    for (std::size_t i = 0; i < tile_tokens; i += lanes)
+        f32::load_aligned(scores + i).store_aligned(kept[at].scores + i);
 }
 
-// Keeps the tiles of a chunk with scores of `least` or more.
+KV1_LAZY KV1_INLINE f32 largest_of_tile(const float* scores) {
+    f32 largest = f32::load_aligned(scores);
+    for (std::size_t i = lanes; i < tile_tokens; i += lanes)
+        largest = xs::max(largest, f32::load_aligned(scores + i));
+    return largest;
+}
+
+// Keeps the tiles of a chunk with scores of `least` or more. Which these are is found out without branches: they are few,
+// and elsewhere in each chunk.
 KV1_LAZY KV1_NOINLINE inline void keep_tops(const chunk_tiles& chunk, const float* scores, float least,
                                             kept_tile* kept, float* tops, std::size_t& count) noexcept {
-    constexpr std::size_t at_once = 4; // tiles, of which few have such scores
+    constexpr std::size_t at_once = 4;
+    static_assert(max_chunk_tiles <= 32);
     const f32 limit(least);
-    for (std::size_t first = 0; first < chunk.count; first += at_once) {
-        std::size_t last = chunk.count;
-        if (first + at_once <= chunk.count) {
-            last = first + at_once;
-            f32 largest[tile_tokens / lanes];
-            KV1_UNROLL for (std::size_t i = 0; i < tile_tokens / lanes; ++i) {
-                const float* at = scores + first * tile_tokens + i * lanes;
-                largest[i] = xs::max(xs::max(f32::load_aligned(at), f32::load_aligned(at + tile_tokens)),
-                                     xs::max(f32::load_aligned(at + 2 * tile_tokens),
-                                             f32::load_aligned(at + 3 * tile_tokens)));
-                largest[0] = i == 0 ? largest[0] : xs::max(largest[0], largest[i]);
-            }
-            if (!xs::any(largest[0] >= limit))
-                continue;
-        }
-        for (std::size_t k = first; k < last; ++k) {
-            const float* const tile = scores + k * tile_tokens;
-            f32 largest = f32::load_aligned(tile);
-            for (std::size_t i = lanes; i < tile_tokens; i += lanes)
-                largest = xs::max(largest, f32::load_aligned(tile + i));
-            if (xs::any(largest >= limit))
-                keep_tile(kept, tops, count, chunk.tiles[k], chunk.token[k], xs::reduce_max(largest), tile);
+    const auto reaches = [&](f32 x) { return static_cast<std::uint32_t>(xs::any(x >= limit)); };
+    std::uint32_t fours = 0, tiles = 0; // a bit each
+    std::size_t k = 0;
+    for (; k + at_once <= chunk.count; k += at_once) {
+        const float* const at = scores + k * tile_tokens;
+        const f32 first = xs::max(largest_of_tile(at), largest_of_tile(at + tile_tokens)),
+                  second =
+                      xs::max(largest_of_tile(at + 2 * tile_tokens), largest_of_tile(at + 3 * tile_tokens));
+        fours |= reaches(xs::max(first, second)) << (k / at_once);
+    }
+    for (; k < chunk.count; ++k)
+        tiles |= reaches(largest_of_tile(scores + k * tile_tokens)) << k;
+    for (; fours != 0; fours &= fours - 1) {
+        const auto first = static_cast<std::size_t>(std::countr_zero(fours)) * at_once;
+        KV1_UNROLL for (std::size_t i = 0; i < at_once; ++i) {
+            tiles |= reaches(largest_of_tile(scores + (first + i) * tile_tokens)) << (first + i);
         }
     }
+    for (; tiles != 0; tiles &= tiles - 1) {
+        const auto at = static_cast<std::size_t>(std::countr_zero(tiles));
+        const float* const tile = scores + at * tile_tokens;
+        keep_tile(kept, tops, count, chunk.tiles[at], chunk.token[at], xs::reduce_max(largest_of_tile(tile)),
+                  tile);
+    }
+}
+
+// The sums of the lanes of each of the registers; registers are used up.
+KV1_LAZY KV1_INLINE f32 sums_of_lanes(f32 (&x)[lanes]) {
+    KV1_UNROLL for (std::size_t n = lanes / 2; n > 0; n /= 2) {
+        KV1_UNROLL for (std::size_t i = 0; i < n; ++i) { x[i] = add_neighbours(x[2 * i], x[2 * i + 1]); }
+    }
+    return x[0];
+}
+// The same for any number of registers, a multiple of 4 that fills whole ones.
+template <std::size_t N>
+KV1_INLINE void sums_of_lanes(f32 (&x)[N], float* sums) {
+    static_assert(N % lanes == 0);
+    KV1_UNROLL for (std::size_t first = 0; first < N; first += lanes) {
+        f32 some[lanes];
+        KV1_UNROLL for (std::size_t i = 0; i < lanes; ++i) { some[i] = x[first + i]; }
+        sums_of_lanes(some).store_aligned(sums + first);
+    }
+}
+
+// log2(x), at most 0.09 less, of a positive x
+KV1_LAZY KV1_INLINE float about_log2(float x) {
+    return static_cast<float>(static_cast<std::int32_t>(std::bit_cast<std::uint32_t>(x) - 0x3f800000u)) *
+           0x1p-23f;
 }
 
 // Of errors: their mean, their variance, and the square of the mean's error. As many tokens as equal shares would be:
@@ -138,92 +204,99 @@ KV1_LAZY KV1_INLINE f32 growth_of(f32 mean, f32 own) {
     return exp2_nonpositive(xs::min(sure * f32(log2_e), f32(60.0f)));
 }
 
-// Takes the sample from the first chunk, whose tokens number `tokens`, and says which rows keep tiles of their own.
-// tops: the largest scores.
-KV1_LAZY KV1_NOINLINE inline void take_sample(const attention_job& job, const query_rows& q,
-                                              const chunk_tiles& chunk, const row_view* seen,
-                                              const float* shifts, const float* scores, const float* tops,
-                                              std::size_t tokens, sum_sample& out) noexcept {
-    std::size_t k = chunk.count / 2;
-    while (chunk.token[k] == no_token)
-        --k;
-    out.tile = chunk.tiles[k];
-    out.token = chunk.token[k];
-    // scores of groups are added up in group_scores, keys by channel are scaled in `scaled`
-    float* const room = job.layout->keys().groups() == 1 ? job.scratch->group_scores : job.scratch->scaled;
-    exact_tile(job, q, 0, out.tile, out.token, room);
-    alignas(64) float counts[max_rows] = {}, errors[max_rows] = {}, squares[max_rows] = {},
-                      sums[max_rows] = {}, squared_scores[max_rows] = {};
-    for (std::size_t r = 0; r < q.rows; ++r) {
-        float* const exact = room + r * score_stride;
-        adjust_tile(job, r, seen[r], shifts[r], out.token, exact);
-        const f32 zero(0.0f), top(tops[r]);
-        f32 count = zero, error_sum = zero, square_sum = zero, sum = zero, squared = zero;
-        for (std::size_t i = 0; i < tile_tokens; i += lanes) {
-            const f32 score = f32::load_aligned(scores + r * score_stride + k * tile_tokens + i);
-            const f32 other = f32::load_aligned(exact + i), error = other - score;
-            const auto is_seen = score > f32(lowest_score);
-            const f32 less = xs::select(is_seen, score - top, zero);
-            count = count + xs::select(is_seen, f32(1.0f), zero);
-            error_sum = error_sum + error;
-            square_sum = xs::fma(error, error, square_sum);
-            sum = sum + less;
-            squared = xs::fma(less, less, squared);
-            score.store_aligned(out.scores + r * tile_tokens + i);
-            other.store_aligned(out.exact + r * tile_tokens + i);
-        }
-        counts[r] = xs::reduce_add(count);
-        errors[r] = xs::reduce_add(error_sum);
-        squares[r] = xs::reduce_add(square_sum);
-        sums[r] = xs::reduce_add(sum);
-        squared_scores[r] = xs::reduce_add(squared);
-    }
-    const f32 few(1.0f / static_cast<float>(tokens));
-    alignas(64) float doubts[max_rows];
-    for (std::size_t r = 0; r < q.rows; r += lanes) {
-        const f32 count = f32::load_aligned(counts + r);
-        f32 mean, variance, own;
-        mean_of_errors(count, count, f32::load_aligned(errors + r), f32::load_aligned(squares + r), mean,
-                       variance, own);
-        growth_of(mean, own).store_aligned(out.factors + r);
-        const f32 each = f32(1.0f) / xs::max(count, f32(1.0f)), less = f32::load_aligned(sums + r) * each;
-        const f32 spread = xs::max(f32::load_aligned(squared_scores + r) * each - less * less, f32(0.0f));
-        // what share of the weight the largest may have
-        const f32 share =
-            xs::min(exp2_nonpositive(xs::min(less * f32(-log2_e), f32(30.0f))) * few, f32(1.0f));
-        const f32 weight = share + xs::fma(xs::sqrt(spread), f32(0.25f), f32(0.1f));
-        const f32 doubt = variance * weight * weight;
-        xs::select(count < f32(fewest_sampled), f32(1.0f), doubt).store_aligned(doubts + r);
-    }
-    for (std::size_t r = 0; r < q.rows; ++r)
-        out.keeps[r] = !(doubts[r] <= one_tile_error * one_tile_error);
-}
-
-// Keeps the tiles of a chunk with a score near the row's largest. top: the largest in the chunk.
+// Keeps the tiles of a chunk with a token that has a share of the weight. top: the largest score in the chunk; whole: what
+// the log-sum-exp is at least, in units of log2.
 KV1_LAZY KV1_INLINE void keep_of_row(const attention_job& job, const chunk_tiles& chunk, const float* scores,
-                                     std::size_t r, float top, sum_sample& out) {
+                                     std::size_t r, float top, float whole, sum_sample& out) {
     if (top == lowest_score)
+        return;
+    const float scaled = top * log2_e;
+    const float wanted = out.count[r] == 0 ? wanted_error : few_tiles_error;
+    const bool more = out.own_errors[r] > wanted * wanted;
+    const float least = (more || scaled > whole ? scaled : whole) + out.limits[r];
+    if (scaled < least)
         return;
     auto& tops = job.scratch->kept_tops[r];
     if (out.count[r] == 0)
         for (float& each : tops)
             each = lowest_score;
-    const float largest = maximum_of(tops, tile_tokens, top);
-    if (top >= largest - near_top)
-        keep_tops(chunk, scores + r * score_stride, largest - near_top, job.scratch->kept[r], tops,
-                  out.count[r]);
+    keep_tops(chunk, scores + r * score_stride, least * ln_2, job.scratch->kept[r], tops, out.count[r]);
 }
 
-// Of a later chunk: keeps tops of the rows that do so, and of those whose largest score has about an eighth of the
-// weight or more.
-KV1_LAZY KV1_INLINE void watch_tops(const attention_job& job, const chunk_tiles& chunk, const float* scores,
-                                    std::size_t r, float top, float maximum, float denominator,
-                                    sum_sample& out) {
-    const int exponent = static_cast<int>(std::bit_cast<std::uint32_t>(denominator) >> 23) - 127;
-    if (!out.keeps[r])
-        out.keeps[r] = top * log2_e - maximum > static_cast<float>(exponent - 2);
-    if (out.keeps[r])
-        keep_of_row(job, chunk, scores, r, top, out);
+// Takes the sample from the first chunk, whose tokens number `tokens`, and says which shares of the weight matter.
+// tops: the largest scores; whole: all rows see all tokens.
+KV1_LAZY KV1_NOINLINE inline void take_sample(const attention_job& job, const query_rows& q,
+                                              const chunk_tiles& chunk, const row_view* seen,
+                                              const float* shifts, const float* scores, const float* tops,
+                                              std::size_t tokens, bool whole, sum_sample& out) noexcept {
+    constexpr std::size_t at_once = 4, sorts = 4; // rows, and sums of each
+    std::size_t k = chunk.count / 2;
+    while (chunk.token[k] == no_token)
+        --k;
+    out.tile = chunk.tiles[k];
+    out.token = chunk.token[k];
+    chunk_tiles one;
+    one.tiles[0] = out.tile;
+    one.token[0] = out.token;
+    one.count = 1;
+    // keys by channel are scaled in `scaled`; scores of groups and of single tokens take group_scores
+    const bool scales = job.layout->keys().axis == quantization_axis::per_channel;
+    float* const room = scales ? job.scratch->group_scores : job.scratch->scaled;
+    static_assert(scratch_floats >= max_rows * score_stride);
+    score_exactly(job, q, 0, one, room);
+    alignas(64) float sums[sorts][max_rows] = {};
+    for (std::size_t first = 0; first < q.rows; first += at_once) {
+        const f32 zero(0.0f);
+        f32 sum[at_once * sorts];
+        KV1_UNROLL for (std::size_t i = 0; i < at_once * sorts; ++i) { sum[i] = zero; }
+        KV1_UNROLL for (std::size_t i = 0; i < at_once; ++i) {
+            const std::size_t r = first + i;
+            if (r >= q.rows)
+                continue;
+            float* const exact = room + r * score_stride;
+            if (!whole)
+                adjust_scores(job, r, seen[r], one, shifts[r], exact);
+            const f32 top(tops[r]);
+            for (std::size_t j = 0; j < tile_tokens; j += lanes) {
+                const f32 score = f32::load_aligned(scores + r * score_stride + k * tile_tokens + j);
+                const f32 other = f32::load_aligned(exact + j), error = other - score;
+                const auto is_seen = score > f32(lowest_score);
+                const f32 less = xs::select(is_seen, score - top, zero);
+                sum[i] = sum[i] + error;
+                sum[at_once + i] = xs::fma(error, error, sum[at_once + i]);
+                sum[2 * at_once + i] = sum[2 * at_once + i] + less;
+                sum[3 * at_once + i] = sum[3 * at_once + i] + xs::select(is_seen, f32(1.0f), zero);
+                score.store_aligned(out.scores + r * tile_tokens + j);
+                other.store_aligned(out.exact + r * tile_tokens + j);
+            }
+        }
+        alignas(64) float all[at_once * sorts];
+        sums_of_lanes(sum, all);
+        for (std::size_t s = 0; s < sorts; ++s)
+            for (std::size_t i = 0; i < at_once; ++i)
+                sums[s][first + i] = all[s * at_once + i];
+    }
+    alignas(64) float lowest[max_rows]; // of the log-sum-exp: the mean of all scores, as if these were equal
+    const f32 log_tokens(about_log2(static_cast<float>(tokens)));
+    for (std::size_t r = 0; r < q.rows; r += lanes) {
+        const f32 count = f32::load_aligned(sums[3] + r);
+        f32 mean, variance, own;
+        mean_of_errors(count, count, f32::load_aligned(sums[0] + r), f32::load_aligned(sums[1] + r), mean,
+                       variance, own);
+        growth_of(mean, own).store_aligned(out.factors + r);
+        const auto few_seen = count < f32(fewest_sampled);
+        xs::select(few_seen, f32(1.0f), own).store_aligned(out.own_errors + r);
+        const f32 each = f32(1.0f) / xs::max(count, f32(1.0f)), less = f32::load_aligned(sums[2] + r) * each;
+        xs::fma(less, f32(log2_e), log_tokens).store_aligned(lowest + r);
+        const f32 share =
+            xs::min(xs::max(f32(share_error) / xs::sqrt(xs::max(variance, f32(1e-18f))), f32(smallest_share)),
+                    f32(1.0f));
+        xs::select(few_seen, f32(smallest_share), share).store_aligned(out.limits + r);
+    }
+    for (std::size_t r = 0; r < q.rows; ++r) {
+        out.limits[r] = about_log2(out.limits[r]);
+        keep_of_row(job, chunk, scores, r, tops[r], whole ? tops[r] * log2_e + lowest[r] : lowest_score, out);
+    }
 }
 
 // Sums over the tiles of a row that are scored exactly. share: min(weight, share_limit * average).
@@ -257,16 +330,6 @@ KV1_LAZY KV1_NOINLINE inline float factor_of(const attention_job& job, const que
     const std::size_t count = sample.count[r];
     if (count == 0)
         tops[0] = lowest_score;
-    float* const scores = job.scratch->scores;
-    query_rows one = q; // this row alone
-    one.rows = 1;
-    one.values = q.values + r * q.stride;
-    const std::size_t groups = job.layout->keys().groups();
-    float* const query = scores + score_stride;
-    for (std::size_t g = 0; groups > 1 && g < groups; ++g) {
-        std::memcpy(query + g * q.stride, q.values + (g * q.rows + r) * q.stride, q.stride * sizeof(float));
-        one.values = query;
-    }
     const f32 less = softmax_shift(maximum), whole(denominator), inverse = f32(1.0f) / whole;
     f32 heavy(0.0f); // weights, one of each tile
     for (std::size_t i = 0; i < count; i += lanes)
@@ -278,33 +341,51 @@ KV1_LAZY KV1_NOINLINE inline float factor_of(const attention_job& job, const que
     const f32 most(share_limit * others / static_cast<float>(tokens)), none(0.0f);
     tile_sums<> sums{none, none, none, none, none, none};
     add_tile(sample.scores + r * tile_tokens, sample.exact + r * tile_tokens, less, most, sums);
-    for (std::size_t left = count;; --left) {
-        std::size_t next = 0;
-        for (std::size_t i = 1; i < count; ++i)
-            next = tops[i] > tops[next] ? i : next;
-        if (left == 0 || left < count) { // one is always scored
-            f32 mean, variance, own;
-            mean_of_errors(f32(xs::reduce_add(sums.shares)), f32(xs::reduce_add(sums.squared_shares)),
-                           f32(xs::reduce_add(sums.errors)), f32(xs::reduce_add(sums.squares)), mean,
-                           variance, own);
-            const f32 outside = xs::max(whole - f32(xs::reduce_add(sums.inside)), none);
-            const f32 moved = outside * outside * own;
-            const f32 weight = exp2_nonpositive(xs::fma(f32(tops[next]), f32(log2_e), less));
-            const f32 error = weight * weight * variance, scale = inverse * inverse;
-            if (left == 0 || (xs::all(moved * scale < f32(wanted_error * wanted_error)) &&
-                              xs::all(error * scale < f32(heavy_error * heavy_error)))) {
-                const f32 corrected(xs::reduce_add(sums.corrected));
-                const float factor = (xs::fma(outside, growth_of(mean, own), corrected) * inverse).get(0);
-                // not a number, or nothing seen: no correction
-                return factor > 0.0f && factor < std::numeric_limits<float>::infinity() ? factor : 1.0f;
+    const float least = maximum + about_log2(denominator) + sample.limits[r];
+    bool known = false; // the mean
+    for (std::size_t left = count;;) {
+        chunk_tiles batch;
+        const kept_tile* taken[batch_tiles];
+        while (left > 0 && batch.count < batch_tiles) {
+            std::size_t next = count - left; // all of a single batch come in any order
+            for (std::size_t i = 0; count > batch_tiles && i < count; ++i)
+                next = tops[i] > tops[next] ? i : next;
+            const kept_tile& tile = kept[next];
+            if (known && tops[next] * log2_e < least) {
+                left = 0; // nor have others a share that matters
+                break;
+            }
+            --left;
+            if (tile.tile.page != sample.tile.page || tile.tile.token != sample.tile.token) {
+                taken[batch.count] = &tile;
+                batch.tiles[batch.count] = tile.tile;
+                batch.token[batch.count++] = tile.token;
+            }
+            tops[next] = lowest_score;
+        }
+        if (batch.count != 0) {
+            float* const exact = job.scratch->scores;
+            score_finely(job, q, r, batch, exact);
+            for (std::size_t k = 0; k < batch.count; ++k) {
+                chunk_tiles one; // adjust_scores() takes tiles that follow one another
+                one.token[0] = batch.token[k];
+                one.count = 1;
+                adjust_scores(job, r, seen, one, shift, exact + k * tile_tokens);
+                add_tile(taken[k]->scores, exact + k * tile_tokens, less, most, sums);
             }
         }
-        tops[next] = lowest_score;
-        const kept_tile& tile = kept[next];
-        if (tile.tile.page == sample.tile.page && tile.tile.token == sample.tile.token)
-            continue;
-        exact_tile(job, one, r, tile.tile, tile.token, scores);
-        adjust_tile(job, r, seen, shift, tile.token, scores);
-        add_tile(tile.scores, scores, less, most, sums);
+        f32 mean, variance, own;
+        mean_of_errors(f32(xs::reduce_add(sums.shares)), f32(xs::reduce_add(sums.squared_shares)),
+                       f32(xs::reduce_add(sums.errors)), f32(xs::reduce_add(sums.squares)), mean, variance,
+                       own);
+        const f32 outside = xs::max(whole - f32(xs::reduce_add(sums.inside)), none);
+        const f32 moved = outside * outside * own;
+        known = xs::all(moved * inverse * inverse < f32(wanted_error * wanted_error));
+        if (left == 0) {
+            const f32 corrected(xs::reduce_add(sums.corrected));
+            const float factor = (xs::fma(outside, growth_of(mean, own), corrected) * inverse).get(0);
+            // not a number, or nothing seen: no correction
+            return factor > 0.0f && factor < std::numeric_limits<float>::infinity() ? factor : 1.0f;
+        }
     }
 }

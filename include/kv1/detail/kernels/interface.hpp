@@ -68,6 +68,8 @@ struct target_kernels {
 struct format_kernels {
     // scores[r * score_stride + slot] = row r . key; tops[r] = the largest of row r
     void (*key_scores[2])(const chunk_view& view, const query_rows& q, float* scores, float* tops) noexcept;
+    // key_scores of the fast path for queries whose channels are rounded one by one; null for plain formats
+    void (*code_scores)(const chunk_view& view, const query_rows& q, float* scores, float* tops) noexcept;
     // sums[r * sum_stride + channel] = rescale[r] * (the same) + sum over slots of weight * value; scores are
     // used up
     void (*value_sums[2])(const chunk_view& view, const softmax_rows& w, float* sums,

@@ -561,10 +561,12 @@ template <storage_format Format>
 const format_kernels& kernels_for() noexcept {
     if constexpr (traits_of(kv_format_of<Format>).code_bits == 0) {
         static constexpr format_kernels table{{key_scores_exact<Format>, key_scores_exact<Format>},
+                                              nullptr,
                                               {value_sums_exact<Format>, value_sums_exact<Format>}};
         return table;
     } else {
         static constexpr format_kernels table{{key_scores_fast<Format>, key_scores_exact<Format>},
+                                              nullptr,
                                               {value_sums_fast<Format>, value_sums_exact<Format>}};
         return table;
     }

@@ -18,11 +18,13 @@ inline const format_kernels& kernels_for() noexcept {
         return kernels_for<shared>();
     } else if constexpr (traits_of(kv_format_of<Format>).code_bits == 0) {
         static constexpr format_kernels table{{key_scores_exact<Format>, key_scores_exact<Format>},
+                                              nullptr,
                                               {value_sums_exact<Format>, value_sums_exact<Format>}};
         return table;
     } else {
         static constexpr format_kernels table{
             {key_scores_fast<Format, single_dots>, key_scores_exact<Format>},
+            key_scores_fast<Format, single_dots>,
             {value_sums_fast<Format>, value_sums_exact<Format>}};
         return table;
     }
@@ -47,6 +49,7 @@ inline const format_kernels& pair_kernels_for() noexcept {
         return pair_kernels_for<shared>();
     } else {
         static constexpr format_kernels table{{key_scores_fast<Format, pair_dots>, key_scores_exact<Format>},
+                                              key_scores_fast<Format, single_dots>,
                                               {value_sums_fast<Format>, value_sums_exact<Format>}};
         return table;
     }
