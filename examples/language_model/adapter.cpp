@@ -194,9 +194,10 @@ void merge(const merge_options& options, std::ostream& out) {
     const std::string weights =
         adapted_weights(safetensors::read(options.model / "model.safetensors"),
                         safetensors::read(options.adapter / adapter_weights_file), adapter);
-    if (policy.needs_means() && exists(options.adapter / means_file, error))
+    const bool has_means = exists(options.adapter / means_file, error);
+    if (policy.needs_means() && has_means)
         output_file(options.out / means_file).commit(read_text_file(options.adapter / means_file));
-    if (policy.needs_error_weights() || policy.needs_basis())
+    if (policy.needs_error_weights() || policy.needs_basis() || (policy.needs_means() && !has_means))
         output_file(options.out / calibration_file).commit(adapted_calibration(options, policy, weights));
     output_file(options.out / "model.safetensors").commit(weights);
     for (const char* name : {"tokenizer.json", "tokenizer_config.json", "generation_config.json"})

@@ -129,6 +129,10 @@ TEST_CASE("A merged model has the cache of its adapter, with means and error wei
     std::filesystem::remove_all(m.out);
     std::filesystem::remove(m.adapter / "kv1_calibration.bin");
     REQUIRE_THAT(refusal([&] { m.merge(); }), ContainsSubstring("kv1_calibration.bin"));
+    // nor one without the means that its policy names
+    std::filesystem::remove_all(m.out);
+    m.folder.write("adapter/kv1.json", R"({"policy": "c2+ls+mean"})");
+    REQUIRE_THAT(refusal([&] { m.merge(); }), ContainsSubstring("kv1_calibration.bin"));
 }
 
 TEST_CASE("An adapter that is not this model's, or not plain LoRA, is refused", "[adapter]") {
