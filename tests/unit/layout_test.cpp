@@ -5,6 +5,7 @@
 #include "packed_model.hpp"
 #include "random.hpp"
 
+#include <kv1/detail/cache_rows.hpp>
 #include <kv1/detail/page_fields.hpp>
 #include <kv1/layout.hpp>
 
@@ -158,6 +159,17 @@ TEST_CASE("codes and plain bits come back from where they were stored", "[layout
         for (std::size_t i = 0; i < codes.size(); ++i)
             same = same && kv1::detail::load_code(s, page.data(), i / s.channels, i % s.channels) == codes[i];
         t.expect(same, describe(s));
+        // a run of channels is the same codes, and is stored as they are, one by one
+        std::vector<std::byte> by_runs = before;
+        for (std::size_t token = 0; token < s.tokens; ++token)
+            for (std::size_t first = 0; first < s.channels; first += kv1::detail::run_channels) {
+                const kv1::detail::code_run run = kv1::detail::load_run(s, page.data(), token, first);
+                for (std::size_t i = 0; i < std::min(run.size(), s.channels - first); ++i)
+                    same = same && run[i] == codes[token * s.channels + first + i];
+                kv1::detail::store_run(s, by_runs.data(), token, first, run);
+            }
+        t.expect(same, describe(s), "loaded by runs");
+        t.expect(by_runs == page, describe(s), "stored by runs");
         // nothing outside the section's lines was written
         t.expect(
             std::equal(page.begin(), page.begin() + static_cast<std::ptrdiff_t>(s.offset), before.begin()),

@@ -12,6 +12,7 @@
 #include <kv1/status.hpp>
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -33,16 +34,99 @@ inline bool fits(const section_layout& section, std::size_t rows, std::size_t by
            minima == (kind == metadata_kind::scale_and_minimum ? pairs : 0);
 }
 
+// The codes of 32 channels of a token, as load_code() and store_code() of each, but a lane of keys, or sixteen of values,
+// at a time. `first` is a multiple of 32. Where the section has fewer channels left, the rest of a run has no meaning, and
+// is not stored.
+inline constexpr std::size_t run_channels = 32;
+using code_run = std::array<std::uint32_t, run_channels>;
+
+inline code_run load_run(const section_layout& s, const std::byte* page, std::size_t token,
+                         std::size_t first) noexcept {
+    const format_traits& t = s.traits();
+    const std::size_t n = std::min(run_channels, s.channels - first);
+    code_run codes{};
+    for (int p = 0; p < t.slice_count(); ++p) {
+        const int bits = t.field_bits(p), to = t.slices[static_cast<std::size_t>(p)].shift;
+        const std::uint32_t mask = field_mask(bits);
+        const std::size_t step = s.keys ? static_cast<std::size_t>(32 / bits) : line_lanes;
+        for (std::size_t c = 0; c < n; c += step) {
+            const field_place at = s.place(p, token, first + c);
+            if (s.keys) {
+                const std::uint32_t word = load_lane(page + s.offset, at.lane);
+                for (std::size_t i = 0; i < step; ++i)
+                    codes[c + i] |= (word >> key_field_shift(bits, i) & mask) << to;
+            } else {
+                for (std::size_t i = 0; i < step; ++i)
+                    codes[c + i] |= (load_lane(page + s.offset, at.lane + i) >> at.shift & mask) << to;
+            }
+        }
+    }
+    return codes;
+}
+
+inline void store_run(const section_layout& s, std::byte* page, std::size_t token, std::size_t first,
+                      const code_run& codes) noexcept {
+    const format_traits& t = s.traits();
+    const std::size_t n = std::min(run_channels, s.channels - first);
+    for (int p = 0; p < t.slice_count(); ++p) {
+        const int bits = t.field_bits(p), from = t.slices[static_cast<std::size_t>(p)].shift;
+        const std::uint32_t mask = field_mask(bits);
+        const std::size_t step = s.keys ? static_cast<std::size_t>(32 / bits) : line_lanes;
+        for (std::size_t c = 0; c < n; c += step) {
+            const std::size_t fields = std::min(step, n - c);
+            const field_place at = s.place(p, token, first + c);
+            const auto put = [&](std::uint32_t& word, std::size_t i, int shift) {
+                word = (word & ~(mask << shift)) | (codes[c + i] >> from & mask) << shift;
+            };
+            if (s.keys) {
+                std::uint32_t word = load_lane(page + s.offset, at.lane);
+                for (std::size_t i = 0; i < fields; ++i)
+                    put(word, i, key_field_shift(bits, i));
+                store_lane(page + s.offset, at.lane, word);
+            } else {
+                for (std::size_t i = 0; i < fields; ++i) {
+                    std::uint32_t word = load_lane(page + s.offset, at.lane + i);
+                    put(word, i, at.shift);
+                    store_lane(page + s.offset, at.lane + i, word);
+                }
+            }
+        }
+    }
+}
+
+// The first n codes of a run in row format, low bits first, and back. Unused bits of the last byte are 0.
+inline void pack_run(const code_run& codes, std::size_t n, std::size_t bits, std::byte* out) noexcept {
+    std::uint64_t held = 0;
+    std::size_t used = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+        held |= std::uint64_t{codes[i]} << used;
+        for (used += bits; used >= 8; used -= 8, held >>= 8)
+            *out++ = static_cast<std::byte>(held & 0xffu);
+    }
+    if (used != 0)
+        *out = static_cast<std::byte>(held & 0xffu);
+}
+inline code_run unpack_run(const std::byte* in, std::size_t n, std::size_t bits) noexcept {
+    code_run codes{};
+    std::uint64_t held = 0;
+    std::size_t left = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+        for (; left < bits; left += 8)
+            held |= std::to_integer<std::uint64_t>(*in++) << left;
+        codes[i] = static_cast<std::uint32_t>(held) & field_mask(static_cast<int>(bits));
+        held >>= bits;
+        left -= bits;
+    }
+    return codes;
+}
+
 // Writes row i of the buffers from a page.
 inline void export_row(const section_layout& section, const std::byte* page, std::size_t token,
                        const row_buffers& out, std::size_t row) noexcept {
     const std::size_t bits = bits_of(section), bytes = packed_bytes(section.format, section.channels);
-    const std::span<std::byte> packed = out.packed.subspan(row * bytes, bytes);
-    std::fill(packed.begin(), packed.end(), std::byte{0});
-    for (std::size_t c = 0; c < section.channels; ++c) {
-        const std::uint64_t code = load_code(section, page, token, c), shifted = code << (c * bits % 8);
-        for (std::size_t k = 0; k < (c * bits % 8 + bits + 7) / 8; ++k)
-            packed[c * bits / 8 + k] |= static_cast<std::byte>(shifted >> (8 * k) & 0xffu);
+    for (std::size_t c = 0; c < section.channels; c += run_channels) {
+        pack_run(load_run(section, page, token, c), std::min(run_channels, section.channels - c), bits,
+                 out.packed.data() + row * bytes + c * bits / 8);
     }
     for (std::size_t g = 0; g < section.groups(); ++g) {
         const row_metadata m = load_metadata(section, page, token, g);
@@ -100,8 +184,12 @@ inline status check_rows_finite(const section_layout& section, std::size_t rows,
 // Writes row i of the buffers to a page.
 inline void store_row(const section_layout& section, std::byte* page, std::size_t token,
                       const const_row_buffers& from, std::size_t row) noexcept {
-    for (std::size_t c = 0; c < section.channels; ++c)
-        store_code(section, page, token, c, row_code(section, from, row, c));
+    const std::size_t bits = bits_of(section), bytes = packed_bytes(section.format, section.channels);
+    for (std::size_t c = 0; c < section.channels; c += run_channels) {
+        store_run(section, page, token, c,
+                  unpack_run(from.packed.data() + row * bytes + c * bits / 8,
+                             std::min(run_channels, section.channels - c), bits));
+    }
     for (std::size_t g = 0; g < section.groups(); ++g) {
         row_metadata m;
         if (!from.scales.empty())
