@@ -4,7 +4,9 @@
 // before attention begins. Kernels give a run of tokens its waves from the middle on, at a few operations a token. A
 // token that stands alone costs them cosines and sines of all pairs. Here slots are sorted by the run of 256 positions
 // that they stand in. Each run's waves are made once, and its slots take theirs, wherever they lie. What they take is an
-// additive mask, [queries][query heads][places], and kernels have no more to do with the mean.
+// additive mask, [queries][query heads][places], and kernels have no more to do with the mean. That is not done under soft
+// caps, which lie between a mean's share and a mask, under ALiBi's slopes, which multiply a mask, and where the mask would
+// have more than 2^24 numbers (64 MiB): kernels then take each token's cosines and sines.
 //
 // Example: of positions 7, 300, 8, 513, 9, 301 there are three runs, with the slots 0, 2, 4; 1, 5; and 3.
 #pragma once
