@@ -110,9 +110,12 @@ private:
     enum class row_kind : std::uint8_t { codes = 1 };
     [[nodiscard]] std::size_t side_bytes(std::size_t layer, kv1::kv_side side) const; // of a KV head
     [[nodiscard]] std::size_t row_bytes(place p) const; // of all, and a key's position
-    void save_row(place p, std::uint32_t slot, std::size_t nominal, ggml_type type, std::byte* out);
-    void load_row(place p, std::uint32_t slot, std::size_t nominal, ggml_type type, const std::byte* in);
-    void copy_side(place p, std::span<std::byte> slot, std::span<std::byte> side, bool out) const;
+    void save_rows(place p, std::span<const std::uint32_t> slots, std::size_t nominal, ggml_type type,
+                   std::byte* out);
+    void load_rows(place p, std::span<const std::uint32_t> slots, std::size_t nominal, ggml_type type,
+                   const std::byte* in);
+    template <class F>
+    void for_parts(place p, F&& f) const;
 
     settings how_;
     std::vector<cache_layer> layers_;

@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <span>
 #include <utility>
 
@@ -24,7 +25,20 @@ namespace {
 constexpr std::size_t marker_bytes = 4;
 
 bool is_zero(std::span<const std::byte> row) noexcept {
-    return std::all_of(row.begin(), row.end(), [](std::byte b) { return b == std::byte{0}; });
+    return row.empty() ||
+           (row[0] == std::byte{0} && std::memcmp(row.data(), row.data() + 1, row.size() - 1) == 0);
+}
+
+// f(i, slots) for rows i, i + 1, ..., which are those of slots first + i, ..., a few hundred at a time.
+template <class F>
+void for_pieces(std::size_t first, std::size_t rows, F&& f) {
+    constexpr std::size_t at_once = 256;
+    std::vector<std::uint32_t> slots;
+    for (std::size_t i = 0; i < rows; i += slots.size()) {
+        slots.resize(std::min(at_once, rows - i));
+        std::iota(slots.begin(), slots.end(), static_cast<std::uint32_t>(first + i));
+        f(i, slots);
+    }
 }
 
 } // namespace
@@ -41,25 +55,25 @@ std::size_t slot_cache::row_bytes(place p) const {
            (p.side == kv1::kv_side::key && keeps_positions(p.layer) ? sizeof(std::int32_t) : 0);
 }
 
-// One side's rows out of a slot's raw bytes, or into them. [KV head][key, then value], then a key's position
-void slot_cache::copy_side(place p, std::span<std::byte> slot, std::span<std::byte> side, bool out) const {
+// f(bytes into a slot's raw bytes, bytes into its row of one side, how many) for what they share. Raw bytes are
+// [KV head][key, then value], then a key's position.
+template <class F>
+void slot_cache::for_parts(place p, F&& f) const {
     const std::size_t heads = layers_[p.layer].kv_heads, bytes = side_bytes(p.layer, p.side);
     const std::size_t skipped = p.side == kv1::kv_side::value ? side_bytes(p.layer, kv1::kv_side::key) : 0;
-    const auto move = [&](std::size_t inside, std::size_t apart, std::size_t n) {
-        std::memcpy(out ? side.data() + apart : slot.data() + inside,
-                    out ? slot.data() + inside : side.data() + apart, n);
-    };
     const std::size_t position = keeps_positions(p.layer) ? sizeof(std::int32_t) : 0,
-                      of_head = (slot.size() - position) / heads;
+                      of_head = (store_->raw_bytes(p.layer) - position) / heads;
     for (std::size_t h = 0; h < heads; ++h)
-        move(h * of_head + skipped, h * bytes, bytes);
+        f(h * of_head + skipped, h * bytes, bytes);
     if (p.side == kv1::kv_side::key)
-        move(heads * of_head, heads * bytes, position);
+        f(heads * of_head, heads * bytes, position);
 }
 
-void slot_cache::save_row(place p, std::uint32_t slot, std::size_t nominal, ggml_type type, std::byte* out) {
-    std::memset(out, 0, nominal);
-    if (!store_ || !book_->written(slot))
+// Rows [slots] to out, in the bytes of the nominal type. Codes of many slots are taken out at once.
+void slot_cache::save_rows(place p, std::span<const std::uint32_t> slots, std::size_t nominal, ggml_type type,
+                           std::byte* out) {
+    std::memset(out, 0, slots.size() * nominal);
+    if (!store_)
         return;
     const cache_layer& l = layers_[p.layer];
     const kv1::layer_description& shape = store_->description().layers[p.layer];
@@ -67,23 +81,34 @@ void slot_cache::save_row(place p, std::uint32_t slot, std::size_t nominal, ggml
     const std::size_t codes = row_bytes(p);
     const kv1::kv_format format = p.side == kv1::kv_side::key ? shape.key_format : shape.value_format;
     const bool plain = format == kv1::kv_format::fp16 || format == kv1::kv_format::fp32;
-    const bool numbers =
-        type == GGML_TYPE_F16 && !keeps_positions(p.layer) && (plain || store_->has_fp16(p.layer, slot));
-    if (numbers) {
-        if (format == kv1::kv_format::fp32 && !std::exchange(warned_, true))
-            say(GGML_LOG_LEVEL_WARN, "fp32 keys and values are rounded to fp16 in a saved state");
-        std::vector<float> head(dim);
-        for (std::size_t h = 0; h < l.kv_heads; ++h) {
-            if (const kv1::status s = store_->try_read(p.layer, p.side, h, std::span(&slot, 1), head); !s)
-                failed("saving a state", s);
-            for (std::size_t c = 0; c < dim; ++c) {
-                const std::uint16_t bits = kv1::float16(head[c]).bits();
-                std::memcpy(out + (h * dim + c) * 2, &bits, 2);
+    std::vector<std::uint32_t> coded;
+    std::vector<std::byte*> rows; // theirs
+    std::vector<float> head(dim);
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+        const std::uint32_t slot = slots[i];
+        std::byte* const row = out + i * nominal;
+        if (!book_->written(slot))
+            continue;
+        if (type == GGML_TYPE_F16 && !keeps_positions(p.layer) &&
+            (plain || store_->has_fp16(p.layer, slot))) {
+            if (format == kv1::kv_format::fp32 && !std::exchange(warned_, true))
+                say(GGML_LOG_LEVEL_WARN, "fp32 keys and values are rounded to fp16 in a saved state");
+            for (std::size_t h = 0; h < l.kv_heads; ++h) {
+                if (const kv1::status s = store_->try_read(p.layer, p.side, h, std::span(&slot, 1), head); !s)
+                    failed("saving a state", s);
+                for (std::size_t c = 0; c < dim; ++c) {
+                    const std::uint16_t bits = kv1::float16(head[c]).bits();
+                    std::memcpy(row + (h * dim + c) * 2, &bits, 2);
+                }
             }
+            if (!is_zero({row, nominal}))
+                continue;
         }
-        if (!is_zero({out, nominal}))
-            return;
+        coded.push_back(slot);
+        rows.push_back(row);
     }
+    if (coded.empty())
+        return;
     if (codes + marker_bytes > nominal) {
         if (!std::exchange(warned_, true))
             say(GGML_LOG_LEVEL_ERROR,
@@ -93,60 +118,75 @@ void slot_cache::save_row(place p, std::uint32_t slot, std::size_t nominal, ggml
                 l.of_model, codes, nominal);
         return;
     }
-    std::vector<std::byte> raw(store_->raw_bytes(p.layer));
-    if (const kv1::status s = store_->try_export_raw(p.layer, std::span(&slot, 1), raw); !s)
+    const std::size_t of_slot = store_->raw_bytes(p.layer);
+    std::vector<std::byte> raw(coded.size() * of_slot);
+    if (const kv1::status s = store_->try_export_raw(p.layer, coded, raw); !s)
         failed("saving a state", s);
-    out[0] = out[1] = std::byte{0xff};
-    out[2] = static_cast<std::byte>(row_kind::codes);
-    copy_side(p, raw, {out + marker_bytes, codes}, true);
+    for (std::size_t i = 0; i < coded.size(); ++i) {
+        rows[i][0] = rows[i][1] = std::byte{0xff};
+        rows[i][2] = static_cast<std::byte>(row_kind::codes);
+        for_parts(p, [&](std::size_t inside, std::size_t apart, std::size_t n) {
+            std::memcpy(rows[i] + marker_bytes + apart, raw.data() + i * of_slot + inside, n);
+        });
+    }
 }
 
-void slot_cache::load_row(place p, std::uint32_t slot, std::size_t nominal, ggml_type type,
-                          const std::byte* in) {
+// And from a saved state. What slots have of the other side stays.
+void slot_cache::load_rows(place p, std::span<const std::uint32_t> slots, std::size_t nominal, ggml_type type,
+                           const std::byte* in) {
     const cache_layer& l = layers_[p.layer];
-    if (p.side == kv1::kv_side::key)
-        book_->place(slot, step_book::unknown);
-    if (is_zero({in, nominal})) {
-        if (p.side == kv1::kv_side::value)
-            return;
-        if (const kv1::status s = store_->try_clear(p.layer, std::span(&slot, 1)); !s)
-            failed("restoring a state", s);
-        return;
-    }
-    const std::size_t dim = p.side == kv1::kv_side::key ? l.key_dim : l.value_dim;
-    if (in[0] == std::byte{0xff} && in[1] == std::byte{0xff}) {
-        const std::size_t codes = row_bytes(p);
-        if (in[2] != static_cast<std::byte>(row_kind::codes) || codes + marker_bytes > nominal ||
-            !is_zero({in + marker_bytes + codes, nominal - marker_bytes - codes})) {
-            if (!std::exchange(warned_, true))
+    const bool key = p.side == kv1::kv_side::key;
+    const std::size_t dim = key ? l.key_dim : l.value_dim, codes = row_bytes(p);
+    std::vector<std::uint32_t> empty, coded, plain;
+    std::vector<const std::byte*> rows; // of those that are coded
+    std::vector<kv1::float16> numbers;  // of those that are plain
+    for (std::size_t i = 0; i < slots.size(); ++i) {
+        const std::byte* const row = in + i * nominal;
+        if (key)
+            book_->place(slots[i], step_book::unknown);
+        if (is_zero({row, nominal})) {
+            if (key)
+                empty.push_back(slots[i]);
+        } else if (row[0] == std::byte{0xff} && row[1] == std::byte{0xff}) {
+            if (row[2] == static_cast<std::byte>(row_kind::codes) && codes + marker_bytes <= nominal &&
+                is_zero({row + marker_bytes + codes, nominal - marker_bytes - codes})) {
+                coded.push_back(slots[i]);
+                rows.push_back(row + marker_bytes);
+            } else if (!std::exchange(warned_, true)) {
                 say(GGML_LOG_LEVEL_ERROR, "layer %zu: the state was saved under another policy", l.of_model);
-            return;
-        }
-        std::vector<std::byte> raw(store_->raw_bytes(p.layer)),
-            side(in + marker_bytes, in + marker_bytes + codes);
-        kv1::status s = store_->try_export_raw(p.layer, std::span(&slot, 1), raw);
-        if (s) {
-            copy_side(p, raw, side, false);
-            s = store_->try_import_raw(p.layer, std::span(&slot, 1), raw);
-        }
-        if (!s)
-            failed("restoring a state", s);
-        else if (p.side == kv1::kv_side::key && keeps_positions(p.layer))
-            book_->place(slot, store_->key_position(p.layer, slot));
-        return;
-    }
-    if (type != GGML_TYPE_F16) {
-        if (!std::exchange(warned_, true))
+            }
+        } else if (type == GGML_TYPE_F16) {
+            plain.push_back(slots[i]);
+            numbers.resize(plain.size() * l.kv_heads * dim);
+            std::memcpy(static_cast<void*>(numbers.data() + numbers.size() - l.kv_heads * dim), row,
+                        std::min(nominal, l.kv_heads * dim * 2));
+        } else if (!std::exchange(warned_, true)) {
             say(GGML_LOG_LEVEL_ERROR,
                 "a state that llama.cpp's own quantized cache saved can not be restored");
-        return;
+        }
     }
-    if (p.side == kv1::kv_side::key)
-        make_room(p.layer, std::span(&slot, 1));
-    std::vector<kv1::float16> numbers(l.kv_heads * dim);
-    std::memcpy(static_cast<void*>(numbers.data()), in, std::min(nominal, numbers.size() * 2));
-    write_vectors(p.layer, p.side, std::span(&slot, 1), {},
-                  kv1::tensor_view(numbers.data(), std::size_t{1}, l.kv_heads, dim), nullptr);
+    if (const kv1::status s = store_->try_clear(p.layer, empty); !s)
+        failed("restoring a state", s);
+    const std::size_t of_slot = store_->raw_bytes(p.layer);
+    std::vector<std::byte> raw(coded.size() * of_slot);
+    kv1::status s = store_->try_export_raw(p.layer, coded, raw);
+    for (std::size_t i = 0; i < coded.size(); ++i)
+        for_parts(p, [&](std::size_t inside, std::size_t apart, std::size_t n) {
+            std::memcpy(raw.data() + i * of_slot + inside, rows[i] + apart, n);
+        });
+    if (s)
+        s = store_->try_import_raw(p.layer, coded, raw);
+    if (!s)
+        failed("restoring a state", s);
+    else if (key && keeps_positions(p.layer))
+        for (const std::uint32_t slot : coded)
+            book_->place(slot, store_->key_position(p.layer, slot));
+    if (plain.empty())
+        return;
+    if (key)
+        make_room(p.layer, plain);
+    write_vectors(p.layer, p.side, plain, {}, kv1::tensor_view(numbers.data(), plain.size(), l.kv_heads, dim),
+                  nullptr);
 }
 
 void slot_cache::save(const ggml_tensor* tensor, std::byte* out, std::size_t offset, std::size_t bytes) {
@@ -161,8 +201,9 @@ void slot_cache::save(const ggml_tensor* tensor, std::byte* out, std::size_t off
         return;
     }
     end_step();
-    for (std::size_t i = 0; i < bytes / row; ++i)
-        save_row(*p, static_cast<std::uint32_t>(at / row + i), row, root->type, out + i * row);
+    for_pieces(at / row, bytes / row, [&](std::size_t first, std::span<const std::uint32_t> slots) {
+        save_rows(*p, slots, row, root->type, out + first * row);
+    });
 }
 
 void slot_cache::load(const ggml_tensor* tensor, const std::byte* in, std::size_t offset, std::size_t bytes) {
@@ -179,8 +220,9 @@ void slot_cache::load(const ggml_tensor* tensor, const std::byte* in, std::size_
     // Of the first layer: fp16 copies of states that were restored before may go where room is short.
     if (p->layer == 0 && p->side == kv1::kv_side::key)
         book_->begin_restoring();
-    for (std::size_t i = 0; i < bytes / row; ++i)
-        load_row(*p, static_cast<std::uint32_t>(at / row + i), row, root->type, in + i * row);
+    for_pieces(at / row, bytes / row, [&](std::size_t first, std::span<const std::uint32_t> slots) {
+        load_rows(*p, slots, row, root->type, in + first * row);
+    });
 }
 
 // llama.cpp copies the keys of a layer, then its values. A slot is copied with both.

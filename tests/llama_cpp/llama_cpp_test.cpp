@@ -241,6 +241,26 @@ TEST_CASE("a state is saved and restored", "[llama_cpp]") {
     ::unsetenv("KV1_PRECISION");
 }
 
+TEST_CASE("a state of more rows than are moved at once", "[llama_cpp]") {
+    ::setenv("KV1_PRECISION", "exact", 1);
+    constexpr std::size_t length = 300;
+    const std::string file = models()[6];
+    for (const char* policy : {"safe", "2,2@4:280", "16"}) {
+        INFO(file << ", " << policy);
+        session s(file, policy, {.sequences = 2});
+        (void)s.decode(text(length), 0);
+        const std::vector<std::uint8_t> state = s.save();
+        const tokens next = text(1, 2);
+        const std::vector<float> expected = s.decode(next, length);
+        llama_memory_clear(s.memory(), true);
+        (void)s.decode(text(33, 5), 0, 1);
+        REQUIRE(s.restore(state));
+        CHECK(s.save() == state);
+        CHECK(divergence(expected, s.decode(next, length), s.vocabulary()) < same);
+    }
+    ::unsetenv("KV1_PRECISION");
+}
+
 TEST_CASE("states are restored one after the other, more than there is room for in fp16", "[llama_cpp]") {
     ::setenv("KV1_PRECISION", "exact", 1);
     const std::string file = models()[6];
