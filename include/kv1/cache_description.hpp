@@ -10,7 +10,8 @@
 //   131,072 tokens        131,072 * 24,192 = 3,170,893,824 bytes = 2.95 GiB; fp16 takes 18 GiB
 //   in whole pages of 64  bytes_per_page() = 64 * 24,192; capacity_for_bytes() goes the other way
 //   fp16 sinks, window    4 and 32 tokens: at most 3 pages of fp16 a sequence, 3 * 64 * 147,456 bytes = 27 MiB,
-//                         and the new tokens of a step until its commit
+//                         22 on average, and the new tokens of a step until its commit; with pages of 16 at most 4,
+//                         9 MiB, for pages are kept whole
 //   error weights         8 * 128 * 128 floats for the keys, and for the values, of a layer: 36 MiB in all,
 //                         once for the cache, and as much again in its description
 //

@@ -53,10 +53,32 @@ TEST_CASE("ranges cover every token once and are not shorter than they repay", "
         for (const std::size_t tokens : std::array<std::size_t, 7>{1, 64, 2047, 2048, 4095, 4097, 40000}) {
             INFO("from " << first << ", " << tokens << " tokens");
             const std::vector<std::size_t> tasks = task_tokens(1, 1, first, first + tokens);
-            const std::size_t begin = first / page_tokens * page_tokens;
-            REQUIRE(std::accumulate(tasks.begin(), tasks.end(), std::size_t{0}) == first + tokens - begin);
+            const std::size_t unit = tasks.size() == 1 ? kv1::tile_tokens : page_tokens;
+            REQUIRE(std::accumulate(tasks.begin(), tasks.end(), std::size_t{0}) == tokens + first % unit);
             REQUIRE(std::ranges::min(tasks) > 0);
             if (tasks.size() > 1)
                 REQUIRE(tasks.front() >= detail::smallest_range);
         }
+}
+
+TEST_CASE("a single range begins with the granule of the first token, counted from the begin of its page",
+          "[schedule]") {
+    struct window {
+        kv1::kv_format value;
+        std::size_t page_tokens, first, begin;
+    };
+    for (const window& w :
+         {window{kv1::kv_format::fp16, 64, 96, 96}, // two of four tiles of a page are left out
+          window{kv1::kv_format::fp16, 64, 111, 96}, window{kv1::kv_format::fp16, 16, 111, 96},
+          window{kv1::kv_format::affine2, 64, 112, 112},
+          window{kv1::kv_format::binary, 64, 112, 96}, // 32 tokens share a line of values
+          window{kv1::kv_format::binary, 48, 90, 80},  // 80 is 32 in its page
+          window{kv1::kv_format::binary, 48, 75, 48}}) {
+        INFO("from " << w.first << " in pages of " << w.page_tokens);
+        const kv1::page_layout pages(kv1::kv_format::fp16, 128, w.value, 128, w.page_tokens);
+        const detail::attention_split s = detail::split_attention(pages, 4, 8, w.first, w.first + 32);
+        REQUIRE(s.ranges == 1);
+        REQUIRE(s.first_token == w.begin);
+        REQUIRE(s.first_token + s.range_tokens >= w.first + 32);
+    }
 }

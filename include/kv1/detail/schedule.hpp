@@ -44,7 +44,8 @@ inline attention_split split_attention(const page_layout& layout, std::size_t ro
     attention_split s{};
     s.rows_per_task = (std::min)(rows_for(layout.keys().channels), rows_for(layout.values().channels));
     s.row_splits = (rows + s.rows_per_task - 1) / s.rows_per_task;
-    s.first_token = (std::min)(first_token, last_token) / layout.page_tokens() * layout.page_tokens();
+    const std::size_t front = (std::min)(first_token, last_token), in_page = front % layout.page_tokens();
+    s.first_token = front - in_page;
     const std::size_t tokens = last_token - s.first_token;
     const std::size_t tasks = kv_heads * s.row_splits;
     const std::size_t wanted = tasks >= wanted_tasks ? 1 : (wanted_tasks + tasks - 1) / tasks;
@@ -53,6 +54,10 @@ inline attention_split split_attention(const page_layout& layout, std::size_t ro
         std::bit_floor(std::max<std::size_t>(1, (std::min)(wanted, tokens / smallest_range)));
     s.range_tokens = round_up(std::max<std::size_t>(1, (tokens + ranges - 1) / ranges), layout.page_tokens());
     s.ranges = std::max<std::size_t>(1, (tokens + s.range_tokens - 1) / s.range_tokens);
+    // What of the first page nobody sees costs as much as other tokens. A window of 32 fp16 tokens may lie behind 32 of
+    // its page. Ranges that follow each other keep to pages: the end of one fetches the begin of the next.
+    if (s.ranges == 1)
+        s.first_token = front - in_page % granule_of(layout);
     return s;
 }
 

@@ -113,7 +113,7 @@ struct attention_job {
     const std::byte* pages;           // first byte of this KV head's page in block 0 of the layer's arena
     std::size_t block_stride;         // bytes between blocks
     const std::uint32_t* block_table; // block of page i of the sequence
-    std::size_t first_token;          // range of tokens, first_token a multiple of page_tokens
+    std::size_t first_token;          // range of tokens, which begins with a granule of a page
     std::size_t last_token;
     // With keys per channel, if the last page is not full: its fp16 keys, of the tokens from open_from on.
     // Null: there is no such page.
