@@ -92,16 +92,22 @@ linear::linear(std::vector<float> weights, std::size_t outputs, std::size_t inpu
 void linear::operator()(std::span<const float> x, std::span<float> y, thread_pool& pool) const {
     const std::size_t rows = x.size() / inputs_;
     assert(x.size() == rows * inputs_ && y.size() == rows * outputs_);
-    if (rows == 1 && !halves_.empty()) {
+    if (rows == 1) {
         static const half_product product = best_half_product();
         // a task should read several pages of weights, to be worth handing to a thread
         const std::size_t blocks = std::min(pool.size(), outputs_ * inputs_ / 65536 + 1);
         const std::size_t step = (outputs_ / blocks + 4) / 4 * 4;
         auto task = [&](std::size_t block) {
             const std::size_t first = block * step;
-            if (first < outputs_)
-                product(halves_.data() + first * inputs_, std::min(step, outputs_ - first), x.data(), inputs_,
-                        y.data() + first);
+            if (first >= outputs_)
+                return;
+            const std::size_t some = std::min(step, outputs_ - first);
+            if (!halves_.empty())
+                product(halves_.data() + first * inputs_, some, x.data(), inputs_, y.data() + first);
+            else // sgemm would copy all weights, for a single row
+                cblas_sgemv(CblasRowMajor, CblasNoTrans, static_cast<int>(some), static_cast<int>(inputs_),
+                            1.0f, weights_.data() + first * inputs_, static_cast<int>(inputs_), x.data(), 1,
+                            0.0f, y.data() + first, 1);
         };
         pool(blocks, kv1::task_view(task));
         return;

@@ -2,7 +2,7 @@
 //
 // Matrix products with a model's weights. Products with many rows go to the BLAS, one thread each. Decoding
 // multiplies a single row by every weight of the model, once a token. Memory limits that, so it has a product
-// of its own on fp16 weights, if fp16 holds the weights exactly.
+// of its own on fp16 weights, if fp16 holds the weights exactly. Other weights go to the BLAS as a matrix and a vector.
 #pragma once
 
 #include "thread_pool.hpp"

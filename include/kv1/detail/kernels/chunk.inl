@@ -445,11 +445,12 @@ KV1_LAZY KV1_NOINLINE inline void load_channels(const section_layout& s, const s
     const auto* scales = reinterpret_cast<const std::uint16_t*>(page + s.scale_offset);
     const auto* minima = reinterpret_cast<const std::uint16_t*>(page + s.minimum_offset);
     const bool compact = s.traits().metadata == metadata_kind::compact;
+    const f32 steps(compact_steps(s.traits()));
     std::size_t c = 0;
     for (; c + lanes <= s.channels; c += lanes) {
         f32 slope, base;
         if (compact) {
-            decode_compact_words(load_u16(scales + c), s.traits().top_level(), slope, base);
+            decode_compact_words(load_u16(scales + c), steps, slope, base);
         } else {
             slope = load_half(scales + c);
             base = load_half(minima + c);

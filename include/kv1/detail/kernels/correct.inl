@@ -31,7 +31,6 @@ inline constexpr float share_limit = 2.0f;     // of the average weight
 // The mean must be known within wanted_error, in nats of the log-sum-exp. Where the first tile alone does not give that,
 // another one is kept, whatever its share; where it gives less than few_tiles_error, as many as there is room for.
 inline constexpr float wanted_error = 0.0045f, few_tiles_error = 0.006f;
-inline constexpr std::size_t batch_tiles = 4; // scored at once
 
 // What rows keep until all chunks are known.
 struct sum_sample {
@@ -44,6 +43,7 @@ struct sum_sample {
     alignas(64) float limits[max_rows];
     alignas(64) float own_errors[max_rows]; // of the means, squared
     std::size_t count[max_rows] = {};       // of these
+    float smallest[max_rows];               // top of these, once there is no room for more
 };
 
 // Adds to a sample's scores what means that turn give: of tiles that need not follow one another.
@@ -104,23 +104,25 @@ KV1_LAZY KV1_NOINLINE inline void score_finely(const attention_job& job, const q
     add_means(job, chunk, r, 1, scores);
 }
 
-// Keeps a tile with its scores, in place of the one with the smallest top where there is no room.
-KV1_LAZY inline void keep_tile(kept_tile* kept, float* tops, std::size_t& count, tile_ref tile,
-                               std::size_t token, float top, const float* scores) noexcept {
-    std::size_t at = 0;
-    if (count < most_kept) {
-        at = count++;
-    } else {
+// Keeps a tile with its scores, in place of the one with the smallest top where there is no room. Returns the smallest
+// top once there is none.
+KV1_LAZY inline float keep_tile(kept_tile* kept, float* tops, std::size_t& count, tile_ref tile,
+                                std::size_t token, float top, const float* scores) noexcept {
+    const auto lowest = [&] {
+        std::size_t at = 0;
         for (std::size_t i = 1; i < most_kept; ++i)
             at = tops[i] < tops[at] ? i : at;
-        if (!(top > tops[at]))
-            return;
+        return at;
+    };
+    const std::size_t at = count < most_kept ? count++ : lowest();
+    if (top > tops[at]) {
+        tops[at] = top;
+        kept[at].tile = tile;
+        kept[at].token = token;
+        for (std::size_t i = 0; i < tile_tokens; i += lanes)
+            f32::load_aligned(scores + i).store_aligned(kept[at].scores + i);
     }
-    tops[at] = top;
-    kept[at].tile = tile;
-    kept[at].token = token;
-    for (std::size_t i = 0; i < tile_tokens; i += lanes)
-        f32::load_aligned(scores + i).store_aligned(kept[at].scores + i);
+    return count < most_kept ? lowest_score : tops[lowest()];
 }
 
 KV1_LAZY KV1_INLINE f32 largest_of_tile(const float* scores) {
@@ -133,7 +135,8 @@ KV1_LAZY KV1_INLINE f32 largest_of_tile(const float* scores) {
 // Keeps the tiles of a chunk with scores of `least` or more. Which these are is found out without branches: they are few,
 // and elsewhere in each chunk.
 KV1_LAZY KV1_NOINLINE inline void keep_tops(const chunk_tiles& chunk, const float* scores, float least,
-                                            kept_tile* kept, float* tops, std::size_t& count) noexcept {
+                                            kept_tile* kept, float* tops, std::size_t& count,
+                                            float& smallest) noexcept {
     constexpr std::size_t at_once = 4;
     static_assert(max_chunk_tiles <= 32);
     const f32 limit(least);
@@ -158,8 +161,9 @@ KV1_LAZY KV1_NOINLINE inline void keep_tops(const chunk_tiles& chunk, const floa
     for (; tiles != 0; tiles &= tiles - 1) {
         const auto at = static_cast<std::size_t>(std::countr_zero(tiles));
         const float* const tile = scores + at * tile_tokens;
-        keep_tile(kept, tops, count, chunk.tiles[at], chunk.token[at], xs::reduce_max(largest_of_tile(tile)),
-                  tile);
+        const float top = xs::reduce_max(largest_of_tile(tile));
+        if (top > smallest)
+            smallest = keep_tile(kept, tops, count, chunk.tiles[at], chunk.token[at], top, tile);
     }
 }
 
@@ -213,14 +217,17 @@ KV1_LAZY KV1_INLINE void keep_of_row(const attention_job& job, const chunk_tiles
     const float scaled = top * log2_e;
     const float wanted = out.count[r] == 0 ? wanted_error : few_tiles_error;
     const bool more = out.own_errors[r] > wanted * wanted;
-    const float least = (more || scaled > whole ? scaled : whole) + out.limits[r];
-    if (scaled < least)
-        return;
+    const float least = ((more || scaled > whole ? scaled : whole) + out.limits[r]) * ln_2;
     auto& tops = job.scratch->kept_tops[r];
-    if (out.count[r] == 0)
+    if (out.count[r] == 0) {
+        out.smallest[r] = lowest_score;
         for (float& each : tops)
             each = lowest_score;
-    keep_tops(chunk, scores + r * score_stride, least * ln_2, job.scratch->kept[r], tops, out.count[r]);
+    }
+    if (top < least || !(top > out.smallest[r]))
+        return;
+    keep_tops(chunk, scores + r * score_stride, least > out.smallest[r] ? least : out.smallest[r],
+              job.scratch->kept[r], tops, out.count[r], out.smallest[r]);
 }
 
 // Takes the sample from the first chunk, whose tokens number `tokens`, and says which shares of the weight matter.
@@ -321,16 +328,14 @@ KV1_LAZY KV1_INLINE void add_tile(const float* scores, const float* exact, f32 l
     }
 }
 
-// The factor by which the sum of row r's weights is too small, by tiles of its own; scores are no longer needed.
+// The factor by which the sum of row r's weights is too small, by tiles of its own.
 KV1_LAZY KV1_NOINLINE inline float factor_of(const attention_job& job, const query_rows& q, std::size_t r,
                                              const row_view& seen, float shift, const sum_sample& sample,
                                              float maximum, float denominator) noexcept {
     const kept_tile* const kept = job.scratch->kept[r];
-    float* const tops = job.scratch->kept_tops[r];
+    const float* const tops = job.scratch->kept_tops[r];
     const std::size_t count = sample.count[r];
-    if (count == 0)
-        tops[0] = lowest_score;
-    const f32 less = softmax_shift(maximum), whole(denominator), inverse = f32(1.0f) / whole;
+    const f32 less = softmax_shift(maximum), none(0.0f);
     f32 heavy(0.0f); // weights, one of each tile
     for (std::size_t i = 0; i < count; i += lanes)
         heavy = heavy + exp2_nonpositive(xs::fma(f32::load_aligned(tops + i), f32(log2_e), less));
@@ -338,54 +343,37 @@ KV1_LAZY KV1_NOINLINE inline float factor_of(const attention_job& job, const que
     const std::size_t first = seen.first > job.first_token ? seen.first : job.first_token;
     const std::size_t tokens = seen.last > first ? seen.last - first : 1;
     const float others = denominator > largest ? denominator - largest : 0.0f;
-    const f32 most(share_limit * others / static_cast<float>(tokens)), none(0.0f);
+    const f32 most(share_limit * others / static_cast<float>(tokens));
     tile_sums<> sums{none, none, none, none, none, none};
     add_tile(sample.scores + r * tile_tokens, sample.exact + r * tile_tokens, less, most, sums);
-    const float least = maximum + about_log2(denominator) + sample.limits[r];
-    bool known = false; // the mean
-    for (std::size_t left = count;;) {
-        chunk_tiles batch;
-        const kept_tile* taken[batch_tiles];
-        while (left > 0 && batch.count < batch_tiles) {
-            std::size_t next = count - left; // all of a single batch come in any order
-            for (std::size_t i = 0; count > batch_tiles && i < count; ++i)
-                next = tops[i] > tops[next] ? i : next;
-            const kept_tile& tile = kept[next];
-            if (known && tops[next] * log2_e < least) {
-                left = 0; // nor have others a share that matters
-                break;
-            }
-            --left;
-            if (tile.tile.page != sample.tile.page || tile.tile.token != sample.tile.token) {
-                taken[batch.count] = &tile;
-                batch.tiles[batch.count] = tile.tile;
-                batch.token[batch.count++] = tile.token;
-            }
-            tops[next] = lowest_score;
+    chunk_tiles tiles;
+    const float* scores[most_kept];
+    for (std::size_t i = 0; i < count; ++i)
+        if (kept[i].tile.page != sample.tile.page || kept[i].tile.token != sample.tile.token) {
+            scores[tiles.count] = kept[i].scores;
+            tiles.tiles[tiles.count] = kept[i].tile;
+            tiles.token[tiles.count++] = kept[i].token;
         }
-        if (batch.count != 0) {
-            float* const exact = job.scratch->scores;
-            score_finely(job, q, r, batch, exact);
-            for (std::size_t k = 0; k < batch.count; ++k) {
-                chunk_tiles one; // adjust_scores() takes tiles that follow one another
-                one.token[0] = batch.token[k];
-                one.count = 1;
-                adjust_scores(job, r, seen, one, shift, exact + k * tile_tokens);
-                add_tile(taken[k]->scores, exact + k * tile_tokens, less, most, sums);
-            }
-        }
-        f32 mean, variance, own;
-        mean_of_errors(f32(xs::reduce_add(sums.shares)), f32(xs::reduce_add(sums.squared_shares)),
-                       f32(xs::reduce_add(sums.errors)), f32(xs::reduce_add(sums.squares)), mean, variance,
-                       own);
-        const f32 outside = xs::max(whole - f32(xs::reduce_add(sums.inside)), none);
-        const f32 moved = outside * outside * own;
-        known = xs::all(moved * inverse * inverse < f32(wanted_error * wanted_error));
-        if (left == 0) {
-            const f32 corrected(xs::reduce_add(sums.corrected));
-            const float factor = (xs::fma(outside, growth_of(mean, own), corrected) * inverse).get(0);
-            // not a number, or nothing seen: no correction
-            return factor > 0.0f && factor < std::numeric_limits<float>::infinity() ? factor : 1.0f;
-        }
+    if (tiles.count != 0)
+        score_finely(job, q, r, tiles, job.scratch->scores);
+    for (std::size_t k = 0; k < tiles.count; ++k) {
+        float* const exact = job.scratch->scores + k * tile_tokens;
+        chunk_tiles one; // adjust_scores() takes tiles that follow one another
+        one.token[0] = tiles.token[k];
+        one.count = 1;
+        adjust_scores(job, r, seen, one, shift, exact);
+        add_tile(scores[k], exact, less, most, sums);
     }
+    constexpr std::size_t room = lanes < 8 ? 8 : lanes;
+    f32 by_lane[room] = {sums.shares,  sums.squared_shares, sums.errors,
+                         sums.squares, sums.inside,         sums.corrected};
+    KV1_UNROLL for (std::size_t i = 6; i < room; ++i) { by_lane[i] = none; }
+    alignas(64) float total[room];
+    sums_of_lanes(by_lane, total);
+    f32 mean, variance, own;
+    mean_of_errors(f32(total[0]), f32(total[1]), f32(total[2]), f32(total[3]), mean, variance, own);
+    const f32 outside = xs::max(f32(denominator - total[4]), none);
+    const float factor = xs::fma(outside, growth_of(mean, own), f32(total[5])).get(0) / denominator;
+    // not a number, or nothing seen: no correction
+    return factor > 0.0f && factor < std::numeric_limits<float>::infinity() ? factor : 1.0f;
 }

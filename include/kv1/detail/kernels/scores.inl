@@ -38,8 +38,10 @@ KV1_LAZY KV1_NOINLINE inline void plain_slots(const chunk_view& view, affine_slo
 }
 
 // Slope and base from the compact words of a tile.
-KV1_LAZY KV1_INLINE void decode_compact_words(u32 word, int top_level, f32& slope, f32& base) {
-    const f32 steps(static_cast<float>(top_level) / 128.0f);
+KV1_LAZY KV1_INLINE float compact_steps(const format_traits& t) {
+    return static_cast<float>(t.top_level()) / 128.0f;
+}
+KV1_LAZY KV1_INLINE void decode_compact_words(u32 word, f32 steps, f32& slope, f32& base) {
     const i32 magnitude = xs::bitwise_cast<std::int32_t>(word & u32(compact_word::largest_offset));
     const i32 sign = i32(0) - xs::bitwise_cast<std::int32_t>(word >> 15);
     slope = half_to_float(word & u32(compact_word::scale_mask));
@@ -49,15 +51,19 @@ KV1_LAZY KV1_INLINE void decode_compact_words(u32 word, int top_level, f32& slop
 // Decodes the compact words of a section. Out of line, so that all kernels share one copy, and its constants do not
 // take their registers.
 KV1_LAZY KV1_NOINLINE inline void decode_compact(const chunk_view& view, affine_slots& out) noexcept {
-    const section_layout& s = *view.layout;
-    for (std::size_t slot = 0; slot < view.count * tile_tokens; slot += lanes) {
-        const tile_ref& ref = view.tiles[slot / tile_tokens];
-        const u32 pair = load_u16(reinterpret_cast<const std::uint16_t*>(ref.page + s.scale_offset) +
-                                  ref.token + slot % tile_tokens);
+    // stores might change what is not in a variable of its own
+    const std::size_t offset = view.layout->scale_offset, slots = view.count * tile_tokens;
+    const tile_ref* const tiles = view.tiles;
+    const f32 steps(compact_steps(view.layout->traits()));
+    float *const slopes = out.slopes, *const bases = out.bases;
+    for (std::size_t slot = 0; slot < slots; slot += lanes) {
+        const tile_ref& ref = tiles[slot / tile_tokens];
+        const u32 word = load_u16(reinterpret_cast<const std::uint16_t*>(ref.page + offset) + ref.token +
+                                  slot % tile_tokens);
         f32 slope, base;
-        decode_compact_words(pair, s.traits().top_level(), slope, base);
-        slope.store_aligned(out.slopes + slot);
-        base.store_aligned(out.bases + slot);
+        decode_compact_words(word, steps, slope, base);
+        slope.store_aligned(slopes + slot);
+        base.store_aligned(bases + slot);
     }
 }
 
@@ -292,10 +298,11 @@ struct half_sums {
 template <std::size_t R>
 inline constexpr std::size_t sums_in_turns = R == 1 ? 4 : 2;
 
+// queries, scores: of the R rows
 template <class Format, std::size_t R, std::size_t N>
 KV1_INLINE void exact_score_step(const chunk_view& view, const chunk_metadata<Format>& metadata,
-                                 const query_rows& q, std::size_t row, std::size_t at, float* scores,
-                                 f32 (&top)[R]) {
+                                 const float* const (&queries)[R], std::size_t stride, std::size_t at,
+                                 float* const (&scores)[R], f32 (&top)[R]) {
     using reader = field_reader<Format>;
     const section_layout& s = *view.layout;
     const std::size_t runs = round_up(s.channels, reader::fields) / reader::fields;
@@ -317,11 +324,11 @@ KV1_INLINE void exact_score_step(const chunk_view& view, const chunk_metadata<Fo
             prefetch_metadata(view, tile);
         KV1_UNROLL for (std::size_t r = 0; r < R; ++r) { sum[r][n] = f32(0.0f); }
     }
-    const float* query = q.values + row * q.stride;
     if constexpr (kv_format_of<Format> == kv_format::fp16) {
         half_sums<R, N> sums;
+        const float* query = queries[0];
         for (std::size_t run = 0; run < runs; ++run, query += reader::fields) {
-            sums.add(first, query, q.stride);
+            sums.add(first, query, stride);
             KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
                 first[n] += line_lanes;
                 if (n % registers_per_line == 0)
@@ -339,7 +346,7 @@ KV1_INLINE void exact_score_step(const chunk_view& view, const chunk_metadata<Fo
                 KV1_UNROLL for (std::size_t n = 0; n < N; ++n) { parts[t][r][n] = f32(0.0f); }
             }
         }
-        for (std::size_t run = 0; run < runs; ++run, query += reader::fields) {
+        for (std::size_t run = 0; run < runs; ++run) {
             reader lane[N];
             KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
                 lane[n].load(first[n], s.second_slice(), run);
@@ -352,7 +359,7 @@ KV1_INLINE void exact_score_step(const chunk_view& view, const chunk_metadata<Fo
                     key[n] = lane[n].template value<true>(i, slope[n], base[n]);
                 }
                 KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
-                    const f32 factor(query[r * q.stride + i]);
+                    const f32 factor(queries[r][run * reader::fields + i]);
                     KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
                         f32& part = parts[i % turns][r][n];
                         part = xs::fma(key[n], factor, part);
@@ -368,27 +375,37 @@ KV1_INLINE void exact_score_step(const chunk_view& view, const chunk_metadata<Fo
     }
     KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
-            sum[r][n].store_aligned(scores + (row + r) * score_stride + (at + n) * lanes);
+            sum[r][n].store_aligned(scores[r] + (at + n) * lanes);
             top[r] = xs::max(top[r], sum[r][n]);
         }
     }
 }
 
+// rows: R, or fewer. The last one then stands for those that are missing, and is computed more than once: to decode keys
+// for each row would take longer.
 template <class Format, std::size_t R>
 inline void exact_scores(const chunk_view& view, const chunk_metadata<Format>& metadata, const query_rows& q,
-                         std::size_t row, float* scores, float* tops) {
+                         std::size_t row, std::size_t rows, float* scores, float* tops) {
     f32 top[R];
-    KV1_UNROLL for (std::size_t r = 0; r < R; ++r) { top[r] = f32(lowest_score); }
+    const float* queries[R];
+    float* own[R];
+    KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
+        const std::size_t at = row + (r < rows ? r : rows - 1);
+        top[r] = f32(lowest_score);
+        queries[r] = q.values + at * q.stride;
+        own[r] = scores + at * score_stride;
+    }
     constexpr std::size_t at_once = exact_registers<Format>;
     static_assert(registers_per_line % at_once == 0 || at_once == 2);
     const std::size_t end = view.count * registers_per_line;
     std::size_t at = 0;
     for (; at + at_once <= end; at += at_once)
-        exact_score_step<Format, R, at_once>(view, metadata, q, row, at, scores, top);
+        exact_score_step<Format, R, at_once>(view, metadata, queries, q.stride, at, own, top);
     if constexpr (registers_per_line % at_once != 0)
         for (; at < end; ++at)
-            exact_score_step<Format, R, 1>(view, metadata, q, row, at, scores, top);
-    KV1_UNROLL for (std::size_t r = 0; r < R; ++r) { tops[row + r] = xs::reduce_max(top[r]); }
+            exact_score_step<Format, R, 1>(view, metadata, queries, q.stride, at, own, top);
+    for (std::size_t r = 0; r < rows; ++r)
+        tops[row + r] = xs::reduce_max(top[r]);
 }
 
 // Calls function(R, first row) for four rows at a time, then for each of the rest alone: the exact path of codes.
@@ -440,11 +457,16 @@ inline void key_scores_exact(const chunk_view& view, const query_rows& q, float*
                              float* tops) noexcept {
     affine_slots room;
     const chunk_metadata<Format> metadata(view, room);
-    const auto some = [&](auto size, std::size_t row) {
-        exact_scores<Format, size()>(view, metadata, q, row, scores, tops);
-    };
-    if constexpr (traits_of(kv_format_of<Format>).code_bits != 0)
-        for_few_row_tiles(q.rows, some);
-    else
-        for_row_tiles(q.rows, some);
+    if constexpr (traits_of(kv_format_of<Format>).code_bits != 0) {
+        std::size_t row = 0;
+        for (; row + 2 <= q.rows; row += 4)
+            exact_scores<Format, 4>(view, metadata, q, row, q.rows - row < 4 ? q.rows - row : 4, scores,
+                                    tops);
+        if (row < q.rows)
+            exact_scores<Format, 1>(view, metadata, q, row, 1, scores, tops);
+    } else {
+        for_row_tiles(q.rows, [&](auto size, std::size_t row) {
+            exact_scores<Format, size()>(view, metadata, q, row, size(), scores, tops);
+        });
+    }
 }
