@@ -43,7 +43,7 @@ using code_run = std::array<std::uint32_t, run_channels>;
 inline code_run load_run(const section_layout& s, const std::byte* page, std::size_t token,
                          std::size_t first) noexcept {
     const format_traits& t = s.traits();
-    const std::size_t n = std::min(run_channels, s.channels - first);
+    const std::size_t n = (std::min)(run_channels, s.channels - first);
     code_run codes{};
     for (int p = 0; p < t.slice_count(); ++p) {
         const int bits = t.field_bits(p), to = t.slices[static_cast<std::size_t>(p)].shift;
@@ -67,13 +67,13 @@ inline code_run load_run(const section_layout& s, const std::byte* page, std::si
 inline void store_run(const section_layout& s, std::byte* page, std::size_t token, std::size_t first,
                       const code_run& codes) noexcept {
     const format_traits& t = s.traits();
-    const std::size_t n = std::min(run_channels, s.channels - first);
+    const std::size_t n = (std::min)(run_channels, s.channels - first);
     for (int p = 0; p < t.slice_count(); ++p) {
         const int bits = t.field_bits(p), from = t.slices[static_cast<std::size_t>(p)].shift;
         const std::uint32_t mask = field_mask(bits);
         const std::size_t step = s.keys ? static_cast<std::size_t>(32 / bits) : line_lanes;
         for (std::size_t c = 0; c < n; c += step) {
-            const std::size_t fields = std::min(step, n - c);
+            const std::size_t fields = (std::min)(step, n - c);
             const field_place at = s.place(p, token, first + c);
             const auto put = [&](std::uint32_t& word, std::size_t i, int shift) {
                 word = (word & ~(mask << shift)) | (codes[c + i] >> from & mask) << shift;
@@ -125,7 +125,7 @@ inline void export_row(const section_layout& section, const std::byte* page, std
                        const row_buffers& out, std::size_t row) noexcept {
     const std::size_t bits = bits_of(section), bytes = packed_bytes(section.format, section.channels);
     for (std::size_t c = 0; c < section.channels; c += run_channels) {
-        pack_run(load_run(section, page, token, c), std::min(run_channels, section.channels - c), bits,
+        pack_run(load_run(section, page, token, c), (std::min)(run_channels, section.channels - c), bits,
                  out.packed.data() + row * bytes + c * bits / 8);
     }
     for (std::size_t g = 0; g < section.groups(); ++g) {
@@ -188,7 +188,7 @@ inline void store_row(const section_layout& section, std::byte* page, std::size_
     for (std::size_t c = 0; c < section.channels; c += run_channels) {
         store_run(section, page, token, c,
                   unpack_run(from.packed.data() + row * bytes + c * bits / 8,
-                             std::min(run_channels, section.channels - c), bits));
+                             (std::min)(run_channels, section.channels - c), bits));
     }
     for (std::size_t g = 0; g < section.groups(); ++g) {
         row_metadata m;
