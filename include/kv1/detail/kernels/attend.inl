@@ -197,7 +197,8 @@ inline void attend_rows(const attention_job& job) noexcept {
             maxima[r] = m;
         }
         if (corrected && sample.tile.page == nullptr)
-            take_sample(job, q, chunk, seen, shifts, scores, tops, last - first, whole, sample);
+            take_sample(job, q, chunk, seen, shifts, scores, tops, {first, last}, whole, !adjusted && !masked,
+                        sample);
         if (per_channel)
             prefetch_channels(keys, after);
         if (in_keys)

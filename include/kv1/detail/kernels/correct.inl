@@ -230,12 +230,14 @@ KV1_LAZY KV1_INLINE void keep_of_row(const attention_job& job, const chunk_tiles
               job.scratch->kept[r], tops, out.count[r], out.smallest[r]);
 }
 
-// Takes the sample from the first chunk, whose tokens number `tokens`, and says which shares of the weight matter.
-// tops: the largest scores; whole: all rows see all tokens.
+// Takes the sample from the first chunk, which has tokens first ... last - 1, and says which shares of the weight
+// matter. tops: the largest scores; whole: all rows see all tokens; even: rows see runs of them, and scores are as they
+// came from the kernels. Behind fp16 sinks the first chunk begins with tokens that no row sees.
 KV1_LAZY KV1_NOINLINE inline void take_sample(const attention_job& job, const query_rows& q,
                                               const chunk_tiles& chunk, const row_view* seen,
                                               const float* shifts, const float* scores, const float* tops,
-                                              std::size_t tokens, bool whole, sum_sample& out) noexcept {
+                                              const row_view& tokens, bool whole, bool even,
+                                              sum_sample& out) noexcept {
     constexpr std::size_t at_once = 4, sorts = 4; // rows, and sums of each
     std::size_t k = chunk.count / 2;
     while (chunk.token[k] == no_token)
@@ -283,8 +285,15 @@ KV1_LAZY KV1_NOINLINE inline void take_sample(const attention_job& job, const qu
             for (std::size_t i = 0; i < at_once; ++i)
                 sums[s][first + i] = all[s * at_once + i];
     }
-    alignas(64) float lowest[max_rows]; // of the log-sum-exp: the mean of all scores, as if these were equal
-    const f32 log_tokens(about_log2(static_cast<float>(tokens)));
+    // of the log-sum-exp: the mean of all scores, as if these were equal; before that, the logarithm of their number
+    alignas(64) float lowest[max_rows] = {};
+    bool some[max_rows];
+    for (std::size_t r = 0; r < q.rows; ++r) {
+        const std::size_t first = seen[r].first > tokens.first ? seen[r].first : tokens.first;
+        const std::size_t last = seen[r].last < tokens.last ? seen[r].last : tokens.last;
+        some[r] = even && first < last;
+        lowest[r] = some[r] ? about_log2(static_cast<float>(last - first)) : 0.0f;
+    }
     for (std::size_t r = 0; r < q.rows; r += lanes) {
         const f32 count = f32::load_aligned(sums[3] + r);
         f32 mean, variance, own;
@@ -294,7 +303,7 @@ KV1_LAZY KV1_NOINLINE inline void take_sample(const attention_job& job, const qu
         const auto few_seen = count < f32(fewest_sampled);
         xs::select(few_seen, f32(1.0f), own).store_aligned(out.own_errors + r);
         const f32 each = f32(1.0f) / xs::max(count, f32(1.0f)), less = f32::load_aligned(sums[2] + r) * each;
-        xs::fma(less, f32(log2_e), log_tokens).store_aligned(lowest + r);
+        xs::fma(less, f32(log2_e), f32::load_aligned(lowest + r)).store_aligned(lowest + r);
         const f32 share =
             xs::min(xs::max(f32(share_error) / xs::sqrt(xs::max(variance, f32(1e-18f))), f32(smallest_share)),
                     f32(1.0f));
@@ -302,7 +311,8 @@ KV1_LAZY KV1_NOINLINE inline void take_sample(const attention_job& job, const qu
     }
     for (std::size_t r = 0; r < q.rows; ++r) {
         out.limits[r] = about_log2(out.limits[r]);
-        keep_of_row(job, chunk, scores, r, tops[r], whole ? tops[r] * log2_e + lowest[r] : lowest_score, out);
+        keep_of_row(job, chunk, scores, r, tops[r], some[r] ? tops[r] * log2_e + lowest[r] : lowest_score,
+                    out);
     }
 }
 
