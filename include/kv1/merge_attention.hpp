@@ -37,27 +37,32 @@ inline status try_merge_attention(std::span<const attention_part> parts, std::si
         if (p.outputs.size() != outputs.size() || p.log_sum_exp.size() != rows)
             return {errc::shape_mismatch, "every part has the same rows"};
     constexpr float nothing = -std::numeric_limits<float>::infinity();
+    constexpr std::size_t step = 64; // channels, which are read before they are overwritten
+    constexpr std::size_t few = 16;  // parts whose weights are computed once for all channels
+    float known[few];
     for (std::size_t r = 0; r < rows; ++r) {
         float maximum = nothing;
         for (const attention_part& p : parts)
             maximum = p.log_sum_exp[r] > maximum ? p.log_sum_exp[r] : maximum;
-        const auto weight = [&](const attention_part& p) {
-            return p.log_sum_exp[r] == nothing ? 0.0f : std::exp(p.log_sum_exp[r] - maximum);
+        const auto weight = [&](std::size_t i) {
+            const float l = parts[i].log_sum_exp[r];
+            return l == nothing ? 0.0f : std::exp(l - maximum);
         };
         float sum = 0.0f;
-        for (const attention_part& p : parts)
-            sum += weight(p);
+        for (std::size_t i = 0; i < parts.size(); ++i) {
+            const float w = weight(i);
+            if (i < few)
+                known[i] = w;
+            sum += w;
+        }
         const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
-        // 256 channels at a time: they are read before they are overwritten, and weights are computed once
-        // for all
-        constexpr std::size_t step = 256;
         for (std::size_t first = r * channels; first < (r + 1) * channels; first += step) {
             const std::size_t n = (std::min)(step, (r + 1) * channels - first);
             float joined[step] = {};
-            for (const attention_part& p : parts) {
-                const float w = weight(p) * inverse;
+            for (std::size_t i = 0; i < parts.size(); ++i) {
+                const float w = (i < few ? known[i] : weight(i)) * inverse;
                 if (w != 0.0f)
-                    detail::add_multiple(joined, w, p.outputs.data() + first, n);
+                    detail::add_multiple(joined, w, parts[i].outputs.data() + first, n);
             }
             std::copy_n(joined, n, outputs.begin() + static_cast<std::ptrdiff_t>(first));
         }

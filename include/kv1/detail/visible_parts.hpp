@@ -115,7 +115,7 @@ public:
         : kv_heads_(kv_heads), page_(page_tokens), slopes_(alibi_slopes), run_(run) {}
 
     // The result of the last call of in_step() or masked(). add_sink_logit() may change it.
-    [[nodiscard]] row_results& total() noexcept { return total_; }
+    [[nodiscard]] row_results& total() noexcept { return results_[0]; }
 
     // Attends for as many queries from `first` on as move in step, and gives their number. spans(i) gives the
     // spans of query i. Errors: out_of_memory.
@@ -152,7 +152,8 @@ public:
             if (const status s = attend(job, some); !s)
                 return s;
         }
-        end();
+        if (const status s = end(); !s)
+            return s;
         return q.count;
     }
 
@@ -199,7 +200,8 @@ public:
                 from = slopes_.empty() ? to : (std::max)(to, kept_from(parts[p], to));
             }
         }
-        end();
+        if (const status s = end(); !s)
+            return s;
         return count;
     }
 
@@ -248,20 +250,34 @@ private:
 
     // Starts a result, to which nothing has been joined yet. False: no memory.
     [[nodiscard]] bool begin(const part_sources& parts, const tensor_view& queries) noexcept {
-        std::size_t channels = 0;
         for (const part_source& p : parts)
             if (p.table != nullptr)
-                channels = p.job.layout->values().channels;
-        joined_ = false;
-        return total_.resize(queries.tokens() * queries.heads(), channels);
+                channels_ = p.job.layout->values().channels;
+        rows_ = queries.tokens() * queries.heads();
+        count_ = 0;
+        return results_[0].resize(rows_, channels_);
     }
     // Ends it: zeros and -infinity for each query row if there was nothing to join.
-    void end() noexcept {
-        if (joined_)
-            return;
-        std::fill(total_.outputs.begin(), total_.outputs.end(), 0.0f);
-        std::fill(total_.log_sum_exp.begin(), total_.log_sum_exp.end(),
-                  -std::numeric_limits<float>::infinity());
+    status end() noexcept {
+        if (count_ != 0)
+            return merge();
+        row_results& none = results_[0];
+        std::fill(none.outputs.begin(), none.outputs.end(), 0.0f);
+        std::fill(none.log_sum_exp.begin(), none.log_sum_exp.end(), -std::numeric_limits<float>::infinity());
+        return {};
+    }
+    // Joins what there is to one result.
+    status merge() noexcept {
+        if (count_ == 1)
+            return {};
+        std::array<attention_part, max_parts> each;
+        for (std::size_t i = 0; i < count_; ++i)
+            each[i] = {{results_[i].outputs.data(), rows_ * channels_},
+                       {results_[i].log_sum_exp.data(), rows_}};
+        const std::span<const attention_part> all(each.data(), count_);
+        count_ = 1;
+        return try_merge_attention(all, channels_, {results_[0].outputs.data(), rows_ * channels_},
+                                   {results_[0].log_sum_exp.data(), rows_});
     }
 
     // The job without the whole pages before a run; places of the run count from the first page that is left.
@@ -306,34 +322,26 @@ private:
         return attend(job, queries);
     }
 
-    // Runs a job and merges its result into the total. The first one's is the total.
+    // Runs a job. Its result joins the others where there is no room for another one, and in the end.
     status attend(const attention_job& job, const tensor_view& queries) noexcept {
-        const std::size_t heads = queries.heads(), channels = job.layout->values().channels;
-        const std::size_t rows = queries.tokens() * heads;
-        if (joined_ && !part_.resize(rows, channels))
+        if (count_ == max_parts)
+            if (const status s = merge(); !s)
+                return s;
+        row_results& own = results_[count_];
+        if (!own.resize(rows_, channels_))
             return no_memory();
-        row_results& own = joined_ ? part_ : total_;
-        if (const status s = attend_heads(
-                job, kv_heads_, queries, {own.outputs.data(), queries.tokens(), heads, channels},
-                {slopes_.empty() ? nullptr : slopes_.data(), nullptr}, {own.log_sum_exp.data(), rows}, run_);
-            !s)
-            return s;
-        if (!joined_) {
-            joined_ = true;
-            return {};
-        }
-        const std::span<float> outputs(total_.outputs.data(), rows * channels),
-            lse(total_.log_sum_exp.data(), rows);
-        const attention_part both[] = {
-            {outputs, lse}, {{part_.outputs.data(), rows * channels}, {part_.log_sum_exp.data(), rows}}};
-        return try_merge_attention(both, channels, outputs, lse);
+        ++count_;
+        return attend_heads(
+            job, kv_heads_, queries, {own.outputs.data(), queries.tokens(), queries.heads(), channels_},
+            {slopes_.empty() ? nullptr : slopes_.data(), nullptr}, {own.log_sum_exp.data(), rows_}, run_);
     }
 
     std::size_t kv_heads_, page_;
     std::span<const float> slopes_;
     executor_view run_;
-    row_results total_, part_;
-    bool joined_ = false; // total_ has the result of a part
+    std::array<row_results, max_parts> results_;
+    std::size_t count_ = 0; // of them that have the result of a job
+    std::size_t rows_ = 0, channels_ = 0;
     buffer<std::uint8_t> mask_;
 };
 

@@ -250,6 +250,82 @@ KV1_INLINE void exponentiate(std::size_t slots, const softmax_rows& w, std::size
     }
 }
 
+// The lines of fp16 values in which rows of a row tile have weights, for channels 0 ... 15: of two tokens each. Few of the
+// tokens that attention to fp16 sinks and a window walks may be seen.
+struct half_lines {
+    static constexpr std::size_t of_tile = tile_tokens / 2;
+    const std::byte* at[max_chunk_slots / 2];
+    const std::byte* next[max_chunk_tiles]; // the share of K that a tile brings, or null
+    std::uint16_t slot[max_chunk_slots / 2];
+    std::size_t count, share; // lines of a share
+};
+
+// weights: of R rows
+template <std::size_t R>
+KV1_INLINE void list_half_lines(const chunk_view& view, const float* weights, half_lines& out) {
+    const section_layout& s = *view.layout;
+    out.count = 0;
+    out.share = view.next_lines;
+    for (std::size_t k = 0; k < view.count; ++k, weights += tile_tokens) {
+        const tile_ref& ref = view.tiles[k];
+        const std::byte* const first = ref.page + s.offset + ref.token / 2 * line_bytes;
+        const std::byte* const next = k < view.next_count ? share_of(view, k) : nullptr;
+        out.next[k] = next;
+        bool all = true;
+        for (std::size_t i = 0; i < tile_tokens; i += lanes) {
+            f32 most = f32::load_aligned(weights + i);
+            for (std::size_t r = 1; r < R; ++r)
+                most = xs::max(most, f32::load_aligned(weights + r * score_stride + i));
+            all = all && xs::all(most > f32(0.0f));
+        }
+        for (std::size_t l = 0; l < half_lines::of_tile; ++l) {
+            bool some = all;
+            for (std::size_t r = 0; !some && r < R; ++r) // a weight that is not a number is one
+                some = !(weights[r * score_stride + 2 * l] == 0.0f) ||
+                       !(weights[r * score_stride + 2 * l + 1] == 0.0f);
+            if (!some) {
+                for (std::size_t u = 0; next != nullptr && u < s.units(); ++u)
+                    fetch(next, l * s.units() + u, half_lines::of_tile * s.units(), out.share);
+                continue;
+            }
+            out.at[out.count] = first + l * line_bytes;
+            out.slot[out.count++] = static_cast<std::uint16_t>(k * tile_tokens + 2 * l);
+        }
+    }
+}
+
+// weights, rescale, sums: of R rows. Computes N registers of channels, from `channel` on.
+template <std::size_t R, std::size_t N>
+KV1_INLINE void half_sum_step(const section_layout& s, const half_lines& lines, const float* weights,
+                              const float* rescale, std::size_t channel, float* sums,
+                              std::size_t sum_stride) {
+    const std::size_t unit = s.unit_lines() * line_bytes, units = s.units();
+    std::size_t offset[N];
+    KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
+        const std::size_t at = channel + n * lanes;
+        offset[n] = at / line_lanes * unit + at % line_lanes * 4;
+    }
+    half_sums<R, N> added;
+    for (std::size_t i = 0; i < lines.count; ++i) {
+        const std::size_t slot = lines.slot[i];
+        const std::byte* const next = lines.next[slot / tile_tokens];
+        const std::uint32_t* at[N];
+        KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
+            at[n] = reinterpret_cast<const std::uint32_t*>(lines.at[i] + offset[n]);
+            if (n % registers_per_line == 0 && next != nullptr)
+                fetch(next, slot % tile_tokens / 2 * units + (channel + n * lanes) / line_lanes,
+                      half_lines::of_tile * units, lines.share);
+        }
+        added.add(at, weights + slot, score_stride);
+    }
+    KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
+        KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
+            float* const out = sums + r * sum_stride + channel + n * lanes;
+            (f32::load_aligned(out) * f32(rescale[r]) + added.sum(r, n)).store_aligned(out);
+        }
+    }
+}
+
 template <class Format, std::size_t R, std::size_t N>
 KV1_INLINE void exact_sum_step(const chunk_view& view, const affine_slots& affine, const softmax_rows& w,
                                std::size_t row, std::size_t channel, float* sums, std::size_t sum_stride) {
@@ -270,7 +346,6 @@ KV1_INLINE void exact_sum_step(const chunk_view& view, const affine_slots& affin
         }
     }
     const float* weights = w.scores + row * score_stride;
-    half_sums<R, N> sums_of_halves; // of fp16
     for (std::size_t slot = 0; slot < view.count * tile_tokens; slot += reader::fields) {
         const std::size_t tile = slot / tile_tokens;
         const tile_ref& ref = view.tiles[tile];
@@ -283,11 +358,6 @@ KV1_INLINE void exact_sum_step(const chunk_view& view, const affine_slots& affin
             if (n % registers_per_line == 0 && next != nullptr)
                 fetch(next, line + (channel + n * lanes) / line_lanes, tile_lines * units,
                       line_tiles * view.next_lines);
-        }
-        if constexpr (kv_format_of<Format> == kv_format::fp16) {
-            KV1_UNROLL for (std::size_t n = 0; n < N; ++n) { at[n] += its_line * line_lanes; }
-            sums_of_halves.add(at, weights + slot, score_stride);
-            continue;
         }
         reader lane[N];
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n) { lane[n].load(at[n], s.slice_lines(0), its_line); }
@@ -308,8 +378,6 @@ KV1_INLINE void exact_sum_step(const chunk_view& view, const affine_slots& affin
     }
     KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
         KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
-            if constexpr (kv_format_of<Format> == kv_format::fp16)
-                sum[r][n] = sum[r][n] + sums_of_halves.sum(r, n);
             sum[r][n].store_aligned(sums + (row + r) * sum_stride + channel + n * lanes);
         }
     }
@@ -319,14 +387,26 @@ template <class Format, std::size_t R>
 inline void exact_sums(const chunk_view& view, const affine_slots& affine, const softmax_rows& w,
                        std::size_t row, float* sums, std::size_t sum_stride) {
     exponentiate<R>(view.count * tile_tokens, w, row);
-    const std::size_t channels = round_up(view.layout->channels, line_lanes);
+    constexpr bool halves = kv_format_of<Format> == kv_format::fp16;
+    std::conditional_t<halves, half_lines, char> lines;
+    const section_layout s = *view.layout;
+    if constexpr (halves)
+        list_half_lines<R>(view, w.scores + row * score_stride, lines);
+    const auto step = [&](auto registers, std::size_t channel) {
+        if constexpr (halves)
+            half_sum_step<R, registers()>(s, lines, w.scores + row * score_stride, w.rescale + row, channel,
+                                          sums + row * sum_stride, sum_stride);
+        else
+            exact_sum_step<Format, R, registers()>(view, affine, w, row, channel, sums, sum_stride);
+    };
+    const std::size_t channels = round_up(s.channels, line_lanes);
     std::size_t channel = 0;
     constexpr std::size_t at_once = exact_registers<Format>;
     for (; channel + at_once * lanes <= channels; channel += at_once * lanes)
-        exact_sum_step<Format, R, at_once>(view, affine, w, row, channel, sums, sum_stride);
+        step(std::integral_constant<std::size_t, at_once>{}, channel);
     if constexpr (registers_per_line % at_once != 0)
         for (; channel < channels; channel += lanes)
-            exact_sum_step<Format, R, 1>(view, affine, w, row, channel, sums, sum_stride);
+            step(std::integral_constant<std::size_t, 1>{}, channel);
 }
 
 template <class Format>
