@@ -131,49 +131,106 @@ __device__ float code_of(float x, float inverse, float base, float max_code) {
     return rintf(fminf(fmaxf((x - base) * inverse, 0.0f), max_code));
 }
 
-// Codes of K candidates under error weights, as a cache chooses them (kv1/encoding.hpp): values into y, costs into
-// `costs`. Channel `turn` + 32 j is quantized in lane `turn`, which hands its error to the others.
+// Error weights of a head as a cache rounds them, [channels][channels], as kv1::try_factor_error_weights() lays them out:
+// what channel i does to channel j < i is in row i and column j. A lane has the unit, the sum and the cost of its channels.
+template <int N>
+struct error_weights {
+    const float* factors;
+    vector<N> unit, sum, cost;
+
+    __device__ error_weights(const float* rows, int lane) : factors(rows) {
+        constexpr int n = 32 * N;
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+            const int channel = lane + 32 * j;
+            const float* row = rows + channel * n;
+            cost.v[j] = row[channel];
+            unit.v[j] = channel + 1 < n ? row[channel + 1] : 0.0f;
+            sum.v[j] = channel + 2 < n   ? row[channel + 2]
+                       : channel + 1 < n ? 1.0f + unit.v[j] * row[n + channel]
+                                         : 1.0f;
+        }
+    }
+    // What channel `from` does to those before it: zero for the others.
+    __device__ vector<N> row(int from, int lane) const {
+        vector<N> r;
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+            r.v[i] = lane + 32 * i < from ? __ldg(factors + from * (32 * N) + lane + 32 * i) : 0.0f;
+        return r;
+    }
+};
+
+// What all candidates share: the smallest number, and what 1 / scale multiplies. Sums are of whole numbers below 2^24,
+// so floats hold them.
+template <int N>
+__device__ vector<N> common_wanted(const vector<N>& x, float lo, float hi, const error_weights<N>& weights,
+                                   int lane) {
+    const float unit = fmaxf((hi - lo) / 65535.0f, 1e-30f), inverse = 1.0f / unit;
+    vector<N> steps, high, low;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+        steps.v[j] = rintf(fminf(fmaxf((x.v[j] - lo) * inverse, 0.0f), 65535.0f));
+        high.v[j] = low.v[j] = 0.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+        for (int turn = 0; turn < 32; ++turn) {
+            const auto its = static_cast<int>(__shfl_sync(all_lanes, steps.v[j], turn));
+            const auto its_high = static_cast<float>(its >> 8), its_low = static_cast<float>(its & 255);
+            const vector<N> row = weights.row(turn + 32 * j, lane);
+#pragma unroll
+            for (int i = 0; i <= j; ++i) {
+                high.v[i] += row.v[i] * its_high;
+                low.v[i] += row.v[i] * its_low;
+            }
+        }
+    vector<N> wanted;
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+        wanted.v[j] = (x.v[j] - lo) + weights.unit.v[j] * (unit * (256.0f * high.v[j] + low.v[j]));
+    return wanted;
+}
+
+// Codes of K candidates under error weights, as a cache chooses them: values into y, costs into `costs`. Channel `turn`
+// + 32 j is quantized in lane `turn`, which hands its code to the others.
 template <int N, int K>
-__device__ void weighted_codes(const vector<N>& x, const levels (&candidates)[K], float max_code,
-                               const float* factors, int lane, vector<N> (&y)[K], float (&costs)[K]) {
-    vector<N> wanted[K];
-    float inverse[K];
+__device__ void weighted_codes(const vector<N>& wanted, float lo, const levels (&candidates)[K],
+                               float max_code, const error_weights<N>& weights, int lane, vector<N> (&y)[K],
+                               float (&costs)[K]) {
+    vector<N> sums[K]; // of factors and codes
+    float inverse[K], shift[K];
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-        wanted[k] = x;
         inverse[k] = 1.0f / candidates[k].scale;
+        shift[k] = (candidates[k].base - lo) * inverse[k];
         costs[k] = 0.0f;
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+            sums[k].v[j] = 0.0f;
     }
 #pragma unroll
     for (int j = N - 1; j >= 0; --j)
         for (int turn = 31; turn >= 0; --turn) {
-            // R of the channels before this one, and in its own place D
-            float row[N];
-#pragma unroll
-            for (int i = 0; i <= j; ++i)
-                row[i] = __ldg(factors + (turn + 32 * j) * (32 * N) + lane + 32 * i);
+            const vector<N> row = weights.row(turn + 32 * j, lane);
 #pragma unroll
             for (int k = 0; k < K; ++k) {
-                const float at = wanted[k].v[j];
-                const float value =
-                    code_of(at, inverse[k], candidates[k].base, max_code) * candidates[k].scale +
-                    candidates[k].base;
-                const float rest = at - value;
+                const float own =
+                    wanted.v[j] * inverse[k] - weights.sum.v[j] * shift[k] - weights.unit.v[j] * sums[k].v[j];
+                const float code = rintf(fminf(fmaxf(own, 0.0f), max_code)), rest = own - code;
                 if (lane == turn) {
-                    y[k].v[j] = value;
-                    costs[k] += row[j] * rest * rest;
+                    y[k].v[j] = code * candidates[k].scale + candidates[k].base;
+                    costs[k] += weights.cost.v[j] * rest * rest;
                 }
-                const float error = __shfl_sync(all_lanes, x.v[j] - value, turn);
+                const float its = __shfl_sync(all_lanes, code, turn);
 #pragma unroll
-                for (int i = 0; i < j; ++i)
-                    wanted[k].v[i] += row[i] * error;
-                if (lane < turn) // the others have had their turn
-                    wanted[k].v[j] += row[j] * error;
+                for (int i = 0; i <= j; ++i)
+                    sums[k].v[i] += row.v[i] * its;
             }
         }
 #pragma unroll
     for (int k = 0; k < K; ++k)
-        costs[k] = warp_sum(costs[k]);
+        costs[k] = warp_sum(costs[k]) * (candidates[k].scale * candidates[k].scale);
 }
 
 // The nearest levels into y; their squared error.
@@ -236,11 +293,11 @@ struct cheapest {
     vector<N> values;
 
     template <int K>
-    __device__ void take(const vector<N>& x, const levels (&candidates)[K], const float* factors, int lane,
-                         const cache_path_job& job) {
+    __device__ void take(const vector<N>& wanted, float lo, const levels (&candidates)[K],
+                         const error_weights<N>& weights, int lane, const cache_path_job& job) {
         vector<N> y[K];
         float costs[K];
-        weighted_codes(x, candidates, static_cast<float>(job.max_code), factors, lane, y, costs);
+        weighted_codes(wanted, lo, candidates, static_cast<float>(job.max_code), weights, lane, y, costs);
 #pragma unroll
         for (int k = 0; k < K; ++k)
             if (costs[k] < cost) {
@@ -251,10 +308,10 @@ struct cheapest {
     }
 };
 
-// Values under error weights (kv1/encoding.hpp). Candidates are `start`, four scales about its middle, and
-// four moves of the cheapest of these.
+// Values under error weights (kv1/encoding.hpp). Candidates are `start`, seven scales about its middle,
+// and four moves of the cheapest of these. lo, hi: the smallest and the largest number.
 template <int N>
-__device__ void weigh_errors(vector<N>& x, levels start, const float* factors, int lane,
+__device__ void weigh_errors(vector<N>& x, float lo, float hi, levels start, const float* factors, int lane,
                              const cache_path_job& job) {
     const auto max_code = static_cast<float>(job.max_code);
     const float middle = start.base + start.scale * (0.5f * max_code);
@@ -262,13 +319,17 @@ __device__ void weigh_errors(vector<N>& x, levels start, const float* factors, i
         const float scale = keep(start.scale * by, 0.0f, job).scale;
         return keep(scale, middle - scale * (0.5f * max_code), job);
     };
+    const error_weights<N> weights(factors, lane);
+    const vector<N> wanted = common_wanted(x, lo, hi, weights, lane);
     cheapest<N> best{INFINITY, start, x};
-    const levels scales[] = {start, wider(0.92f), wider(1.08f), wider(1.16f), wider(1.24f)};
-    best.take(x, scales, factors, lane, job);
+    const levels scales[] = {start, wider(0.94f), wider(1.04f), wider(1.12f)};
+    best.take(wanted, lo, scales, weights, lane, job);
+    const levels more[] = {wider(0.88f), wider(1.08f), wider(1.16f), wider(1.24f)};
+    best.take(wanted, lo, more, weights, lane, job);
     const levels from = best.chosen;
     const auto moved = [&](float by) { return keep(from.scale, from.base + from.scale * by, job); };
-    const levels moves[] = {moved(-0.3f), moved(-0.15f), moved(0.15f), moved(0.3f)};
-    best.take(x, moves, factors, lane, job);
+    const levels moves[] = {moved(-0.2f), moved(-0.1f), moved(0.1f), moved(0.2f)};
+    best.take(wanted, lo, moves, weights, lane, job);
     x = best.values;
 }
 
@@ -295,7 +356,7 @@ __device__ void evenly_spaced(vector<N>& x, const float* factors, int lane, cons
         vector<N> refitted;
         const float error = nearest(x, refined, max_code, refitted);
         if (factors != nullptr)
-            weigh_errors(x, error < range_error ? refined : range, factors, lane, job);
+            weigh_errors(x, lo, hi, error < range_error ? refined : range, factors, lane, job);
         else
             x = error < range_error ? refitted : fitted;
     } else if (about_zero) {

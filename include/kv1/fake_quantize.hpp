@@ -72,8 +72,57 @@ struct fake_quantize_options {
     std::span<const float> error_factors{};
 };
 
+namespace detail {
+
+// fake_quantize_options::error_factors, [channels][channels] (encode_reference.hpp). What channel i does to channel
+// j < i is F_ji, in row i and column j. D_j is on the diagonal, and right of it channel j has its unit and its sum, or
+// neither: the last channel has no factors, and the sum of the one before it needs no room.
+struct factor_matrix {
+    const float* rows;
+    std::size_t channels;
+
+    [[nodiscard]] std::int32_t factor(std::size_t j, std::size_t i) const noexcept {
+        return static_cast<std::int32_t>(rows[i * channels + j]);
+    }
+    [[nodiscard]] float unit(std::size_t j) const noexcept {
+        return j + 1 < channels ? rows[j * channels + j + 1] : 0.0f;
+    }
+    [[nodiscard]] float sum(std::size_t j) const noexcept;
+    [[nodiscard]] float cost(std::size_t j) const noexcept { return rows[j * channels + j]; }
+
+    // Makes it of what factor_weights() made, in place.
+    static void round(float* rows, std::size_t channels) noexcept {
+        for (std::size_t j = 0; j < channels; ++j) {
+            const rounded_row row = round_factors(rows, channels, j, [&](std::size_t i, int factor) {
+                rows[i * channels + j] = static_cast<float>(factor);
+            });
+            if (j + 1 < channels)
+                rows[j * channels + j + 1] = row.unit;
+            if (j + 2 < channels)
+                rows[j * channels + j + 2] = row.sum;
+        }
+    }
+};
+
+#include <kv1/detail/precise_math_begin.inl>
+
+inline float factor_matrix::sum(std::size_t j) const noexcept {
+    if (j + 2 < channels)
+        return rows[j * channels + j + 2];
+    return j + 1 < channels ? 1.0f + product_of(unit(j), static_cast<float>(factor(j, j + 1))) : 1.0f;
+}
+
+#include <kv1/detail/precise_math_end.inl>
+
+} // namespace detail
+
 /// Makes the error weights of a KV head ready for fake_quantize_options::error_factors: of vectors that go through
 /// the `basis` and `hadamard` of these options. weights and factors: [channels][channels]; they do not overlap.
+///
+/// What factors hold, for trainers that choose codes on another device: of W = R^T D R, with R_ji = u_j F_ji and whole
+/// numbers F_ji of -127 to 127, row i has F_ji in column j < i and D_i, in units of the mean of W's diagonal, in column
+/// i. u_i and 1 + u_i (sum of F_ik, k > i) are in columns i + 1 and i + 2 where there are such.
+///
 /// O(channels^3), once for a head. Errors: out_of_range unless channels is 1 to 4096; shape_mismatch; non_finite;
 /// invalid_argument if the weights are not positive semidefinite, or the basis is not orthogonal; out_of_memory. If it
 /// fails, `factors` holds anything.
@@ -95,8 +144,11 @@ inline status try_factor_error_weights(std::size_t channels, std::span<const flo
         if (!basis.assign(options.basis, channels))
             return {errc::out_of_memory, "an allocation failed"};
     }
-    return detail::factor_weights(weights, channels, options.hadamard ? rotation_width(channels) : 0,
-                                  factors.data(), basis.of(0));
+    const status s = detail::factor_weights(
+        weights, channels, options.hadamard ? rotation_width(channels) : 0, factors.data(), basis.of(0));
+    if (s)
+        detail::factor_matrix::round(factors.data(), channels);
+    return s;
 }
 
 /// The mean of a head's keys at a position, bit for bit as a cache takes it off keys that turn
@@ -206,7 +258,8 @@ stored_levels choose_levels(std::span<const float> x, const fake_quantize_option
                             std::uint8_t* refit_levels) noexcept {
     if (o.levels == level_choice::least_squares && o.error_factors.empty())
         return fit_levels<Q>(x, codes, refit_levels);
-    return encode_group<Q>(o.levels, x, o.error_factors.empty() ? nullptr : o.error_factors.data(), codes);
+    const factor_matrix factors{o.error_factors.data(), x.size()};
+    return encode_group<Q>(o.levels, x, o.error_factors.empty() ? nullptr : &factors, codes);
 }
 
 // Its own inverse and, symmetric, its own gradient.

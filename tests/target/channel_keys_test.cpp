@@ -152,6 +152,9 @@ TEST_CASE("keys per channel: under error weights each channel makes up for those
                 REQUIRE(kv1::detail::factor_weights(
                     std::span(weights).subspan(h * key_dim * key_dim, key_dim * key_dim), key_dim,
                     l.key_encoding.hadamard, feedback.data()));
+                kv1::detail::feedback_matrices factors;
+                REQUIRE(factors.begin(1, key_dim));
+                factors.set(0, feedback.data());
                 std::vector<std::vector<float>> wanted(key_dim), given, stored(key_dim);
                 for (std::size_t c = 0; c < key_dim; ++c)
                     for (std::size_t t = 0; t < page; ++t) {
@@ -166,8 +169,10 @@ TEST_CASE("keys per channel: under error weights each channel makes up for those
                     stored[c] = kv1_test::through_format(f, wanted[c], level_choice::least_squares);
                     for (std::size_t j = 0; j < c; ++j)
                         for (std::size_t t = 0; t < page; ++t) {
+                            const auto& row = *factors.of(0);
+                            const float r = row.unit(j) * static_cast<float>(row.factor(j, c));
                             const float error = given[c][t] - stored[c][t];
-                            const volatile float product = feedback[c * key_dim + j] * error; // no fma
+                            const volatile float product = r * error; // no fma
                             wanted[j][t] += product;
                         }
                 }

@@ -18,6 +18,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <span>
 #include <utility>
@@ -111,6 +112,14 @@ std::vector<float> decoded(const std::vector<float>& x) {
     for (const std::uint8_t c : codes)
         y.push_back(Q::dequantize(c, m));
     return y;
+}
+
+// Factors of one KV head, as the encoder takes them.
+kv1::detail::feedback_matrices rounded(const std::vector<float>& factored, std::size_t n) {
+    kv1::detail::feedback_matrices m;
+    REQUIRE(m.begin(1, n));
+    m.set(0, factored.data());
+    return m;
 }
 
 struct outcome {
@@ -329,14 +338,15 @@ TEST_CASE("every target encodes alike with means, rotations and error weights, f
     using kv1::kv_format;
     generator g(36);
     const auto scratch = std::make_unique<kv1::detail::append_scratch>();
-    for (const kv_format f : kv1_test::fitted_formats(4))
+    for (const kv_format f : kv1_test::fitted_formats())
         for (const std::size_t n :
-             {std::size_t{1}, std::size_t{24}, std::size_t{32}, std::size_t{96}, std::size_t{128}}) {
+             {std::size_t{1}, std::size_t{24}, std::size_t{30}, std::size_t{96}, std::size_t{128}}) {
             const std::vector<float> mean = kv1_test::normal_values(g, n);
             std::vector<float> feedback(n * n);
             for (std::size_t j = 0; j < n; ++j)
                 for (std::size_t i = j; i < n; ++i)
                     feedback[i * n + j] = i == j ? static_cast<float>(0.1 + g.uniform()) : 0.2f * g.normal();
+            const kv1::detail::feedback_matrices factors = rounded(feedback, n);
             for (const int variant : {0, 1, 2}) {
                 const kv1::level_choice levels =
                     variant == 2 ? kv1::level_choice::clip_search : kv1::level_choice::least_squares;
@@ -351,7 +361,7 @@ TEST_CASE("every target encodes alike with means, rotations and error weights, f
                     for (std::size_t i = 0; i < 16; ++i)
                         rows.push_back(
                             {x[i].data(), i % 3 == 0 ? nullptr : mean.data(),
-                             weights == 1 || (weights == 2 && i % 2 == 0) ? feedback.data() : nullptr});
+                             weights == 1 || (weights == 2 && i % 2 == 0) ? factors.of(0) : nullptr});
                     const std::size_t stride = n + 3;
                     std::vector<std::uint8_t> expected(16 * stride, 0xee);
                     std::vector<kv1::detail::row_metadata> metadata(16);
@@ -480,11 +490,12 @@ TEST_CASE("error weights take cost off codes: less of it than nearest levels lea
     for (const std::size_t block : {std::size_t{0}, n}) {
         std::vector<float> feedback(n * n);
         REQUIRE(kv1::detail::factor_weights(w, n, block, feedback.data()));
+        const kv1::detail::feedback_matrices factors = rounded(feedback, n);
         double nearest = 0.0, weighted = 0.0;
         for (int i = 0; i < 100; ++i) {
             const std::vector<float> x = kv1_test::normal_values(g, n);
-            for (const float* with :
-                 {static_cast<const float*>(nullptr), static_cast<const float*>(feedback.data())}) {
+            for (const kv1::detail::error_feedback* with :
+                 {static_cast<const kv1::detail::error_feedback*>(nullptr), factors.of(0)}) {
                 const kv1::detail::encoding_params params{kv1::kv_format::compact3,
                                                           kv1::level_choice::least_squares, n, n, block};
                 std::vector<std::uint8_t> codes(n);
@@ -520,19 +531,34 @@ TEST_CASE("of all candidates' levels and codes the cheapest are taken", "[encode
             for (std::size_t k = 0; k < 8; ++k)
                 w[i * n + j] += a[k * n + i] * a[k * n + j];
     REQUIRE(kv1::detail::factor_weights(w, n, 0, feedback.data()));
-    double ridge = 0.0; // as factor_weights adds it
-    for (std::size_t i = 0; i < n; ++i)
-        ridge += 0.01 / n * static_cast<double>(w[i * n + i]);
+    const kv1::detail::feedback_matrices factors = rounded(feedback, n);
+    // what errors cost under the rounded factors, and by how much the encoder may misjudge it
+    struct judged {
+        double cost = 0.0, slack = 0.0;
+    };
     const auto cost = [&](const std::vector<float>& x, const kv1::detail::stored_levels& l,
                           const std::vector<std::uint8_t>& codes) {
-        double sum = 0.0;
-        std::vector<double> e(n);
-        for (std::size_t i = 0; i < n; ++i)
-            e[i] = static_cast<double>(x[i]) -
-                   (codes[i] * static_cast<double>(l.scale) + static_cast<double>(l.base));
-        for (std::size_t i = 0; i < n; ++i)
-            for (std::size_t j = 0; j < n; ++j)
-                sum += e[i] * e[j] * (static_cast<double>(w[i * n + j]) + (i == j ? ridge : 0.0));
+        const kv1::detail::error_feedback& f = *factors.of(0);
+        const auto [lo, hi] = std::minmax_element(x.begin(), x.end());
+        const double range = static_cast<double>(*hi) - static_cast<double>(*lo);
+        const double widest = range + std::fabs(static_cast<double>(l.base) - static_cast<double>(*lo)) +
+                              3.0 * static_cast<double>(l.scale);
+        judged sum;
+        for (std::size_t j = 0; j < n; ++j) {
+            double rest = 0.0, row = 0.0;
+            for (std::size_t i = j; i < n; ++i) {
+                const double factor =
+                    i == j ? 1.0 : static_cast<double>(f.units[j]) * f.factors[j * f.stride + i];
+                rest += factor * (static_cast<double>(x[i]) -
+                                  (codes[i] * static_cast<double>(l.scale) + static_cast<double>(l.base)));
+                row += std::fabs(factor);
+            }
+            // x is rounded to steps of its range; sums and products of numbers up to `widest` round a few times
+            const double off = row * (0.5 / 65535.0 * range + kv1_test::gamma(8.0) * widest);
+            sum.cost += static_cast<double>(f.costs[j]) * rest * rest;
+            sum.slack += static_cast<double>(f.costs[j]) * (2.0 * std::fabs(rest) * off + off * off);
+        }
+        sum.slack += kv1_test::gamma(n + 4.0) * sum.cost;
         return sum;
     };
     double fitted = 0.0, taken = 0.0;
@@ -541,19 +567,54 @@ TEST_CASE("of all candidates' levels and codes the cheapest are taken", "[encode
         const std::vector<float> x = kv1_test::normal_values(g, n);
         std::vector<std::uint8_t> codes(n);
         const kv1::detail::stored_levels start = kv1::detail::fit_levels<compact<2>>(x, codes.data());
-        kv1::detail::codes_with_feedback<compact<2>>(x, start, feedback.data(), codes.data());
-        const double before = cost(x, start, codes);
+        std::vector<float> wanted(n);
+        const float lo = kv1::detail::common_wanted(std::span<const float>(x), *factors.of(0), wanted.data());
+        kv1::detail::codes_with_feedback<compact<2>>(n, start, *factors.of(0), lo, wanted.data(),
+                                                     codes.data());
+        const judged before = cost(x, start, codes);
         const kv1::detail::stored_levels best =
-            kv1::detail::weighted_levels<compact<2>>(x, start, feedback.data(), codes.data());
-        const double after = cost(x, best, codes);
-        // both are sums in fp32 of n products of three factors, each a sum of up to n products
-        t.expect(after <= before * (1.0 + 4 * kv1_test::gamma(2.0 * n)), i, before, after);
-        fitted += before;
-        taken += after;
+            kv1::detail::weighted_levels<compact<2>>(x, start, *factors.of(0), codes.data());
+        const judged after = cost(x, best, codes);
+        t.expect(after.cost <= before.cost + before.slack + after.slack, i, before.cost, after.cost);
+        fitted += before.cost;
+        taken += after.cost;
     }
     KV1_REQUIRE_CLEAN(t);
     CAPTURE(fitted, taken);
     REQUIRE(taken < 0.8 * fitted);
+}
+
+TEST_CASE("factors of error weights are rounded to half of a 127th of their row's largest", "[encode]") {
+    generator g(43);
+    tally t;
+    for (const std::size_t n : {std::size_t{1}, std::size_t{2}, std::size_t{7}, std::size_t{64}}) {
+        std::vector<float> factored(n *
+                                    n); // [i][j]: what channel i does to channel j, and costs on the diagonal
+        for (std::size_t i = 0; i < n; ++i)
+            for (std::size_t j = 0; j <= i; ++j)
+                factored[i * n + j] = j % 5 == 4 && i != j ? 0.0f : std::exp(3.0f * g.normal()) * g.normal();
+        const kv1::detail::feedback_matrices rounded_factors = rounded(factored, n);
+        const kv1::detail::error_feedback& f = *rounded_factors.of(0);
+        for (std::size_t j = 0; j < n; ++j) {
+            int largest = 0, sum = 0;
+            for (std::size_t i = 0; i < f.stride; ++i) {
+                const int factor = f.factors[j * f.stride + i];
+                const double given = i > j && i < n ? static_cast<double>(factored[i * n + j]) : 0.0;
+                t.expect(std::fabs(given - static_cast<double>(f.units[j]) * factor) <=
+                             0.5 * (1.0 + 256 * kv1_test::unit_roundoff) * static_cast<double>(f.units[j]),
+                         n, j, i, given, factor);
+                largest = std::max(largest, std::abs(factor));
+                sum += factor;
+            }
+            t.expect(largest == (f.units[j] == 0.0f ? 0 : 127), n, j, "largest", largest);
+            const double whole = 1.0 + static_cast<double>(f.units[j]) * sum;
+            t.expect(std::fabs(static_cast<double>(f.sums[j]) - whole) <=
+                         kv1_test::gamma(2.0) * (1.0 + std::fabs(whole - 1.0)),
+                     n, j, "sum", f.sums[j], whole);
+            t.expect(f.costs[j] == factored[j * n + j], n, j, "cost");
+        }
+    }
+    KV1_REQUIRE_CLEAN(t);
 }
 
 TEST_CASE("weights that are not positive semidefinite are found out", "[encode]") {

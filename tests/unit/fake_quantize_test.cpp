@@ -247,7 +247,7 @@ TEST_CASE("Training under error weights sees what a cache gives back, bit for bi
              {kv1::level_choice::least_squares, kv1::level_choice::clip_search})
             for (const bool hadamard : {false, true})
                 for (const bool turned : {false, true})
-                    for (const std::size_t n : {1u, 8u, 24u, 64u, 128u}) {
+                    for (const std::size_t n : {1u, 2u, 8u, 24u, 64u, 128u}) {
                         const std::vector<float> means = kv1_test::normal_values(g, n),
                                                  basis = reflection(g, n), weights = error_weights(g, n);
                         options o{.levels = levels, .hadamard = hadamard, .centre = means};

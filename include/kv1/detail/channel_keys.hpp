@@ -99,14 +99,15 @@ inline encode_result encode_channels(const target_kernels& kernels, const prepar
 // (encode_reference.hpp): wanted[] holds that. A channel's levels are fitted to its wanted values of all
 // tokens, since its errors cost the same in each. GPTQ (Frantar et al. 2023) does this for weights.
 inline encode_result seal_weighted_keys(const target_kernels& kernels, const prepared_encoding& encoding,
-                                        const float* feedback, const section_layout& s, std::byte* page,
-                                        const section_layout& open, const std::byte* open_page,
-                                        append_scratch& scratch) noexcept {
+                                        const error_feedback& feedback, const section_layout& s,
+                                        std::byte* page, const section_layout& open,
+                                        const std::byte* open_page, append_scratch& scratch) noexcept {
     const std::size_t stride = s.tokens, channels = round_up(s.channels, 2);
-    std::unique_ptr<float[]> room(new (std::nothrow) float[2 * channels * stride + stride]);
+    std::unique_ptr<float[]> room(new (std::nothrow) float[2 * channels * stride + stride + channels]);
     if (room == nullptr)
         return {errc::out_of_memory, "no memory for a page of keys", no_channel, {}};
-    float *x = room.get(), *wanted = x + channels * stride, *errors = wanted + channels * stride;
+    float *x = room.get(), *wanted = x + channels * stride, *errors = wanted + channels * stride,
+          *factors = errors + stride;
     for (std::size_t c = 0; c < s.channels; c += 2)
         load_two_channels(kernels, open, open_page, c, x + c * stride, x + (c + 1) * stride);
     std::copy_n(x, s.channels * stride, wanted);
@@ -123,7 +124,9 @@ inline encode_result seal_weighted_keys(const target_kernels& kernels, const pre
         store_channel_metadata(s, page, c, m);
         for (std::size_t t = 0; t < s.tokens; ++t)
             errors[t] = x[c * stride + t] - decode_value(s.format, codes[t], m);
-        kernels.add_multiples(wanted, stride, feedback + c * s.channels, c, errors, s.tokens);
+        for (std::size_t j = 0; j < c; ++j)
+            factors[j] = feedback.unit(j) * static_cast<float>(feedback.factor(j, c));
+        kernels.add_multiples(wanted, stride, factors, c, errors, s.tokens);
     }
     return {};
 }
@@ -135,8 +138,8 @@ inline encode_result seal_keys(const target_kernels& kernels, const prepared_enc
                                const section_layout& open, const std::byte* open_page,
                                append_scratch& scratch) noexcept {
     std::memset(page + s.offset, 0, s.bytes());
-    if (const float* feedback = encoding.feedback_of(head))
-        return seal_weighted_keys(kernels, encoding, feedback, s, page, open, open_page, scratch);
+    if (const error_feedback* feedback = encoding.feedback_of(head))
+        return seal_weighted_keys(kernels, encoding, *feedback, s, page, open, open_page, scratch);
     constexpr std::size_t room = 4 * max_vector_length;
     float* const x = scratch.page; // [channel of the batch][token]
     std::uint8_t* const codes = scratch.codes;

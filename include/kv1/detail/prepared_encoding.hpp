@@ -23,13 +23,37 @@
 
 namespace kv1::inline KV1_ABI::detail {
 
+// The error weights of KV heads, factored and rounded for the encoder.
+class feedback_matrices {
+public:
+    // Room for so many heads. False: no memory.
+    [[nodiscard]] bool begin(std::size_t heads, std::size_t channels) noexcept {
+        channels_ = channels;
+        stride_ = round_up(channels, 4);
+        return heads_.resize(heads) && factors_.resize(heads * channels * stride_) &&
+               numbers_.resize(heads * 3 * channels);
+    }
+    // Takes the factors of a head, as factor_weights() gives them. Precondition: a head that there is room for.
+    void set(std::size_t head, const float* factored) noexcept;
+    // Null: no error weights.
+    [[nodiscard]] const error_feedback* of(std::size_t head) const noexcept {
+        return heads_.empty() ? nullptr : heads_.data() + head;
+    }
+
+private:
+    std::size_t channels_ = 0, stride_ = 0;
+    buffer<std::int8_t> factors_; // [head][channel][stride]
+    buffer<float> numbers_;       // [head][units, sums, costs][channel]
+    buffer<error_feedback> heads_;
+};
+
 // The encoding of a layer's keys, or of its values. Kernels get pointers into it.
 struct prepared_encoding {
     encoding_params params{};
     buffer<float> means;         // [kv_heads][channels], or empty; zero in channels that turn
     turning_means turning;       // of keys that turn with their position
     basis_matrices basis;        // or empty
-    buffer<float> feedback;      // [kv_heads][channels][channels], or empty: factor_weights()
+    feedback_matrices feedback;  // or empty
     bool chooses_levels = false; // encode_vectors chooses codes; else the format's own rule does
 
     // Of the means and of how they turn, which a saved cache must find again when it is loaded. 0: no means.
@@ -56,8 +80,8 @@ struct prepared_encoding {
         turn(turning.data()[head], position, room);
         return room;
     }
-    [[nodiscard]] const float* feedback_of(std::size_t head) const noexcept {
-        return feedback.empty() ? nullptr : feedback.data() + head * params.channels * params.channels;
+    [[nodiscard]] const error_feedback* feedback_of(std::size_t head) const noexcept {
+        return feedback.of(head);
     }
     // Undoes what was done to a vector before it was stored: rotates it back, leaves the basis, and adds the
     // mean of its position.
@@ -77,7 +101,7 @@ struct prepared_encoding {
 
 #include <kv1/detail/precise_math_begin.inl>
 
-// Factors the error weights of one KV head for the encoder (encode_reference.hpp).
+// Factors the error weights of one KV head (encode_reference.hpp).
 //
 //   input    weights W, [n][n], symmetric. First W is taken into the basis, if there is one, and rotated as
 //            vectors are, if width is not 0.
@@ -146,6 +170,46 @@ inline status factor_weights(std::span<const float> weights, std::size_t n, std:
     return {};
 }
 
+// What channel j's error weights are rounded to: R_ji = unit * (a whole number of -127 to 127), and the sum of row j of R
+// with the one on its diagonal.
+struct rounded_row {
+    float unit, sum;
+};
+
+// Rounds column j of a matrix that factor_weights() made, which is row j of R: put(i, F_ji) for each i > j. The largest
+// becomes 127 or -127.
+template <class Put>
+rounded_row round_factors(const float* factored, std::size_t n, std::size_t j, Put&& put) noexcept {
+    float largest = 0.0f;
+    for (std::size_t i = j + 1; i < n; ++i)
+        largest = (std::max)(largest, std::fabs(factored[i * n + j]));
+    const float unit = largest / 127.0f;
+    const bool counts = unit > 1e-30f; // smaller ones change nothing
+    int sum = 0;
+    for (std::size_t i = j + 1; i < n; ++i) {
+        const int factor = counts ? static_cast<int>(std::round(factored[i * n + j] / as_written(unit))) : 0;
+        sum += factor;
+        put(i, factor);
+    }
+    const float kept = counts ? unit : 0.0f;
+    return {kept, 1.0f + product_of(kept, static_cast<float>(sum))};
+}
+
+inline void feedback_matrices::set(std::size_t head, const float* factored) noexcept {
+    const std::size_t n = channels_;
+    std::int8_t* const factors = factors_.data() + head * n * stride_;
+    float *const units = numbers_.data() + head * 3 * n, *const sums = units + n, *const costs = sums + n;
+    for (std::size_t j = 0; j < n; ++j) {
+        const rounded_row row = round_factors(factored, n, j, [&](std::size_t i, int factor) {
+            factors[j * stride_ + i] = static_cast<std::int8_t>(factor);
+        });
+        units[j] = row.unit;
+        sums[j] = row.sum;
+        costs[j] = factored[j * n + j];
+    }
+    heads_.data()[head] = {stride_, factors, units, sums, costs};
+}
+
 #include <kv1/detail/precise_math_end.inl>
 
 // Checks an encoding and makes it ready. heads: KV heads. channels: of a vector. group: channels that share
@@ -179,17 +243,19 @@ inline status prepare_encoding(kv_format format, const vector_encoding& e, std::
             return {errc::invalid_argument, "a basis is an orthogonal matrix, to 0.002 in each number"};
     out.params = {format, e.levels, channels, group == 0 ? channels : group, e.hadamard};
     out.chooses_levels = e.levels != level_choice::min_max || t.metadata == metadata_kind::compact;
+    const std::size_t matrix = channels * channels;
+    buffer<float> factored;
     if (!out.means.assign(e.means) || (!e.basis.empty() && !out.basis.assign(e.basis, channels)) ||
-        !out.feedback.resize(e.error_weights.size()))
+        (!e.error_weights.empty() && (!out.feedback.begin(heads, channels) || !factored.resize(matrix))))
         return {errc::out_of_memory, "an allocation failed"};
     out.means_checksum = e.means.empty() ? 0 : crc32c(0, std::as_bytes(out.means.view()));
-    const std::size_t matrix = channels * channels;
-    for (std::size_t first = 0; first < e.error_weights.size(); first += matrix)
-        if (const status s =
-                factor_weights(std::span(e.error_weights).subspan(first, matrix), channels, e.hadamard,
-                               out.feedback.data() + first, out.basis.of(first / matrix));
+    for (std::size_t h = 0; h < (e.error_weights.empty() ? 0 : heads); ++h) {
+        if (const status s = factor_weights(std::span(e.error_weights).subspan(h * matrix, matrix), channels,
+                                            e.hadamard, factored.data(), out.basis.of(h));
             !s)
             return s;
+        out.feedback.set(h, factored.data());
+    }
     return {};
 }
 

@@ -28,10 +28,11 @@ struct append_scratch {
     alignas(64) std::uint8_t codes[4 * max_vector_length]; // of a batch
     row_metadata metadata[max_groups];                     // [vector][group]
     alignas(64) float page[4 * max_vector_length];         // keys of a page, [channel][token]
-    alignas(64) float lanes[1024 * tile_tokens], errors[1024 * tile_tokens];
-    alignas(64) std::uint32_t words[256 * tile_tokens], candidate_words[256 * tile_tokens];
+    alignas(64) float lanes[1024 * tile_tokens], wanted[1024 * tile_tokens];
+    alignas(64) std::uint32_t words[256 * tile_tokens];
+    alignas(64) std::uint32_t candidate_words[256 * weighted_together * tile_tokens];
 
-    [[nodiscard]] encode_scratch encoder() noexcept { return {1024, lanes, errors, words, candidate_words}; }
+    [[nodiscard]] encode_scratch encoder() noexcept { return {1024, lanes, wanted, words, candidate_words}; }
 };
 
 class scratch_pool {

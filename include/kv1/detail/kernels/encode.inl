@@ -7,11 +7,11 @@
 //
 // Operations per channel of `lanes` vectors: log2(lanes) shuffles, log2(width) + 1 for the rotation, 4 for the range,
 // 3 rounds of 11 for least squares, 8 for the errors of each candidate, 6 for codes. At 32 channels that is about 70,
-// or 4 a value on 16 lanes. Error weights add 2 for each channel that comes after, for each of nine candidates.
+// or 4 a value on 16 lanes. weigh.inl has what error weights add.
 //
 // One function serves all evenly spaced levels, another one the codebook. What they call is inlined, except for the
-// functions of error weights. Otherwise a function whose only floats are batches would take over the flags of the
-// translation unit from xsimd's functions (quantize.inl). tests/flags tests all of them.
+// functions of error weights (weigh.inl). Otherwise a function whose only floats are batches would take over the flags
+// of the translation unit from xsimd's functions (quantize.inl). tests/flags tests all of them.
 
 #include <kv1/detail/precise_math_begin.inl>
 
@@ -204,98 +204,14 @@ KV1_INLINE void nearest_words(const float* x, std::size_t n, const lane_levels& 
     }
 }
 
-// Computes codes under error weights, with feedback that all lanes share, and the cost of the errors. Channels are
-// taken four at a time. Such a run first adds up the feedback of all later channels, in their order, then quantizes
-// its own. errors is [n][lanes]. Out of line, so that the sums stay in registers.
-template <bool Codebook>
-KV1_NOINLINE f32 words_with_feedback(const float* x, std::size_t n, const lane_levels& l,
-                                     const lane_format<Codebook>& format, const float* feedback,
-                                     float* errors, std::uint32_t* words) {
-    const lane_rule<Codebook> rule(l.scale, l.base, format);
-    f32 cost(0.0f);
-    for (std::size_t end = n; end > 0;) {
-        const std::size_t first = (end - 1) / 4 * 4;
-        f32 wanted[4];
-        KV1_UNROLL for (std::size_t k = 0; k < 4; ++k) {
-            wanted[k] = f32::load_aligned(x + (first + k < n ? first + k : first) * lanes);
-        }
-        for (std::size_t j = n; j-- > end;) { // no iteration for the last run, the only one that may be short
-            const f32 error = f32::load_aligned(errors + j * lanes);
-            const float* factors = feedback + j * n + first;
-            KV1_UNROLL for (std::size_t k = 0; k < 4; ++k) {
-                wanted[k] = sum_of(wanted[k], product_of(f32(factors[k]), error));
-            }
-        }
-        u32 word(0u);
-        KV1_UNROLL for (std::size_t left = 0; left < 4; ++left) {
-            const std::size_t k = 3 - left, i = first + k;
-            if (i >= n)
-                continue;
-            const f32 code = rule.code(wanted[k]);
-            word = add_code(word, code);
-            const f32 value = sum_of(rule.level(code) * l.scale, l.base);
-            const f32 error = difference_of(f32::load_aligned(x + i * lanes), value);
-            const f32 rest = difference_of(wanted[k], value);
-            cost = sum_of(cost, product_of(product_of(f32(feedback[i * n + i]), rest), rest));
-            error.store_aligned(errors + i * lanes);
-            KV1_UNROLL for (std::size_t m = 0; m < 4; ++m) {
-                if (m < k)
-                    wanted[m] = sum_of(wanted[m], product_of(f32(feedback[i * n + first + m]), error));
-            }
-        }
-        word.store_aligned(words + first / 4 * lanes);
-        end = first;
-    }
-    return cost;
-}
-
-// Computes codes under error weights for one lane with feedback of its own. Channels lie side by side in registers.
-template <bool Codebook>
-KV1_INLINE float words_of_lane(const float* x, std::size_t n, std::size_t lane, float scale, float base,
-                               const lane_format<Codebook>& format, const float* feedback, float* wanted,
-                               std::uint32_t* words) {
-    float cost = 0.0f;
-    const f32 s(scale), b(base);
-    const lane_rule<Codebook> rule(s, b, format);
-    for (std::size_t c = 0; c < round_up(n, lanes); ++c)
-        wanted[c] = c < n ? x[c * lanes + lane] : 0.0f;
-    for (std::size_t i = 0; i < n; i += 4)
-        words[i / 4 * lanes + lane] = 0;
-    for (std::size_t i = n; i-- > 0;) {
-        const f32 code = rule.code(f32(wanted[i]));
-        const f32 value = sum_of(rule.level(code) * s, b),
-                  error = difference_of(f32(x[i * lanes + lane]), value);
-        const float* factors = feedback + i * n;
-        alignas(64) float values[lanes];
-        value.store_aligned(values);
-        const float rest = wanted[i] - values[0];
-        cost = as_written(cost + detail::product_of(detail::product_of(factors[i], rest), rest));
-        std::size_t j = 0;
-        for (; j + lanes <= i; j += lanes)
-            sum_of(f32::load_aligned(wanted + j), product_of(f32::load_unaligned(factors + j), error))
-                .store_aligned(wanted + j);
-        if (j < i) { // a partial register: feedback from channel i on is left out
-            alignas(64) float last[lanes] = {};
-            for (std::size_t k = j; k < i; ++k)
-                last[k - j] = factors[k];
-            sum_of(f32::load_aligned(wanted + j), product_of(f32::load_aligned(last), error))
-                .store_aligned(wanted + j);
-        }
-        alignas(64) std::int32_t codes[lanes];
-        xs::to_int(code).store_aligned(codes);
-        words[i / 4 * lanes + lane] |= static_cast<std::uint32_t>(codes[0]) << i % 4 * 8;
-    }
-    return cost;
-}
-
 // Candidate k > 0 of weighted_levels() of encode_reference.hpp, from levels whose middle is given.
 template <bool Codebook>
 KV1_INLINE void weighted_candidate(int k, const lane_levels& from, f32 middle,
                                    const lane_format<Codebook>& format, lane_levels& l) {
     const f32 step = product_of(from.scale, quotient_of(f32(format.top), format.max_code));
-    const bool moves = k >= first_move;
-    round_scale(moves ? from.scale : product_of(from.scale, f32(weighted_scales[k - 1])), format, l);
-    const f32 base = moves ? sum_of(from.base, product_of(step, f32(weighted_moves[k - first_move])))
+    const bool moves = k >= scales_tried;
+    round_scale(moves ? from.scale : product_of(from.scale, f32(weighted_scales[k])), format, l);
+    const f32 base = moves ? sum_of(from.base, product_of(step, f32(weighted_moves[k - scales_tried])))
                            : difference_of(middle, product_of(l.scale, f32(0.5f * format.top)));
     store_levels(base, format, l);
 }
@@ -387,57 +303,22 @@ KV1_LAZY KV1_INLINE bool load_vectors(const vector_to_encode* rows, std::size_t 
 }
 
 // weighted_levels() of encode_reference.hpp: levels and codes of least cost, from levels that fit best. For vectors
-// with one group of channels. alike: several vectors share their feedback. Out of line, so that its loops have all
-// registers.
+// with one group of channels, whose smallest and largest numbers are lo and hi. A target's own, since they are made of
+// dot products (weigh.inl).
 template <bool Codebook>
-KV1_NOINLINE void weigh_levels(const vector_to_encode* rows, std::size_t count, std::size_t n, bool alike,
-                               const lane_format<Codebook>& how, const encode_scratch& scratch,
-                               lane_levels& best) noexcept {
-    const lane_format<Codebook> format = how;
-    const float* const x = scratch.x;
-    lane_levels l = best, from = l;
-    const f32 middle = sum_of(l.base, product_of(l.scale, f32(0.5f * format.top)));
-    f32 least(0.0f);
-    for (int k = 0; k < weighted_candidates; ++k) {
-        lane_levels candidate = l;
-        if (k == first_move)
-            from = l;
-        if (k > 0)
-            weighted_candidate(k, from, middle, format, candidate);
-        std::uint32_t* const words = k == 0 ? scratch.words : scratch.candidate_words;
-        f32 cost(0.0f);
-        if (alike) {
-            cost = words_with_feedback(x, n, candidate, format, rows[0].feedback, scratch.errors, words);
-        } else {
-            alignas(64) float scales[lanes], bases[lanes], costs[lanes] = {};
-            candidate.scale.store_aligned(scales);
-            candidate.base.store_aligned(bases);
-            for (std::size_t i = 0; i < count; ++i)
-                if (rows[i].feedback != nullptr)
-                    costs[i] = words_of_lane(x, n, i, scales[i], bases[i], format, rows[i].feedback,
-                                             scratch.errors, words);
-            cost = f32::load_aligned(costs); // lanes without feedback keep their levels: no cost is less
-        }
-        if (k == 0) {
-            least = cost;
-            continue;
-        }
-        const lane_mask better = (cost < least) & candidate.fits;
-        least = xs::select(better, cost, least);
-        take(better, candidate, l);
-        const auto better_words = xs::batch_bool_cast<std::uint32_t>(better);
-        for (std::size_t w = 0; w < round_up(n, 4) / 4 * lanes; w += lanes)
-            xs::select(better_words, u32::load_aligned(words + w), u32::load_aligned(scratch.words + w))
-                .store_aligned(scratch.words + w);
-    }
-    best = l;
-}
+using weigh_function = void(const lane_format<Codebook>& format, const vector_to_encode* rows,
+                            std::size_t count, std::size_t n, const f32& lo, const f32& hi,
+                            const encode_scratch& scratch, lane_levels& best) noexcept;
+struct weigh_functions {
+    weigh_function<false>* even;
+    weigh_function<true>* codebook;
+};
 
 // Encodes one group of channels of up to `lanes` vectors into words. False: metadata do not fit.
 template <bool Codebook>
 bool encode_group(const encoding_params& params, const vector_to_encode* rows, std::size_t count,
-                  const float* x, std::uint32_t* words, const encode_scratch& scratch,
-                  row_metadata* metadata) noexcept {
+                  const float* x, std::uint32_t* words, const encode_scratch& scratch, row_metadata* metadata,
+                  weigh_function<Codebook>* weigh) noexcept {
     const std::size_t n = params.group;
     const format_traits traits = traits_of(params.format);
     const lane_format<Codebook> format{f32(static_cast<float>((1 << traits.code_bits) - 1)),
@@ -476,15 +357,13 @@ bool encode_group(const encoding_params& params, const vector_to_encode* rows, s
             best_error = xs::select(better, errors[i], best_error);
         }
     }
-    bool alike = true, weighted = false;
-    for (std::size_t i = 0; i < count; ++i) {
-        alike = alike && rows[i].feedback == rows[0].feedback;
-        weighted = weighted || rows[i].feedback != nullptr;
-    }
-    if (!weighted || !alike || count == 1)
+    std::size_t weighted = 0;
+    for (std::size_t i = 0; i < count; ++i)
+        weighted += rows[i].feedback != nullptr ? 1 : 0;
+    if (weighted < count)
         nearest_words(x, n, l, format, words);
-    if (weighted)
-        weigh_levels(rows, count, n, alike && count > 1, format, scratch, l);
+    if (weighted != 0)
+        weigh(format, rows, count, n, lo, hi, scratch, l);
     alignas(64) std::uint32_t scale_bits[lanes], minimum_bits[lanes];
     l.scale_bits.store_aligned(scale_bits);
     l.minimum_bits.store_aligned(minimum_bits);
@@ -497,8 +376,8 @@ bool encode_group(const encoding_params& params, const vector_to_encode* rows, s
 
 // Encodes up to `lanes` vectors into scratch.words. False: metadata do not fit.
 KV1_LAZY inline bool encode_lanes(const encoding_params& params, const vector_to_encode* rows,
-                                  std::size_t count, const encode_scratch& scratch,
-                                  row_metadata* metadata) noexcept {
+                                  std::size_t count, const encode_scratch& scratch, row_metadata* metadata,
+                                  const weigh_functions& weigh) noexcept {
     if (params.hadamard != 0)
         rotate_lanes(scratch.x, params.channels, params.hadamard);
     for (std::size_t g = 0; g < params.groups(); ++g) {
@@ -506,8 +385,8 @@ KV1_LAZY inline bool encode_lanes(const encoding_params& params, const vector_to
         const float* x = scratch.x + first * lanes;
         std::uint32_t* words = scratch.words + first / 4 * lanes;
         if (!(traits_of(params.format).codebook()
-                  ? encode_group<true>(params, rows, count, x, words, scratch, metadata + g)
-                  : encode_group<false>(params, rows, count, x, words, scratch, metadata + g)))
+                  ? encode_group<true>(params, rows, count, x, words, scratch, metadata + g, weigh.codebook)
+                  : encode_group<false>(params, rows, count, x, words, scratch, metadata + g, weigh.even)))
             return false;
     }
     return true;
@@ -527,17 +406,18 @@ KV1_LAZY inline encode_result encode_one_by_one(const encoding_params& params, c
     return {};
 }
 
-KV1_LAZY inline encode_result encode_vectors(const encoding_params& params, const vector_to_encode* rows,
-                                             std::size_t count, std::uint8_t* codes, std::size_t stride,
-                                             row_metadata* metadata, std::size_t& failed,
-                                             const encode_scratch& scratch) noexcept {
+KV1_LAZY inline encode_result encode_vectors_by(const weigh_functions& weigh, const encoding_params& params,
+                                                const vector_to_encode* rows, std::size_t count,
+                                                std::uint8_t* codes, std::size_t stride,
+                                                row_metadata* metadata, std::size_t& failed,
+                                                const encode_scratch& scratch) noexcept {
     const std::size_t n = params.channels;
     if (n > scratch.channels)
         return encode_one_by_one(params, rows, count, codes, stride, metadata, failed);
     for (std::size_t first = 0; first < count; first += lanes) {
         const std::size_t some = count - first < lanes ? count - first : lanes;
         if (!load_vectors(rows + first, some, n, scratch.x) ||
-            !encode_lanes(params, rows + first, some, scratch, metadata + first * params.groups()))
+            !encode_lanes(params, rows + first, some, scratch, metadata + first * params.groups(), weigh))
             return encode_one_by_one(params, rows, count, codes, stride, metadata, failed);
         for (std::size_t i = 0; i < some; ++i) {
             std::uint8_t* out = codes + (first + i) * stride;

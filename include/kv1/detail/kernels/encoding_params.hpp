@@ -36,20 +36,40 @@ struct encoding_params {
     [[nodiscard]] constexpr std::size_t groups() const noexcept { return channels / group; }
 };
 
+// The error weights of a KV head as an encoder takes them: W = R^T D R, see encode_reference.hpp.
+struct error_feedback {
+    std::size_t stride; // from row to row of factors: the channels, rounded up to a multiple of four
+    // R in 8 bits, [channels][stride]: row j holds what the channels after j do to channel j, and zeros before
+    const std::int8_t* factors;
+    const float* units; // [channels] R_ji = units[j] * factors[j][i]
+    const float* sums;  // [channels] of a row of R, with the one on its diagonal
+    const float* costs; // [channels] D, in units of the mean of W's diagonal
+
+    [[nodiscard]] std::int32_t factor(std::size_t j, std::size_t i) const noexcept {
+        return factors[j * stride + i];
+    }
+    [[nodiscard]] float unit(std::size_t j) const noexcept { return units[j]; }
+    [[nodiscard]] float sum(std::size_t j) const noexcept { return sums[j]; }
+    [[nodiscard]] float cost(std::size_t j) const noexcept { return costs[j]; }
+};
+
 // A vector as it was given, and what its KV head's encoding needs.
 struct vector_to_encode {
     const float* x;
-    const float* mean; // null: none
-    // [channels][channels], see encode_reference.hpp; null: no error weights, or several groups
-    const float* feedback;
+    const float* mean;              // null: none
+    const error_feedback* feedback; // null: no error weights, or several groups
 };
 
+// The choices of levels that are tried together under error weights.
+inline constexpr std::size_t weighted_together = 4;
+
 // Memory for encode_vectors: up to tile_tokens vectors of up to `channels` channels. Longer vectors are encoded
-// one by one, by the definition. errors and candidate_words may be null if no vector has feedback.
+// one by one, by the definition. wanted and candidate_words may be null if no vector has feedback.
 struct encode_scratch {
     std::size_t channels;
-    float *x, *errors;                      // [channels][tile_tokens]
-    std::uint32_t *words, *candidate_words; // [channels / 4][tile_tokens]
+    float *x, *wanted;              // [channels][tile_tokens]
+    std::uint32_t* words;           // [channels / 4][tile_tokens]
+    std::uint32_t* candidate_words; // [channels / 4][weighted_together][tile_tokens]
 };
 
 // A vector, and the slot that it goes to.
