@@ -271,25 +271,24 @@ KV1_INLINE void list_half_lines(const chunk_view& view, const float* weights, ha
         const std::byte* const first = ref.page + s.offset + ref.token / 2 * line_bytes;
         const std::byte* const next = k < view.next_count ? share_of(view, k) : nullptr;
         out.next[k] = next;
-        bool all = true;
+        alignas(64) std::uint32_t bits[tile_tokens]; // zero: no row has a weight
         for (std::size_t i = 0; i < tile_tokens; i += lanes) {
-            f32 most = f32::load_aligned(weights + i);
-            for (std::size_t r = 1; r < R; ++r)
-                most = xs::max(most, f32::load_aligned(weights + r * score_stride + i));
-            all = all && xs::all(most > f32(0.0f));
+            u32 any = xs::bitwise_cast<std::uint32_t>(f32::load_aligned(weights + i));
+            KV1_UNROLL for (std::size_t r = 1; r < R; ++r) {
+                any =
+                    any | xs::bitwise_cast<std::uint32_t>(f32::load_aligned(weights + r * score_stride + i));
+            }
+            any.store_aligned(bits + i);
         }
         for (std::size_t l = 0; l < half_lines::of_tile; ++l) {
-            bool some = all;
-            for (std::size_t r = 0; !some && r < R; ++r) // a weight that is not a number is one
-                some = !(weights[r * score_stride + 2 * l] == 0.0f) ||
-                       !(weights[r * score_stride + 2 * l + 1] == 0.0f);
-            if (!some) {
-                for (std::size_t u = 0; next != nullptr && u < s.units(); ++u)
-                    fetch(next, l * s.units() + u, half_lines::of_tile * s.units(), out.share);
+            out.at[out.count] = first + l * line_bytes;
+            out.slot[out.count] = static_cast<std::uint16_t>(k * tile_tokens + 2 * l);
+            if ((bits[2 * l] | bits[2 * l + 1]) != 0) {
+                ++out.count;
                 continue;
             }
-            out.at[out.count] = first + l * line_bytes;
-            out.slot[out.count++] = static_cast<std::uint16_t>(k * tile_tokens + 2 * l);
+            for (std::size_t u = 0; next != nullptr && u < s.units(); ++u)
+                fetch(next, l * s.units() + u, half_lines::of_tile * s.units(), out.share);
         }
     }
 }
