@@ -262,7 +262,7 @@ private:
         const std::size_t head = head_offset(kv_head) + row % common_.head_group;
         softmax_state state{partial[0], partial[1]};
         const attention_job job = job_for(kv_head, 0);
-        if (job.key_means != nullptr) {
+        if (job.key_means != nullptr && (!log_sum_exp_.empty() || heads_.sink_logits != nullptr)) {
             float query[max_vector_length];
             common_.target->load_floats(queries_.type(), queries_.at(row / common_.head_group, head),
                                         key_channels(), query);

@@ -31,6 +31,9 @@ inline void attend_rows(const attention_job& job) noexcept {
     // outputs alone do not see what shifts all scores of a row
     const bool corrected =
         integer_keys && (job.partials != nullptr || job.log_sum_exp != nullptr || job.sink_logits != nullptr);
+    // and where parts are joined without it, it is not asked for
+    const bool shifted = job.soft_cap > 0.0f || (job.partials == nullptr &&
+                                                 (job.log_sum_exp != nullptr || job.sink_logits != nullptr));
     sum_sample sample;
     for (float& factor : sample.factors)
         factor = 1.0f;
@@ -71,7 +74,7 @@ inline void attend_rows(const attention_job& job) noexcept {
         const std::ptrdiff_t size = job.query_type == scalar_type::fp32 ? 4 : 2;
         load_floats(job.query_type, static_cast<const std::byte*>(job.queries) + at * size, keys.channels,
                     row);
-        shifts[r] = key_shift(job, row);
+        shifts[r] = shifted ? key_shift(job, row) : 0.0f;
         if (job.key_turning != nullptr)
             make_waves(job, row, r);
         if (job.key_basis)
@@ -164,9 +167,11 @@ inline void attend_rows(const attention_job& job) noexcept {
         else
             add_group_scores(job.key_kernels->key_scores[mode], key_view, q, scores,
                              job.scratch->group_scores, tops);
+        bool known = true; // tops are those of the scores
         if (job.key_turning != nullptr)
-            add_mean_scores(job, chunk.tiles, chunk.token, chunk.count, 0, job.rows, scores,
-                            [&](std::size_t token) { return tokens_seen_by(job, 0, job.rows, token); });
+            known =
+                add_mean_scores(job, chunk.tiles, chunk.token, chunk.count, 0, job.rows, scores, tops,
+                                [&](std::size_t token) { return tokens_seen_by(job, 0, job.rows, token); });
 
         const bool masked = job.mask != nullptr && last > job.mask_first;
         const bool whole =
@@ -186,7 +191,7 @@ inline void attend_rows(const attention_job& job) noexcept {
                                      last, positions);
             if (!left)
                 adjust_scores(job, r, seen[r], chunk, shifts[r], row);
-            if (!left || job.key_turning != nullptr)
+            if (!left || !known)
                 tops[r] = maximum_of(row, slots, lowest_score);
             const float largest = tops[r];
             if (corrected && sample.tile.page != nullptr)

@@ -49,9 +49,10 @@ struct sum_sample {
 // Adds to a sample's scores what means that turn give: of tiles that need not follow one another.
 KV1_LAZY inline void add_means(const attention_job& job, const chunk_tiles& chunk, std::size_t first_row,
                                std::size_t rows, float* scores) noexcept {
+    float tops[max_rows]; // not asked for
     for (std::size_t k = 0; job.key_turning != nullptr && k < chunk.count; ++k)
         add_mean_scores(job, chunk.tiles + k, chunk.token + k, 1, first_row, rows, scores + k * tile_tokens,
-                        [&](std::size_t place) { return tokens_seen_by(job, first_row, rows, place); });
+                        tops, [&](std::size_t place) { return tokens_seen_by(job, first_row, rows, place); });
 }
 
 // Exact scores of tiles, [row][score_stride], of all rows of q, which are the job's from first_row on.

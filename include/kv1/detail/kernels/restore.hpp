@@ -22,7 +22,11 @@ inline float key_shift(const attention_job& job, const float* query) noexcept {
         return 0.0f;
     float sums[4]{};
     const std::size_t n = job.layout->keys().channels;
-    for (std::size_t c = 0; c < n; ++c)
+    std::size_t c = 0;
+    for (; c + 4 <= n; c += 4)
+        for (std::size_t k = 0; k < 4; ++k)
+            sums[k] += query[c + k] * job.key_means[c + k];
+    for (; c < n; ++c)
         sums[c % 4] += query[c] * job.key_means[c];
     return job.scale * ((sums[0] + sums[2]) + (sums[1] + sums[3]));
 }

@@ -91,31 +91,52 @@ KV1_LAZY inline void turn_waves(const turning_mean& m, std::uint64_t halves, std
     }
 }
 
-// Folds the waves of slow pairs into those of polynomials.
-KV1_LAZY inline void fold_waves(const turning_mean& m, std::size_t rows, float* waves) noexcept {
-    const std::size_t quick = m.quick();
-    for (std::size_t r = 0; r < rows; ++r, waves += 2 * m.padded) {
-        f32 even[2] = {f32(0.0f), f32(0.0f)},
-            odd[2] = {f32(0.0f), f32(0.0f)}; // sums that do not wait for each other
-        const float* shares = m.shares;
-        for (std::size_t j = quick; j < m.count; ++j, shares += 2 * slow_terms) {
-            const std::size_t k = (j - quick) % 2;
-            even[k] = xs::fma(f32(waves[j]), f32::load_unaligned(shares), even[k]);
-            odd[k] = xs::fma(f32(waves[m.padded + j]), f32::load_unaligned(shares + slow_terms), odd[k]);
-        }
-        alignas(64) float sums[2][lanes];
-        (even[0] + even[1]).store_aligned(sums[0]);
-        (odd[0] + odd[1]).store_aligned(sums[1]);
-        std::memcpy(waves + quick, sums[0], slow_terms * sizeof(float));
-        std::memcpy(waves + m.padded + quick, sums[1], slow_terms * sizeof(float));
+// Folds the waves of slow pairs into those of polynomials. Pairs of an even and of an odd number have sums of their own,
+// which do not wait for each other.
+template <std::size_t Rows>
+KV1_INLINE void fold_rows(const turning_mean& m, float* waves) {
+    const std::size_t quick = m.quick(), count = m.count, row = 2 * m.padded;
+    f32 even[Rows][2], odd[Rows][2];
+    KV1_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
+        KV1_UNROLL for (std::size_t k = 0; k < 2; ++k) { even[r][k] = odd[r][k] = f32(0.0f); }
     }
+    const auto add = [&](std::size_t j, const float* shares, std::size_t k) {
+        const f32 its_even = f32::load_unaligned(shares), its_odd = f32::load_unaligned(shares + slow_terms);
+        KV1_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
+            even[r][k] = xs::fma(f32(waves[r * row + j]), its_even, even[r][k]);
+            odd[r][k] = xs::fma(f32(waves[r * row + m.padded + j]), its_odd, odd[r][k]);
+        }
+    };
+    const float* shares = m.shares;
+    std::size_t j = quick;
+    for (; j + 2 <= count; j += 2, shares += 4 * slow_terms) {
+        add(j, shares, 0);
+        add(j + 1, shares + 2 * slow_terms, 1);
+    }
+    if (j < count)
+        add(j, shares, 0);
+    KV1_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
+        alignas(64) float sums[2][lanes];
+        (even[r][0] + even[r][1]).store_aligned(sums[0]);
+        (odd[r][0] + odd[r][1]).store_aligned(sums[1]);
+        std::memcpy(waves + r * row + quick, sums[0], slow_terms * sizeof(float));
+        std::memcpy(waves + r * row + m.padded + quick, sums[1], slow_terms * sizeof(float));
+    }
+}
+KV1_LAZY inline void fold_waves(const turning_mean& m, std::size_t rows, float* waves) noexcept {
+    std::size_t r = 0;
+    for (; r + 2 <= rows; r += 2)
+        fold_rows<2>(m, waves + 2 * r * m.padded);
+    for (; r < rows; ++r)
+        fold_rows<1>(m, waves + 2 * r * m.padded);
 }
 
 // Adds the waves of Rows rows to their scores in Registers registers on each side of the middle, from a distance on.
-// middle: the first row's scores there. count: how many of the last register's lanes are tokens of the run.
+// middle: the first row's scores there. count: how many of the last register's lanes are tokens of the run. tops: grow
+// with the scores of whole registers, lane by lane.
 template <std::size_t Rows, std::size_t Registers>
 KV1_INLINE void add_waves(const turning_mean& m, const float* waves, std::size_t from, float* middle,
-                          std::size_t count = lanes) {
+                          f32 (&tops)[Rows], std::size_t count = lanes) {
     f32 even[Rows][Registers], odd[Rows][Registers];
     KV1_UNROLL for (std::size_t r = 0; r < Rows; ++r) {
         KV1_UNROLL for (std::size_t k = 0; k < Registers; ++k) { even[r][k] = odd[r][k] = f32(0.0f); }
@@ -146,25 +167,35 @@ KV1_INLINE void add_waves(const turning_mean& m, const float* waves, std::size_t
                 }
                 continue;
             }
-            (f32::load_unaligned(after) + sum).store_unaligned(after);
-            (f32::load_unaligned(before) + reversed(difference)).store_unaligned(before);
+            const f32 its_after = f32::load_unaligned(after) + sum;
+            const f32 its_before = f32::load_unaligned(before) + reversed(difference);
+            its_after.store_unaligned(after);
+            its_before.store_unaligned(before);
+            tops[r] = xs::max(tops[r], xs::max(its_after, its_before));
         }
     }
 }
 
+// Whether tops of a run grow with all of its scores.
+KV1_LAZY KV1_INLINE bool run_has_tops(std::size_t tokens) { return tokens / 2 % lanes == 0; }
+
 // Adds the waves of Rows rows to their scores of a run of tokens.
 template <std::size_t Rows>
-KV1_INLINE void add_run(const turning_mean& m, const float* waves, std::size_t tokens, float* scores) {
+KV1_INLINE void add_run(const turning_mean& m, const float* waves, std::size_t tokens, float* scores,
+                        f32* tops) {
     constexpr std::size_t registers =
         many_registers ? 4 : 2; // on each side, that the sums of two rows fit in
     const std::size_t half = tokens / 2;
+    f32 own[Rows];
+    KV1_UNROLL for (std::size_t r = 0; r < Rows; ++r) { own[r] = tops[r]; }
     std::size_t from = 0;
     for (; from + registers * lanes <= half; from += registers * lanes)
-        add_waves<Rows, registers>(m, waves, from, scores + half);
+        add_waves<Rows, registers>(m, waves, from, scores + half, own);
     for (; from + lanes <= half; from += lanes)
-        add_waves<Rows, 1>(m, waves, from, scores + half);
+        add_waves<Rows, 1>(m, waves, from, scores + half, own);
     if (from < half)
-        add_waves<Rows, 1>(m, waves, from, scores + half, half - from);
+        add_waves<Rows, 1>(m, waves, from, scores + half, own, half - from);
+    KV1_UNROLL for (std::size_t r = 0; r < Rows; ++r) { tops[r] = own[r]; }
 }
 
 // Whether the slots of a tile stand one after the other, the first at `start`. Slots of no token stand anywhere.
@@ -181,17 +212,19 @@ KV1_LAZY KV1_INLINE bool in_row_from(const std::int32_t* at, std::uint32_t start
     return all;
 }
 
-// Adds the waves of rows to their scores of a run of tokens, whose first one is at `position`.
+// Adds the waves of rows to their scores of a run of tokens, whose first one is at `position`. tops: of the rows
+// (add_waves()).
 KV1_LAZY inline void add_run(const turning_mean& m, std::uint64_t position, std::size_t tokens,
-                             std::size_t rows, const float* still, float* waves, float* scores) noexcept {
+                             std::size_t rows, const float* still, float* waves, float* scores,
+                             f32* tops) noexcept {
     turn_waves(m, 2 * position + tokens - 1, rows, still, waves);
     if (m.shares != nullptr)
         fold_waves(m, rows, waves);
     std::size_t r = 0;
     for (; r + 2 <= rows; r += 2)
-        add_run<2>(m, waves + 2 * r * m.padded, tokens, scores + r * score_stride);
+        add_run<2>(m, waves + 2 * r * m.padded, tokens, scores + r * score_stride, tops + r);
     for (; r < rows; ++r)
-        add_run<1>(m, waves + 2 * r * m.padded, tokens, scores + r * score_stride);
+        add_run<1>(m, waves + 2 * r * m.padded, tokens, scores + r * score_stride, tops + r);
 }
 
 // The same for one token.
@@ -248,6 +281,9 @@ KV1_LAZY KV1_NOINLINE inline void add_scattered(const turning_mean& m, const sca
         latest = run_of[i] + 1u < runs ? run_of[i] + 1u : 0;
     }
     std::uint16_t order[max_chunk_slots]; // by run
+    f32 ignored[max_rows];
+    for (std::size_t r = 0; r < rows; ++r)
+        ignored[r] = f32(0.0f);
     std::size_t first[most], filled[most];
     for (std::size_t run = 0, at = 0; run < runs; ++run) {
         first[run] = filled[run] = at;
@@ -269,7 +305,7 @@ KV1_LAZY KV1_NOINLINE inline void add_scattered(const turning_mean& m, const sca
             const std::size_t even = n + n % 2; // waves begin in the middle between two tokens
             for (std::size_t r = 0; r < rows; ++r)
                 std::memset(room + r * score_stride, 0, even * sizeof(float));
-            add_run(m, position, even, rows, still, waves, room);
+            add_run(m, position, even, rows, still, waves, room, ignored);
             for (std::size_t r = 0; r < rows; ++r)
                 for (std::size_t k = 0; k < n; ++k)
                     scores[r * score_stride + order[at + k]] += room[r * score_stride + k];
@@ -290,28 +326,39 @@ KV1_LAZY KV1_INLINE bool start_of_tile(const std::int32_t* at, std::int64_t& sta
 
 // Adds what the turning mean gives to the scores of rows first_row ... first_row + rows - 1 in tiles. places: of each
 // tile's first token. seen(place) gives the tokens of a tile that some row sees, a bit each; others may go without.
+// True: tops are the rows' largest scores now. False: they are what they were.
 template <class Seen>
-KV1_NOINLINE inline void add_mean_scores(const attention_job& job, const tile_ref* tiles,
+KV1_NOINLINE inline bool add_mean_scores(const attention_job& job, const tile_ref* tiles,
                                          const std::size_t* places, std::size_t count, std::size_t first_row,
-                                         std::size_t rows, float* scores, const Seen& seen) noexcept {
+                                         std::size_t rows, float* scores, float* tops,
+                                         const Seen& seen) noexcept {
     constexpr std::size_t longest = 2 * wave_tokens / tile_tokens; // run, in tiles
     const turning_mean& m = *job.key_turning;
     const float* const still = job.scratch->still_waves + 2 * first_row * m.padded;
     float* const waves = job.scratch->waves;
+    f32 most[max_rows];
+    for (std::size_t r = 0; r < rows; ++r)
+        most[r] = f32(lowest_score);
     if (job.block_positions == nullptr) {
+        bool known = true;
         for (std::size_t first = 0, last = 0; first < count; first = last) {
             last = first + 1;
-            if (places[first] == no_token)
+            if (places[first] == no_token) {
+                known = false;
                 continue;
+            }
             const std::uint64_t position = position_of(job, places[first]);
             while (last < count && last - first < longest && places[last] != no_token &&
                    (job.hole_count == 0 || tiles[last].token != 0 ||
                     position_of(job, places[last]) == position + (last - first) * tile_tokens))
                 ++last;
             add_run(m, position, (last - first) * tile_tokens, rows, still, waves,
-                    scores + first * tile_tokens);
+                    scores + first * tile_tokens, most);
+            known = known && run_has_tops((last - first) * tile_tokens);
         }
-        return;
+        for (std::size_t r = 0; known && r < rows; ++r)
+            tops[r] = xs::reduce_max(most[r]);
+        return known;
     }
     scattered_tokens scattered;
     for (std::size_t first = 0, last = 0; first < count; first = last) {
@@ -328,7 +375,7 @@ KV1_NOINLINE inline void add_mean_scores(const attention_job& job, const tile_re
             while (last < count && last - first < longest && places[last] != no_token && follows(last))
                 ++last;
             add_run(m, static_cast<std::uint64_t>(start), (last - first) * tile_tokens, rows, still, waves,
-                    scores + first * tile_tokens);
+                    scores + first * tile_tokens, most);
             continue;
         }
         const std::int32_t* const at = slot_positions(job, places[first]);
@@ -342,4 +389,5 @@ KV1_NOINLINE inline void add_mean_scores(const attention_job& job, const tile_re
     }
     if (scattered.count != 0)
         add_scattered(m, scattered, rows, still, waves, job.scratch->group_scores, scores);
+    return false;
 }
