@@ -162,7 +162,8 @@ private:
         for (const auto& [first, last] : {std::pair(std::size_t{0}, cut), std::pair(cut, n)}) {
             if (first == last)
                 continue;
-            part& p = parts.emplace_back(std::vector<float>(m * heads * dim), std::vector<float>(m * heads));
+            parts.push_back({std::vector<float>(m * heads * dim), std::vector<float>(m * heads)});
+            part& p = parts.back();
             kv1::attention_options options;
             options.range = {first, last};
             options.log_sum_exp = p.lse;

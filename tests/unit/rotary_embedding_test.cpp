@@ -52,7 +52,7 @@ TEST_CASE("a pair turns by its frequency times the position, and other channels 
             const std::vector<double> x(values.begin(), values.end());
             std::vector<double> y = x;
             kv1::apply_rotary(e, std::span(y), position);
-            for (const std::size_t c : {0, 1, 14, 15})
+            for (const std::size_t c : {0u, 1u, 14u, 15u})
                 CHECK(y[c] == x[c]);
             for (std::size_t j = 0; j < 6; ++j) {
                 const std::size_t a = e.first_of(j), b = e.second_of(j);
