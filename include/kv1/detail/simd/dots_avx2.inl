@@ -11,6 +11,7 @@ KV1_INLINE dot_row dot_broadcast(std::int32_t four) {
 
 #if KV1_ISA_VNNI
 // A running sum of dot4 products, in 32 bits: one vpdpbusd each. See the other branch for the interface.
+// g++ 12 would copy each sum to another register and back, and spill what does not fit: KV1_IN_ORDER keeps it in one.
 using dot_sum = i32;
 inline constexpr bool dot_sums_are_totals = true;
 template <int MaxCode, bool Unsigned>
@@ -18,8 +19,10 @@ inline constexpr std::size_t dot_limit = ~std::size_t{0};
 KV1_LAZY KV1_INLINE dot_sum dot_start() { return i32(0); }
 template <int MaxCode, bool Unsigned>
 KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, i32 b) {
-    return Unsigned ? i32(_mm256_dpbusd_avx_epi32(__m256i(sum), __m256i(b), __m256i(a)))
-                    : i32(_mm256_dpbusd_avx_epi32(__m256i(sum), __m256i(a), __m256i(b)));
+    __m256i s = Unsigned ? _mm256_dpbusd_avx_epi32(__m256i(sum), __m256i(b), __m256i(a))
+                         : _mm256_dpbusd_avx_epi32(__m256i(sum), __m256i(a), __m256i(b));
+    KV1_IN_ORDER(s, "x");
+    return i32(s);
 }
 template <int MaxCode, bool Unsigned>
 KV1_INLINE i32 dot_finish(dot_sum sum) {

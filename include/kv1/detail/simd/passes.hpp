@@ -99,7 +99,7 @@
 #define KV1_UNROLL
 #endif
 
-// Keeps g++ from rearranging a chain of additions into a tree, whose leaves it then spills.
+// Keeps g++ from rearranging a chain of additions into a tree, whose leaves it then spills, and a sum in one register.
 #if defined(__GNUC__) && !defined(__clang__)
 #define KV1_IN_ORDER(sum, register_class) __asm__("" : "+" register_class(sum))
 #else
