@@ -122,15 +122,17 @@ template <bool Codebook>
 KV1_INLINE void errors_of(const float* x, std::size_t n, const lane_levels (&l)[2],
                           const lane_format<Codebook>& format, f32 (&error)[2]) {
     const lane_rule<Codebook> rule[2] = {{l[0].scale, l[0].base, format}, {l[1].scale, l[1].base, format}};
-    error[0] = error[1] = f32(0.0f);
+    f32 sum[2] = {f32(0.0f), f32(0.0f)}; // not `error`, which lies in memory
     for (std::size_t c = 0; c < n; ++c) {
         const f32 v = f32::load_aligned(x + c * lanes);
         KV1_UNROLL for (std::size_t k = 0; k < 2; ++k) {
             const f32 level = rule[k].level(rule[k].code(v));
             const f32 e = difference_of(v, sum_of(level * l[k].scale, l[k].base));
-            error[k] = sum_of(error[k], product_of(e, e));
+            sum[k] = sum_of(sum[k], product_of(e, e));
         }
     }
+    error[0] = sum[0];
+    error[1] = sum[1];
 }
 
 // refine_levels() of least_squares.hpp. The sum of x is the same in every round, and is given.
@@ -392,6 +394,38 @@ KV1_LAZY inline bool encode_lanes(const encoding_params& params, const vector_to
     return true;
 }
 
+// Moves codes of `count` vectors from words [Words][lanes] to their places, 4 * Words bytes each.
+template <std::size_t Words>
+KV1_INLINE void store_square(const std::uint32_t* words, std::size_t count, std::uint8_t* codes,
+                             std::size_t stride) {
+    f32 square[lanes]; // no arithmetic, so any bits will do
+    KV1_UNROLL for (std::size_t i = 0; i < lanes; ++i) {
+        square[i] = i < Words ? xs::bitwise_cast<float>(u32::load_aligned(words + i * lanes)) : f32(0.0f);
+    }
+    transpose(square);
+    KV1_UNROLL for (std::size_t i = 0; i < lanes; ++i) {
+        const f32::register_type row = square[i];
+        if (i < count)
+            std::memcpy(codes + i * stride, &row, 4 * Words);
+    }
+}
+
+// Moves codes of `count` vectors of n channels from words to their places. It is not inlined, since without optimization
+// its registers would take up stack while levels are chosen.
+KV1_LAZY KV1_NOINLINE void store_codes(const std::uint32_t* words, std::size_t n, std::size_t count,
+                                       std::uint8_t* codes, std::size_t stride) {
+    std::size_t c = 0;
+    for (; c + 4 * lanes <= n; c += 4 * lanes)
+        store_square<lanes>(words + c / 4 * lanes, count, codes + c, stride);
+    if (c + 2 * lanes <= n) {
+        store_square<lanes / 2>(words + c / 4 * lanes, count, codes + c, stride);
+        c += 2 * lanes;
+    }
+    for (; c < n; c += 4)
+        for (std::size_t i = 0; i < count; ++i)
+            std::memcpy(codes + i * stride + c, &words[c / 4 * lanes + i], n - c < 4 ? n - c : 4);
+}
+
 // Encodes vectors one by one, by the definition: vectors that are too long for scratch, and batches in which one
 // vector is refused.
 KV1_LAZY inline encode_result encode_one_by_one(const encoding_params& params, const vector_to_encode* rows,
@@ -419,14 +453,7 @@ KV1_LAZY inline encode_result encode_vectors_by(const weigh_functions& weigh, co
         if (!load_vectors(rows + first, some, n, scratch.x) ||
             !encode_lanes(params, rows + first, some, scratch, metadata + first * params.groups(), weigh))
             return encode_one_by_one(params, rows, count, codes, stride, metadata, failed);
-        for (std::size_t i = 0; i < some; ++i) {
-            std::uint8_t* out = codes + (first + i) * stride;
-            std::size_t c = 0;
-            for (; c + 4 <= n; c += 4)
-                std::memcpy(out + c, &scratch.words[c / 4 * lanes + i], 4);
-            if (c < n)
-                std::memcpy(out + c, &scratch.words[c / 4 * lanes + i], n - c);
-        }
+        store_codes(scratch.words, n, some, codes + first * stride, stride);
     }
     return {};
 }

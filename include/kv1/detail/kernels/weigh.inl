@@ -11,10 +11,12 @@
 
 #include <kv1/detail/precise_math_begin.inl>
 
-// Choices of levels that are tried together, what they cost, and their codes.
+// Choices of levels that are tried together: for each of several vectors, and for one vector, where a lane is a choice.
+inline constexpr std::size_t tried_in_lanes = lanes < scales_tried ? weighted_together : scales_tried;
+static_assert(tried_in_lanes >= weighted_together && scales_tried % weighted_together == 0);
 struct level_trial {
-    lane_levels levels[weighted_together];
-    f32 costs[weighted_together];
+    lane_levels levels[tried_in_lanes];
+    f32 costs[weighted_together]; // of several vectors
 };
 
 // Members, so that a target's functions are found before those of the target whose namespace it uses.
@@ -54,20 +56,21 @@ struct weighted_codes {
             high.store_aligned(high_bytes + w * lanes);
             low.store_aligned(low_bytes + w * lanes);
         }
-        for (std::size_t first = 0; first < n; first += 4) {
-            dot_sum high[4], low[4];
-            KV1_UNROLL for (std::size_t k = 0; k < 4; ++k) { high[k] = low[k] = dot_start(); }
-            const std::size_t rows = n - first < 4 ? n - first : 4;
+        constexpr std::size_t at_once = many_registers ? 8 : 4; // rows, of two sums each
+        for (std::size_t first = 0; first < n; first += at_once) {
+            dot_sum high[at_once], low[at_once];
+            KV1_UNROLL for (std::size_t k = 0; k < at_once; ++k) { high[k] = low[k] = dot_start(); }
+            const std::size_t rows = n - first < at_once ? n - first : at_once;
             for (std::size_t w = first / 4; w < word_count; ++w) {
                 const u32 h = u32::load_aligned(high_bytes + w * lanes),
                           l = u32::load_aligned(low_bytes + w * lanes);
-                KV1_UNROLL for (std::size_t k = 0; k < 4; ++k) {
+                KV1_UNROLL for (std::size_t k = 0; k < at_once; ++k) {
                     const dot_row factors = four_factors(feedback, first + (k < rows ? k : 0), 4 * w);
                     high[k] = dot_add<255, false>(high[k], h, factors);
                     low[k] = dot_add<255, false>(low[k], l, factors);
                 }
             }
-            KV1_UNROLL for (std::size_t k = 0; k < 4; ++k) {
+            KV1_UNROLL for (std::size_t k = 0; k < at_once; ++k) {
                 const std::size_t j = first + k;
                 if (j >= n)
                     continue;
@@ -96,14 +99,14 @@ struct weighted_codes {
             return sum + dot_finish<Top, false>(dot_add<Top, false>(dot_start(), four_levels, factors));
     }
 
-    // total[k][c] = the dot product of row first + k of the factors and the levels of choice c, over some words. All
-    // four rows exist where there are words behind theirs.
-    template <bool Codebook, int Top, std::size_t K>
-    KV1_INLINE static void add_words(const error_feedback& feedback, std::size_t first,
-                                     const std::uint32_t* words, std::size_t begin, std::size_t end,
-                                     i32 (&total)[4][K]) {
-        dot_sum sum[4][K];
-        KV1_UNROLL for (std::size_t k = 0; k < 4; ++k) KV1_UNROLL for (std::size_t c = 0; c < K; ++c) {
+    // total[k][c] = the dot product of row first + k of the factors and the levels of choice c, over some words, for R
+    // rows. All four rows exist where there are words behind theirs.
+    template <bool Codebook, int Top, std::size_t From, std::size_t R, std::size_t K>
+    KV1_INLINE static void add_rows(const error_feedback& feedback, std::size_t first,
+                                    const std::uint32_t* words, std::size_t begin, std::size_t end,
+                                    i32 (&total)[4][K]) {
+        dot_sum sum[R][K];
+        KV1_UNROLL for (std::size_t k = 0; k < R; ++k) KV1_UNROLL for (std::size_t c = 0; c < K; ++c) {
             sum[k][c] = dot_start();
         }
         for (std::size_t w = end; w-- > begin;) { // the newest codes last, which may not be there yet
@@ -111,21 +114,33 @@ struct weighted_codes {
             KV1_UNROLL for (std::size_t c = 0; c < K; ++c) {
                 its_levels[c] = levels_of_codes<Codebook>(u32::load_aligned(words + (w * K + c) * lanes));
             }
-            KV1_UNROLL for (std::size_t k = 0; k < 4; ++k) {
-                const dot_row factors = four_factors(feedback, first + k, 4 * w);
+            KV1_UNROLL for (std::size_t k = 0; k < R; ++k) {
+                const dot_row factors = four_factors(feedback, first + From + k, 4 * w);
                 KV1_UNROLL for (std::size_t c = 0; c < K; ++c) {
                     sum[k][c] = dot_add<Top, false>(sum[k][c], its_levels[c], factors);
                 }
             }
         }
-        KV1_UNROLL for (std::size_t k = 0; k < 4; ++k) KV1_UNROLL for (std::size_t c = 0; c < K; ++c) {
-            total[k][c] = dot_finish<Top, false>(sum[k][c]);
+        KV1_UNROLL for (std::size_t k = 0; k < R; ++k) KV1_UNROLL for (std::size_t c = 0; c < K; ++c) {
+            total[From + k][c] = dot_finish<Top, false>(sum[k][c]);
+        }
+    }
+    template <bool Codebook, int Top, std::size_t K>
+    KV1_INLINE static void add_words(const error_feedback& feedback, std::size_t first,
+                                     const std::uint32_t* words, std::size_t begin, std::size_t end,
+                                     i32 (&total)[4][K]) {
+        if constexpr (many_registers || K == 1) { // for the sums of all rows
+            add_rows<Codebook, Top, 0, 4>(feedback, first, words, begin, end, total);
+        } else {
+            add_rows<Codebook, Top, 0, 2>(feedback, first, words, begin, end, total);
+            add_rows<Codebook, Top, 2, 2>(feedback, first, words, begin, end, total);
         }
     }
 
     // codes_with_feedback() of encode_reference.hpp for each lane, with K choices of levels. Channels are taken four at a
-    // time: first the sums over all later channels, then the four codes, which need each other. words is [channels / 4][K]
-    // [lanes]. Top: no level is larger.
+    // time: first the sums over all later channels, then the four codes, which need each other. A code of one choice is
+    // made while those of the others wait for theirs, so several choices pay even where registers are few. words is
+    // [channels / 4][K][lanes]. Top: no level is larger.
     template <bool Codebook, int Top, std::size_t K>
     KV1_NOINLINE static void codes_with_feedback(std::size_t n, const lane_levels* levels,
                                                  const lane_format<Codebook>& format,
@@ -133,6 +148,7 @@ struct weighted_codes {
                                                  std::uint32_t* words, f32* cost) {
         const std::size_t word_count = round_up(n, 4) / 4;
         const lane_rule<Codebook> rule(f32(1.0f), f32(0.0f), format);
+        const f32 zero(0x1p23f), top = zero + format.max_code; // codes at 2^23
         f32 inverse[K], shift[K], sum_of_costs[K];
         KV1_UNROLL for (std::size_t c = 0; c < K; ++c) {
             inverse[c] = quotient_of(f32(1.0f), levels[c].scale);
@@ -175,11 +191,13 @@ struct weighted_codes {
                         sum = add_dot<Top>(sum, levels_of_codes<Codebook>(word[c]), factors);
                     const f32 both = difference_of(product_of(own, inverse[c]), product_of(sums, shift[c]));
                     const f32 v = difference_of(both, product_of(unit, xs::to_float(sum)));
-                    // rounded to integers, which is quicker than rounding floats
+                    // Floats at 2^23 are whole numbers, so to add 2^23 rounds as nearbyint() does, and leaves the
+                    // code in the low bits. Conversions to integers and back would take longer.
                     const f32 steps = Codebook ? difference_of(v, rule.base) * rule.inverse : v;
-                    const i32 whole = xs::max(xs::nearbyint_as_int(xs::min(steps, format.max_code)), i32(0));
-                    const f32 code = xs::to_float(whole);
-                    word[c] = word[c] | (xs::bitwise_cast<std::uint32_t>(whole) << (8 * static_cast<int>(k)));
+                    const f32 rounded = xs::min(xs::max(sum_of(steps, zero), zero), top);
+                    const f32 code = difference_of(rounded, zero);
+                    const u32 bits = xs::bitwise_cast<std::uint32_t>(rounded);
+                    word[c] = word[c] | (k == 0 ? bits & u32(255u) : bits << (8 * static_cast<int>(k)));
                     const f32 rest = difference_of(v, rule.level(code));
                     sum_of_costs[c] = sum_of(sum_of_costs[c], product_of(product_of(its_cost, rest), rest));
                 }
@@ -193,20 +211,6 @@ struct weighted_codes {
         }
     }
 
-    // Tries levels on vectors that share their feedback, a vector a lane: all choices at once where there are registers
-    // for their sums. Codes are [channels / 4][choice][lanes] then, and [choice][channels / 4][lanes] else.
-    template <bool Codebook, int Top>
-    KV1_INLINE static void try_levels(std::size_t n, const lane_format<Codebook>& format,
-                                      const error_feedback& feedback, f32 lo, const encode_scratch& scratch,
-                                      level_trial& t) {
-        constexpr std::size_t at_once = many_registers ? weighted_together : 1;
-        const std::size_t stride = many_registers ? 1 : round_up(n, 4) / 4;
-        for (std::size_t c = 0; c < weighted_together; c += at_once)
-            codes_with_feedback<Codebook, Top, at_once>(n, t.levels + c, format, feedback, lo, scratch.wanted,
-                                                        scratch.candidate_words + c * stride * lanes,
-                                                        t.costs + c);
-    }
-
     // common_wanted() of one lane, in all lanes. Returns its lo.
     KV1_INLINE static f32 wanted_of_lane(std::size_t lane, std::size_t n, f32 lo, f32 hi,
                                          const error_feedback& feedback, const encode_scratch& scratch) {
@@ -218,25 +222,24 @@ struct weighted_codes {
         return f32(one[lane]);
     }
 
-    // Tries levels on the vector of one lane, a choice a lane. lo: wanted_of_lane(). least: the cost to beat. Gives the
-    // choice that has less and the least, the first of equals, copies its codes, and returns it; none:
-    // weighted_together.
+    // Tries `choices` levels on the vector of one lane, a choice a lane. lo: wanted_of_lane(). least: the cost to beat.
+    // Gives the choice that has less and the least, the first of equals, copies its codes, and returns it; none: `choices`.
     template <bool Codebook, int Top>
     KV1_INLINE static std::size_t
     try_levels_of_lane(std::size_t lane, std::size_t n, const lane_format<Codebook>& format,
                        const error_feedback& feedback, f32 lo, const encode_scratch& scratch,
-                       const level_trial& t, float& least) {
-        static_assert(lanes >= weighted_together);
+                       const level_trial& t, std::size_t choices, float& least) {
+        static_assert(lanes >= tried_in_lanes);
         alignas(64) float one[lanes], scales[lanes], bases[lanes], costs[lanes];
         alignas(64) std::uint32_t fits[lanes];
-        bool fit[weighted_together];
+        bool fit[tried_in_lanes];
         for (std::size_t c = 0; c < lanes; ++c) { // lanes without a choice of their own have the last one
-            const lane_levels& l = t.levels[c < weighted_together ? c : weighted_together - 1];
+            const lane_levels& l = t.levels[c < choices ? c : choices - 1];
             l.scale.store_aligned(one);
             scales[c] = one[lane];
             l.base.store_aligned(one);
             bases[c] = one[lane];
-            if (c >= weighted_together)
+            if (c >= choices)
                 continue;
             xs::select(xs::batch_bool_cast<std::uint32_t>(l.fits), u32(1u), u32(0u)).store_aligned(fits);
             fit[c] = fits[lane] != 0;
@@ -248,13 +251,13 @@ struct weighted_codes {
         codes_with_feedback<Codebook, Top, 1>(n, &levels, format, feedback, lo, scratch.wanted,
                                               scratch.candidate_words, &cost);
         cost.store_aligned(costs);
-        std::size_t best = weighted_together;
-        for (std::size_t c = 0; c < weighted_together; ++c)
+        std::size_t best = choices;
+        for (std::size_t c = 0; c < choices; ++c)
             if (costs[c] < least && fit[c]) {
                 least = costs[c];
                 best = c;
             }
-        for (std::size_t w = 0; best < weighted_together && w < round_up(n, 4) / 4; ++w)
+        for (std::size_t w = 0; best < choices && w < round_up(n, 4) / 4; ++w)
             scratch.words[w * lanes + lane] = scratch.candidate_words[w * lanes + best];
         return best;
     }
@@ -269,11 +272,10 @@ struct weighted_codes {
             together = together && rows[i].feedback == rows[0].feedback;
         const lane_levels start = best;
         const f32 middle = sum_of(start.base, product_of(start.scale, f32(0.5f * format.top)));
-        constexpr int choices = static_cast<int>(weighted_together);
         alignas(64) float least[lanes];
         f32(std::numeric_limits<float>::max()).store_aligned(least);
         level_trial t;
-        const auto choose = [&](int first) { // candidates `first` to first + 3
+        const auto choose = [&](int first, int choices) { // candidates `first` ...
             for (int c = 0; c < choices; ++c) {
                 const lane_levels& from = first < scales_tried ? start : best;
                 lane_levels& l = t.levels[c];
@@ -289,36 +291,45 @@ struct weighted_codes {
                 alignas(64) std::uint32_t here[lanes] = {};
                 here[i] = 1;
                 const f32 its_lo = wanted_of_lane(i, n, lo, hi, *rows[i].feedback, scratch);
-                for (int first = 0; first < candidates_tried; first += choices) {
-                    choose(first);
+                for (int first = 0, choices = 0; first < candidates_tried; first += choices) {
+                    choices = candidates_tried - first;
+                    if (choices > static_cast<int>(tried_in_lanes))
+                        choices = static_cast<int>(tried_in_lanes);
+                    choose(first, choices);
+                    const auto some = static_cast<std::size_t>(choices);
                     const std::size_t taken = try_levels_of_lane<Codebook, Top>(
-                        i, n, format, *rows[i].feedback, its_lo, scratch, t, least[i]);
-                    if (taken < weighted_together)
+                        i, n, format, *rows[i].feedback, its_lo, scratch, t, some, least[i]);
+                    if (taken < some)
                         take(xs::batch_bool_cast<float>(u32::load_aligned(here) == u32(1u)), t.levels[taken],
                              best);
                 }
             }
             return;
         }
-        constexpr std::size_t word_stride = many_registers ? weighted_together : 1;
-        const std::size_t choice_stride = many_registers ? 1 : round_up(n, 4) / 4;
         common_wanted(scratch.x, n, lo, hi, *rows[0].feedback, scratch.wanted, scratch.candidate_words);
+        constexpr int choices = static_cast<int>(weighted_together);
         for (int first = 0; first < candidates_tried; first += choices) {
-            choose(first);
-            try_levels<Codebook, Top>(n, format, *rows[0].feedback, lo, scratch, t);
+            choose(first, choices);
+            codes_with_feedback<Codebook, Top, weighted_together>(
+                n, t.levels, format, *rows[0].feedback, lo, scratch.wanted, scratch.candidate_words, t.costs);
+            lane_mask better[weighted_together], any(false);
             for (std::size_t c = 0; c < weighted_together; ++c) {
                 const f32 so_far = f32::load_aligned(least);
-                const lane_mask better = (t.costs[c] < so_far) & t.levels[c].fits;
-                if (!xs::any(better))
-                    continue;
-                xs::select(better, t.costs[c], so_far).store_aligned(least);
-                take(better, t.levels[c], best);
-                const auto better_words = xs::batch_bool_cast<std::uint32_t>(better);
-                const std::uint32_t* its_words = scratch.candidate_words + c * choice_stride * lanes;
-                for (std::size_t w = 0; w < round_up(n, 4) / 4; ++w, its_words += word_stride * lanes)
-                    xs::select(better_words, u32::load_aligned(its_words),
-                               u32::load_aligned(scratch.words + w * lanes))
-                        .store_aligned(scratch.words + w * lanes);
+                better[c] = (t.costs[c] < so_far) & t.levels[c].fits;
+                any = any | better[c];
+                xs::select(better[c], t.costs[c], so_far).store_aligned(least);
+                take(better[c], t.levels[c], best);
+            }
+            if (!xs::any(any))
+                continue;
+            for (std::size_t w = 0; w < round_up(n, 4) / 4; ++w) {
+                const std::uint32_t* its_words = scratch.candidate_words + w * weighted_together * lanes;
+                u32 word = u32::load_aligned(scratch.words + w * lanes);
+                KV1_UNROLL for (std::size_t c = 0; c < weighted_together; ++c) {
+                    word = xs::select(xs::batch_bool_cast<std::uint32_t>(better[c]),
+                                      u32::load_aligned(its_words + c * lanes), word);
+                }
+                word.store_aligned(scratch.words + w * lanes);
             }
         }
     }
