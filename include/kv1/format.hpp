@@ -77,8 +77,8 @@ enum class metadata_kind : std::uint8_t { none, scale, scale_and_minimum, compac
 // Which levels codes stand for: themselves, or 0, 5, 9 and 14 for 0 ... 3.
 enum class code_levels : std::uint8_t { even, codebook };
 
-// A bit slice: bits of a code that lie in lines of their own. A 3-bit code has two, its two low bits and its
-// high bit; other codes have one. So the fields of a slice divide a 32-bit lane.
+// A bit slice: bits of a code that lie side by side in a byte. A 3-bit code has two, its two low bits and its high
+// bit, since three bits do not divide a byte (layout.hpp); other codes have one.
 struct bit_slice {
     int bits;  // width of the field
     int shift; // its place in the code
@@ -111,7 +111,7 @@ struct format_traits {
         return code_bits == 0 ? (p == 0 ? plain_bits : 0) : slices[static_cast<std::size_t>(p)].bits;
     }
     [[nodiscard]] constexpr int slice_count() const noexcept { return slices[1].bits != 0 ? 2 : 1; }
-    // fields of the narrowest slice that fill a lane: K channels and V tokens are padded to a multiple of it
+    // codes that fill whole lanes: K channels and V tokens are padded to a multiple of it
     [[nodiscard]] constexpr std::size_t fields_per_lane() const noexcept {
         const int narrowest = slice_count() == 2 ? slices[1].bits : field_bits(0);
         return static_cast<std::size_t>(32 / narrowest);

@@ -10,12 +10,22 @@
 //   V line  lane = channel (16 channels), the lane's bits = 32/b consecutive tokens: byte i, field f = token
 //           4f + i, so that four consecutive tokens' weights make one broadcast dword
 //
-// b is the field width: the code bits, or 16 or 32 for plain formats (a plain V lane holds tokens in order).
-// 3-bit codes are a 2-bit slice and a 1-bit slice, in lines of their own. Example at 2 bits: the code of
-// token 5, channel 17 lies in K line 1, lane 5, bits 2-3, and in V line 1, lane 1, bits 10-11
-// (ARCHITECTURE.md has a drawing). A page is
+// b is the field width: the code bits, or 16 or 32 for plain formats (a plain V lane holds tokens in order). Example
+// at 2 bits: the code of token 5, channel 17 lies in K line 1, lane 5, bits 2-3, and in V line 1, lane 1, bits 10-11
+// (ARCHITECTURE.md has a drawing).
 //
-//   [K lines: by tile of 16 tokens, slice, channels] [V lines: by run of 16 channels, slice, tokens]
+// 3-bit codes have lines of 16 codes a lane too, byte j and field f as at 2 bits. Such a line has no room for all of
+// its codes, and two of them share a third line. Byte j of the three, with fields 0 ... 3 of the first line and 4 ... 7
+// of the second:
+//
+//                bits 0-2    3-5    6-7
+//   first line   0           1      low bits of 2
+//   second line  4           5      low bits of 6
+//   shared line  3           7      high bit of 2, high bit of 6
+//
+// So a shift and a mask give most codes, and a line of values is read with the shared line alone. A page is
+//
+//   [K lines: by tile of 16 tokens, shared lines last] [V lines: by run of 16 channels, shared lines last]
 //   [k_scale] [k_minimum] [v_scale] [v_minimum]   fp16 arrays [page_tokens], if the format has them; compact words lie
 //                                                 in the place of scales
 //
@@ -77,6 +87,27 @@ constexpr int value_field_shift(int b, std::size_t n) noexcept {
     return b >= 8 ? b * static_cast<int>(n) : 8 * static_cast<int>(n % 4) + b * static_cast<int>(n / 4);
 }
 
+// Where bit slice p of a 3-bit code lies: in its own line or in the shared one, and its first bit in the lane. n: which
+// of the 16 codes of its line's lane; odd: whether the line is the second of those that share.
+struct shared_place {
+    bool shared;
+    int shift;
+};
+constexpr shared_place place_of_3_bits(bool keys, int p, std::size_t n, std::size_t odd) noexcept {
+    const std::size_t byte = keys ? n / 4 : n % 4, field = keys ? n % 4 : n / 4;
+    const int first = 8 * static_cast<int>(byte), high = 2 * p, line = static_cast<int>(odd);
+    switch (field) {
+    case 0:
+        return {false, first + high};
+    case 1:
+        return {false, first + 3 + high};
+    case 2:
+        return p == 0 ? shared_place{false, first + 6} : shared_place{true, first + 6 + line};
+    default:
+        return {true, first + 3 * line + high};
+    }
+}
+
 } // namespace detail
 
 /// Geometry of the K or the V half of a page.
@@ -104,7 +135,7 @@ struct section_layout {
         const std::size_t fields = detail::round_up(keys ? channels : tokens, t.fields_per_lane());
         for (int p = 0; p < t.slice_count(); ++p)
             lines_[static_cast<std::size_t>(p)] = lines_of(p, fields);
-        second_slice_ = lines_[0];
+        first_shared_ = lines_[0];
         unit_lines_ = lines_[0] + lines_[1];
     }
 
@@ -129,7 +160,7 @@ struct section_layout {
         for (int p = 0; p < traits().slice_count(); ++p)
             s.lines_[static_cast<std::size_t>(p)] = lines_of(p, group_channels);
         s.offset += g * s.lines_[0] * line_bytes;
-        s.second_slice_ = second_slice_ + g * s.lines_[1] - g * s.lines_[0];
+        s.first_shared_ = first_shared_ + g * s.lines_[1] - g * s.lines_[0];
         return s;
     }
 
@@ -147,14 +178,14 @@ struct section_layout {
         return detail::traits_of(format);
     }
 
-    /// Lines of bit slice p in one unit. A unit is a tile of a K section, or a run of 16 channels of a V
+    /// Lines of one unit without shared ones. A unit is a tile of a K section, or a run of 16 channels of a V
     /// section.
-    [[nodiscard]] constexpr std::size_t slice_lines(int p) const noexcept {
-        return lines_[static_cast<std::size_t>(p)];
-    }
-    /// Lines from the first of slice 0 to the first of slice 1.
-    [[nodiscard]] constexpr std::size_t second_slice() const noexcept { return second_slice_; }
-    /// Lines of one unit, with all slices and groups.
+    [[nodiscard]] constexpr std::size_t own_lines() const noexcept { return lines_[0]; }
+    /// Shared lines of one unit: half as many for 3-bit codes, none for others.
+    [[nodiscard]] constexpr std::size_t shared_lines() const noexcept { return lines_[1]; }
+    /// Lines from the first of a unit to its first shared one.
+    [[nodiscard]] constexpr std::size_t first_shared() const noexcept { return first_shared_; }
+    /// Lines of one unit, with shared ones and all groups.
     [[nodiscard]] constexpr std::size_t unit_lines() const noexcept { return unit_lines_; }
     /// The number of units: tiles of a K section, runs of 16 channels of a V section.
     [[nodiscard]] constexpr std::size_t units() const noexcept {
@@ -166,25 +197,29 @@ struct section_layout {
     /// Where bit slice p of (token, channel) lies, counted in lanes from the section's first line.
     [[nodiscard]] constexpr detail::field_place place(int p, std::size_t token,
                                                       std::size_t channel) const noexcept {
-        const int b = traits().field_bits(p);
+        const int b = traits().field_bits(0);
         const std::size_t per_lane = static_cast<std::size_t>(32 / b);
         const std::size_t across = keys ? token : channel; // runs over lanes and units
         const std::size_t along = keys ? channel : token;  // runs over the fields of a lane and over lines
-        const std::size_t line =
-            across / line_lanes * unit_lines() + (p == 1 ? second_slice() : 0) + along / per_lane;
-        return {line * line_lanes + across % line_lanes,
-                keys ? detail::key_field_shift(b, along % per_lane)
-                     : detail::value_field_shift(b, along % per_lane)};
+        const std::size_t line = along / per_lane, n = along % per_lane;
+        const auto lane = [&](std::size_t l) {
+            return (across / line_lanes * unit_lines() + l) * line_lanes + across % line_lanes;
+        };
+        if (shared_lines() != 0) {
+            const detail::shared_place at = detail::place_of_3_bits(keys, p, n, line % 2);
+            return {lane(at.shared ? first_shared() + line / 2 : line), at.shift};
+        }
+        return {lane(line), keys ? detail::key_field_shift(b, n) : detail::value_field_shift(b, n)};
     }
 
 private:
-    // The lines that so many fields of slice p take. Precondition: whole lanes.
+    // The lines of so many codes: of their own (p = 0), shared (1). Precondition: whole lanes.
     [[nodiscard]] constexpr std::size_t lines_of(int p, std::size_t fields) const noexcept {
         return fields * static_cast<std::size_t>(traits().field_bits(p)) / 32;
     }
 
-    std::array<std::size_t, 2> lines_{}; // by bit slice
-    std::size_t second_slice_ = 0, unit_lines_ = 0;
+    std::array<std::size_t, 2> lines_{}; // own, shared
+    std::size_t first_shared_ = 0, unit_lines_ = 0;
 };
 
 /// Geometry of a page of one layer and KV head.

@@ -191,29 +191,21 @@ struct row_options {
 namespace oracle {
 
 // A query in pairs of channels, as detail/kernels/pairs.inl defines it: float by float, since a multiplier is
-// rounded up and a table's entry to the nearest. The high bits of 3-bit codes go by fours.
+// rounded up and a table's entry to the nearest.
 struct paired_query {
-    double step = 0.0, multiplier_sum = 0.0, half_steps = 0.0; // of all pairs and fours: the largest errors
+    double step = 0.0, multiplier_sum = 0.0, half_steps = 0.0; // of all pairs: the largest errors
     std::vector<double> centred;                               // [pair][16]: multiplier * (t - 255 / 2)
-    std::vector<double> centred_fours;                         // [four][16], where codes have 3 bits
     std::array<float, 4> levels{};                             // of codes, about their middle
 
     paired_query() = default;
-    paired_query(std::span<const float> q, int bits, bool codebook)
+    paired_query(std::span<const float> q, bool codebook)
         : levels(codebook ? std::array{-7.0f, -2.0f, 2.0f, 7.0f} : std::array{-1.5f, -0.5f, 0.5f, 1.5f}) {
         const auto at = [&](std::size_t i) { return i < q.size() ? q[i] : 0.0f; };
         const std::size_t pairs = (q.size() + 1) / 2;
         float widest = 0.0f;
         for (std::size_t p = 0; p < pairs; ++p)
             widest = std::max(widest, std::fabs(at(2 * p)) + std::fabs(at(2 * p + 1)));
-        const auto size_of_four = [&](std::size_t c) {
-            return (std::fabs(at(c)) + std::fabs(at(c + 1))) + (std::fabs(at(c + 2)) + std::fabs(at(c + 3)));
-        };
-        const std::size_t fours = bits == 3 ? (q.size() + 3) / 4 : 0;
-        float widest_four = 0.0f;
-        for (std::size_t p = 0; p < fours; ++p)
-            widest_four = std::max(widest_four, size_of_four(4 * p));
-        const float half = levels[3], top = std::max(half * widest, 2.0f * widest_four);
+        const float half = levels[3], top = half * widest;
         step = static_cast<double>(top / 127.0f * (2.0f / 255.0f));
         for (std::size_t p = 0; p < pairs; ++p) {
             const float a = at(2 * p), b = at(2 * p + 1);
@@ -229,38 +221,18 @@ struct paired_query {
             multiplier_sum += static_cast<double>(m);
             half_steps += static_cast<double>(m) * step * (0.5 + 255 * gamma(8));
         }
-        for (std::size_t p = 0; p < fours; ++p) {
-            const float reach = 2.0f * size_of_four(4 * p);
-            const float m = top > 0.0f ? std::min(std::ceil(reach * (127.0f / top)), 127.0f) : 0.0f;
-            const float inverse = m > 0.0f ? 127.5f / (m * (top / 127.0f)) : 0.0f;
-            for (unsigned c = 0; c < 16; ++c) {
-                float t = 127.5f;
-                for (unsigned k = 0; k < 4; ++k)
-                    t = std::fma(at(4 * p + k) * inverse, (c >> k & 1u) != 0 ? 2.0f : -2.0f, t);
-                centred_fours.push_back(static_cast<double>(m) *
-                                        (static_cast<double>(std::nearbyint(t)) - 127.5));
-            }
-            multiplier_sum += static_cast<double>(m);
-            half_steps += static_cast<double>(m) * step * (0.5 + 255 * gamma(8));
-        }
     }
     // off: levels of the channels of a token, about their middle
     [[nodiscard]] double dot(const float* off, std::size_t channels) const {
-        const bool by_fours = !centred_fours.empty();
-        // of a channel: the high bit of its code, and what is left of it; code 0 past the last channel
-        const auto high_bit = [&](std::size_t c) -> std::size_t { return c < channels && off[c] > 0.0f; };
-        const auto low_code = [&](std::size_t c) -> std::size_t {
-            if (c >= channels)
-                return 0;
-            const float level = by_fours ? off[c] + (off[c] > 0.0f ? -2.0f : 2.0f) : off[c];
-            return static_cast<std::size_t>(std::find(levels.begin(), levels.end(), level) - levels.begin());
+        // code 0 past the last channel
+        const auto code = [&](std::size_t c) -> std::size_t {
+            return c < channels ? static_cast<std::size_t>(std::find(levels.begin(), levels.end(), off[c]) -
+                                                           levels.begin())
+                                : 0;
         };
         double sum = 0.0;
         for (std::size_t c = 0; c < channels; c += 2)
-            sum += centred[c * 8 + low_code(c) + 4 * low_code(c + 1)];
-        for (std::size_t c = 0; by_fours && c < channels; c += 4)
-            sum += centred_fours[c * 4 + high_bit(c) + 2 * high_bit(c + 1) + 4 * high_bit(c + 2) +
-                                 8 * high_bit(c + 3)];
+            sum += centred[c * 8 + code(c) + 4 * code(c + 1)];
         return sum;
     }
 };
@@ -346,7 +318,7 @@ public:
                 at.code_sum += at.codes.back();
             }
             if (paired)
-                at.pairs = paired_query(at.row, keys.bits, keys.codebook);
+                at.pairs = paired_query(at.row, keys.codebook);
         }
     }
 
@@ -430,7 +402,7 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
     // the query as the kernels prepare it, group by group
     const kv1::target used =
         keys.per_channel ? kv1::detail::without_pairs(kv1::current_target()) : kv1::current_target();
-    const bool paired = fast_keys && (keys.bits == 2 || keys.bits == 3) && kv1::detail::takes_pairs(used);
+    const bool paired = fast_keys && keys.bits == 2 && kv1::detail::takes_pairs(used);
     std::vector<float> q(query.begin(), query.end());
     std::vector<double> i(d);
     struct query_part {
@@ -456,7 +428,7 @@ inline expected_row expect_row(std::span<const float> query, float scale, const 
             part.code_sum += i[p * part_dim + c];
         }
         if (paired)
-            part.pairs = oracle::paired_query(own, keys.bits, keys.codebook);
+            part.pairs = oracle::paired_query(own, keys.codebook);
         else if (fast_keys)
             part.sum = static_cast<float>(part.step) * static_cast<float>(part.code_sum);
     }

@@ -342,7 +342,15 @@ TEST_CASE("plain lanes hold consecutive channels of a key and consecutive tokens
     KV1_REQUIRE_CLEAN(t);
 }
 
-TEST_CASE("a 3-bit section is a 2-bit and a 1-bit part in lines of their own", "[layout]") {
+TEST_CASE("two lines of 3-bit codes share a third line", "[layout]") {
+    // of a byte, by the code's field in two lines: where its low bits and its high bit lie, in the first line (0), the
+    // second (1) or the shared one (2)
+    struct bits {
+        std::size_t line;
+        int shift;
+    };
+    constexpr bits low[] = {{0, 0}, {0, 3}, {0, 6}, {2, 0}, {1, 0}, {1, 3}, {1, 6}, {2, 3}};
+    constexpr bits high[] = {{0, 2}, {0, 5}, {2, 6}, {2, 2}, {1, 2}, {1, 5}, {2, 7}, {2, 5}};
     tally t;
     for (const std::size_t d : dims())
         for (const std::size_t tokens : page_sizes)
@@ -350,14 +358,22 @@ TEST_CASE("a 3-bit section is a 2-bit and a 1-bit part in lines of their own", "
                 const page_layout layout(kv_format::affine3, d, kv_format::affine3, d, tokens);
                 const section_layout& s = keys ? layout.keys() : layout.values();
                 const std::size_t along = ((keys ? d : tokens) + 31) / 32 * 32;
-                t.expect(s.slice_lines(0) == along / 16 && s.slice_lines(1) == along / 32, describe(s));
+                t.expect(s.own_lines() == along / 16 && s.shared_lines() == along / 32, describe(s));
                 for (std::size_t token = 0; token < tokens; ++token)
                     for (std::size_t c = 0; c < d; ++c) {
                         const std::size_t across = keys ? token : c, n = keys ? c : token;
                         const std::size_t unit = across / 16 * (along / 16 + along / 32) * 16 + across % 16;
-                        t.expect(s.place(0, token, c).lane == unit + n / 16 * 16, describe(s), token, c);
-                        t.expect(s.place(1, token, c).lane == unit + (along / 16 + n / 32) * 16, describe(s),
-                                 token, c);
+                        const std::size_t in_line = n % 16, byte = keys ? in_line / 4 : in_line % 4;
+                        const std::size_t field = n / 16 % 2 * 4 + (keys ? in_line % 4 : in_line / 4);
+                        const auto expect_at = [&](int p, const bits& b) {
+                            const auto at = s.place(p, token, c);
+                            const std::size_t line = b.line == 2 ? along / 16 + n / 32 : n / 32 * 2 + b.line;
+                            t.expect(at.lane == unit + line * 16 &&
+                                         at.shift == static_cast<int>(8 * byte) + b.shift,
+                                     describe(s), token, c);
+                        };
+                        expect_at(0, low[field]);
+                        expect_at(1, high[field]);
                     }
             }
     KV1_REQUIRE_CLEAN(t);

@@ -49,7 +49,7 @@ KV1_C_API kv1_code kv1_export_rows(const kv1_cache* cache, kv1_sequence sequence
 KV1_C_API kv1_code kv1_append_rows(kv1_cache* cache, kv1_sequence sequence, size_t layer, size_t tokens,
                                    kv1_const_rows keys, kv1_const_rows values, kv1_error* error);
 
-/** How the K or the V half of a page lies; kv1/layout.hpp says what lines, bit slices and units are. Offsets are
+/** How the K or the V half of a page lies; kv1/layout.hpp says what lines, shared lines and units are. Offsets are
  * in bytes from the page's beginning. */
 typedef struct kv1_section {
     kv1_format format;     /**< of this half */
@@ -59,8 +59,9 @@ typedef struct kv1_section {
     size_t offset;         /**< of the lines */
     size_t units;          /**< tiles of keys, runs of 16 channels of values */
     size_t unit_lines;     /**< lines of 64 bytes of a unit */
-    size_t slice_lines[2]; /**< of the code's bit slices in a unit */
-    size_t second_slice;   /**< lines from the first of slice 0 to the first of slice 1 */
+    size_t own_lines;      /**< of a unit, without shared ones */
+    size_t shared_lines;   /**< of a unit, for 3-bit codes: two lines share one */
+    size_t first_shared;   /**< lines from the first of a unit to its first shared one */
     size_t scale_offset;   /**< of the fp16 scales */
     size_t minimum_offset; /**< of the fp16 minima */
 } kv1_section;

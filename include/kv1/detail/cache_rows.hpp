@@ -48,10 +48,18 @@ inline code_run load_run(const section_layout& s, const std::byte* page, std::si
     for (int p = 0; p < t.slice_count(); ++p) {
         const int bits = t.field_bits(p), to = t.slices[static_cast<std::size_t>(p)].shift;
         const std::uint32_t mask = field_mask(bits);
-        const std::size_t step = s.keys ? static_cast<std::size_t>(32 / bits) : line_lanes;
+        const std::size_t step = s.keys ? static_cast<std::size_t>(32 / t.field_bits(0)) : line_lanes;
         for (std::size_t c = 0; c < n; c += step) {
             const field_place at = s.place(p, token, first + c);
-            if (s.keys) {
+            if (s.keys && t.slice_count() == 2) {
+                const std::uint32_t own = load_lane(page + s.offset, s.place(0, token, first + c).lane),
+                                    shared =
+                                        load_lane(page + s.offset, s.place(1, token, first + c + 3).lane);
+                for (std::size_t i = 0; i < step; ++i) {
+                    const shared_place in = place_of_3_bits(true, p, i, c / step % 2);
+                    codes[c + i] |= ((in.shared ? shared : own) >> in.shift & mask) << to;
+                }
+            } else if (s.keys) {
                 const std::uint32_t word = load_lane(page + s.offset, at.lane);
                 for (std::size_t i = 0; i < step; ++i)
                     codes[c + i] |= (word >> key_field_shift(bits, i) & mask) << to;
@@ -71,14 +79,25 @@ inline void store_run(const section_layout& s, std::byte* page, std::size_t toke
     for (int p = 0; p < t.slice_count(); ++p) {
         const int bits = t.field_bits(p), from = t.slices[static_cast<std::size_t>(p)].shift;
         const std::uint32_t mask = field_mask(bits);
-        const std::size_t step = s.keys ? static_cast<std::size_t>(32 / bits) : line_lanes;
+        const std::size_t step = s.keys ? static_cast<std::size_t>(32 / t.field_bits(0)) : line_lanes;
         for (std::size_t c = 0; c < n; c += step) {
             const std::size_t fields = (std::min)(step, n - c);
             const field_place at = s.place(p, token, first + c);
             const auto put = [&](std::uint32_t& word, std::size_t i, int shift) {
                 word = (word & ~(mask << shift)) | (codes[c + i] >> from & mask) << shift;
             };
-            if (s.keys) {
+            if (s.keys && t.slice_count() == 2) {
+                const std::size_t own = s.place(0, token, first + c).lane,
+                                  shared = s.place(1, token, first + c + 3).lane;
+                std::uint32_t own_word = load_lane(page + s.offset, own),
+                              shared_word = load_lane(page + s.offset, shared);
+                for (std::size_t i = 0; i < fields; ++i) {
+                    const shared_place in = place_of_3_bits(true, p, i, c / step % 2);
+                    put(in.shared ? shared_word : own_word, i, in.shift);
+                }
+                store_lane(page + s.offset, own, own_word);
+                store_lane(page + s.offset, shared, shared_word);
+            } else if (s.keys) {
                 std::uint32_t word = load_lane(page + s.offset, at.lane);
                 for (std::size_t i = 0; i < fields; ++i)
                     put(word, i, key_field_shift(bits, i));

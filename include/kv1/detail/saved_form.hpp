@@ -28,7 +28,7 @@ inline constexpr std::array<char, 8> saved_magic{'K', 'V', '1', 'C', 'A', 'C', '
 // 2: rotations and means, 3: groups of channels, 4: a model's fingerprint, prefixes, values in keys,
 // retention
 inline constexpr std::uint32_t saved_version = 4;
-inline constexpr std::uint32_t layout_version = 1; // of layout.hpp
+inline constexpr std::uint32_t layout_version = 2; // of layout.hpp
 inline constexpr std::size_t saved_fixed_bytes = 96;
 inline constexpr std::size_t saved_start_bytes =
     12; // of it, that all forms have in common: magic and version

@@ -84,9 +84,9 @@ inline kv1_section c_section(const section_layout& s) noexcept {
     out.offset = s.offset;
     out.units = s.units();
     out.unit_lines = s.unit_lines();
-    out.slice_lines[0] = s.slice_lines(0);
-    out.slice_lines[1] = s.slice_lines(1);
-    out.second_slice = s.second_slice();
+    out.own_lines = s.own_lines();
+    out.shared_lines = s.shared_lines();
+    out.first_shared = s.first_shared();
     out.scale_offset = s.scale_offset;
     out.minimum_offset = s.minimum_offset;
     return out;

@@ -28,8 +28,8 @@ struct kept_tile {
 };
 inline constexpr std::size_t most_kept = 8; // of a query row
 
-// A channel's room in the tables of a query row by pairs (kernels/pairs.inl): 8 bytes of pairs, 4 of fours.
-inline constexpr std::size_t pair_table_bytes = 12;
+// A channel's room in the tables of a query row by pairs (kernels/pairs.inl).
+inline constexpr std::size_t pair_table_bytes = 8;
 
 // The memory that attend_rows works in, too large for a thread's stack.
 struct attention_scratch {
@@ -72,9 +72,7 @@ struct query_rows {
 
 // Whether keys are taken by channel pairs (kernels/pairs.inl): the format's part of the answer, and the
 // target's.
-constexpr bool takes_pairs(const format_traits& keys) noexcept {
-    return keys.code_bits == 2 || keys.code_bits == 3;
-}
+constexpr bool takes_pairs(const format_traits& keys) noexcept { return keys.code_bits == 2; }
 constexpr bool takes_pairs(target t) noexcept {
 #if defined(__AVX512F__) && defined(__AVX512CD__) && defined(__AVX512VL__) && defined(__AVX512DQ__) &&       \
     defined(__AVX512BW__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)

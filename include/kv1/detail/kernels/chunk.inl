@@ -62,7 +62,7 @@ KV1_LAZY KV1_INLINE void scatter_codes(const std::int8_t* plain, std::size_t pad
 }
 
 // Rounds a query row to 8 bits for the fast path. Channels are reordered so that four consecutive bytes are multiplied
-// by the four bytes of a lane of the first bit slice. codes: those of the row tile; the row is row r of `rows` rows in
+// by the four bytes of a lane. codes: those of the row tile; the row is row r of `rows` rows in
 // it.
 KV1_LAZY inline void round_query(const float* query, std::size_t padded, const format_traits& t,
                                  std::int8_t* codes, std::size_t r, std::size_t rows, float& scale,
@@ -151,15 +151,15 @@ KV1_LAZY KV1_NOINLINE inline void prefetch_values(const section_layout& s,
                                                   const chunk_tiles& chunk) noexcept {
     for (std::size_t k = 0; k < chunk.count; ++k) {
         const tile_ref& tile = chunk.tiles[k];
-        const std::byte* slice = tile.page + s.offset;
-        for (int p = 0; p < s.traits().slice_count(); slice += s.slice_lines(p++) * line_bytes) {
-            const std::size_t first = tile.token * s.slice_lines(p) / s.tokens;
-            const std::size_t last =
-                round_up((tile.token + tile_tokens) * s.slice_lines(p), s.tokens) / s.tokens;
+        const auto prefetch_lines = [&](std::size_t begin, std::size_t count) {
+            const std::size_t first = tile.token * count / s.tokens;
+            const std::size_t last = round_up((tile.token + tile_tokens) * count, s.tokens) / s.tokens;
             for (std::size_t u = 0; u < s.units(); ++u)
                 for (std::size_t l = first; l < last; ++l)
-                    prefetch(slice + (u * s.unit_lines() + l) * line_bytes);
-        }
+                    prefetch(tile.page + s.offset + (u * s.unit_lines() + begin + l) * line_bytes);
+        };
+        prefetch_lines(0, s.own_lines());
+        prefetch_lines(s.first_shared(), s.shared_lines());
     }
 }
 

@@ -2,12 +2,15 @@
 //
 // The inner loop of the integer path, shared by keys and values. Parsed once per target.
 //
-//   total[r][n] += (codes in the lanes of register n) . (8-bit numbers of row r), over the lines of one bit slice
+//   total[r][n] += (codes in the lanes of register n) . (8-bit numbers of row r), over the lines of a unit
 //
 // A byte holds 8 / Bits codes, so a register of a line is unpacked into as many registers with one code a byte. At
 // 2 bits, unpacked register f has bits 2 f and 2 f + 1 of each byte. Unpacked register f of line l meets the four
 // bytes of row r at ((l * R + r) * unpacked + f) * 4, broadcast to all lanes. R rows and N registers make R * N
 // independent chains, enough to hide the latency of the dot product, and each broadcast serves N of them.
+//
+// At 3 bits fields 0 and 1 of a byte lie in its line, field 3 in the line that it shares with a neighbour, and field 2 in
+// both (layout.hpp). Two lines take 17 shifts, masks and selections, 14 at 2 bits.
 //
 // Per line and N registers, with VNNI at 2 bits, R = N = 4: 64 vpdpbusd (ports FP0, FP1; one 512-bit a cycle), 12
 // shifts and 16 masks (FP1, FP2; any), 16 broadcasts and 4 loads (load ports): 112 operations in 64 cycles. So the dot
@@ -29,43 +32,42 @@ KV1_LAZY KV1_INLINE void fetch(const std::byte* next, std::size_t at, std::size_
 }
 
 // A walk says where register n of line l lies, and fetches meanwhile: each of the `own` lines of a tile some of the
-// `share` lines that the tile brings. Of keys: N registers of tokens, whose lines follow one another. second: the line
-// in which the second slice begins.
+// `share` lines that the tile brings. Of keys: N registers of tokens, whose lines follow one another. first_shared:
+// the first line that two others share.
 template <std::size_t N>
 struct key_walk {
     const std::uint32_t* first[N];
     const std::byte* next[N];
-    std::size_t second, own, share;
+    std::size_t first_shared, own, share;
 
     KV1_INLINE const std::uint32_t* line(std::size_t l, std::size_t n) const {
         return first[n] + l * line_lanes;
     }
-    // Of 3-bit codes in line l of the first slice, the high bits: of four channels, in bits 0 ... 3 of each byte.
-    KV1_INLINE u32 high_bits(std::size_t l, std::size_t odd, std::size_t n) const {
-        return nibbles_of(u32::load_aligned(line(second + l / 2, n)), odd);
+    // the line that line l shares
+    KV1_INLINE const std::uint32_t* shared_line(std::size_t l, std::size_t n) const {
+        return line(first_shared + l / 2, n);
     }
     KV1_INLINE void fetch_at(std::size_t l) const {
         KV1_UNROLL for (std::size_t n = 0; n < N; n += registers_per_line) { fetch(next[n], l, own, share); }
     }
 };
-// Of values: tables have the lines of the first 16 channels by slice, and those of other runs of 16 lie at fixed
-// distances. A line holds `Run` tokens, so there are several for a tile, or one for two of them.
+// Of values: tables have the lines of the first 16 channels, and their shared lines. Those of other runs of 16 lie at
+// fixed distances. A line holds `Run` tokens, so there are several for a tile, or one for two of them.
 template <std::size_t N, std::size_t Run>
 struct value_walk {
     static constexpr std::size_t tile_lines = Run < tile_tokens ? tile_tokens / Run : 1;
     static constexpr std::size_t line_tiles = Run > tile_tokens ? Run / tile_tokens : 1;
-    const std::byte* const* lines[2];
+    const std::byte* const* lines;
+    const std::byte* const* shared;
     const std::byte* const* next;
     std::size_t offset[N];
     std::size_t unit, units, share; // the first register's unit
 
     KV1_INLINE const std::uint32_t* line(std::size_t l, std::size_t n) const {
-        return reinterpret_cast<const std::uint32_t*>(lines[0][l] + offset[n]);
+        return reinterpret_cast<const std::uint32_t*>(lines[l] + offset[n]);
     }
-    // Of 3-bit codes, the high bits of tokens i, i + 4, i + 8 and i + 12 in bits 0 ... 3 of byte i.
-    KV1_INLINE u32 high_bits(std::size_t l, std::size_t odd, std::size_t n) const {
-        const auto* both = reinterpret_cast<const std::uint32_t*>(lines[1][l / 2] + offset[n]);
-        return (u32::load_aligned(both) >> static_cast<int>(4 * odd)) & u32(0x0f0f0f0fu);
+    KV1_INLINE const std::uint32_t* shared_line(std::size_t l, std::size_t n) const {
+        return reinterpret_cast<const std::uint32_t*>(shared[l / 2] + offset[n]);
     }
     KV1_INLINE void fetch_at(std::size_t l) const {
         KV1_UNROLL for (std::size_t n = 0; n < N; n += registers_per_line) {
@@ -75,34 +77,40 @@ struct value_walk {
     }
 };
 
+// Field f of each byte of a line. shared: at 3 bits, the line that it shares as the first or the second (odd) of two.
+template <int Bits>
+KV1_INLINE u32 unpacked_field(u32 packed, u32 shared, std::size_t f, std::size_t odd) {
+    const u32 mask(((1u << Bits) - 1u) * 0x01010101u);
+    const auto shifted = [](u32 x, std::size_t by) { return by == 0 ? x : x >> static_cast<int>(by); };
+    if (Bits == 8)
+        return packed;
+    if (Bits != 3)
+        return shifted(packed, f * Bits) & mask;
+    if (f == 2)
+        return and_or(packed >> 6, u32(0x03030303u), shifted(shared, 4 + odd) & u32(0x04040404u));
+    return (f == 3 ? shifted(shared, 3 * odd) : shifted(packed, 3 * f)) & mask;
+}
+
 // Lines first ... last - 1 into running sums. Unsigned: the rows' 8-bit numbers are 0 ... 255, as weights of codes below
-// 128 may be. Bits: of a code; codes of 3 bits are joined from both slices, two lines of the first at a time.
+// 128 may be. Bits: of a code; at 3 bits, first and last are even.
 template <int Bits, bool Unsigned, int Top, std::size_t R, std::size_t N, class Walk, class Sum>
 KV1_INLINE void run_dots(const Walk& walk, std::size_t first, std::size_t last, const std::int8_t* rows,
                          Sum (&sum)[R][N]) {
-    constexpr int width = Bits == 3 ? 2 : Bits; // of a field of the first slice
-    constexpr std::size_t unpacked = 8 / width, at_once = Bits == 3 ? 2 : 1;
-    const u32 mask(((1u << Bits) - 1u) * 0x01010101u);
-    for (std::size_t pair = first; pair < last; pair += at_once)
-        KV1_UNROLL for (std::size_t l = pair; l < pair + at_once; ++l) {
-            u32 packed[N], others[N];
+    constexpr std::size_t unpacked = Bits == 3 ? 4 : 8 / Bits, at_once = Bits == 3 ? 2 : 1;
+    for (std::size_t pair = first; pair < last; pair += at_once) {
+        u32 shared[N];
+        KV1_UNROLL for (std::size_t n = 0; n < N; ++n) { // at other widths it is not used
+            shared[n] = u32::load_aligned(Bits == 3 ? walk.shared_line(pair, n) : walk.line(pair, n));
+        }
+        KV1_UNROLL for (std::size_t odd = 0; odd < at_once; ++odd) {
+            const std::size_t l = pair + odd;
+            u32 packed[N];
             walk.fetch_at(l);
-            KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
-                packed[n] = others[n] = u32::load_aligned(walk.line(l, n));
-                if constexpr (Bits == 3) { // fields 0 and 2, 1 and 3 as nibbles
-                    const u32 high = walk.high_bits(pair, l - pair, n), low(0x33333333u);
-                    packed[n] = and_or(packed[n], low, to_bits_2_and_6<0>(high));
-                    others[n] = and_or(others[n] >> 2, low, to_bits_2_and_6<1>(high));
-                }
-            }
+            KV1_UNROLL for (std::size_t n = 0; n < N; ++n) { packed[n] = u32::load_aligned(walk.line(l, n)); }
             KV1_UNROLL for (std::size_t f = 0; f < unpacked; ++f) {
                 u32 codes[N];
                 KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
-                    codes[n] = Bits == 3 && f % 2 == 1 ? others[n] : packed[n];
-                    if (const std::size_t shift = Bits == 3 ? 4 * (f / 2) : f * Bits; shift != 0)
-                        codes[n] = codes[n] >> static_cast<int>(shift);
-                    if (Bits != 8)
-                        codes[n] = codes[n] & mask;
+                    codes[n] = unpacked_field<Bits>(packed[n], shared[n], f, odd);
                     if (Top != (1 << Bits) - 1)
                         codes[n] = levels_of(codes[n]);
                 }
@@ -116,6 +124,7 @@ KV1_INLINE void run_dots(const Walk& walk, std::size_t first, std::size_t last, 
                 }
             }
         }
+    }
 }
 
 // All lines of a unit. Top: the largest level, which is the largest code but for the codebook.

@@ -19,6 +19,9 @@
 // for each bit of n, n log2 n interleavings, and loads and stores of quarters. At 2 bits it is 8 operations a
 // register; a query row takes 4 dot products a line.
 //
+// Codes of 3 bits are taken apart into fields of 2 bits: their low bits, and their high bits. Both are transposed, and
+// joined.
+//
 // Plain values. Sixteen lines of K are transposed. In fp16, the two halves of a lane change places between two tokens.
 //
 // ARCHITECTURE.md ("The tile layout") says which other designs were weighed.
@@ -142,49 +145,116 @@ KV1_NOINLINE void transpose_plain(const std::uint32_t* const* from, std::size_t 
         }
 }
 
+// A line of 3-bit codes and the line that it shares as fields of 2 bits: low bits, and high bits.
+struct two_fields {
+    u32 low, high;
+};
+KV1_LAZY KV1_INLINE two_fields taken_apart(u32 own, u32 shared, bool odd) {
+    const u32 third = (odd ? shared >> 1 : shared) & u32(0x40404040u);
+    const u32 fourth = (odd ? shared >> 3 : shared) & u32(0x07070707u);
+    return {(own & u32(0x03030303u)) | ((own >> 1) & u32(0x0c0c0c0cu)) | ((own >> 2) & u32(0x30303030u)) |
+                ((fourth & u32(0x03030303u)) << 6),
+            ((own >> 2) & u32(0x01010101u)) | ((own >> 3) & u32(0x04040404u)) | (third >> 2) |
+                ((fourth & u32(0x04040404u)) << 4)};
+}
+// The first of both lines, and what it adds to the second.
+KV1_LAZY KV1_INLINE u32 joined(two_fields x) {
+    return (x.low & u32(0x03030303u)) | ((x.high & u32(0x01010101u)) << 2) |
+           ((x.low & u32(0x0c0c0c0cu)) << 1) | ((x.high & u32(0x04040404u)) << 3) |
+           ((x.low & u32(0x30303030u)) << 2);
+}
+KV1_LAZY KV1_INLINE u32 joined_shared(two_fields x, bool odd) {
+    const u32 third = (x.high & u32(0x10101010u)) << 2,
+              fourth = ((x.low >> 6) & u32(0x03030303u)) | ((x.high >> 4) & u32(0x04040404u));
+    return odd ? (third << 1) | (fourth << 3) : third | fourth;
+}
+
+// Codes of 3 bits, two tiles by four lines at a time. from: tiles, whose shared lines begin at first_shared. to: lines of
+// V, of 16 channels each, `unit` numbers apart from those of the next; shared ones begin at to_shared.
+KV1_LAZY KV1_NOINLINE inline void transpose_3_bits(const std::uint32_t* const* from, std::size_t tiles,
+                                                   std::size_t first_shared, std::uint32_t* to,
+                                                   std::size_t to_shared, std::size_t unit,
+                                                   std::size_t units) noexcept {
+    constexpr std::size_t at_once = 4; // lines of K: of 16 channels, as many as runs of V
+    alignas(64) std::uint32_t apart[2][2][at_once * line_lanes];  // [low, high][tile]
+    alignas(64) std::uint32_t turned[2][at_once][2 * line_lanes]; // [low, high][run][tile]
+    for (std::size_t k = 0; k < tiles; k += 2)
+        for (std::size_t first = 0; first < units; first += at_once) {
+            const std::size_t lines = units - first < at_once ? units - first : at_once;
+            for (std::size_t tile = 0; tile < 2; ++tile)
+                for (std::size_t l = 0; l < lines; ++l)
+                    for (std::size_t i = 0; i < line_lanes; i += lanes) {
+                        const std::size_t line = first + l;
+                        const two_fields x = taken_apart(
+                            u32::load_aligned(from[k + tile] + line * line_lanes + i),
+                            u32::load_aligned(from[k + tile] + (first_shared + line / 2) * line_lanes + i),
+                            line % 2 != 0);
+                        x.low.store_aligned(apart[0][tile] + l * line_lanes + i);
+                        x.high.store_aligned(apart[1][tile] + l * line_lanes + i);
+                    }
+            for (std::size_t p = 0; p < 2; ++p) {
+                const std::uint32_t* const both[] = {apart[p][0], apart[p][1]};
+                transpose_codes<2>(both, 2, lines, turned[p][0], 2 * line_lanes, lines);
+            }
+            for (std::size_t u = 0; u < lines; ++u)
+                for (std::size_t i = 0; i < line_lanes; i += lanes) {
+                    std::uint32_t* const run = to + (first + u) * unit + i;
+                    u32 shared(0u);
+                    for (std::size_t tile = 0; tile < 2; ++tile) {
+                        const std::size_t at = tile * line_lanes + i;
+                        const two_fields x{u32::load_aligned(turned[0][u] + at),
+                                           u32::load_aligned(turned[1][u] + at)};
+                        joined(x).store_aligned(run + (k + tile) * line_lanes);
+                        shared = shared | joined_shared(x, tile != 0);
+                    }
+                    shared.store_aligned(run + (to_shared + k / 2) * line_lanes);
+                }
+        }
+}
+
 // Transposes the first channels of a chunk of keys into `room`, which is laid out as `values` (transposed_values()). The
 // tiles of the chunk are whole granules.
 KV1_LAZY inline void transpose_values(const section_layout& keys, const tile_ref* tiles, std::size_t count,
                                       const section_layout& values, std::byte* room) noexcept {
     const format_traits t = keys.traits();
     const std::size_t tile_lines = keys.unit_lines();
-    for (int p = 0; p < t.slice_count(); ++p) {
-        const std::uint32_t* from[max_chunk_tiles];
-        for (std::size_t k = 0; k < count; ++k)
-            from[k] =
-                reinterpret_cast<const std::uint32_t*>(tiles[k].page + keys.offset) +
-                (tiles[k].token / tile_tokens * tile_lines + (p == 1 ? keys.second_slice() : 0)) * line_lanes;
-        const auto fields = static_cast<std::size_t>(32 / t.field_bits(p));
-        const std::size_t lines = round_up(values.channels, fields) / fields;
-        auto* const to =
-            reinterpret_cast<std::uint32_t*>(room) + (p == 1 ? values.second_slice() : 0) * line_lanes;
-        const std::size_t unit = values.unit_lines() * line_lanes, units = values.units();
-        switch (t.field_bits(p)) {
-        case 1:
-            transpose_codes<1>(from, count, lines, to, unit, units);
-            break;
-        case 2:
-            transpose_codes<2>(from, count, lines, to, unit, units);
-            break;
-        case 4:
-            transpose_codes<4>(from, count, lines, to, unit, units);
-            break;
-        case 8:
-            transpose_codes<8>(from, count, lines, to, unit, units);
-            break;
-        case 16:
-            transpose_plain<16>(from, count, lines, to, unit, units);
-            break;
-        case 32:
-            transpose_plain<32>(from, count, lines, to, unit, units);
-            break;
-        }
+    const std::uint32_t* from[max_chunk_tiles];
+    for (std::size_t k = 0; k < count; ++k)
+        from[k] = reinterpret_cast<const std::uint32_t*>(tiles[k].page + keys.offset) +
+                  tiles[k].token / tile_tokens * tile_lines * line_lanes;
+    const int bits = t.code_bits == 0 ? t.plain_bits : t.code_bits;
+    const std::size_t fields = static_cast<std::size_t>(32 / bits);
+    const std::size_t lines = round_up(values.channels, fields) / fields;
+    auto* const to = reinterpret_cast<std::uint32_t*>(room);
+    const std::size_t unit = values.unit_lines() * line_lanes, units = values.units();
+    switch (bits) {
+    case 1:
+        transpose_codes<1>(from, count, lines, to, unit, units);
+        break;
+    case 2:
+        transpose_codes<2>(from, count, lines, to, unit, units);
+        break;
+    case 3:
+        transpose_3_bits(from, count, keys.first_shared(), to, values.first_shared(), unit, units);
+        break;
+    case 4:
+        transpose_codes<4>(from, count, lines, to, unit, units);
+        break;
+    case 8:
+        transpose_codes<8>(from, count, lines, to, unit, units);
+        break;
+    case 16:
+        transpose_plain<16>(from, count, lines, to, unit, units);
+        break;
+    case 32:
+        transpose_plain<32>(from, count, lines, to, unit, units);
+        break;
     }
-    const auto copy = [&](std::size_t from, std::size_t to) {
+    const auto copy = [&](std::size_t kept, std::size_t copied) {
         for (std::size_t g = 0; g < values.groups(); ++g)
             for (std::size_t k = 0; k < count; ++k)
-                std::memcpy(room + to + (g * values.tokens + k * tile_tokens) * sizeof(std::uint16_t),
-                            tiles[k].page + from + (g * keys.tokens + tiles[k].token) * sizeof(std::uint16_t),
+                std::memcpy(room + copied + (g * values.tokens + k * tile_tokens) * sizeof(std::uint16_t),
+                            tiles[k].page + kept + (g * keys.tokens + tiles[k].token) * sizeof(std::uint16_t),
                             tile_tokens * sizeof(std::uint16_t));
     };
     if (t.metadata != metadata_kind::none)

@@ -95,6 +95,39 @@ KV1_LAZY inline void unpack(int bits, const std::uint8_t* bytes, std::size_t n,
     }
 }
 
+// Writes a key's codes of 3 bits into one lane of consecutive lines, which layout.hpp describes. Four codes c make a byte
+// of their own line, and bits of the shared one.
+KV1_LAZY inline void insert_key_of_3_bits(const section_layout& s, std::byte* section, std::size_t token,
+                                          const std::uint8_t* codes) noexcept {
+    alignas(64) std::uint8_t own[max_vector_length / 4], shared[max_vector_length / 4];
+    const std::size_t words = round_up(s.channels, 32) / 4; // of four codes, four for a line
+    std::size_t i = 0;
+    for (; i + lanes <= words; i += lanes) {
+        const u32 c = u32::load_unaligned(reinterpret_cast<const std::uint32_t*>(codes + 4 * i));
+        const u32 high = (c >> 12) & u32(0x40u), last = c >> 24; // high bit of the third code, the fourth
+        store_u8((c | (c >> 5) | (c >> 10)) & u32(0xffu), own + i);
+        store_u8(high | last, shared + i);
+    }
+    for (; i < words; ++i) {
+        std::uint32_t c;
+        std::memcpy(&c, codes + 4 * i, sizeof c);
+        own[i] = static_cast<std::uint8_t>(c | c >> 5 | c >> 10);
+        shared[i] = static_cast<std::uint8_t>((c >> 12 & 0x40u) | c >> 24);
+    }
+    std::byte* const lane = section + 4 * s.place(0, token, 0).lane;
+    for (std::size_t line = 0; line < s.own_lines(); ++line)
+        std::memcpy(lane + line * line_bytes, own + 4 * line, 4);
+    for (std::size_t line = 0; line < s.shared_lines(); ++line) {
+        std::uint32_t first, second;
+        std::memcpy(&first, shared + 8 * line, 4);
+        std::memcpy(&second, shared + 8 * line + 4, 4);
+        // what two lines share lies apart: bits 0-2 and 6, 3-5 and 7
+        const std::uint32_t low = second & 0x07070707u, high = second & 0x40404040u;
+        const std::uint32_t both = first | low << 3 | high << 1;
+        std::memcpy(lane + (s.first_shared() + line) * line_bytes, &both, 4);
+    }
+}
+
 // Writes a vector's codes into the lanes of one token of a section. K: the packed words of the vector go to one lane
 // of consecutive lines. V: one field of each of 16 lanes is replaced, for each run of 16 channels. `codes` holds
 // round_up(channels, 32) bytes, zero past the channels.
@@ -104,6 +137,8 @@ KV1_LAZY inline void insert_codes(const section_layout& s, std::byte* page, std:
     std::byte* const section = page + s.offset;
     alignas(64) std::uint8_t fields[max_vector_length];
     alignas(64) std::uint8_t words[max_vector_length];
+    if (s.keys && t.slice_count() == 2)
+        return insert_key_of_3_bits(s, section, token, codes);
     for (int p = 0; p < t.slice_count(); ++p) {
         const bit_slice part = t.slices[static_cast<std::size_t>(p)];
         const std::size_t padded = round_up(s.channels, 32);
@@ -125,7 +160,7 @@ KV1_LAZY inline void insert_codes(const section_layout& s, std::byte* page, std:
         const field_place at = s.place(p, token, 0);
         if (s.keys) {
             pack(part.bits, source, padded, words);
-            for (std::size_t line = 0; line < s.slice_lines(p); ++line)
+            for (std::size_t line = 0; line < s.own_lines(); ++line)
                 std::memcpy(section + (at.lane + line * line_lanes) * 4, words + line * 4, 4);
         } else {
             const u32 keep(~(field_mask(part.bits) << at.shift));

@@ -122,12 +122,12 @@ struct single_dots {
     single_dots(const query_rows& q, std::size_t row) : codes(q.codes + row * q.stride) {}
 
     // the lines of a tile at which others are fetched
-    static KV1_INLINE std::size_t walked_lines(const section_layout& s) { return s.slice_lines(0); }
+    static KV1_INLINE std::size_t walked_lines(const section_layout& s) { return s.own_lines(); }
 
     template <class Format, std::size_t R, std::size_t N>
     KV1_INLINE void add(const key_walk<N>& walk, const section_layout& s, i32 (&total)[R][N]) const {
         constexpr format_traits t = traits_of(kv_format_of<Format>);
-        add_dots<t.code_bits, false, t.top_level()>(walk, s.slice_lines(0), codes, total);
+        add_dots<t.code_bits, false, t.top_level()>(walk, s.own_lines(), codes, total);
     }
 };
 
@@ -145,7 +145,7 @@ KV1_INLINE void fast_score_step(const chunk_view& view, const section_layout& s,
                                 const score_rows<R>& q, std::size_t at, float* scores, f32 (&top)[R]) {
     constexpr auto top_level = static_cast<float>(traits_of(kv_format_of<Format>).top_level());
     key_walk<N> walk;
-    walk.second = s.second_slice();
+    walk.first_shared = s.first_shared();
     walk.own = Dots::walked_lines(s);
     walk.share = view.next_lines;
     KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
@@ -210,17 +210,17 @@ template <class Format>
 struct field_reader {
     static constexpr format_traits t = traits_of(kv_format_of<Format>);
     static constexpr std::size_t fields = t.fields_per_lane();
-    static constexpr std::size_t lines0 = fields * static_cast<std::size_t>(t.field_bits(0)) / 32;
+    static constexpr std::size_t own_lines = fields * static_cast<std::size_t>(t.field_bits(0)) / 32;
 
-    u32 slice0[lines0];
-    u32 slice1;
+    u32 own[own_lines];
+    u32 shared;
 
     // unit: the first line of the walk, offset to this register's lanes. Decodes run n of `fields` fields.
-    KV1_INLINE void load(const std::uint32_t* unit, std::size_t slice1_line, std::size_t n) {
-        for (std::size_t l = 0; l < lines0; ++l)
-            slice0[l] = u32::load_aligned(unit + (n * lines0 + l) * line_lanes);
+    KV1_INLINE void load(const std::uint32_t* unit, std::size_t first_shared, std::size_t n) {
+        for (std::size_t l = 0; l < own_lines; ++l)
+            own[l] = u32::load_aligned(unit + (n * own_lines + l) * line_lanes);
         if constexpr (t.slice_count() == 2)
-            slice1 = u32::load_aligned(unit + (slice1_line + n) * line_lanes);
+            shared = u32::load_aligned(unit + (first_shared + n) * line_lanes);
     }
 
     template <bool Keys>
@@ -228,21 +228,24 @@ struct field_reader {
         constexpr int bits = t.field_bits(0);
         constexpr std::size_t per_lane = static_cast<std::size_t>(32 / bits);
         if constexpr (t.id == kv_format::fp32) {
-            return xs::bitwise_cast<float>(slice0[0]);
+            return xs::bitwise_cast<float>(own[0]);
+        } else if constexpr (t.slice_count() == 2) {
+            u32 code(0u);
+            for (int p = 0; p < 2; ++p) {
+                const bit_slice part = t.slices[static_cast<std::size_t>(p)];
+                const shared_place at = place_of_3_bits(Keys, p, i % per_lane, i / per_lane);
+                const u32 line = at.shared ? shared : own[i / per_lane];
+                code = code | (((line >> at.shift) & u32(field_mask(part.bits))) << part.shift);
+            }
+            return decode(code, slope, base);
         } else {
             const int shift =
                 Keys ? key_field_shift(bits, i % per_lane) : value_field_shift(bits, i % per_lane);
-            const u32 field = (slice0[i / per_lane] >> shift) & u32(field_mask(bits));
-            if constexpr (t.id == kv_format::fp16) {
+            const u32 field = (own[i / per_lane] >> shift) & u32(field_mask(bits));
+            if constexpr (t.id == kv_format::fp16)
                 return half_to_float(field);
-            } else if constexpr (t.slice_count() == 2) {
-                const int high_shift =
-                    Keys ? key_field_shift(t.slices[1].bits, i) : value_field_shift(t.slices[1].bits, i);
-                const u32 high = (slice1 >> high_shift) & u32(field_mask(t.slices[1].bits));
-                return decode(field | (high << t.slices[1].shift), slope, base);
-            } else {
+            else
                 return decode(field, slope, base);
-            }
         }
     }
 
@@ -308,7 +311,7 @@ KV1_INLINE void exact_score_step(const chunk_view& view, const chunk_metadata<Fo
     const std::size_t runs = round_up(s.channels, reader::fields) / reader::fields;
     const std::uint32_t* first[N];
     const std::byte* next[N];
-    const std::size_t own = runs * reader::lines0, share = view.next_lines;
+    const std::size_t own = runs * reader::own_lines, share = view.next_lines;
     f32 slope[N], base[N], sum[R][N];
     KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
         const std::size_t tile = (at + n) / registers_per_line;
@@ -349,9 +352,9 @@ KV1_INLINE void exact_score_step(const chunk_view& view, const chunk_metadata<Fo
         for (std::size_t run = 0; run < runs; ++run) {
             reader lane[N];
             KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
-                lane[n].load(first[n], s.second_slice(), run);
-                for (std::size_t l = 0; n % registers_per_line == 0 && l < reader::lines0; ++l)
-                    fetch(next[n], run * reader::lines0 + l, own, share);
+                lane[n].load(first[n], s.first_shared(), run);
+                for (std::size_t l = 0; n % registers_per_line == 0 && l < reader::own_lines; ++l)
+                    fetch(next[n], run * reader::own_lines + l, own, share);
             }
             KV1_UNROLL for (std::size_t i = 0; i < reader::fields; ++i) {
                 f32 key[N];

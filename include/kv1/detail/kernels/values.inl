@@ -37,8 +37,8 @@ KV1_LAZY KV1_INLINE f32 softmax_shift(float maximum) {
     return f32(maximum == lowest_score ? 0.0f : -maximum);
 }
 
-// The weights of a chunk for R rows, rounded for the integer path. Codes lie as the first bit slice has its tokens, in a
-// row tile's order.
+// The weights of a chunk for R rows, rounded for the integer path. Codes lie as a line has its tokens, in a row tile's
+// order.
 template <std::size_t R>
 struct rounded_weights {
     alignas(64) std::int8_t codes[R * max_chunk_slots];
@@ -117,7 +117,7 @@ KV1_INLINE void round_weights(const chunk_view& view, const chunk_metadata<Forma
     const auto store = [&](const i32(&code)[registers_per_line], std::size_t k, std::size_t r) {
         alignas(16) std::uint8_t codes[tile_tokens];
         store_line_u8(code, codes);
-        store_weight_codes<t.slices[0].bits, R>(codes, k, r, out.codes);
+        store_weight_codes<t.field_bits(0), R>(codes, k, r, out.codes);
     };
     for (std::size_t k = 0; k < view.count && !few; ++k) {
         KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
@@ -149,17 +149,20 @@ KV1_INLINE void round_weights(const chunk_view& view, const chunk_metadata<Forma
     }
 }
 
-// The lines of a chunk for channels 0 ... 15, by bit slice, and where the share of K lies that a line's tile brings.
+// The lines of a chunk for channels 0 ... 15, those that two of them share, and where the share of K lies that a line's
+// tile brings.
 struct value_lines {
-    const std::byte* at[2][max_chunk_slots / 4];
+    const std::byte* at[max_chunk_slots / 4];
+    const std::byte* shared[max_chunk_slots / 32];
     const std::byte* next[max_chunk_slots / 4];
     std::size_t count;
     std::size_t share; // lines
 };
 
-template <int Bits>
+// first_line: the line of token 0, of those that hold Run tokens
+template <std::size_t Run>
 KV1_INLINE std::size_t list_lines(const chunk_view& view, std::size_t first_line, const std::byte** at) {
-    constexpr std::size_t run = 32 / Bits;
+    constexpr std::size_t run = Run;
     const std::size_t count = view.count * tile_tokens / run;
     for (std::size_t l = 0; l < count; ++l) {
         const tile_ref& ref = view.tiles[l * run / tile_tokens];
@@ -172,13 +175,13 @@ KV1_INLINE std::size_t list_lines(const chunk_view& view, std::size_t first_line
 template <class Format>
 KV1_INLINE void list_lines(const chunk_view& view, value_lines& lines) {
     constexpr format_traits t = traits_of(kv_format_of<Format>);
-    lines.count = list_lines<t.slices[0].bits>(view, 0, lines.at[0]);
+    constexpr std::size_t run = 32 / t.field_bits(0);
+    lines.count = list_lines<run>(view, 0, lines.at);
     if constexpr (t.slice_count() == 2)
-        list_lines<t.slices[1].bits>(view, view.layout->slice_lines(0), lines.at[1]);
-    constexpr std::size_t run = 32 / t.slices[0].bits;
+        list_lines<2 * run>(view, view.layout->first_shared(), lines.shared);
     for (std::size_t l = 0; l < lines.count; ++l) {
         const std::size_t tile = l * run / tile_tokens;
-        lines.next[l] = tile < view.next_count ? share_of(view, tile) : lines.at[0][l];
+        lines.next[l] = tile < view.next_count ? share_of(view, tile) : lines.at[l];
     }
     lines.share = view.next_lines;
 }
@@ -192,8 +195,8 @@ KV1_INLINE void fast_sum_step(const section_layout& s, const value_lines& lines,
     constexpr std::int32_t top_level = t.top_level();
     constexpr int top_weight = top_weight_code(t.code_bits);
     const std::size_t unit = s.unit_lines() * line_bytes;
-    value_walk<N, 32 / t.slices[0].bits> walk{{lines.at[0], lines.at[1]}, lines.next, {},
-                                              channel / line_lanes,       s.units(),  lines.share};
+    value_walk<N, 32 / t.field_bits(0)> walk{lines.at,  lines.shared, lines.next, {}, channel / line_lanes,
+                                             s.units(), lines.share};
     KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
         const std::size_t at = channel + n * lanes;
         walk.offset[n] = at / line_lanes * unit + at % line_lanes * 4;
@@ -359,7 +362,7 @@ KV1_INLINE void exact_sum_step(const chunk_view& view, const affine_slots& affin
                       line_tiles * view.next_lines);
         }
         reader lane[N];
-        KV1_UNROLL for (std::size_t n = 0; n < N; ++n) { lane[n].load(at[n], s.slice_lines(0), its_line); }
+        KV1_UNROLL for (std::size_t n = 0; n < N; ++n) { lane[n].load(at[n], s.first_shared(), its_line); }
         KV1_UNROLL for (std::size_t i = 0; i < reader::fields; ++i) {
             const f32 slope(coded ? affine.slopes[slot + i] : 1.0f);
             const f32 base(coded ? affine.bases[slot + i] : 0.0f);

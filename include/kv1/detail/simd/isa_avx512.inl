@@ -60,21 +60,7 @@ KV1_LAZY KV1_INLINE void transpose(f32 (&x)[lanes]) {
         x[k + 12] = f32(_mm512_castsi512_ps(_mm512_shuffle_i32x4(t[k + 4], t[k + 12], 0xdd)));
     }
 }
-// For codes of 3 bits. nibbles_of(): the nibbles of bytes 0 and 1 of each lane, or of bytes 2 and 3, as bytes.
-// to_bits_2_and_6(): bits First and First + 2 of bytes 0 ... 15 there. and_or(): (x & mask) | bits.
-KV1_LAZY KV1_INLINE u32 nibbles_of(u32 x, std::size_t high) {
-    const __m128i low_two = _mm_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1);
-    const __m128i high_two = _mm_setr_epi8(2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1);
-    const u32 apart(_mm512_shuffle_epi8(__m512i(x), _mm512_broadcast_i32x4(high != 0 ? high_two : low_two)));
-    return u32(
-        _mm512_ternarylogic_epi32(__m512i(apart), __m512i(apart << 4), _mm512_set1_epi32(0x0f0f0f0f), 0xa8));
-}
-template <int First>
-KV1_INLINE u32 to_bits_2_and_6(u32 nibbles) {
-    const __m128i table = First == 0 ? _mm_setr_epi8(0, 4, 0, 4, 64, 68, 64, 68, 0, 4, 0, 4, 64, 68, 64, 68)
-                                     : _mm_setr_epi8(0, 0, 4, 4, 0, 0, 4, 4, 64, 64, 68, 68, 64, 64, 68, 68);
-    return u32(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), __m512i(nibbles)));
-}
+// (x & mask) | bits
 KV1_LAZY KV1_INLINE u32 and_or(u32 x, u32 mask, u32 bits) {
     return u32(_mm512_ternarylogic_epi32(__m512i(x), __m512i(mask), __m512i(bits), 0xea));
 }

@@ -90,16 +90,7 @@ KV1_LAZY KV1_INLINE void store_line_u8(const i32 (&x)[registers_per_line], std::
     for (std::size_t i = 0; i < registers_per_line; ++i)
         store_u8(xs::bitwise_cast<std::uint32_t>(x[i]), p + i * lanes);
 }
-// For codes of 3 bits. nibbles_of(): the nibbles of bytes 0 and 1 of each lane, or of bytes 2 and 3, as bytes.
-// to_bits_2_and_6(): bits First and First + 2 of bytes 0 ... 15 there. and_or(): (x & mask) | bits.
-KV1_LAZY KV1_INLINE u32 nibbles_of(u32 x, std::size_t high) {
-    const u32 two = high != 0 ? x >> 16 : x & u32(0xffffu), apart = (two | (two << 8)) & u32(0x00ff00ffu);
-    return (apart | (apart << 4)) & u32(0x0f0f0f0fu);
-}
-template <int First>
-KV1_INLINE u32 to_bits_2_and_6(u32 nibbles) {
-    return ((nibbles << (2 - First)) & u32(0x04040404u)) | ((nibbles << (4 - First)) & u32(0x40404040u));
-}
+// (x & mask) | bits
 KV1_LAZY KV1_INLINE u32 and_or(u32 x, u32 mask, u32 bits) { return (x & mask) | bits; }
 // A quarter is four numbers of a line. load_quarters() and store_quarters() move a register from and to quarters at
 // addresses of their own. transpose_bytes() transposes the 4 x 4 bytes of each quarter. first_in_turns() and

@@ -105,22 +105,7 @@ KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
     const uint8x16_t table = vreinterpretq_u8_s32(vdupq_n_s32(packed_codebook));
     return u32(vreinterpretq_u32_u8(vqtbl1q_u8(table, vreinterpretq_u8_u32(uint32x4_t(codes)))));
 }
-// For codes of 3 bits. nibbles_of(): the nibbles of bytes 0 and 1 of each lane, or of bytes 2 and 3, as bytes.
-// to_bits_2_and_6(): bits First and First + 2 of bytes 0 ... 15 there. and_or(): (x & mask) | bits.
-KV1_LAZY KV1_INLINE u32 nibbles_of(u32 x, std::size_t high) {
-    constexpr std::uint8_t low_two[16] = {0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13};
-    constexpr std::int8_t shifts[16] = {0, -4, 0, -4, 0, -4, 0, -4, 0, -4, 0, -4, 0, -4, 0, -4};
-    const uint8x16_t from = vaddq_u8(vld1q_u8(low_two), vdupq_n_u8(high != 0 ? 2 : 0));
-    const uint8x16_t twice = vqtbl1q_u8(vreinterpretq_u8_u32(uint32x4_t(x)), from);
-    return u32(vreinterpretq_u32_u8(vandq_u8(vshlq_u8(twice, vld1q_s8(shifts)), vdupq_n_u8(0x0f))));
-}
-template <int First>
-KV1_INLINE u32 to_bits_2_and_6(u32 nibbles) {
-    constexpr std::uint8_t tables[2][16] = {{0, 4, 0, 4, 64, 68, 64, 68, 0, 4, 0, 4, 64, 68, 64, 68},
-                                            {0, 0, 4, 4, 0, 0, 4, 4, 64, 64, 68, 68, 64, 64, 68, 68}};
-    const uint8x16_t index = vreinterpretq_u8_u32(uint32x4_t(nibbles));
-    return u32(vreinterpretq_u32_u8(vqtbl1q_u8(vld1q_u8(tables[First]), index)));
-}
+// (x & mask) | bits
 KV1_LAZY KV1_INLINE u32 and_or(u32 x, u32 mask, u32 bits) { return (x & mask) | bits; }
 // A quarter is four numbers of a line. load_quarters() and store_quarters() move a register from and to quarters at
 // addresses of their own. transpose_bytes() transposes the 4 x 4 bytes of each quarter. first_in_turns() and

@@ -128,31 +128,7 @@ KV1_LAZY KV1_INLINE void store_line_u8(const i32 (&x)[registers_per_line], std::
                   high = _mm_packs_epi32(__m128i(x[2]), __m128i(x[3]));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(low, high));
 }
-// For codes of 3 bits. nibbles_of(): the nibbles of bytes 0 and 1 of each lane, or of bytes 2 and 3, as bytes.
-// to_bits_2_and_6(): bits First and First + 2 of bytes 0 ... 15 there. and_or(): (x & mask) | bits.
-#if KV1_ISA_SSE41
-KV1_LAZY KV1_INLINE u32 nibbles_of(u32 x, std::size_t high) {
-    const __m128i low_two = _mm_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1);
-    const __m128i high_two = _mm_setr_epi8(2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1);
-    const u32 apart(_mm_shuffle_epi8(__m128i(x), high != 0 ? high_two : low_two));
-    return (apart | (apart << 4)) & u32(0x0f0f0f0fu);
-}
-template <int First>
-KV1_INLINE u32 to_bits_2_and_6(u32 nibbles) {
-    const __m128i table = First == 0 ? _mm_setr_epi8(0, 4, 0, 4, 64, 68, 64, 68, 0, 4, 0, 4, 64, 68, 64, 68)
-                                     : _mm_setr_epi8(0, 0, 4, 4, 0, 0, 4, 4, 64, 64, 68, 68, 64, 64, 68, 68);
-    return u32(_mm_shuffle_epi8(table, __m128i(nibbles)));
-}
-#else
-KV1_LAZY KV1_INLINE u32 nibbles_of(u32 x, std::size_t high) {
-    const u32 two = high != 0 ? x >> 16 : x & u32(0xffffu), apart = (two | (two << 8)) & u32(0x00ff00ffu);
-    return (apart | (apart << 4)) & u32(0x0f0f0f0fu);
-}
-template <int First>
-KV1_INLINE u32 to_bits_2_and_6(u32 nibbles) {
-    return ((nibbles << (2 - First)) & u32(0x04040404u)) | ((nibbles << (4 - First)) & u32(0x40404040u));
-}
-#endif
+// (x & mask) | bits
 KV1_LAZY KV1_INLINE u32 and_or(u32 x, u32 mask, u32 bits) { return (x & mask) | bits; }
 // A quarter is four numbers of a line. load_quarters() and store_quarters() move a register from and to quarters at
 // addresses of their own. transpose_bytes() transposes the 4 x 4 bytes of each quarter. first_in_turns() and
