@@ -157,8 +157,9 @@ struct section_layout {
             s.offset += g * (group_channels / line_lanes) * unit_lines_ * line_bytes;
             return s;
         }
+        const std::size_t fields = detail::round_up(group_channels, traits().fields_per_lane());
         for (int p = 0; p < traits().slice_count(); ++p)
-            s.lines_[static_cast<std::size_t>(p)] = lines_of(p, group_channels);
+            s.lines_[static_cast<std::size_t>(p)] = lines_of(p, fields);
         s.offset += g * s.lines_[0] * line_bytes;
         s.first_shared_ = first_shared_ + g * s.lines_[1] - g * s.lines_[0];
         return s;

@@ -93,6 +93,22 @@ def quantize(x, fmt, bits, fit):
     return (codes2, meta2) if error2 < error else (codes, meta)
 
 
+def put_key_of_3_bits(lanes, first, shared, c, token, code):
+    """Channel c's code into lines of K: of 16 channels from `first` on, of which two share a line from `shared` on."""
+    own, both, byte, odd = first + c // 16, shared + c // 32, 8 * (c % 16 // 4), c // 16 % 2
+    low, high = code & 3, code >> 2
+    if c % 4 == 0:
+        parts = [(own, code)]
+    elif c % 4 == 1:
+        parts = [(own, code << 3)]
+    elif c % 4 == 2:
+        parts = [(own, low << 6), (both, high << (6 + odd))]
+    else:
+        parts = [(both, code << (3 * odd))]
+    for line, bits in parts:
+        lanes[line, token] |= np.uint32(bits << byte)
+
+
 def page(keys, values):
     """A page of 32 tokens, keys compact3, values compact2, 32 channels."""
     tokens, channels = keys.shape
@@ -101,8 +117,7 @@ def page(keys, values):
     for t in range(tokens):
         codes, (k_meta[t], _) = quantize(keys[t], "compact", 3, True)
         for c in range(channels):
-            lanes_k[t // 16, c // 16, t % 16] |= np.uint32((int(codes[c]) & 3) << (2 * (c % 16)))
-            lanes_k[t // 16, 2, t % 16] |= np.uint32((int(codes[c]) >> 2) << c)
+            put_key_of_3_bits(lanes_k[t // 16], 0, 2, c, t % 16, int(codes[c]))
         codes, (v_meta[t], _) = quantize(values[t], "compact", 2, True)
         for c in range(channels):
             n = t % 16
@@ -123,8 +138,7 @@ def grouped_page(keys, values):
             codes, (k_pair[g, t], _) = quantize(keys[t, own], "compact", 3, True)
             for i, code in enumerate(codes):
                 c = g * 32 + i
-                lanes_k[c // 16, t] |= np.uint32((int(code) & 3) << (2 * (c % 16)))
-                lanes_k[4 + c // 32, t] |= np.uint32((int(code) >> 2) << (c % 32))
+                put_key_of_3_bits(lanes_k, 0, 4, c, t, int(code))
             codes, (v_scale[g, t], v_minimum[g, t]) = quantize(values[t, own], "affine", 2, True)
             for i, code in enumerate(codes):
                 c = g * 32 + i

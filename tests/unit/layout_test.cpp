@@ -207,6 +207,25 @@ TEST_CASE("metadata comes back from where it was stored", "[layout]") {
     KV1_REQUIRE_CLEAN(t);
 }
 
+TEST_CASE("where all channels share metadata, the group is the section", "[layout]") {
+    tally t;
+    for_each_section([&](const section_layout& s, const page_layout&) {
+        if (s.groups() != 1)
+            return;
+        const section_layout own = s.group(0);
+        t.expect(own.own_lines() == s.own_lines() && own.shared_lines() == s.shared_lines() &&
+                     own.first_shared() == s.first_shared() && own.unit_lines() == s.unit_lines(),
+                 describe(s), "lines");
+        for (std::size_t token = 0; token < s.tokens; ++token)
+            for (std::size_t c = 0; c < s.channels; c += 3)
+                for (int p = 0; p < s.traits().slice_count(); ++p) {
+                    const kv1::detail::field_place a = s.place(p, token, c), b = own.place(p, token, c);
+                    t.expect(a.lane == b.lane && a.shift == b.shift, describe(s), token, c);
+                }
+    });
+    KV1_REQUIRE_CLEAN(t);
+}
+
 TEST_CASE("a group's share of a section holds its channels' codes and metadata", "[layout]") {
     kv1_test::generator g(4);
     tally t;

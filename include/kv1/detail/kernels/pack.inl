@@ -105,13 +105,13 @@ KV1_LAZY inline void insert_key_of_3_bits(const section_layout& s, std::byte* se
     for (; i + lanes <= words; i += lanes) {
         const u32 c = u32::load_unaligned(reinterpret_cast<const std::uint32_t*>(codes + 4 * i));
         const u32 high = (c >> 12) & u32(0x40u), last = c >> 24; // high bit of the third code, the fourth
-        store_u8((c | (c >> 5) | (c >> 10)) & u32(0xffu), own + i);
+        store_u8((c & u32(0x07u)) | ((c >> 5) & u32(0x38u)) | ((c >> 10) & u32(0xc0u)), own + i);
         store_u8(high | last, shared + i);
     }
     for (; i < words; ++i) {
         std::uint32_t c;
         std::memcpy(&c, codes + 4 * i, sizeof c);
-        own[i] = static_cast<std::uint8_t>(c | c >> 5 | c >> 10);
+        own[i] = static_cast<std::uint8_t>((c & 0x07u) | (c >> 5 & 0x38u) | (c >> 10 & 0xc0u));
         shared[i] = static_cast<std::uint8_t>((c >> 12 & 0x40u) | c >> 24);
     }
     std::byte* const lane = section + 4 * s.place(0, token, 0).lane;

@@ -62,6 +62,18 @@ KV1_INLINE void store_weight_codes(const std::uint8_t* codes, std::size_t k, std
     }
 }
 
+// Of the lines that a tile of values fetches for keys, those that are fetched while its weights are made: what is more
+// than a line for each of its own, up to half as many. All of them in the sums would be more than memory brings there.
+template <class Format>
+KV1_INLINE std::size_t early_lines(const chunk_view& view) {
+    constexpr std::size_t run = 32 / static_cast<std::size_t>(traits_of(kv_format_of<Format>).field_bits(0));
+    if (run > tile_tokens)
+        return 0;
+    const std::size_t own = tile_tokens / run * view.layout->units();
+    const std::size_t more = view.next_lines > own ? view.next_lines - own : 0;
+    return more < own / 2 ? more : own / 2;
+}
+
 template <class Format, std::size_t R>
 KV1_INLINE void round_weights(const chunk_view& view, const chunk_metadata<Format>& metadata,
                               const softmax_rows& w, std::size_t row, rounded_weights<R>& out) {
@@ -75,9 +87,12 @@ KV1_INLINE void round_weights(const chunk_view& view, const chunk_metadata<Forma
         sum[r] = affine[r] = largest[r] = all[r] = f32(0.0f);
     }
     float* scores = w.scores + row * score_stride;
+    const std::size_t early = early_lines<Format>(view);
     for (std::size_t k = 0; k < view.count; ++k) {
         const tile_ref& ref = view.tiles[k];
         prefetch_metadata(view, k);
+        if (row == 0 && k < view.next_count)
+            fetch(share_of(view, k), view.next_lines - early, 1, view.next_lines);
         KV1_UNROLL for (std::size_t i = 0; i < registers_per_line; ++i) {
             f32 slope, base;
             metadata.load(*view.layout, k * tile_tokens + i * lanes, ref.page, ref.token + i * lanes, slope,
@@ -183,7 +198,7 @@ KV1_INLINE void list_lines(const chunk_view& view, value_lines& lines) {
         const std::size_t tile = l * run / tile_tokens;
         lines.next[l] = tile < view.next_count ? share_of(view, tile) : lines.at[l];
     }
-    lines.share = view.next_lines;
+    lines.share = view.next_lines - early_lines<Format>(view);
 }
 
 // Computes the sums of R rows for N registers of channels, from `channel` on.
