@@ -37,6 +37,15 @@ KV1_LAZY KV1_INLINE f32 product_of(f32 a, f32 b) {
     return product;
 }
 
+// The bits of numbers. On NEON g++ calls xsimd's cast, and spills registers around the call.
+KV1_LAZY KV1_INLINE u32 bits_of(f32 x) {
+#if defined(__GNUC__) && defined(__aarch64__) && defined(__ARM_NEON) && !defined(__ARM_FEATURE_SVE)
+    return u32(vreinterpretq_u32_f32(f32::register_type(x)));
+#else
+    return xs::bitwise_cast<std::uint32_t>(x);
+#endif
+}
+
 KV1_LAZY KV1_INLINE f32 nearest_code(f32 steps, f32 max_code) {
     return nearest(xs::min(xs::max(steps, f32(0.0f)), max_code));
 }

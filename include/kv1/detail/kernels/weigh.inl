@@ -196,7 +196,7 @@ struct weighted_codes {
                     const f32 steps = Codebook ? difference_of(v, rule.base) * rule.inverse : v;
                     const f32 rounded = xs::min(xs::max(sum_of(steps, zero), zero), top);
                     const f32 code = difference_of(rounded, zero);
-                    const u32 bits = xs::bitwise_cast<std::uint32_t>(rounded);
+                    const u32 bits = bits_of(rounded);
                     word[c] = word[c] | (k == 0 ? bits & u32(255u) : bits << (8 * static_cast<int>(k)));
                     const f32 rest = difference_of(v, rule.level(code));
                     sum_of_costs[c] = sum_of(sum_of_costs[c], product_of(product_of(its_cost, rest), rest));
