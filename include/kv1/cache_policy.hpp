@@ -13,7 +13,7 @@
 //   policy   SIDES[/LAYER:SIDES]...[@SINKS:WINDOW][#TOKENS], or a preset in the place of the first SIDES
 //   SIDES    KEYS,VALUES, or one for both
 //   KEYS     FORMAT[+ls|+cs][+basis][+had][+mean][+ew][+channel][+gCHANNELS], VALUES the same without +channel
-//   FORMAT   a short name (format.hpp): 1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4 (compact), cb2 (codebook)
+//   FORMAT   a short name (format.hpp): 1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4 (compact), cb2, cb4 (codebook)
 //
 //   +ls, +cs   levels by least squares, by a clip search; neither: the vector's minimum and maximum
 //   +basis     turned into an orthogonal basis, before they are rotated (calibrated)
@@ -206,9 +206,10 @@ try_describe_cache(const cache_policy& policy, cache_description shape,
 namespace detail {
 
 inline constexpr const char* rule_policy_start =
-    "a policy begins with a format (1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4, cb2) or is a preset (safe, "
+    "a policy begins with a format (1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4, cb2, cb4) or is a preset (safe, "
     "balanced, small, near-lossless, reference)";
-inline constexpr const char* rule_policy_format = "a format is 1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4 or cb2";
+inline constexpr const char* rule_policy_format =
+    "a format is 1, 1.5, 2, 3, 4, 8, 16, 32, c2, c3, c4, cb2 or cb4";
 inline constexpr const char* rule_policy_option =
     "an option is ls, cs, basis, had, mean, ew, channel, or g and a number of channels";
 inline constexpr const char* rule_policy_twice = "an option is named once";

@@ -250,6 +250,8 @@ template <class Q>
 struct code_rule<unrounded<Q>> : code_rule<Q> {
     using code_rule<Q>::code_rule;
 };
+template <class Q>
+inline constexpr float fit_start<unrounded<Q>> = fit_start<Q>;
 
 // Levels and codes, as kernels choose them for least squares and for compact formats. refit_levels: null with error
 // factors, whose levels are not those of a refit.

@@ -11,6 +11,7 @@
 //   affine<b>       b          scale, minimum   ceil(D*b/8) + 4                 scale*code + minimum
 //   compact<b>      b          compact word     ceil(D*b/8) + 2                 scale*(code + offset)
 //   codebook2       2          compact word     ceil(D/4) + 2                   scale*(0, 5, 9, 14 + offset)
+//   codebook4       4          compact word     ceil(D/2) + 2                   scale*(level of 16 + offset)
 //   scaled_binary   1          scale            ceil(D/8) + 2                   +-scale
 //   binary          1          none             ceil(D/8)                       0 or 1
 //   plain<float16>  -          none             2 D                             the value
@@ -41,6 +42,8 @@ template <int Bits>
 struct compact;
 /// Four uneven levels that suit a normal distribution; see kv1/quantizers/codebook.hpp.
 struct codebook2;
+/// Sixteen levels, of which the outer ones are uneven; see kv1/quantizers/codebook.hpp.
+struct codebook4;
 /// Signs alone; see kv1/quantizers/binary.hpp.
 struct binary;
 /// Signs and a mean magnitude; see kv1/quantizers/scaled_binary.hpp.
@@ -67,15 +70,21 @@ enum class kv_format : std::uint8_t {
     compact4,
     compact3,
     compact2,
-    codebook2
+    codebook2,
+    codebook4
 };
 
 namespace detail {
 
 enum class metadata_kind : std::uint8_t { none, scale, scale_and_minimum, compact };
 
-// Which levels codes stand for: themselves, or 0, 5, 9 and 14 for 0 ... 3.
-enum class code_levels : std::uint8_t { even, codebook };
+// Which levels codes stand for: themselves, or those of a codebook.
+enum class code_levels : std::uint8_t { even, codebook2, codebook4 };
+
+// Levels of the codebooks' codes. codebook2's as a 32-bit number, a byte each.
+inline constexpr std::int32_t packed_codebook = 14 << 24 | 9 << 16 | 5 << 8;
+inline constexpr std::array<std::uint8_t, 16> codebook4_levels = {0,  4,  7,  9,  11, 13, 15, 17,
+                                                                  19, 21, 23, 25, 27, 29, 32, 36};
 
 // A bit slice: bits of a code that lie side by side in a byte. A 3-bit code has two, its two low bits and its high
 // bit, since three bits do not divide a byte (layout.hpp); other codes have one.
@@ -97,14 +106,24 @@ struct format_traits {
     code_levels levels = code_levels::even;
     std::array<bit_slice, 2> slices{};
 
-    [[nodiscard]] constexpr bool codebook() const noexcept { return levels == code_levels::codebook; }
+    [[nodiscard]] constexpr bool codebook() const noexcept { return levels != code_levels::even; }
     // there is a choice of levels: level_choice, groups of channels, keys per channel
     [[nodiscard]] constexpr bool fits_levels() const noexcept {
         return metadata == metadata_kind::scale_and_minimum || metadata == metadata_kind::compact;
     }
-    [[nodiscard]] constexpr int top_level() const noexcept { return codebook() ? 14 : (1 << code_bits) - 1; }
+    [[nodiscard]] constexpr int top_level() const noexcept {
+        return static_cast<int>(level((1u << code_bits) - 1u));
+    }
     [[nodiscard]] constexpr std::uint32_t level(std::uint32_t code) const noexcept {
-        return codebook() ? 5 * code - (code >> 1) : code;
+        switch (levels) {
+        case code_levels::even:
+            break;
+        case code_levels::codebook2:
+            return 5 * code - (code >> 1);
+        case code_levels::codebook4:
+            return codebook4_levels[code];
+        }
+        return code;
     }
     // width of a stored field of bit slice p; of plain formats slice 0 is the whole value
     [[nodiscard]] constexpr int field_bits(int p) const noexcept {
@@ -177,7 +196,8 @@ inline constexpr auto format_table = table_of(
     coded_row<compact<4>>(    kv_format::compact4,      "compact4",      "c4",  9,  4, metadata_kind::compact),
     coded_row<compact<3>>(    kv_format::compact3,      "compact3",      "c3",  10, 3, metadata_kind::compact),
     coded_row<compact<2>>(    kv_format::compact2,      "compact2",      "c2",  11, 2, metadata_kind::compact),
-    coded_row<codebook2>(     kv_format::codebook2,     "codebook2",     "cb2", 12, 2, metadata_kind::compact, code_levels::codebook));
+    coded_row<codebook2>(     kv_format::codebook2,     "codebook2",     "cb2", 12, 2, metadata_kind::compact, code_levels::codebook2),
+    coded_row<codebook4>(     kv_format::codebook4,     "codebook4",     "cb4", 13, 4, metadata_kind::compact, code_levels::codebook4));
 // clang-format on
 
 // Stands for numbers that are no enumerator.
@@ -202,7 +222,8 @@ constexpr bool kernels_know(const format_traits& row) noexcept {
     case metadata_kind::scale_and_minimum:
         return row.code_bits >= 2 && !row.codebook();
     case metadata_kind::compact:
-        return row.code_bits >= 2 && row.code_bits <= 4 && (!row.codebook() || row.code_bits == 2);
+        return row.code_bits >= 2 && row.code_bits <= 4 &&
+               (!row.codebook() || row.code_bits == (row.levels == code_levels::codebook2 ? 2 : 4));
     }
     return false;
 }
@@ -225,9 +246,6 @@ constexpr bool format_table_holds() noexcept {
 }
 static_assert(format_table_holds(), "rows stand in the enumeration's order, names and saved numbers are used "
                                     "once, and kernels know the codes and their metadata");
-
-// Levels of the codebook's codes, a byte each.
-inline constexpr std::int32_t packed_codebook = 14 << 24 | 9 << 16 | 5 << 8;
 
 } // namespace detail
 

@@ -51,7 +51,9 @@ std::vector<case_of_cache> cases() {
     add("fp16 beside one bit",
         {layer(kv_format::fp16, kv_format::fp16), layer(kv_format::binary, kv_format::affine8)}, 0, 0);
     add("sinks", {layer(kv_format::affine3, kv_format::affine2)}, 19, 0);
-    add("a window", {layer(kv_format::affine2, kv_format::codebook2)}, 0, 21);
+    add("a window",
+        {layer(kv_format::affine2, kv_format::codebook2), layer(kv_format::codebook4, kv_format::codebook4)},
+        0, 21);
     kv1::layer_description fitted = layer(kv_format::compact3, kv_format::compact2);
     fitted.key_encoding = {.levels = kv1::level_choice::least_squares, .hadamard = key_dim};
     fitted.value_encoding = {.levels = kv1::level_choice::least_squares, .hadamard = value_dim};

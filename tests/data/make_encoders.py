@@ -22,15 +22,23 @@ def from_bits(b):
     return np.asarray(b, np.uint16).view(np.float16).astype(f32)
 
 
-LEVELS = {"codebook": np.array([0, 5, 9, 14], f32)}
+LEVELS = {
+    ("codebook", 2): np.array([0, 5, 9, 14], f32),
+    ("codebook", 4): np.array([0, 4, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 32, 36], f32),
+}
 
 
 def levels_of(fmt, bits):
-    return LEVELS.get(fmt, np.arange(2**bits, dtype=f32))
+    return LEVELS.get((fmt, bits), np.arange(2**bits, dtype=f32))
 
 
 def nearest_code(x, scale, base, fmt, bits):
-    """By boundaries half-way between levels, which are evenly spaced."""
+    """By boundaries half-way between levels, which are evenly spaced but for the outer ones of four bits."""
+    if (fmt, bits) == ("codebook", 4):
+        u = (x - f32(base + f32(scale * f32(3)))) * (f32(1) / f32(scale * f32(2)))
+        line = u * (f32(4) / f32(7))
+        u = np.minimum(np.maximum(u, line + f32(11) / f32(14)), line + f32(79) / f32(14))
+        return np.rint(np.clip(u, f32(0), f32(15))).astype(np.int32)
     if fmt == "codebook":
         scale, base = f32(scale * f32(4.5)), f32(base + f32(scale * f32(0.25)))
     return np.rint(np.clip((x - base) * (f32(1) / scale), f32(0), f32(2**bits - 1))).astype(np.int32)
@@ -74,7 +82,7 @@ def quantize(x, fmt, bits, fit):
         return codes, meta
     middle = f32(0.5) * lo + f32(0.5) * hi
     v = x - middle
-    s = max(f32((hi - lo) * (f32(0.8) / f32(levels))), SMALLEST)
+    s = max(f32((hi - lo) * (f32(0.9 if (fmt, bits) == ("codebook", 4) else 0.8) / f32(levels))), SMALLEST)
     b = f32(s * f32(-0.5 * levels))
     for _ in range(3):
         c = levels_of(fmt, bits)[nearest_code(v, s, b, fmt, bits)]
@@ -161,6 +169,21 @@ def codebook_page(keys, values):
     return np.frombuffer(b"".join(x.tobytes() for x in (lanes_k, lanes_v, k_pair, v_pair)), np.uint8)
 
 
+def codebook4_page(keys, values):
+    """A page of 16 tokens of 32 channels in codebook4, fitted."""
+    tokens, channels = keys.shape
+    lanes_k, lanes_v = np.zeros((4, 16), np.uint32), np.zeros((2, 2, 16), np.uint32)
+    k_pair, v_pair = np.zeros(tokens, np.uint16), np.zeros(tokens, np.uint16)
+    for t in range(tokens):
+        codes, (k_pair[t], _) = quantize(keys[t], "codebook", 4, True)
+        for c, code in enumerate(codes):
+            lanes_k[c // 8, t] |= np.uint32(int(code) << (4 * (c % 8)))
+        codes, (v_pair[t], _) = quantize(values[t], "codebook", 4, True)
+        for c, code in enumerate(codes):
+            lanes_v[c // 16, t // 8, c % 16] |= np.uint32(int(code) << (8 * (t % 4) + 4 * (t % 8 // 4)))
+    return np.frombuffer(b"".join(x.tobytes() for x in (lanes_k, lanes_v, k_pair, v_pair)), np.uint8)
+
+
 def channel_page(keys, values):
     """A full page of 32 tokens of 32 channels: keys affine2 fitted per channel, from fp16, values compact2 fitted."""
     tokens, channels = keys.shape
@@ -192,7 +215,7 @@ def main():
         x[7, 0] = 50
         x[8] *= f32(1e-5)
         out[f"d{d}.x"] = x
-        for fmt, widths in (("affine", (2, 3, 4)), ("compact", (2, 3, 4)), ("codebook", (2,))):
+        for fmt, widths in (("affine", (2, 3, 4)), ("compact", (2, 3, 4)), ("codebook", (2, 4))):
             for bits in widths:
                 for fit in (False, True):
                     if fmt == "affine" and not fit:
@@ -212,6 +235,8 @@ def main():
     keys, values = rng.standard_normal((2, 16, 32)).astype(f32)
     out["codebook.keys"], out["codebook.values"] = keys, values
     out["codebook.bytes"] = codebook_page(keys, values).copy()
+    out["codebook4.keys"], out["codebook4.values"] = keys, values
+    out["codebook4.bytes"] = codebook4_page(keys, values).copy()
     keys, values = rng.standard_normal((2, 32, 32)).astype(f32)
     keys[:, 7] = keys[:, 7] * 3 + 20
     out["channels.keys"], out["channels.values"] = keys, values

@@ -148,8 +148,8 @@ void encode(const char* name, kv1::target t) {
     }
 }
 
-using cache_type =
-    kv1::basic_kv_cache<kv1::formats<kv1::affine<2>, kv1::codebook2, kv1::plain<kv1::float16>>>;
+using cache_type = kv1::basic_kv_cache<
+    kv1::formats<kv1::affine<2>, kv1::codebook2, kv1::codebook4, kv1::plain<kv1::float16>>>;
 
 // Levels and codes chosen by what errors cost: correlated channels, exactly the same numbers with any flags.
 kv1::vector_encoding weighted(std::size_t heads, std::size_t dim) {
@@ -320,6 +320,8 @@ int main(int argc, char** argv) {
         encode<kv1::compact<3>>("compact", t);
         encode<kv1::codebook2>("codebook", t);
         encode<kv1::least_squares<kv1::codebook2>>("least_squares codebook", t);
+        encode<kv1::codebook4>("codebook", t);
+        encode<kv1::least_squares<kv1::codebook4>>("least_squares codebook", t);
         encode<kv1::least_squares<kv1::affine<2>>>("least_squares affine", t);
         encode<kv1::least_squares<kv1::compact<2>>>("least_squares compact", t);
         encode<kv1::clip_search<kv1::affine<2>>>("clip_search affine", t);
@@ -328,6 +330,7 @@ int main(int argc, char** argv) {
         append(t, kv1::kv_format::affine2, encoded::weighted);
         append(t, kv1::kv_format::codebook2, encoded::weighted);
         append(t, kv1::kv_format::codebook2, encoded::turning_in_basis);
+        append(t, kv1::kv_format::codebook4, encoded::weighted);
         seal(t, kv1::kv_format::affine2, false);
         seal(t, kv1::kv_format::affine2, true);
         seal(t, kv1::kv_format::codebook2, true);

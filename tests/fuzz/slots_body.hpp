@@ -121,7 +121,7 @@ private:
         using enum kv1::kv_format;
         const kv1::layer_description layers[] = {{1, 8, 6, affine2, fp32},
                                                  {2, 5, 7, fp16, scaled_binary},
-                                                 {2, 33, 12, affine3, compact4},
+                                                 {2, 33, 12, affine3, codebook4},
                                                  {1, 64, 32, affine8, codebook2}};
         kv1::slot_store_description d;
         d.layers = {layers[choice % 4]};

@@ -101,8 +101,8 @@ struct cached_side {
             stored_minima(metadata == 4 ? n * groups : 0);
         cache.export_rows(id, layer, side, head, 0, n, {packed, stored_scales, stored_minima});
         bits = kv1::detail::traits_of(f).code_bits;
-        codebook = kv1::info_of(f).codebook; // codes 0 ... 3 are levels 0, 5, 9, 14
-        const double z = codebook ? 7.0 : 0.5 * static_cast<double>((1 << bits) - 1);
+        codebook = kv1::info_of(f).codebook;
+        const double z = !codebook ? 0.5 * static_cast<double>((1 << bits) - 1) : bits == 2 ? 7.0 : 18.0;
         half_level = z;
         off_centre.resize(n * dim);
         for (std::size_t t = 0; t < n * groups; ++t) { // and group
@@ -129,7 +129,10 @@ struct cached_side {
                     code |= (std::to_integer<unsigned>(packed[t / groups * width + at / 8]) >> (at % 8) & 1u)
                             << b;
                 }
-                const unsigned level = codebook ? std::array{0u, 5u, 9u, 14u}[code] : code;
+                constexpr std::array of_2_bits{0u, 5u, 9u, 14u};
+                constexpr std::array of_4_bits{0u,  4u,  7u,  9u,  11u, 13u, 15u, 17u,
+                                               19u, 21u, 23u, 25u, 27u, 29u, 32u, 36u};
+                const unsigned level = !codebook ? code : bits == 2 ? of_2_bits[code] : of_4_bits[code];
                 off_centre[t * group_dim + c] = static_cast<float>(level - z);
             }
         }

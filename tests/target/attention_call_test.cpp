@@ -179,7 +179,7 @@ TEST_CASE("values at fp16's largest come out as that, whatever makes the output"
     for (const shape s : {shape{3, 0, 0}, shape{40, 8, 0}, shape{40, 0, 16}, shape{4500, 0, 0}})
         for (const kv_format f :
              {kv_format::affine2, kv_format::affine4, kv_format::compact2, kv_format::codebook2,
-              kv_format::scaled_binary, kv_format::fp16, kv_format::fp32}) {
+              kv_format::codebook4, kv_format::scaled_binary, kv_format::fp16, kv_format::fp32}) {
             kv1::cache_description d =
                 kv1::uniform_cache(1, {1, 32, 32, kv_format::affine2, f, s.sliding_window}, 4608);
             d.fp16_window = s.fp16_window;

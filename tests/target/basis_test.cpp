@@ -76,7 +76,8 @@ struct setting {
 setting random_setting(generator& g) {
     setting s;
     const kv_format formats[] = {kv_format::compact3, kv_format::affine2, kv_format::codebook2,
-                                 kv_format::affine4,  kv_format::affine8, kv_format::compact4};
+                                 kv_format::affine4,  kv_format::affine8, kv_format::compact4,
+                                 kv_format::codebook4};
     const std::size_t dims[] = {24, 32, 64, 80, 128};
     s.key = formats[g.below(std::size(formats))];
     s.value = formats[g.below(std::size(formats))];

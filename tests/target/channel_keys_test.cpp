@@ -140,7 +140,7 @@ TEST_CASE("keys per channel: under error weights each channel makes up for those
     queries.add({q.data(), 100, kv_heads, key_dim});
     const std::vector<float> weights = queries.moments();
     const tokens x = some_tokens(page, 22);
-    for (const kv_format f : {affine2, affine3, compact2, codebook2})
+    for (const kv_format f : {affine2, affine3, compact2, codebook2, codebook4})
         for (const bool turns : {false, true}) {
             kv1::layer_description plain = layer(f), l = layer(f);
             plain.key_encoding = l.key_encoding = encoding(level_choice::least_squares, turns);

@@ -27,6 +27,7 @@
 using kv1::affine;
 using kv1::clip_search;
 using kv1::codebook2;
+using kv1::codebook4;
 using kv1::compact;
 using kv1::least_squares;
 using kv1_test::generator;
@@ -140,6 +141,16 @@ outcome outcome_of(const kv1::status& s, const Metadata& m, std::vector<std::uin
 
 } // namespace
 
+// Levels of codebooks, from their definition.
+constexpr double sixteen_levels[] = {0.0,  4.0,  7.0,  9.0,  11.0, 13.0, 15.0, 17.0,
+                                     19.0, 21.0, 23.0, 25.0, 27.0, 29.0, 32.0, 36.0};
+template <class Q>
+std::vector<double> levels_of_codebook() {
+    if (std::is_same_v<Q, codebook2>)
+        return {0.0, 5.0, 9.0, 14.0};
+    return {std::begin(sixteen_levels), std::end(sixteen_levels)};
+}
+
 template <class F>
 using itself = F;
 using fitted_types = kv1_test::fitted_types<itself>;
@@ -148,7 +159,7 @@ template <class... Types>
 using joined = decltype(std::tuple_cat(Types{}...));
 // and compact formats as they are, whose ranges can be chosen, too
 using chosen_levels = joined<kv1_test::fitted_types<least_squares>, kv1_test::fitted_types<clip_search>,
-                             std::tuple<compact<2>, compact<3>, compact<4>, codebook2>>;
+                             std::tuple<compact<2>, compact<3>, compact<4>, codebook2, codebook4>>;
 
 TEMPLATE_LIST_TEST_CASE("least squares and clip search are no worse than min/max on any vector", "[encode]",
                         fitted_types) {
@@ -244,30 +255,80 @@ TEMPLATE_LIST_TEST_CASE("what was decoded is encoded to itself where the outer l
     REQUIRE(seen > 200);
 }
 
-TEST_CASE("a codebook's codes are those of the nearest levels", "[encode]") {
+TEMPLATE_TEST_CASE("a codebook's codes are those of the nearest levels", "[encode]", codebook2, codebook4) {
     generator g(40);
     tally t;
-    constexpr double levels[] = {0.0, 5.0, 9.0, 14.0};
+    const std::vector<double> levels = levels_of_codebook<TestType>();
     for (int i = 0; i < 300; ++i) {
         const std::vector<float> x = kv1_test::normal_values(g, g.between(1, 140));
         std::vector<std::uint8_t> codes(x.size());
         kv1::compact_metadata m{};
-        REQUIRE((i % 2 == 0 ? codebook2::quantize(x, codes, m)
-                            : least_squares<codebook2>::quantize(x, codes, m)));
+        REQUIRE(
+            (i % 2 == 0 ? TestType::quantize(x, codes, m) : least_squares<TestType>::quantize(x, codes, m)));
         const kv1::detail::affine_map p =
-            kv1::detail::decode_metadata(kv1::kv_format::codebook2, {m.scale.bits(), 0});
+            kv1::detail::decode_metadata(kv1::kv_format_of<TestType>, {m.scale.bits(), 0});
         for (std::size_t c = 0; c < x.size(); ++c) {
             const auto at = [&](std::size_t code) {
                 return levels[code] * static_cast<double>(p.slope) + static_cast<double>(p.base);
             };
-            t.expect(static_cast<double>(codebook2::dequantize(codes[c], m)) == at(codes[c]), i, c, "value");
+            t.expect(static_cast<double>(TestType::dequantize(codes[c], m)) == at(codes[c]), i, c, "value");
             const double off = std::fabs(static_cast<double>(x[c]) - at(codes[c]));
-            for (std::size_t other = 0; other < 4; ++other) // but for what fp32 rounds half-way
+            for (std::size_t other = 0; other < levels.size(); ++other) // but for what fp32 rounds half-way
                 t.expect(off <= std::fabs(static_cast<double>(x[c]) - at(other)) + 1e-5, i, c, x[c], codes[c],
                          other);
         }
     }
     KV1_REQUIRE_CLEAN(t);
+}
+
+// Of thousandths over all levels and beyond, and of numbers close to each boundary.
+TEMPLATE_TEST_CASE("a codebook's rule gives the nearest level, and its levels are the format's", "[encode]",
+                   codebook2, codebook4) {
+    const std::vector<double> levels = levels_of_codebook<TestType>();
+    const kv1::detail::format_traits& traits = kv1::detail::traits_of(kv1::kv_format_of<TestType>);
+    tally t;
+    using rule_type = kv1::detail::code_rule<TestType>;
+    REQUIRE(levels.size() == std::size_t{1} << traits.code_bits);
+    REQUIRE(static_cast<double>(traits.top_level()) == levels.back());
+    REQUIRE(static_cast<double>(kv1::detail::level_format<TestType>::top) == levels.back());
+    for (std::size_t c = 0; c < levels.size(); ++c) {
+        t.expect(static_cast<double>(rule_type::level(static_cast<float>(c))) == levels[c], "rule", c);
+        t.expect(static_cast<double>(traits.level(static_cast<std::uint32_t>(c))) == levels[c], "format", c);
+    }
+    std::vector<float> numbers;
+    for (int i = -5000; i <= 45000; ++i)
+        numbers.push_back(static_cast<float>(i) / 1000.0f);
+    constexpr float away = 1e-5f; // of a boundary; fp32 rounds within a few millionths
+    for (std::size_t c = 1; c < levels.size(); ++c)
+        for (const float off : {-away, away})
+            numbers.push_back(static_cast<float>(0.5 * (levels[c - 1] + levels[c])) + off);
+    for (const float scale : {1.0f, 0.0625f, 1536.0f})
+        for (const float base : {0.0f, -18.0f}) {
+            const rule_type rule(scale, scale * base);
+            for (const float x : numbers) {
+                const auto code = static_cast<std::size_t>(rule.code(scale * (x + base)));
+                const double off = std::fabs(static_cast<double>(x) - levels[code]);
+                for (const double other : levels)
+                    t.expect(off <= std::fabs(static_cast<double>(x) - other) + 5e-6, scale, base, x, code,
+                             other);
+            }
+        }
+    KV1_REQUIRE_CLEAN(t);
+}
+
+TEST_CASE("sixteen uneven levels take a tenth off the error of normal channels that even levels leave",
+          "[encode]") {
+    generator g(43);
+    for (const std::size_t n : {std::size_t{32}, std::size_t{64}, std::size_t{128}}) {
+        double even = 0.0, uneven = 0.0;
+        for (int i = 0; i < 2000; ++i) {
+            const std::vector<float> x = kv1_test::normal_values(g, n);
+            even += measure<least_squares<compact<4>>>(x).error;
+            uneven += measure<least_squares<codebook4>>(x).error;
+        }
+        CAPTURE(n, even, uneven);
+        REQUIRE(uneven < 0.9 * even);
+    }
 }
 
 TEST_CASE("a codebook takes a hundredth off the error of normal channels that even levels leave",
@@ -299,6 +360,10 @@ TEST_CASE("decoding a compact code rounds nothing", "[encode]") {
         for (const unsigned code : {0u, 1u, 7u})
             t.expect(static_cast<double>(compact<3>::dequantize(static_cast<std::uint8_t>(code), m)) ==
                          scale * (code + 7.0 * (w - 64.0) / 128.0),
+                     bits, code);
+        for (const unsigned code : {0u, 1u, 2u, 8u, 13u, 14u, 15u})
+            t.expect(static_cast<double>(codebook4::dequantize(static_cast<std::uint8_t>(code), m)) ==
+                         scale * (sixteen_levels[code] + 36.0 * (w - 64.0) / 128.0),
                      bits, code);
     }
     KV1_REQUIRE_CLEAN(t);

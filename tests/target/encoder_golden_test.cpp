@@ -79,6 +79,8 @@ TEST_CASE("compact formats and least squares give the golden codes and metadata 
         check<compact<4>>("compact4", t);
         check<kv1::codebook2>("codebook2", t);
         check<least_squares<kv1::codebook2>>("codebook2.fit", t);
+        check<kv1::codebook4>("codebook4", t);
+        check<least_squares<kv1::codebook4>>("codebook4.fit", t);
         check<least_squares<compact<2>>>("compact2.fit", t);
         check<least_squares<compact<3>>>("compact3.fit", t);
         check<least_squares<compact<4>>>("compact4.fit", t);
@@ -99,6 +101,12 @@ TEST_CASE("a page of codebooks is the golden one, byte for byte, on every target
     kv1::layer_description l{1, 32, 32, kv1::kv_format::codebook2, kv1::kv_format::codebook2};
     l.key_encoding.levels = l.value_encoding.levels = kv1::level_choice::least_squares;
     check_page("codebook", l, 16, 10 + 10);
+}
+
+TEST_CASE("a page of codebooks of four bits is the golden one, byte for byte, on every target", "[encode]") {
+    kv1::layer_description l{1, 32, 32, kv1::kv_format::codebook4, kv1::kv_format::codebook4};
+    l.key_encoding.levels = l.value_encoding.levels = kv1::level_choice::least_squares;
+    check_page("codebook4", l, 16, 18 + 18);
 }
 
 TEST_CASE("a page with metadata by groups is the golden one, byte for byte, on every target", "[encode]") {

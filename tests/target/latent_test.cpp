@@ -132,8 +132,8 @@ TEST_CASE("values in keys that are rotated, centred and fitted attend as values 
     const shape s{2, 96, 64, 0, 75, 48, 6};
     kv1_test::generator g(3);
     const std::vector<float> means = kv1_test::normal_values(g, 2 * 96);
-    for (const kv_format f :
-         {kv_format::affine2, kv_format::compact4, kv_format::codebook2, kv_format::affine3})
+    for (const kv_format f : {kv_format::affine2, kv_format::compact4, kv_format::codebook2,
+                              kv_format::affine3, kv_format::codebook4})
         for (const std::size_t hadamard : {std::size_t{0}, std::size_t{32}}) {
             kv1::layer_description l = in_keys(s, f);
             l.key_encoding = {level_choice::least_squares, hadamard, means};

@@ -231,7 +231,8 @@ void check_scores(const setting& s, const score_table& found, const score_table&
 setting random_setting(generator& g) {
     setting s;
     const kv_format formats[] = {kv_format::compact3, kv_format::affine2,   kv_format::compact2,
-                                 kv_format::affine4,  kv_format::codebook2, kv_format::affine8};
+                                 kv_format::affine4,  kv_format::codebook2, kv_format::affine8,
+                                 kv_format::codebook4};
     const std::size_t dims[] = {32, 40, 64, 96, 128};
     s.format = formats[g.below(std::size(formats))];
     s.dim = dims[g.below(std::size(dims))];

@@ -166,6 +166,7 @@ TEST_CASE("a policy says formats, encodings, layers that differ, fp16 tokens and
     CHECK_FALSE(parse_policy("2/3:2,c2+ls+mean").needs_error_weights());
     CHECK(parse_policy("c2+ls+had") == parse_policy("c2+had+ls,c2+ls+had"));
     CHECK(to_string(parse_policy("cb2+g64+ls")) == "cb2+ls+g64,cb2+ls+g64");
+    CHECK(to_string(parse_policy("cb4+ls,cb2")) == "cb4+ls,cb2");
     CHECK(parse_policy("2,2") == kv1::cache_policy{});
     for (const kv_format f : kv1::all_kv_formats) // each has a name
         CHECK(parse_policy(to_string(kv1::vector_policy{.format = f})).common.value.format == f);

@@ -189,7 +189,8 @@ piece piece_of(kv_format f, std::span<const float> x, const options& o) {
 
 TEMPLATE_TEST_CASE("With rounded metadata training sees what the packed row gives back, bit for bit",
                    "[fake_quantize]", affine<1>, affine<2>, affine<3>, affine<4>, affine<8>, kv1::compact<2>,
-                   kv1::compact<3>, kv1::compact<4>, kv1::codebook2, kv1::scaled_binary, kv1::binary) {
+                   kv1::compact<3>, kv1::compact<4>, kv1::codebook2, kv1::codebook4, kv1::scaled_binary,
+                   kv1::binary) {
     using Q = TestType;
     kv1_test::generator g(11);
     tally t;

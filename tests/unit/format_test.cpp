@@ -47,7 +47,8 @@ TEST_CASE("What saved caches and rows rest on stays as it is", "[format]") {
                               row{"affine3", "3", 5, 3, 4},         row{"affine2", "2", 6, 2, 4},
                               row{"scaled_binary", "1.5", 7, 1, 2}, row{"binary", "1", 8, 1, 0},
                               row{"compact4", "c4", 9, 4, 2},       row{"compact3", "c3", 10, 3, 2},
-                              row{"compact2", "c2", 11, 2, 2},      row{"codebook2", "cb2", 12, 2, 2}};
+                              row{"compact2", "c2", 11, 2, 2},      row{"codebook2", "cb2", 12, 2, 2},
+                              row{"codebook4", "cb4", 13, 4, 2}};
     REQUIRE(rows.size() == kv1::all_kv_formats.size());
     for (std::size_t i = 0; i < rows.size(); ++i) {
         const kv1::kv_format f = kv1::all_kv_formats[i];

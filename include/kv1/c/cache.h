@@ -28,7 +28,8 @@ enum kv1_format_values {
     KV1_COMPACT4, /**< compact: two bytes less a vector, for vectors that lie about zero */
     KV1_COMPACT3,
     KV1_COMPACT2,
-    KV1_CODEBOOK2 /**< compact, with four levels for normally distributed channels */
+    KV1_CODEBOOK2, /**< compact, with four levels for normally distributed channels */
+    KV1_CODEBOOK4  /**< the same with sixteen levels, of which the outer ones lie further apart */
 };
 
 /** A format's name, such as "affine2"; "unknown" where there is none. Static text. */

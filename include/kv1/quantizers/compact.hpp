@@ -44,6 +44,10 @@ constexpr std::uint16_t plain_zero(std::uint16_t half) noexcept {
     return half == 0x8000u ? std::uint16_t{0} : half;
 }
 
+// Levels that are fitted (least_squares.hpp) begin evenly over this share of the range.
+template <class Q>
+inline constexpr float fit_start = 0.8f;
+
 // How a format keeps levels 0 ... top, of which codes 0 ... max_code stand for some. All of a target's
 // kernels do the same, in this order.
 template <class Q>

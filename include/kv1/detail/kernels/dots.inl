@@ -97,6 +97,7 @@ template <int Bits, bool Unsigned, int Top, std::size_t R, std::size_t N, class 
 KV1_INLINE void run_dots(const Walk& walk, std::size_t first, std::size_t last, const std::int8_t* rows,
                          Sum (&sum)[R][N]) {
     constexpr std::size_t unpacked = Bits == 3 ? 4 : 8 / Bits, at_once = Bits == 3 ? 2 : 1;
+    constexpr code_levels codebook = Bits == 2 ? code_levels::codebook2 : code_levels::codebook4;
     for (std::size_t pair = first; pair < last; pair += at_once) {
         u32 shared[N];
         KV1_UNROLL for (std::size_t n = 0; n < N; ++n) { // at other widths it is not used
@@ -111,8 +112,8 @@ KV1_INLINE void run_dots(const Walk& walk, std::size_t first, std::size_t last, 
                 u32 codes[N];
                 KV1_UNROLL for (std::size_t n = 0; n < N; ++n) {
                     codes[n] = unpacked_field<Bits>(packed[n], shared[n], f, odd);
-                    if (Top != (1 << Bits) - 1)
-                        codes[n] = levels_of(codes[n]);
+                    if constexpr (Top != (1 << Bits) - 1)
+                        codes[n] = levels_of<codebook>(codes[n]);
                 }
                 KV1_UNROLL for (std::size_t r = 0; r < R; ++r) {
                     std::int32_t four;
@@ -127,7 +128,7 @@ KV1_INLINE void run_dots(const Walk& walk, std::size_t first, std::size_t last, 
     }
 }
 
-// All lines of a unit. Top: the largest level, which is the largest code but for the codebook.
+// All lines of a unit. Top: the largest level, which is the largest code but for codebooks.
 template <int Bits, bool Unsigned, int Top = (1 << Bits) - 1, std::size_t R, std::size_t N, class Walk>
 KV1_INLINE void add_dots(const Walk& walk, std::size_t line_count, const std::int8_t* rows,
                          i32 (&total)[R][N]) {

@@ -9,7 +9,7 @@
 // 3 rounds of 11 for least squares, 8 for the errors of each candidate, 6 for codes. At 32 channels that is about 70,
 // or 4 a value on 16 lanes. weigh.inl has what error weights add.
 //
-// One function serves all evenly spaced levels, another one the codebook. What they call is inlined, except for the
+// One function serves all evenly spaced levels, two others the codebooks. What they call is inlined, except for the
 // functions of error weights (weigh.inl). Otherwise a function whose only floats are batches would take over the flags
 // of the translation unit from xsimd's functions (quantize.inl). tests/flags tests all of them.
 
@@ -59,30 +59,50 @@ struct lane_levels {
 };
 
 // How a format stores levels: its level_format at run time.
-template <bool Codebook>
+template <code_levels Codebook>
 struct lane_format {
     f32 max_code;
     float top; // level
     bool compact;
+    // the share of the range over which levels that are fitted begin
+    static constexpr float fit_start =
+        Codebook == code_levels::codebook4 ? detail::fit_start<codebook4> : detail::fit_start<codebook2>;
 };
 
 // code_rule of a format: nearest codes, and levels of codes.
-template <bool Codebook>
+template <code_levels Codebook>
 struct lane_rule {
     f32 inverse, base, max_code;
 
     KV1_INLINE lane_rule(f32 scale, f32 level_base, const lane_format<Codebook>& format)
         : inverse(scale), base(level_base), max_code(format.max_code) {
-        if constexpr (Codebook) {
+        if constexpr (Codebook == code_levels::codebook2) {
             inverse = product_of(scale, f32(codebook_step));
             base = sum_of(level_base, product_of(scale, f32(codebook_lead)));
+        } else if constexpr (Codebook == code_levels::codebook4) {
+            inverse = product_of(scale, f32(codebook4_step));
+            base = sum_of(level_base, product_of(scale, f32(codebook4_lead)));
         }
         inverse = quotient_of(f32(1.0f), inverse);
     }
-    KV1_INLINE f32 code(f32 x) const { return nearest_code(difference_of(x, base) * inverse, max_code); }
+    KV1_INLINE f32 code(f32 x) const { return nearest_code(steps(x), max_code); }
+    // What is rounded to a code.
+    KV1_INLINE f32 steps(f32 x) const {
+        const f32 u = difference_of(x, base) * inverse;
+        if constexpr (Codebook == code_levels::codebook4) {
+            const f32 sloping = product_of(u, f32(codebook4_slope));
+            return xs::min(xs::max(u, sum_of(sloping, f32(codebook4_low))),
+                           sum_of(sloping, f32(codebook4_high)));
+        }
+        return u;
+    }
     KV1_INLINE static f32 level(f32 code) {
-        if constexpr (Codebook)
+        if constexpr (Codebook == code_levels::codebook2) {
             code = code * f32(5.0f) - xs::select(code >= f32(2.0f), f32(1.0f), f32(0.0f)); // small integers
+        } else if constexpr (Codebook == code_levels::codebook4) {
+            const f32 four = code * f32(4.0f), two = four * f32(0.5f) + f32(3.0f); // small integers
+            code = xs::max(xs::min(two, four), four - f32(24.0f));
+        }
         return code;
     }
 };
@@ -96,7 +116,7 @@ KV1_LAZY KV1_INLINE lane_mask is_finite_half(u32 bits) {
     return xs::batch_bool_cast<float>((bits & u32(0x7c00u)) != u32(0x7c00u));
 }
 
-template <bool Codebook>
+template <code_levels Codebook>
 KV1_INLINE void round_scale(f32 scale, const lane_format<Codebook>& format, lane_levels& l) {
     u32 bits = half_bits(xs::max(scale, f32(smallest_scale)));
     if (format.compact) {
@@ -108,7 +128,7 @@ KV1_INLINE void round_scale(f32 scale, const lane_format<Codebook>& format, lane
     l.fits = is_finite_half(bits);
 }
 
-template <bool Codebook>
+template <code_levels Codebook>
 KV1_INLINE void store_levels(f32 base, const lane_format<Codebook>& format, lane_levels& l) {
     if (format.compact) {
         const f32 steps = product_of(quotient_of(base, l.scale * f32(format.top)), f32(128.0f)) + f32(64.0f);
@@ -127,7 +147,7 @@ KV1_INLINE void store_levels(f32 base, const lane_format<Codebook>& format, lane
 }
 
 // Computes the squared errors of two choices of levels. x is [n][lanes].
-template <bool Codebook>
+template <code_levels Codebook>
 KV1_INLINE void errors_of(const float* x, std::size_t n, const lane_levels (&l)[2],
                           const lane_format<Codebook>& format, f32 (&error)[2]) {
     const lane_rule<Codebook> rule[2] = {{l[0].scale, l[0].base, format}, {l[1].scale, l[1].base, format}};
@@ -145,13 +165,13 @@ KV1_INLINE void errors_of(const float* x, std::size_t n, const lane_levels (&l)[
 }
 
 // refine_levels() of least_squares.hpp. The sum of x is the same in every round, and is given.
-template <bool Codebook>
+template <code_levels Codebook>
 KV1_INLINE void refine(const float* x, std::size_t n, f32 lo, f32 hi, const lane_format<Codebook>& format,
                        lane_levels& l) {
     const float top = format.top;
     const f32 count(static_cast<float>(n));
     const f32 middle = f32(0.5f) * lo + f32(0.5f) * hi;
-    f32 scale = xs::max(product_of(hi - lo, f32(fit_start / top)), f32(smallest_scale));
+    f32 scale = xs::max(product_of(hi - lo, f32(format.fit_start / top)), f32(smallest_scale));
     f32 base = product_of(scale, f32(-0.5f * top));
     f32 sum_c(0.0f), sum_x(0.0f);
     for (std::size_t c = 0; c < n; ++c)
@@ -180,7 +200,7 @@ KV1_INLINE void refine(const float* x, std::size_t n, f32 lo, f32 hi, const lane
 }
 
 // clipped_levels() of clip_search.hpp.
-template <bool Codebook>
+template <code_levels Codebook>
 KV1_INLINE void clip(f32 lo, f32 hi, float share, const lane_format<Codebook>& format, lane_levels& l) {
     const f32 middle = f32(0.5f) * lo + f32(0.5f) * hi;
     round_scale(quotient_of(product_of(hi - lo, f32(share)), f32(format.top)), format, l);
@@ -200,7 +220,7 @@ KV1_LAZY KV1_INLINE u32 add_code(u32 word, f32 code) {
     return (word << 8) | xs::bitwise_cast<std::uint32_t>(xs::to_int(code));
 }
 
-template <bool Codebook>
+template <code_levels Codebook>
 KV1_INLINE void nearest_words(const float* x, std::size_t n, const lane_levels& l,
                               const lane_format<Codebook>& format, std::uint32_t* words) {
     const lane_rule<Codebook> rule(l.scale, l.base, format);
@@ -216,7 +236,7 @@ KV1_INLINE void nearest_words(const float* x, std::size_t n, const lane_levels& 
 }
 
 // Candidate k > 0 of weighted_levels() of encode_reference.hpp, from levels whose middle is given.
-template <bool Codebook>
+template <code_levels Codebook>
 KV1_INLINE void weighted_candidate(int k, const lane_levels& from, f32 middle,
                                    const lane_format<Codebook>& format, lane_levels& l) {
     const f32 step = product_of(from.scale, quotient_of(f32(format.top), format.max_code));
@@ -316,17 +336,18 @@ KV1_LAZY KV1_INLINE bool load_vectors(const vector_to_encode* rows, std::size_t 
 // weighted_levels() of encode_reference.hpp: levels and codes of least cost, from levels that fit best. For vectors
 // with one group of channels, whose smallest and largest numbers are lo and hi. A target's own, since they are made of
 // dot products (weigh.inl).
-template <bool Codebook>
+template <code_levels Codebook>
 using weigh_function = void(const lane_format<Codebook>& format, const vector_to_encode* rows,
                             std::size_t count, std::size_t n, const f32& lo, const f32& hi,
                             const encode_scratch& scratch, lane_levels& best) noexcept;
 struct weigh_functions {
-    weigh_function<false>* even;
-    weigh_function<true>* codebook;
+    weigh_function<code_levels::even>* even;
+    weigh_function<code_levels::codebook2>* codebook2;
+    weigh_function<code_levels::codebook4>* codebook4;
 };
 
 // Encodes one group of channels of up to `lanes` vectors into words. False: metadata do not fit.
-template <bool Codebook>
+template <code_levels Codebook>
 bool encode_group(const encoding_params& params, const vector_to_encode* rows, std::size_t count,
                   const float* x, std::uint32_t* words, const encode_scratch& scratch, row_metadata* metadata,
                   weigh_function<Codebook>* weigh) noexcept {
@@ -395,9 +416,22 @@ KV1_LAZY inline bool encode_lanes(const encoding_params& params, const vector_to
         const std::size_t first = g * params.group;
         const float* x = scratch.x + first * lanes;
         std::uint32_t* words = scratch.words + first / 4 * lanes;
-        if (!(traits_of(params.format).codebook()
-                  ? encode_group<true>(params, rows, count, x, words, scratch, metadata + g, weigh.codebook)
-                  : encode_group<false>(params, rows, count, x, words, scratch, metadata + g, weigh.even)))
+        const auto encode = [&]<code_levels Codebook>(weigh_function<Codebook>* weigh_group) noexcept {
+            return encode_group<Codebook>(params, rows, count, x, words, scratch, metadata + g, weigh_group);
+        };
+        bool fits = false;
+        switch (traits_of(params.format).levels) {
+        case code_levels::even:
+            fits = encode(weigh.even);
+            break;
+        case code_levels::codebook2:
+            fits = encode(weigh.codebook2);
+            break;
+        case code_levels::codebook4:
+            fits = encode(weigh.codebook4);
+            break;
+        }
+        if (!fits)
             return false;
     }
     return true;

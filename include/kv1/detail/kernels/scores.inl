@@ -252,7 +252,7 @@ struct field_reader {
     // code * slope is exact (at most 8 + 11 significant bits), so an fma gives what the format defines
     KV1_INLINE static f32 decode(u32 code, f32 slope, f32 base) {
         if constexpr (t.codebook())
-            code = levels_of(code);
+            code = levels_of<t.levels>(code);
         return xs::fma(xs::to_float(xs::bitwise_cast<std::int32_t>(code)), slope, base);
     }
 };

@@ -85,9 +85,9 @@ struct weighted_codes {
     }
 
     // Codes as the levels that they stand for.
-    template <bool Codebook>
+    template <code_levels Codebook>
     KV1_INLINE static u32 levels_of_codes(u32 codes) {
-        return Codebook ? levels_of(codes) : codes;
+        return Codebook == code_levels::even ? codes : levels_of<Codebook>(codes);
     }
 
     // sum + the dot product of four levels and factors.
@@ -101,7 +101,7 @@ struct weighted_codes {
 
     // total[k][c] = the dot product of row first + k of the factors and the levels of choice c, over some words, for R
     // rows. All four rows exist where there are words behind theirs.
-    template <bool Codebook, int Top, std::size_t From, std::size_t R, std::size_t K>
+    template <code_levels Codebook, int Top, std::size_t From, std::size_t R, std::size_t K>
     KV1_INLINE static void add_rows(const error_feedback& feedback, std::size_t first,
                                     const std::uint32_t* words, std::size_t begin, std::size_t end,
                                     i32 (&total)[4][K]) {
@@ -125,7 +125,7 @@ struct weighted_codes {
             total[From + k][c] = dot_finish<Top, false>(sum[k][c]);
         }
     }
-    template <bool Codebook, int Top, std::size_t K>
+    template <code_levels Codebook, int Top, std::size_t K>
     KV1_INLINE static void add_words(const error_feedback& feedback, std::size_t first,
                                      const std::uint32_t* words, std::size_t begin, std::size_t end,
                                      i32 (&total)[4][K]) {
@@ -141,7 +141,7 @@ struct weighted_codes {
     // time: first the sums over all later channels, then the four codes, which need each other. A code of one choice is
     // made while those of the others wait for theirs, so several choices pay even where registers are few. words is
     // [channels / 4][K][lanes]. Top: no level is larger.
-    template <bool Codebook, int Top, std::size_t K>
+    template <code_levels Codebook, int Top, std::size_t K>
     KV1_NOINLINE static void codes_with_feedback(std::size_t n, const lane_levels* levels,
                                                  const lane_format<Codebook>& format,
                                                  const error_feedback& feedback, f32 lo, const float* wanted,
@@ -193,7 +193,7 @@ struct weighted_codes {
                     const f32 v = difference_of(both, product_of(unit, xs::to_float(sum)));
                     // Floats at 2^23 are whole numbers, so to add 2^23 rounds as nearbyint() does, and leaves the
                     // code in the low bits. Conversions to integers and back would take longer.
-                    const f32 steps = Codebook ? difference_of(v, rule.base) * rule.inverse : v;
+                    const f32 steps = Codebook == code_levels::even ? v : rule.steps(v);
                     const f32 rounded = xs::min(xs::max(sum_of(steps, zero), zero), top);
                     const f32 code = difference_of(rounded, zero);
                     const u32 bits = bits_of(rounded);
@@ -224,7 +224,7 @@ struct weighted_codes {
 
     // Tries `choices` levels on the vector of one lane, a choice a lane. lo: wanted_of_lane(). least: the cost to beat.
     // Gives the choice that has less and the least, the first of equals, copies its codes, and returns it; none: `choices`.
-    template <bool Codebook, int Top>
+    template <code_levels Codebook, int Top>
     KV1_INLINE static std::size_t
     try_levels_of_lane(std::size_t lane, std::size_t n, const lane_format<Codebook>& format,
                        const error_feedback& feedback, f32 lo, const encode_scratch& scratch,
@@ -263,7 +263,7 @@ struct weighted_codes {
     }
 
     // A weigh_function for levels up to Top.
-    template <bool Codebook, int Top>
+    template <code_levels Codebook, int Top>
     KV1_NOINLINE static void weigh_levels(const lane_format<Codebook>& format, const vector_to_encode* rows,
                                           std::size_t count, std::size_t n, const f32& lo, const f32& hi,
                                           const encode_scratch& scratch, lane_levels& best) noexcept {
@@ -334,13 +334,13 @@ struct weighted_codes {
         }
     }
 
-    static void even(const lane_format<false>& format, const vector_to_encode* rows, std::size_t count,
-                     std::size_t n, const f32& lo, const f32& hi, const encode_scratch& scratch,
-                     lane_levels& best) noexcept {
+    static void even(const lane_format<code_levels::even>& format, const vector_to_encode* rows,
+                     std::size_t count, std::size_t n, const f32& lo, const f32& hi,
+                     const encode_scratch& scratch, lane_levels& best) noexcept {
         if (format.top <= 15.0f)
-            weigh_levels<false, 15>(format, rows, count, n, lo, hi, scratch, best);
+            weigh_levels<code_levels::even, 15>(format, rows, count, n, lo, hi, scratch, best);
         else
-            weigh_levels<false, 255>(format, rows, count, n, lo, hi, scratch, best);
+            weigh_levels<code_levels::even, 255>(format, rows, count, n, lo, hi, scratch, best);
     }
 };
 
@@ -349,7 +349,8 @@ KV1_LAZY inline encode_result encode_vectors(const encoding_params& params, cons
                                              row_metadata* metadata, std::size_t& failed,
                                              const encode_scratch& scratch) noexcept {
     using weigh = weighted_codes<>;
-    constexpr weigh_functions functions{weigh::even, weigh::template weigh_levels<true, 15>};
+    constexpr weigh_functions functions{weigh::even, weigh::template weigh_levels<code_levels::codebook2, 15>,
+                                        weigh::template weigh_levels<code_levels::codebook4, 36>};
     return encode_vectors_by(functions, params, rows, count, codes, stride, metadata, failed, scratch);
 }
 

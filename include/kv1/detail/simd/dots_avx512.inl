@@ -31,8 +31,8 @@ KV1_INLINE i32 dot_finish(dot_sum sum) {
 #else
 // A running sum of dot4 products: add, then finish to lanes of 32 bits. dot_limit is how many products of
 // codes up to MaxCode may be added before finishing: pairs of products are summed in 16 bits, which take
-// 32767 / (2 * 127 * MaxCode) of them, half as many for unsigned rows. Codes above 15 would saturate at once; they go
-// nibble by nibble, in 32 bits.
+// 32767 / (2 * 127 * MaxCode) of them, half as many for unsigned rows. Of codes above 15 each pair is added up in
+// 32 bits: 16 bits hold 2 * 255 * 64. Codes above 64 would saturate them; they go nibble by nibble.
 using dot_sum = __m512i;
 inline constexpr bool dot_sums_are_totals = false;
 template <int MaxCode, bool Unsigned>
@@ -41,13 +41,17 @@ inline constexpr std::size_t dot_limit = MaxCode > 15 ? ~std::size_t{0}
 KV1_LAZY KV1_INLINE dot_sum dot_start() { return _mm512_setzero_si512(); }
 template <int MaxCode, bool Unsigned>
 KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, i32 b) {
-    if constexpr (MaxCode > 15) {
+    if constexpr (MaxCode > 64) {
         const __m512i ones = _mm512_set1_epi16(1);
         const u32 low = a & u32(0x0f0f0f0fu), high = (a >> 4) & u32(0x0f0f0f0fu);
         const __m512i low_pairs = _mm512_maddubs_epi16(__m512i(low), __m512i(b));
         const __m512i high_pairs = _mm512_maddubs_epi16(__m512i(high), __m512i(b));
         const __m512i high_sums = _mm512_slli_epi32(_mm512_madd_epi16(high_pairs, ones), 4);
         return _mm512_add_epi32(sum, _mm512_add_epi32(_mm512_madd_epi16(low_pairs, ones), high_sums));
+    } else if constexpr (MaxCode > 15) {
+        const __m512i pairs = Unsigned ? _mm512_maddubs_epi16(__m512i(b), __m512i(a))
+                                       : _mm512_maddubs_epi16(__m512i(a), __m512i(b));
+        return _mm512_add_epi32(sum, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
     } else {
         sum = _mm512_add_epi16(sum, Unsigned ? _mm512_maddubs_epi16(__m512i(b), __m512i(a))
                                              : _mm512_maddubs_epi16(__m512i(a), __m512i(b)));

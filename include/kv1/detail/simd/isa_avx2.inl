@@ -68,9 +68,14 @@ KV1_LAZY KV1_INLINE u32 first_in_turns(u32 a, u32 b) {
 KV1_LAZY KV1_INLINE u32 last_in_turns(u32 a, u32 b) {
     return u32(_mm256_unpackhi_epi32(__m256i(a), __m256i(b)));
 }
-// Levels of the codebook for bytes 0 ... 3.
-KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
-    return u32(_mm256_shuffle_epi8(_mm256_set1_epi32(packed_codebook), __m256i(codes)));
+// Levels of a codebook for bytes that are its codes.
+template <code_levels Levels>
+KV1_INLINE u32 levels_of(u32 codes) {
+    __m256i table = _mm256_set1_epi32(packed_codebook);
+    if (Levels == code_levels::codebook4)
+        table = _mm256_broadcastsi128_si256(
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(codebook4_levels.data())));
+    return u32(_mm256_shuffle_epi8(table, __m256i(codes)));
 }
 // Transposes a square of lanes x lanes numbers.
 KV1_LAZY KV1_INLINE void transpose(f32 (&x)[lanes]) { xs::transpose(x, x + lanes); }

@@ -92,9 +92,14 @@ KV1_LAZY KV1_INLINE u32 first_in_turns(u32 a, u32 b) {
 KV1_LAZY KV1_INLINE u32 last_in_turns(u32 a, u32 b) {
     return u32(_mm512_unpackhi_epi32(__m512i(a), __m512i(b)));
 }
-// Levels of the codebook for bytes 0 ... 3.
-KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
-    return u32(_mm512_shuffle_epi8(_mm512_set1_epi32(packed_codebook), __m512i(codes)));
+// Levels of a codebook for bytes that are its codes.
+template <code_levels Levels>
+KV1_INLINE u32 levels_of(u32 codes) {
+    __m512i table = _mm512_set1_epi32(packed_codebook);
+    if (Levels == code_levels::codebook4)
+        table = _mm512_broadcast_i32x4(
+            _mm_loadu_si128(reinterpret_cast<const __m128i*>(codebook4_levels.data())));
+    return u32(_mm512_shuffle_epi8(table, __m512i(codes)));
 }
 // A pair of neighbouring numbers in all lanes in turns, and the sums of neighbouring lanes: of a, then of b.
 KV1_LAZY KV1_INLINE f32 broadcast_pair(const float* p) {

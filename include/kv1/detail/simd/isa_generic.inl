@@ -157,9 +157,18 @@ KV1_LAZY KV1_INLINE f32 reversed(f32 x) {
 // Rounds to the nearest integer, ties to even.
 KV1_LAZY KV1_INLINE f32 nearest(f32 x) { return xs::nearbyint(x); }
 KV1_LAZY KV1_INLINE i32 round_to_int(f32 x) { return xs::to_int(xs::nearbyint(x)); }
-// Levels of the codebook for bytes 0 ... 3: 5 c - c / 2, which borrows nothing from the next byte.
-KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
-    return ((codes << 2) + codes) - ((codes >> 1) & u32(0x01010101u));
+// Levels of a codebook for bytes that are its codes. codebook2: 5 c - c / 2, which borrows nothing from the next byte.
+// codebook4: 2 c + 3, and codes 0, 1, 14 and 15 lie 3, 1, 1 and 3 further out.
+template <code_levels Levels>
+KV1_INLINE u32 levels_of(u32 codes) {
+    const u32 ones(0x01010101u);
+    if (Levels == code_levels::codebook2)
+        return ((codes << 2) + codes) - ((codes >> 1) & ones);
+    const u32 one = codes >> 1, two = codes >> 2, three = codes >> 3;
+    const u32 high = one & two & three & ones, low = ones & ~(one | two | three);
+    const u32 highest = high & codes, lowest = low & ~codes;
+    const u32 up = high + (highest << 1), down = low + (lowest << 1);
+    return (codes << 1) + u32(0x03030303u) + up - down;
 }
 // Steps of exp2_nonpositive(). x / exp2_factor * 2^n for integral n, and zero for n = -64, whose bits are zero's: x
 // lends 63 to the exponent.

@@ -28,7 +28,8 @@ KV1_LAZY KV1_INLINE int32x4_t dot4(int32x4_t sum, int8x16_t a, dot_row b) {
 }
 
 // A running sum of dot4 products. Without sdot the products of low codes are added up in 16 bits, of which there
-// is room for 32767 / ((Unsigned ? 255 : 127) * MaxCode); codes above 15 go nibble by nibble.
+// is room for 32767 / ((Unsigned ? 255 : 127) * MaxCode). Codes above 15 are added up in 32 bits. Those above 127 are no
+// signed bytes, and go nibble by nibble.
 template <int MaxCode, bool Unsigned>
 inline constexpr std::size_t dot_limit = KV1_ISA_DOTPROD || MaxCode > 15
                                              ? ~std::size_t{0}
@@ -41,7 +42,7 @@ struct dot_sum {
 KV1_LAZY KV1_INLINE dot_sum dot_start() { return {vdupq_n_s32(0), vdupq_n_s16(0), vdupq_n_s16(0)}; }
 template <int MaxCode, bool Unsigned>
 KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, dot_row b) {
-    if constexpr (MaxCode > 15) {
+    if constexpr (MaxCode > 127) {
         sum.wide = dot4(sum.wide, signed_bytes(a & u32(0x0f0f0f0fu)), b);
         const int32x4_t high = dot4(vdupq_n_s32(0), signed_bytes((a >> 4) & u32(0x0f0f0f0fu)), b);
         sum.wide = vaddq_s32(sum.wide, vshlq_n_s32(high, 4));
@@ -50,8 +51,13 @@ KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, dot_row b) {
         sum.wide = vreinterpretq_s32_u32(vdotq_u32(
             vreinterpretq_u32_s32(sum.wide), vreinterpretq_u8_u32(uint32x4_t(a)), vreinterpretq_u8_s8(b)));
 #endif
-    } else if constexpr (KV1_ISA_DOTPROD) {
+    } else if constexpr (KV1_ISA_DOTPROD || (MaxCode > 15 && !Unsigned)) {
         sum.wide = dot4(sum.wide, signed_bytes(a), b);
+    } else if constexpr (MaxCode > 15) {
+        const uint8x16_t codes = vreinterpretq_u8_u32(uint32x4_t(a)), row = vreinterpretq_u8_s8(b);
+        const uint16x8_t pairs = vpaddq_u16(vmull_u8(vget_low_u8(codes), vget_low_u8(row)),
+                                            vmull_high_u8(codes, row)); // at most 2 * 127 * 255
+        sum.wide = vreinterpretq_s32_u32(vpadalq_u16(vreinterpretq_u32_s32(sum.wide), pairs));
     } else if constexpr (Unsigned) {
         const uint8x16_t codes = vreinterpretq_u8_u32(uint32x4_t(a)), row = vreinterpretq_u8_s8(b);
         sum.low = vreinterpretq_s16_u16(
@@ -100,9 +106,12 @@ KV1_LAZY KV1_INLINE void store_line_u8(const i32 (&x)[registers_per_line], std::
     };
     vst1q_u8(p, vcombine_u8(vmovn_u16(words(x[0], x[1])), vmovn_u16(words(x[2], x[3]))));
 }
-// Levels of the codebook for bytes 0 ... 3.
-KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
-    const uint8x16_t table = vreinterpretq_u8_s32(vdupq_n_s32(packed_codebook));
+// Levels of a codebook for bytes that are its codes.
+template <code_levels Levels>
+KV1_INLINE u32 levels_of(u32 codes) {
+    const uint8x16_t table = Levels == code_levels::codebook2
+                                 ? vreinterpretq_u8_s32(vdupq_n_s32(packed_codebook))
+                                 : vld1q_u8(codebook4_levels.data());
     return u32(vreinterpretq_u32_u8(vqtbl1q_u8(table, vreinterpretq_u8_u32(uint32x4_t(codes)))));
 }
 // (x & mask) | bits

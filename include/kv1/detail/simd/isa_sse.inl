@@ -25,13 +25,17 @@ inline constexpr std::size_t dot_limit = MaxCode > 15 ? ~std::size_t{0}
 KV1_LAZY KV1_INLINE dot_sum dot_start() { return _mm_setzero_si128(); }
 template <int MaxCode, bool Unsigned>
 KV1_INLINE dot_sum dot_add(dot_sum sum, u32 a, dot_row b) {
-    if constexpr (MaxCode > 15) {
+    if constexpr (MaxCode > 64) {
         const __m128i ones = _mm_set1_epi16(1);
         const u32 low = a & u32(0x0f0f0f0fu), high = (a >> 4) & u32(0x0f0f0f0fu);
         const __m128i low_pairs = _mm_maddubs_epi16(__m128i(low), __m128i(b));
         const __m128i high_pairs = _mm_maddubs_epi16(__m128i(high), __m128i(b));
         const __m128i high_sums = _mm_slli_epi32(_mm_madd_epi16(high_pairs, ones), 4);
         return _mm_add_epi32(sum, _mm_add_epi32(_mm_madd_epi16(low_pairs, ones), high_sums));
+    } else if constexpr (MaxCode > 15) {
+        const __m128i pairs =
+            Unsigned ? _mm_maddubs_epi16(__m128i(b), __m128i(a)) : _mm_maddubs_epi16(__m128i(a), __m128i(b));
+        return _mm_add_epi32(sum, _mm_madd_epi16(pairs, _mm_set1_epi16(1)));
     } else {
         sum = _mm_add_epi16(sum, Unsigned ? _mm_maddubs_epi16(__m128i(b), __m128i(a))
                                           : _mm_maddubs_epi16(__m128i(a), __m128i(b)));
@@ -46,9 +50,13 @@ KV1_INLINE i32 dot_finish(dot_sum sum) {
 KV1_LAZY KV1_INLINE f32 nearest(f32 x) {
     return f32(_mm_round_ps(__m128(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-// Levels of the codebook for bytes 0 ... 3.
-KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
-    return u32(_mm_shuffle_epi8(_mm_set1_epi32(packed_codebook), __m128i(codes)));
+// Levels of a codebook for bytes that are its codes.
+template <code_levels Levels>
+KV1_INLINE u32 levels_of(u32 codes) {
+    const __m128i table = Levels == code_levels::codebook2
+                              ? _mm_set1_epi32(packed_codebook)
+                              : _mm_loadu_si128(reinterpret_cast<const __m128i*>(codebook4_levels.data()));
+    return u32(_mm_shuffle_epi8(table, __m128i(codes)));
 }
 #else
 // Even and odd bytes are multiplied as 16-bit numbers, two pmaddwd for four products.
@@ -80,9 +88,14 @@ KV1_INLINE i32 dot_finish(dot_sum sum) {
 }
 // For numbers that fit 32 bits.
 KV1_LAZY KV1_INLINE f32 nearest(f32 x) { return f32(_mm_cvtepi32_ps(_mm_cvtps_epi32(__m128(x)))); }
-// Levels of the codebook for bytes 0 ... 3: 5 c - c / 2, which borrows nothing from the next byte.
-KV1_LAZY KV1_INLINE u32 levels_of(u32 codes) {
-    return ((codes << 2) + codes) - ((codes >> 1) & u32(0x01010101u));
+// Levels of a codebook for bytes that are its codes. codebook2: 5 c - c / 2, which borrows nothing from the next byte.
+// codebook4: 2 c + 3, but 4 c below 2, and 4 c - 24 above 13.
+template <code_levels Levels>
+KV1_INLINE u32 levels_of(u32 codes) {
+    if (Levels == code_levels::codebook2)
+        return ((codes << 2) + codes) - ((codes >> 1) & u32(0x01010101u));
+    const __m128i two = __m128i((codes << 1) + u32(0x03030303u)), four = __m128i(codes << 2);
+    return u32(_mm_max_epu8(_mm_min_epu8(two, four), _mm_subs_epu8(four, _mm_set1_epi8(24))));
 }
 #endif
 
