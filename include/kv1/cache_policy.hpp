@@ -37,14 +37,14 @@
 //   safe           22, 42  0.041    0.063   0.015   c3+ls+had,c2+ls+had@4:32: any model, nothing calibrated
 //   balanced       22, 42  0.016    0.023   0.010   c3+ls+had+mean+ew,c2+ls+had+ew@4:32: the recommended one
 //   small          18, 34  0.042    0.062   0.017   c2+ls+had+mean+ew,c2+ls+had+ew@4:32: two bits for both
-//   near-lossless  34, 66  0.0024   0.0032  0.0018  c4+ls+had+mean+ew,c4+ls+had+ew@4:8
+//   near-lossless  34, 66  0.0021   0.0028  0.0018  cb4+ls+had+mean+ew,cb4+ls+had+ew@4:8
 //   reference      20, 36  3.42     3.37    0.156   2,2: minimum and maximum, bit for bit the KV1 reference's; for
 //                                                   models that were trained with it, as kv1-8m was
 //
 // SmolLM2 is SmolLM2-135M-Instruct, 64 channels, not trained for any cache: 8 chunks of 1,024 tokens, and the last
 // 2,048 positions of two chunks of 8,192. Calibrated on chunks of both lengths (examples/real_model has the commands,
 // and more rows). kv1-8m is the shipped model of 32 channels: 12 chunks of 1,024. +basis for both sides makes 0.016
-// 0.014, 0.042 0.034, 0.062 0.053 and 0.0024 0.0021, at a cost in time.
+// 0.014, 0.042 0.034 and 0.062 0.053, at a cost in time.
 #pragma once
 
 #include <kv1/cache_description.hpp>
@@ -146,7 +146,7 @@ inline constexpr std::array<policy_preset, 5> policy_presets{
     {{"safe", "c3+ls+had,c2+ls+had@4:32"},
      {"balanced", "c3+ls+had+mean+ew,c2+ls+had+ew@4:32"},
      {"small", "c2+ls+had+mean+ew,c2+ls+had+ew@4:32"},
-     {"near-lossless", "c4+ls+had+mean+ew,c4+ls+had+ew@4:8"},
+     {"near-lossless", "cb4+ls+had+mean+ew,cb4+ls+had+ew@4:8"},
      {"reference", "2,2"}}};
 
 /// Reads a policy: the grammar at the head of this file, or a preset, whose fp16 tokens and pages what follows
