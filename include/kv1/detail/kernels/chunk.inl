@@ -425,9 +425,9 @@ KV1_NOINLINE void add_group_scores(Kernel* key_scores, const chunk_view& view, c
         const std::size_t row = g * q.rows, at = row * q.stride;
         key_scores({&keys, view.tiles, view.count, &next.section, view.next_tiles, view.next_count,
                     view.next_share, next.lines},
-                   {q.rows, q.stride, q.values + at, q.sums + row, q.codes + at,
-                    q.tables == nullptr ? nullptr : q.tables + pair_table_bytes * at, q.code_scales + row,
-                    q.code_offsets + row},
+                   {q.rows, q.stride, q.values == nullptr ? nullptr : q.values + at, q.sums + row,
+                    q.codes + at, q.tables == nullptr ? nullptr : q.tables + pair_table_bytes * at,
+                    q.code_scales + row, q.code_offsets + row},
                    g == 0 ? scores : own, tops);
         for (std::size_t r = 0; g != 0 && r < q.rows; ++r)
             for (std::size_t i = 0; i < slots; i += lanes) {
