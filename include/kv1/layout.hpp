@@ -23,7 +23,7 @@
 //   second line  4           5      low bits of 6
 //   shared line  3           7      high bit of 2, high bit of 6
 //
-// So a shift and a mask give most codes, and a line of values is read with the shared line alone. A page is
+// So a shift and a mask give most codes. A tile of values needs its own line and the shared one. A page is
 //
 //   [K lines: by tile of 16 tokens, shared lines last] [V lines: by run of 16 channels, shared lines last]
 //   [k_scale] [k_minimum] [v_scale] [v_minimum]   fp16 arrays [page_tokens], if the format has them; compact words lie

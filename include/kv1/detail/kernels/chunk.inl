@@ -62,8 +62,8 @@ KV1_LAZY KV1_INLINE void scatter_codes(const std::int8_t* plain, std::size_t pad
 }
 
 // Rounds a query row to 8 bits for the fast path. Channels are reordered so that four consecutive bytes are multiplied
-// by the four bytes of a lane. codes: those of the row tile; the row is row r of `rows` rows in
-// it.
+// by the four bytes of a lane. codes: those of the row tile; the row is row r of `rows` rows
+// in it.
 KV1_LAZY inline void round_query(const float* query, std::size_t padded, const format_traits& t,
                                  std::int8_t* codes, std::size_t r, std::size_t rows, float& scale,
                                  std::int32_t& sum) noexcept {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Scores against keys of 2 bits by channel pairs. Parsed once per target; empty unless the target can look bytes
-// of a register up in a table of 64 (AVX-512 VBMI). It lies in the region of AVX-512 VNNI, and pair_tables hands it out
+// Scores against keys of 2 bits by channel pairs. Parsed once per target; empty unless the target can look bytes of a
+// register up in a table of 64 (AVX-512 VBMI). It lies in the region of AVX-512 VNNI, and pair_tables hands it out
 // (tables.inl). tests/support/attention_oracle.hpp has the same rounding in plain C++ (paired_query).
 //
 // Let a and b be the query's numbers for the two channels of a pair, and c_a and c_b their codes. The pair adds
